@@ -1,0 +1,124 @@
+"""From an outcome to the answer that goes out, in parts where it is large."""
+
+from collections.abc import Iterable
+from datetime import datetime
+
+import msgspec
+from msgspec import structs
+
+from minter.errors import Expired, MinterError, RequestError, ServerError, Unavailable
+from minter.mint import Issued, Outcome
+from minter.policy import BACKDATE_SECONDS
+from minter.requests import (
+    MAX_BODY_BYTES,
+    Answer,
+    RefusedNeed,
+    Request,
+    TokenAnswer,
+    fill_job,
+)
+
+_DEFAULT_FIXED_SECONDS = BACKDATE_SECONDS + 600
+encode = msgspec.json.Encoder().encode
+
+
+def failure(request_id: str | None, error: MinterError) -> Answer:
+    """Return the answer to a request refused as a whole; what is not the caller's stays opaque."""
+    if not isinstance(error, RequestError | Unavailable):
+        error = ServerError("the engine failed on this request; its operators have the log")
+    return Answer(request_id=request_id, error=error.as_dict())
+
+
+def answer(outcome: Outcome, now: datetime) -> Answer:
+    """Return the answer to one submission."""
+    request = outcome.submission.request
+    if outcome.error is not None:
+        return failure(str(request.request_id), outcome.error)
+    refusals = [RefusedNeed(**r) for r in outcome.refusals]
+    if request.kind == "fill_job":
+        try:
+            return _filled(request, outcome, refusals, now)
+        except Expired as error:
+            return failure(str(request.request_id), error)
+    return Answer(
+        request_id=str(request.request_id),
+        tokens=[_token(i) for i in outcome.issued],
+        refusals=refusals,
+    )
+
+
+def _token(issued: Issued) -> TokenAnswer:
+    file, side, index = issued.need
+    return TokenAnswer(
+        file, side, index, issued.storage, issued.scope, str(issued.jti), issued.exp,
+        issued.token.decode(),
+    )  # fmt: skip
+
+
+def _filled(request: Request, outcome: Outcome, refusals: list[RefusedNeed], now: datetime) -> Answer:
+    tokens: dict[tuple[int, str, int], str] = {
+        i.need: i.token.decode() for i in outcome.issued if i.need[1] != "service"
+    }
+    kept = {file for file, _, _ in tokens}
+    refused = [f for f in range(len(request.files)) if f not in kept]
+    hours = _queue_hours(request, outcome, now) if tokens else 0
+    bearer = next((i for i in outcome.issued if i.need[1] == "service"), None)
+    return Answer(
+        request_id=str(request.request_id),
+        job=fill_job(request.job or {}, tokens, refused, hours),
+        refused=[{"index": f, "error": _cause(r for r in refusals if r.file == f)} for f in refused],
+        dropped_sources=[
+            {"index": r.file, "side": r.side, "source": r.index, "error": r.error}
+            for r in refusals
+            if r.file in kept
+        ],
+        bearer=_token(bearer) if bearer else None,
+    )
+
+
+def _cause(refusals: Iterable[RefusedNeed]) -> dict[str, object]:
+    """Return the refusal that the others of a file followed from."""
+    errors = [r.error for r in refusals]
+    return next((e for e in errors if e["reason"] != "neighbour_refused"), errors[0])
+
+
+def _queue_hours(request: Request, outcome: Outcome, now: datetime) -> int:
+    """Return the `max_time_in_queue` that every token of the job outlives, from `now` on.
+
+    FTS counts from the job's submission, so a repeated answer gets what life is left. Raises
+    Expired when that is not a whole hour.
+    """
+    grants = outcome.decision.grants if outcome.decision else ()
+    fixed = {(g.need.file, g.need.side, g.need.index): g.lifetime.fixed for g in grants}
+    left = min(
+        i.exp - int(now.timestamp()) - fixed.get(i.need, _DEFAULT_FIXED_SECONDS) + BACKDATE_SECONDS
+        for i in outcome.issued
+        if i.need[1] != "service"
+    )
+    if left < 3600:  # noqa: PLR2004 - FTS reads whole hours, and 0 as "no limit"
+        raise Expired("the job's tokens do not last an hour of queue; use a new request_id", renew=True)
+    asked = request.files[0].needs[0].wait_seconds
+    return min(left, asked or left) // 3600 or 1
+
+
+def parts(whole: Answer, max_bytes: int = MAX_BODY_BYTES) -> list[bytes]:
+    """Encode an answer; one larger than `max_bytes` becomes numbered parts.
+
+    A filled job is never divided: at most 2 000 files of it fit in what AMQP carries.
+    """
+    body = encode(whole)
+    if len(body) <= max_bytes or len(whole.tokens) + len(whole.refusals) < 2:  # noqa: PLR2004
+        return [body]
+    count = len(body) // max_bytes + 1
+    return [
+        encode(
+            structs.replace(
+                whole,
+                tokens=whole.tokens[number::count],
+                refusals=whole.refusals[number::count],
+                part=number,
+                parts=count,
+            )
+        )
+        for number in range(count)
+    ]

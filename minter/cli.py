@@ -1,0 +1,530 @@
+"""The command `minter`: for operators, and for scripts with `--json`.
+
+Exit codes: 0 done · 1 refused, or a check failed · 2 usage or settings · 3 try again later.
+"""
+
+import getpass
+import json
+import os
+import signal
+import sys
+import threading
+import uuid
+from collections.abc import Callable
+from datetime import timedelta
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any
+
+import kombu
+import msgspec
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from minter import claims, database, demo, keys, migrations, policy, rabbitmq, stack, wiring
+from minter.amqp import declare
+from minter.client import MinterClient, new_request_id
+from minter.dialects import OPERATIONS
+from minter.errors import (
+    InvalidRequest,
+    MinterError,
+    SettingsError,
+    TokenRejected,
+    Unavailable,
+)
+from minter.keystore import new_master_key
+from minter.policy import Client
+from minter.requests import FillRequest, from_fill
+from minter.scopes import check_path
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
+clients_app = typer.Typer(no_args_is_help=True, help="Register and list clients.")
+keys_app = typer.Typer(no_args_is_help=True, help="Make and list signing keys.")
+db_app = typer.Typer(no_args_is_help=True, help="The database.")
+broker_app = typer.Typer(no_args_is_help=True, help="The broker.")
+for name, group in (("clients", clients_app), ("keys", keys_app), ("db", db_app), ("broker", broker_app)):
+    app.add_typer(group, name=name)
+
+console = Console()
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+SettingsPath = Annotated[
+    Path, typer.Option("--settings", envvar="MINTER_SETTINGS", help="The settings file (TOML).")
+]
+JobFile = Annotated[Path, typer.Option("--job", help="An FTS job as JSON, - for standard input.")]
+
+
+def _guarded(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Turn errors of the tree into one line on standard error and an exit code."""
+
+    @wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except MinterError as error:
+            if kwargs.get("as_json"):
+                typer.echo(json.dumps(error.as_dict()), err=True)
+            else:
+                typer.echo(f"minter: {error.reason}: {error}", err=True)
+            raise typer.Exit(_exit_code(error)) from None
+
+    return run
+
+
+def _exit_code(error: MinterError) -> int:
+    if isinstance(error, SettingsError):
+        return 2
+    return 3 if isinstance(error, Unavailable) else 1
+
+
+def _print(as_json: bool, data: Any, text: Callable[[], Any]) -> None:
+    if as_json:
+        typer.echo(msgspec.json.encode(data).decode())
+    else:
+        shown = text()
+        if isinstance(shown, str):
+            typer.echo(shown)
+        else:
+            console.print(shown)
+
+
+def _table(title: str, headings: tuple[str, ...], rows: list[tuple[Any, ...]]) -> Table:
+    table = Table(title=title)
+    for heading in headings:
+        table.add_column(heading, overflow="fold")
+    for row in rows:
+        table.add_row(*("" if v is None else str(v) for v in row))
+    return table
+
+
+def _service() -> wiring.Service:
+    return wiring.Service(wiring.load_settings())
+
+
+def _actor() -> str:
+    return os.environ.get("SUDO_USER") or getpass.getuser()
+
+
+# ── running ──────────────────────────────────────────────────────────────────────────────────
+
+
+@app.command()
+@_guarded
+def up(
+    settings: SettingsPath,
+    state: Annotated[Path, typer.Option(help="Where the embedded servers keep their data.")] = Path(
+        ".minter"
+    ),
+    workers: Annotated[int, typer.Option(min=1, max=64)] = 2,
+    as_json: AsJson = False,
+) -> None:
+    """Run everything embedded, until Ctrl-C."""
+    stopped = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stopped.set())
+    with stack.Stack(settings, state, workers) as running:
+        names = ("MINTER_SETTINGS", "MINTER_DSN", "MINTER_BROKER_URL")
+        environ = {name: running.environ[name] for name in names}
+        _print(
+            as_json,
+            environ,
+            lambda: (
+                "\n".join(f"export {k}='{v}'" for k, v in environ.items())
+                + f"\n{workers} workers and beat are running; Ctrl-C stops all."
+            ),
+        )
+        sys.stdout.flush()
+        stopped.wait()
+
+
+@app.command("demo")
+@_guarded
+def demo_command(
+    examples: Annotated[Path, typer.Option(help="The folder with settings and jobs.")] = Path("examples"),
+    as_json: AsJson = False,
+) -> None:
+    """Fill every job that Rucio wrote, verify every token, and show what happened."""
+    shown = Console(stderr=as_json, width=None if console.is_terminal else 160)
+    with stack.temporary(examples / "settings.toml") as running:
+        run = demo.Demo(running, shown, examples / "rucio-41.5" / "jobs")
+        code = run.run()
+        if as_json:
+            typer.echo(
+                json.dumps(
+                    {
+                        "jobs": len(run.jobs),
+                        "tokens": len(run.tokens),
+                        "verified": run.verified,
+                        "failures": run.failures,
+                    }
+                )
+            )
+    raise typer.Exit(code)
+
+
+@app.command()
+@_guarded
+def check(settings: SettingsPath, as_json: AsJson = False) -> None:
+    """Check the settings as a whole; with a database, also its schema, keys and partitions."""
+    os.environ["MINTER_SETTINGS"] = str(settings)
+    loaded = wiring.load_settings()
+    warnings = list(loaded.warnings)
+    warnings += [
+        f"{vo}: no master key in the environment or a file"
+        for vo in loaded.settings.issuers
+        if not any(loaded.master_key_source(vo))
+    ]
+    if loaded.dsn:
+        warnings += _check_database(wiring.Service(loaded))
+    else:
+        warnings.append("no DSN: the database was not looked at")
+    facts = {
+        "issuers": loaded.issuers,
+        "storages": len(loaded.storages),
+        "routes": len(loaded.settings.routes),
+        "warnings": warnings,
+    }
+    _print(
+        as_json,
+        facts,
+        lambda: (
+            f"settings are right: {len(loaded.storages)} storages, "
+            f"{len(loaded.settings.routes)} routes\n" + "\n".join(f"warning: {w}" for w in warnings)
+        ),
+    )
+
+
+def _check_database(service: wiring.Service) -> list[str]:
+    warnings = []
+    with database.transaction(service.pool) as connection:
+        ring = database.read_keys(connection)
+        standby = connection.execute("SHOW synchronous_standby_names").fetchone()
+    if standby is None or not standby[0]:
+        warnings.append("Postgres has no synchronous standby: a lost disk loses issued rows")
+    for vo in service.loaded.settings.issuers:
+        states = [k.state for k in ring if k.vo == vo]
+        if "active" not in states:
+            warnings.append(f"{vo}: no active signing key; run: minter keys create --vo {vo}")
+        elif "prepared" not in states:
+            warnings.append(f"{vo}: no standby key; run: minter keys create --vo {vo}")
+    ahead = database.partitions_ahead(service.pool, service.clock().date())
+    if ahead < database.DAYS_AHEAD // 2:
+        warnings.append(f"only {ahead} days of partitions ahead; is beat running?")
+    return warnings
+
+
+# ── tokens ───────────────────────────────────────────────────────────────────────────────────
+
+
+def _read_job(path: Path) -> dict[str, Any]:
+    try:
+        text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
+        job = json.loads(text)
+    except (OSError, ValueError) as error:
+        raise InvalidRequest(f"job {path} cannot be read as JSON: {error}") from error
+    if not isinstance(job, dict):
+        raise InvalidRequest(f"job {path} is not a JSON object")
+    return job
+
+
+@app.command("mint")
+@_guarded
+def mint_command(
+    job: JobFile,
+    client: Annotated[str | None, typer.Option(help="The client, where the broker URL has no user.")] = None,
+    fts: Annotated[str | None, typer.Option(help="The FTS that the job goes to.")] = None,
+    request_id: Annotated[uuid.UUID | None, typer.Option(help="Repeat this request.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Write the filled job here, mode 600.")] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds to wait for the answer.")] = 60.0,
+    as_json: AsJson = False,
+) -> None:
+    """Fill an FTS job through the broker. Tokens are written only to --output."""
+    loaded = wiring.load_settings()
+    name = client or loaded.settings.broker.local_client or None
+    with MinterClient(loaded.broker_url, name, timeout_seconds=timeout) as minter:
+        filled = minter.fill_job(_read_job(job), request_id=request_id, fts=fts)
+    if output is not None and filled.job is not None:
+        with os.fdopen(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+            json.dump(filled.job, file)
+    facts = {
+        "request_id": str(filled.request_id),
+        "files": len(filled.job["files"]) if filled.job else 0,
+        "max_time_in_queue": filled.job["params"]["max_time_in_queue"] if filled.job else None,
+        "refused": filled.refused,
+        "dropped_sources": filled.dropped_sources,
+        "output": str(output) if output and filled.job else None,
+    }
+    _print(
+        as_json,
+        facts,
+        lambda: (
+            f"request {filled.request_id}: {facts['files']} files filled, "
+            f"{len(filled.refused)} refused"
+            + "".join(f"\n  file {r['index']}: {r['error']['error_description']}" for r in filled.refused)
+        ),
+    )
+    if filled.refused:
+        raise typer.Exit(1)
+
+
+@app.command()
+@_guarded
+def explain(
+    job: JobFile,
+    client: Annotated[str | None, typer.Option(help="The registered client that would ask.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show every step of the decision on an FTS job, without minting."""
+    service = _service()
+    request = from_fill(FillRequest(request_id=new_request_id(), job=_read_job(job)))
+    with database.transaction(service.pool) as connection:
+        control = database.read_control(connection)
+    name = client or service.loaded.settings.broker.local_client
+    if name not in control.clients:
+        raise InvalidRequest(f"client {name!r} is not registered, expected one of {sorted(control.clients)}")
+    decision = service.loaded.policy.decide(request, control.clients[name], control.bans)
+    lines = policy.explain(decision)
+    _print(as_json, lines, lambda: "\n".join(lines))
+    if decision.refused:
+        raise typer.Exit(1)
+
+
+@app.command()
+@_guarded
+def verify(
+    token: Annotated[str, typer.Argument(help="The token, or - to read it from standard input.")],
+    as_json: AsJson = False,
+) -> None:
+    """Verify a token's signature, times and row, and show its claims."""
+    service = _service()
+    text = (sys.stdin.read() if token == "-" else token).strip()  # noqa: S105 - not a secret
+    header, unverified = claims.unverified_claims(text.encode())
+    with database.transaction(service.pool) as connection:
+        ring = database.read_keys(connection)
+    key = next((k for k in ring if k.kid == header.get("kid")), None)
+    if key is None:
+        raise TokenRejected(f"no key of this engine has the kid {header.get('kid')!r}")
+    keys.verify(text.encode(), key.public_jwk)
+    now = service.clock()
+    problems = []
+    if not keys.is_public(key, now):
+        problems.append(f"its key is {key.state} and not in the JWKS")
+    if int(str(unverified["exp"])) <= now.timestamp():
+        problems.append("it has expired")
+    found = database.find_tokens(
+        service.pool, "jti", uuid.UUID(str(unverified["jti"])), service.since(400), now + timedelta(days=1)
+    )
+    if not found or json.loads(found[0].token.payload) != unverified:
+        problems.append("no row records it")
+    facts = {"valid": not problems, "problems": problems, "header": header, "claims": unverified}
+    _print(as_json, facts, lambda: json.dumps(facts, indent=2))
+    if problems:
+        raise typer.Exit(1)
+
+
+@app.command()
+@_guarded
+def trace(
+    jti: Annotated[uuid.UUID | None, typer.Option(help="A token's jti.")] = None,
+    path: Annotated[str | None, typer.Option(help="A file's path in the VO's area of its storage.")] = None,
+    request: Annotated[uuid.UUID | None, typer.Option(help="A request_id.")] = None,
+    fts_token_id: Annotated[str | None, typer.Option(help="FTS's token id: 16 hex digits.")] = None,
+    days: Annotated[int, typer.Option(help="How far back to look.", min=1, max=400)] = 30,
+    as_json: AsJson = False,
+) -> None:
+    """Find tokens, with who asked for them and what they allowed."""
+    service = _service()
+    if sum(v is not None for v in (jti, path, request, fts_token_id)) != 1:
+        raise InvalidRequest("expected exactly one of --jti, --path, --request, --fts-token-id")
+    since, until = service.since(days), service.clock() + timedelta(days=1)
+    refusals: list[Any] = []
+    if request is not None:
+        found = []
+        for row, tokens, _ in database.find_requests(service.pool, request):
+            refusals += [row.error] if row.error else row.refusals
+            for token in tokens:
+                found += database.find_tokens(service.pool, "jti", token.jti, since, until)
+    elif fts_token_id is not None:
+        found = database.find_tokens(service.pool, "fts_token_id", _fts_token_id(fts_token_id), since, until)
+    else:
+        by, value = ("jti", jti) if jti is not None else ("path", path)
+        found = database.find_tokens(service.pool, by, value, since, until)
+    _print(
+        as_json,
+        {"tokens": found, "refusals": refusals},
+        lambda: demo.trace_table(found),
+    )
+    if refusals and not as_json:
+        typer.echo("\n".join(json.dumps(r) for r in refusals))
+    if not found and not refusals:
+        raise typer.Exit(1)
+
+
+def _fts_token_id(text: str) -> int:
+    try:
+        raw = bytes.fromhex(text)
+    except ValueError:
+        raw = b""
+    if len(raw) != 8:  # noqa: PLR2004 - 16 hex digits
+        raise InvalidRequest(f"{text!r} is not an FTS token id, expected 16 hex digits")
+    return int.from_bytes(raw, signed=True)
+
+
+# ── clients, keys, database, broker ──────────────────────────────────────────────────────────
+
+
+@clients_app.command("add")
+@_guarded
+def clients_add(
+    name: str,
+    vo: Annotated[str, typer.Option()],
+    operation: Annotated[list[str] | None, typer.Option(help="Allowed operation; all if none.")] = None,
+    path: Annotated[list[str] | None, typer.Option(help="Allowed path prefix; all if none.")] = None,
+    max_lifetime: Annotated[int | None, typer.Option(help="Longest token, in seconds.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Register a client: the AMQP user that it will connect as."""
+    unknown = set(operation or ()) - set(OPERATIONS)
+    if unknown:
+        raise InvalidRequest(f"unknown operations {sorted(unknown)}, expected {', '.join(OPERATIONS)}")
+    service = _service()
+    service.prepare()
+    client = Client(
+        client_id=0, name=name, vo=vo, sub=str(wiring.new_uuid7()),
+        operations=frozenset(operation or ()), paths=tuple(check_path(p) for p in path or ()),
+        max_lifetime_seconds=max_lifetime,
+    )  # fmt: skip
+    database.add_client(service.pool, client, _actor())
+    _print(
+        as_json,
+        {"name": name, "vo": vo, "sub": client.sub},
+        lambda: f"client {name} of VO {vo}: sub {client.sub}",
+    )
+
+
+@clients_app.command("list")
+@_guarded
+def clients_list(as_json: AsJson = False) -> None:
+    """List clients and their limits."""
+    service = _service()
+    with database.transaction(service.pool) as connection:
+        found = list(database.read_control(connection).clients.values())
+    _print(
+        as_json,
+        found,
+        lambda: _table(
+            "Clients",
+            ("name", "vo", "sub", "operations", "paths", "max lifetime s", "disabled"),
+            [
+                (
+                    c.name,
+                    c.vo,
+                    c.sub,
+                    ", ".join(sorted(c.operations)) or "all",
+                    ", ".join(c.paths) or "all",
+                    c.max_lifetime_seconds,
+                    c.disabled or None,
+                )
+                for c in found
+            ],
+        ),
+    )
+
+
+@keys_app.command("master")
+@_guarded
+def keys_master() -> None:
+    """Print a fresh master key, to be kept where only the workers can read it."""
+    typer.echo(new_master_key())
+
+
+@keys_app.command("create")
+@_guarded
+def keys_create(vo: Annotated[str, typer.Option()], as_json: AsJson = False) -> None:
+    """Make a signing key: an issuer's first is active at once, a later one stands by."""
+    service = _service()
+    service.prepare()
+    if vo not in service.loaded.settings.issuers:
+        raise SettingsError(f"no [issuers.{vo}] in the settings")
+    algorithm = service.loaded.settings.issuers[vo].algorithm
+    kid, state = stack.create_key(service, vo, algorithm, _actor())
+    _print(
+        as_json,
+        {"kid": kid, "state": state, "algorithm": algorithm},
+        lambda: f"key {kid} ({algorithm}) of VO {vo} is {state}",
+    )
+
+
+@keys_app.command("list")
+@_guarded
+def keys_list(as_json: AsJson = False) -> None:
+    """List keys with their states and instants."""
+    service = _service()
+    rotation = service.loaded.settings.rotation
+    with database.transaction(service.pool) as connection:
+        ring = database.read_keys(connection)
+    _print(
+        as_json,
+        ring,
+        lambda: _table(
+            "Signing keys",
+            ("kid", "vo", "algorithm", "state", "published", "may sign from", "signs until"),
+            [
+                (
+                    k.kid,
+                    k.vo,
+                    k.algorithm,
+                    k.state,
+                    k.published_at,
+                    k.activated_at or keys.may_sign_from(k, rotation),
+                    keys.signs_until(k, rotation),
+                )
+                for k in ring
+            ],
+        ),
+    )
+
+
+@db_app.command("upgrade")
+@_guarded
+def db_upgrade(as_json: AsJson = False) -> None:
+    """Bring the database to this release's schema, and make partitions."""
+    service = _service()
+    migrations.upgrade(service.pool)
+    service.prepare()
+    ahead = database.partitions_ahead(service.pool, service.clock().date())
+    _print(
+        as_json,
+        {"partitions_ahead": ahead},
+        lambda: f"database is up to date, {ahead} days of partitions ahead",
+    )
+
+
+@broker_app.command("setup")
+@_guarded
+def broker_setup(
+    clients: Annotated[
+        bool, typer.Option(help="Also make RabbitMQ users and permissions for every client.")
+    ] = True,
+    rabbitmqctl: Annotated[str, typer.Option(help="The rabbitmqctl to call.")] = "rabbitmqctl",
+    passwords: Annotated[Path | None, typer.Option(help="Write new users' passwords here, mode 600.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Declare exchanges and quorum queues; on RabbitMQ also users and permissions."""
+    loaded = wiring.load_settings()
+    try:
+        with kombu.Connection(loaded.broker_url, connect_timeout=5) as connection:
+            declare(connection)
+    except OSError as error:
+        raise Unavailable(f"the broker cannot be reached ({type(error).__name__})") from error
+    made: list[str] = []
+    if clients and loaded.broker_url.startswith(("amqp", "pyamqp")):
+        with database.transaction(wiring.Service(loaded).pool) as connection:
+            names = [c.name for c in database.read_control(connection).clients.values() if not c.disabled]
+        made = rabbitmq.setup_users(names, loaded.broker_url, rabbitmqctl, passwords)
+    _print(as_json, {"users": made}, lambda: f"exchanges and queues declared; {len(made)} users made")
+
+
+def main() -> None:
+    """Run the command."""
+    app()

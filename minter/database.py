@@ -1,0 +1,552 @@
+"""All SQL of the product: recording, repeating, finding; one function per question.
+
+It knows nothing about what makes a token right. Failures of Postgres that pass by themselves
+leave here as `Unavailable`, and nothing of the transaction stays.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC, date, datetime, timedelta
+from hashlib import sha256
+from typing import Any
+from uuid import UUID
+
+import msgspec
+import psycopg
+from psycopg.types.json import Jsonb
+from sqlalchemy import create_engine
+from sqlalchemy.engine import Engine as Pool
+
+from minter.errors import Unavailable, UnknownClient
+from minter.keys import Key
+from minter.mint import Control, RequestRow, TokenRow
+from minter.policy import Ban, Bans, Client
+from minter.storages import Storage
+
+CONTROL_LOCK = 0x6D696E74  # "mint": recording holds it shared, changes of the control tables alone
+
+DAYS_AHEAD = 7
+PARTITIONED = ("requests", "tokens")
+
+_PASSING = (psycopg.OperationalError, psycopg.InterfaceError, psycopg.errors.ReadOnlySqlTransaction)
+
+
+def pool(dsn: str, size: int = 2) -> Pool:
+    """Return a connection pool; no session state is kept, so PgBouncer may stand in between.
+
+    synchronous_commit is asked for per transaction, not per session, in `Store.recording`.
+    """
+    return create_engine(
+        "postgresql+psycopg://",
+        creator=lambda: psycopg.connect(dsn, prepare_threshold=None, connect_timeout=5),
+        pool_size=size,
+        max_overflow=size,
+    )
+
+
+@contextmanager
+def transaction(engine: Pool) -> Iterator["psycopg.Connection[Any]"]:
+    """Yield a driver connection in a transaction; raises Unavailable for what will pass."""
+    try:
+        pooled = engine.raw_connection()
+    except _PASSING as error:
+        raise Unavailable(f"Postgres cannot be reached ({type(error).__name__})") from error
+    driver: psycopg.Connection[Any] = pooled.driver_connection  # type: ignore[assignment]
+    try:
+        yield driver
+        driver.commit()
+    except _PASSING as error:
+        pooled.invalidate()
+        raise Unavailable(
+            f"Postgres failed during the transaction ({type(error).__name__}); nothing was handed out"
+        ) from error
+    except psycopg.errors.CheckViolation as error:
+        driver.rollback()
+        if "no partition of relation" in str(error):
+            raise Unavailable(
+                "no partition for this day; is beat running? (minter db upgrade makes them too)"
+            ) from error
+        raise
+    except BaseException:
+        if not driver.closed:
+            driver.rollback()
+        raise
+    finally:
+        pooled.close()
+
+
+# ── recording ────────────────────────────────────────────────────────────────────────────────
+
+
+class Store:
+    """Where tokens are recorded; `clock` is the entry point's, compared with Postgres's."""
+
+    def __init__(self, engine: Pool, clock: Callable[[], datetime]) -> None:
+        self.engine = engine
+        self._clock = clock
+        self._version = -1
+        self._control: Control | None = None
+        self._storage_ids: dict[tuple[str, str], int] = {}
+        self._vo_of: dict[int, str] = {}
+
+    @contextmanager
+    def recording(self) -> Iterator["Recording"]:
+        """Open the recording transaction; leaving it without an error commits it durably."""
+        with transaction(self.engine) as connection:
+            yield Recording(self, connection)
+
+    def control(self, connection: "psycopg.Connection[Any]") -> tuple[Control, float]:
+        """Read the control tables under the shared lock; equal versions are read once."""
+        with connection.pipeline(), connection.cursor() as cursor:
+            connection.execute("SET LOCAL synchronous_commit TO on")
+            connection.execute("SELECT pg_advisory_xact_lock_shared(%s)", (CONTROL_LOCK,))
+            cursor.execute("SELECT version, clock_timestamp() FROM control")
+            version, database_now = _one(cursor)
+        skew = (self._clock() - database_now).total_seconds()
+        if version != self._version or self._control is None:
+            self._control = read_control(connection)
+            rows = connection.execute("SELECT vo, name, storage_id FROM storages").fetchall()
+            self._storage_ids = {(vo, name): number for vo, name, number in rows}
+            self._vo_of = {c.client_id: c.vo for c in self._control.clients.values()}
+            self._version = version
+        return self._control, skew
+
+    def storage_id(self, client_id: int, name: str) -> int:
+        """Return the row of a storage; 0 stands for a service such as FTS."""
+        return self._storage_ids.get((self._vo_of[client_id], name), 0)
+
+
+class Recording:
+    """The open recording transaction (`mint.Recording`)."""
+
+    def __init__(self, store: Store, connection: "psycopg.Connection[Any]") -> None:
+        self._store = store
+        self._connection = connection
+
+    def control(self) -> tuple[Control, float]:
+        """Read the control tables and the skew of our clock, in seconds."""
+        return self._store.control(self._connection)
+
+    def insert_requests(self, rows: Sequence[RequestRow]) -> set[tuple[UUID, int]]:
+        """Insert what is not there yet; return the keys of what was new."""
+        if not rows:
+            return set()
+        found = self._connection.execute(
+            """
+            INSERT INTO requests (request_id, client_id, first_jti, received_at, tokens, digest,
+                                  kind, activity, on_behalf_of, error, refusals)
+            SELECT r, c, f, at, t, d, k, a, o, e::jsonb, x::jsonb
+            FROM unnest(%s::uuid[], %s::int[], %s::uuid[], %s::timestamptz[], %s::int[],
+                        %s::bytea[], %s::text[], %s::text[], %s::text[], %s::text[], %s::text[])
+                 AS new (r, c, f, at, t, d, k, a, o, e, x)
+            ON CONFLICT DO NOTHING RETURNING request_id, client_id
+            """,
+            (
+                [r.request_id for r in rows],
+                [r.client_id for r in rows],
+                [r.first_jti for r in rows],
+                [r.received_at for r in rows],
+                [r.tokens for r in rows],
+                [r.digest for r in rows],
+                [r.kind for r in rows],
+                [_text(r.activity) for r in rows],
+                [_text(r.on_behalf_of) for r in rows],
+                [_json(r.error) if r.error else None for r in rows],
+                [_json(r.refusals) if r.refusals else None for r in rows],
+            ),
+        ).fetchall()
+        return set(found)
+
+    def copy_tokens(self, rows: Sequence[TokenRow]) -> None:
+        """COPY minted tokens in, as lines made here: row-wise adaption would cost as much as signing."""
+        if not rows:
+            return
+        storage_ids: dict[tuple[int, str], int] = {}
+        lines = []
+        for t in rows:
+            where = (t.client_id, t.storage)
+            storage_id = storage_ids.get(where)
+            if storage_id is None:
+                storage_id = storage_ids[where] = self._store.storage_id(*where)
+            lines.append(
+                f"{t.jti}\t{t.request_id}\t{datetime.fromtimestamp(t.expires_at, UTC)}\t"
+                f"{path_hash(t.path)}\t{t.fts_token_id}\t{t.client_id}\t{storage_id}\t{t.key_id}\t"
+                f"issued\tmint\t{t.side}\t{t.file}\t{t.index}\t{_copy(t.external_id)}\t"
+                f"{_copy(t.payload)}\n"
+            )
+        with self._connection.cursor().copy(
+            "COPY tokens (jti, request_id, expires_at, path_hash, fts_token_id, client_id,"
+            " storage_id, key_id, state, mode, side, file, position, external_id, payload)"
+            " FROM STDIN"
+        ) as copy:
+            copy.write("".join(lines).encode())
+
+    def recorded(
+        self, ids: Sequence[tuple[UUID, int]]
+    ) -> dict[tuple[UUID, int], tuple[RequestRow, list[TokenRow]]]:
+        """Read requests with their tokens, in order of jti."""
+        found = self._connection.execute(
+            f"""
+            SELECT {_REQUEST} FROM unnest(%s::uuid[], %s::int[]) AS w (id, client)
+            JOIN requests r ON (r.request_id, r.client_id) = (w.id, w.client)
+            """,
+            ([i for i, _ in ids], [c for _, c in ids]),
+        ).fetchall()
+        return {
+            (row.request_id, row.client_id): (row, tokens_of(self._connection, row))
+            for row in map(_request_row, found)
+        }
+
+
+def path_hash(path: str) -> int:
+    """Return the indexed hash of a VO-relative path: 64 bits, signed."""
+    return int.from_bytes(sha256(path.encode()).digest()[:8], signed=True)
+
+
+_COPY_ESCAPES = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r", "\x00": ""})
+
+
+def _copy(text: str) -> str:
+    return text.translate(_COPY_ESCAPES) if not text.isalnum() else text
+
+
+def _text(text: str) -> str:
+    return text.replace("\x00", "")  # Postgres has no NUL in text
+
+
+def _json(value: object) -> str:
+    return msgspec.json.encode(value).decode().replace("\\u0000", "")
+
+
+def _one(cursor: "psycopg.Cursor[Any]") -> Any:
+    row = cursor.fetchone()
+    if row is None:
+        raise Unavailable("the control row is missing; run: minter db upgrade")
+    return row
+
+
+# ── reading ──────────────────────────────────────────────────────────────────────────────────
+
+_REQUEST = (
+    "r.request_id, r.client_id, r.digest, r.kind, r.activity, r.on_behalf_of, r.first_jti,"
+    " r.tokens, r.refusals, r.error, r.received_at"
+)
+_COLUMNS = (
+    "t.jti, t.request_id, t.client_id, coalesce(s.name, ''), t.key_id,"
+    " extract(epoch FROM t.expires_at)::bigint, '', t.fts_token_id, t.file, t.side::text,"
+    " t.position, t.external_id, t.payload"
+)
+
+
+def _request_row(row: Sequence[Any]) -> RequestRow:
+    fields = list(row)
+    fields[8] = fields[8] or []
+    return RequestRow(*fields)
+
+
+def tokens_of(connection: "psycopg.Connection[Any]", request: RequestRow) -> list[TokenRow]:
+    """Return the tokens of one request: a range of the primary key, in one or two partitions."""
+    if not request.tokens:
+        return []
+    last = UUID(int=request.first_jti.int + request.tokens - 1)
+    rows = connection.execute(
+        f"SELECT {_COLUMNS} FROM tokens t LEFT JOIN storages s USING (storage_id)"
+        " WHERE t.jti BETWEEN %s AND %s ORDER BY t.jti",
+        (request.first_jti, last),
+    ).fetchall()
+    return [TokenRow(*row) for row in rows]
+
+
+def read_control(connection: "psycopg.Connection[Any]") -> Control:
+    """Read clients, bans, keys and issuers in the transaction of `connection`."""
+    clients = connection.execute(
+        "SELECT client_id, name, vo, sub, operations, paths, max_lifetime_seconds, reply_queues,"
+        " disabled_at IS NOT NULL FROM clients"
+    ).fetchall()
+    bans = connection.execute("SELECT kind, value, vo FROM bans WHERE lifted_at IS NULL").fetchall()
+    issuers = connection.execute("SELECT vo, iss FROM issuers").fetchall()
+    return Control(
+        {
+            name: Client(
+                client_id=number,
+                name=name,
+                vo=vo,
+                sub=sub,
+                operations=frozenset(operations),
+                paths=tuple(paths),
+                max_lifetime_seconds=longest,
+                reply_queues=tuple(queues),
+                disabled=disabled,
+            )
+            for number, name, vo, sub, operations, paths, longest, queues, disabled in clients
+        },
+        Bans(Ban(*row) for row in bans),
+        read_keys(connection),
+        dict(issuers),
+    )
+
+
+def read_keys(connection: "psycopg.Connection[Any]") -> list[Key]:
+    """Return every key of every issuer, without private halves, oldest first."""
+    rows = connection.execute(
+        "SELECT key_id, vo, kid, algorithm, state::text, public_jwk, published_at, activated_at,"
+        " retired_at, last_exp FROM signing_keys ORDER BY key_id"
+    ).fetchall()
+    return [Key(*row) for row in rows]
+
+
+def read_private_key(engine: Pool, key_id: int) -> bytes | None:
+    """Return the encrypted private half of a key, None once it was destroyed."""
+    with transaction(engine) as connection:
+        row = connection.execute(
+            "SELECT private_key FROM signing_keys WHERE key_id = %s", (key_id,)
+        ).fetchone()
+    return None if row is None or row[0] is None else bytes(row[0])
+
+
+_FOUND = f"""
+    SELECT {_COLUMNS}, t.state::text, t.mode::text, c.name, c.vo, k.kid
+    FROM tokens t
+    LEFT JOIN storages s USING (storage_id)
+    LEFT JOIN clients c USING (client_id)
+    LEFT JOIN signing_keys k USING (key_id)
+    WHERE {{condition}} AND t.jti >= %(first)s AND t.jti < %(last)s
+    ORDER BY t.jti DESC LIMIT %(limit)s
+"""
+
+FIND = {
+    "jti": "t.jti = %(value)s",
+    "path": "t.path_hash = %(value)s",
+    "fts_token_id": "t.fts_token_id = %(value)s",
+}
+"""The questions that one index answers; each is bounded in time by the jti."""
+
+
+class Found(msgspec.Struct, frozen=True):
+    """One token found, with the names around it."""
+
+    token: TokenRow
+    state: str
+    mode: str
+    client: str
+    vo: str
+    kid: str
+
+
+def find_query(by: str) -> str:
+    """Return the statement behind `find_tokens`, for EXPLAIN."""
+    return _FOUND.format(condition=FIND[by])
+
+
+def find_tokens(
+    engine: Pool, by: str, value: object, since: datetime, until: datetime, limit: int = 100
+) -> list[Found]:
+    """Find tokens by jti (UUID), path (decoded, VO-relative) or FTS token id, newest first."""
+    if by == "path":
+        value = path_hash(str(value))
+    with transaction(engine) as connection:
+        rows = connection.execute(
+            find_query(by),
+            {"value": value, "first": _floor(since), "last": _floor(until), "limit": limit},
+        ).fetchall()
+    width = len(TokenRow.__struct_fields__)
+    return [Found(TokenRow(*row[:width]), *row[width:]) for row in rows]
+
+
+def find_requests(engine: Pool, request_id: UUID) -> list[tuple[RequestRow, list[TokenRow], str]]:
+    """Find a request, of whichever client, with its tokens and the client's name."""
+    with transaction(engine) as connection:
+        rows = connection.execute(
+            f"SELECT {_REQUEST}, c.name FROM requests r JOIN clients c USING (client_id)"
+            " WHERE r.request_id = %s",
+            (request_id,),
+        ).fetchall()
+        requests = [(_request_row(row[:-1]), row[-1]) for row in rows]
+        return [(row, tokens_of(connection, row), name) for row, name in requests]
+
+
+def _floor(instant: datetime) -> UUID:
+    """Return the smallest UUIDv7 of an instant (milliseconds, RFC 9562 §5.7)."""
+    return UUID(int=int(instant.timestamp() * 1000) << 80)
+
+
+# ── partitions ───────────────────────────────────────────────────────────────────────────────
+
+
+def make_partitions(engine: Pool, today: date, retention_days: int) -> list[str]:
+    """Make the missing daily partitions, a week ahead and back to the oldest request_id taken."""
+    made = []
+    with transaction(engine) as connection:
+        connection.execute("SELECT pg_advisory_xact_lock(%s)", (CONTROL_LOCK + 1,))
+        known = {
+            name
+            for (name,) in connection.execute(
+                "SELECT c.relname FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid"
+                " JOIN pg_class p ON p.oid = i.inhparent WHERE p.relname = ANY(%s)",
+                (list(PARTITIONED),),
+            ).fetchall()
+        }
+        for table in PARTITIONED:
+            back = retention_days + 1 if table == "requests" else 1
+            for offset in range(-back, DAYS_AHEAD + 1):
+                day = today + timedelta(days=offset)
+                name = f"{table}_{day:%Y%m%d}"
+                if name in known:
+                    continue
+                start = datetime(day.year, day.month, day.day, tzinfo=UTC)
+                connection.execute(
+                    f"CREATE TABLE {name} PARTITION OF {table} FOR VALUES FROM ('{_floor(start)}')"
+                    f" TO ('{_floor(start + timedelta(days=1))}')"
+                )
+                made.append(name)
+    return made
+
+
+def partitions_ahead(engine: Pool, today: date) -> int:
+    """Return for how many days after `today` tokens have a partition already."""
+    with transaction(engine) as connection:
+        rows = connection.execute(
+            "SELECT c.relname FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid"
+            " JOIN pg_class p ON p.oid = i.inhparent WHERE p.relname = 'tokens'"
+            " AND c.relname > %s",
+            (f"tokens_{today:%Y%m%d}",),
+        ).fetchall()
+    return len(rows)
+
+
+# ── control tables ───────────────────────────────────────────────────────────────────────────
+
+
+@contextmanager
+def controlling(
+    engine: Pool, actor: str, action: str, subject: str, details: Mapping[str, object]
+) -> Iterator["psycopg.Connection[Any]"]:
+    """Change a control table: alone, and audited in the same transaction (I8, I9)."""
+    with transaction(engine) as connection:
+        connection.execute("SELECT pg_advisory_xact_lock(%s)", (CONTROL_LOCK,))
+        yield connection
+        connection.execute(
+            "INSERT INTO audit (actor, action, subject, details) VALUES (%s, %s, %s, %s)",
+            (actor, action, subject, Jsonb(dict(details))),
+        )
+
+
+def sync_catalogue(engine: Pool, issuers: Mapping[str, str], storages: Sequence[Storage]) -> int:
+    """Bring issuers and storages of the settings into rows that outlive them; return the changes.
+
+    A VO never changes its `iss` (§2.1: sub is unique in it); a storage no longer in the settings
+    is kept, marked retired, for what was issued on it.
+    """
+    wanted = {(s.vo, s.name): json.loads(msgspec.json.encode(s)) for s in storages}
+    with transaction(engine) as connection:
+        known_issuers = dict(connection.execute("SELECT vo, iss FROM issuers").fetchall())
+        rows = connection.execute(
+            "SELECT vo, name, definition, retired_at IS NOT NULL FROM storages"
+        ).fetchall()
+    known = {(vo, name): None if retired else definition for vo, name, definition, retired in rows}
+    new = {vo: iss for vo, iss in issuers.items() if known_issuers.get(vo) != iss}
+    changed = [key for key, definition in wanted.items() if known.get(key) != definition]
+    gone = [k for k, d in known.items() if d is not None and k not in wanted and k[0] in issuers]
+    if not (new or changed or gone):
+        return 0
+    details = {"issuers": sorted(new), "changed": len(changed), "retired": len(gone)}
+    with controlling(engine, "settings", "catalogue", "settings", details) as connection:
+        for vo, iss in new.items():
+            connection.execute(
+                "INSERT INTO issuers (vo, iss) VALUES (%s, %s) ON CONFLICT DO NOTHING", (vo, iss)
+            )
+            (recorded,) = _one(connection.execute("SELECT iss FROM issuers WHERE vo = %s", (vo,)))
+            if recorded != iss:
+                raise Unavailable(f"VO {vo!r} has issued as {recorded!r} before and cannot become {iss!r}")
+        with connection.cursor() as cursor:
+            cursor.executemany(
+                "INSERT INTO storages (vo, name, definition) VALUES (%s, %s, %s)"
+                " ON CONFLICT (vo, name) DO UPDATE"
+                " SET definition = excluded.definition, retired_at = NULL",
+                [(*key, Jsonb(wanted[key])) for key in changed],
+            )
+            cursor.executemany("UPDATE storages SET retired_at = now() WHERE vo = %s AND name = %s", gone)
+    return len(new) + len(changed) + len(gone)
+
+
+def add_client(engine: Pool, client: Client, actor: str) -> int:
+    """Register a client; return its client_id. Raises psycopg's UniqueViolation as UnknownClient."""
+    details = {"vo": client.vo, "operations": sorted(client.operations), "paths": client.paths}
+    try:
+        with controlling(engine, actor, "client.add", client.name, details) as connection:
+            row = connection.execute(
+                "INSERT INTO clients (name, vo, sub, operations, paths, max_lifetime_seconds,"
+                " reply_queues) VALUES (%s, %s, %s, %s, %s, %s, %s) RETURNING client_id",
+                (
+                    client.name, client.vo, client.sub, sorted(client.operations),
+                    list(client.paths), client.max_lifetime_seconds, list(client.reply_queues),
+                ),
+            ).fetchone()  # fmt: skip
+    except psycopg.errors.UniqueViolation as error:
+        raise UnknownClient(f"client {client.name!r} exists already; choose another name") from error
+    except psycopg.errors.ForeignKeyViolation as error:
+        raise UnknownClient(f"VO {client.vo!r} has no issuer in the database") from error
+    except psycopg.errors.CheckViolation as error:
+        raise UnknownClient(
+            f"client {client.name!r} cannot be registered: {error.diag.constraint_name}; a name has "
+            "letters, digits, _ and -, at most 64"
+        ) from error
+    return int(row[0]) if row else 0
+
+
+def add_key(
+    engine: Pool,
+    vo: str,
+    kid: str,
+    algorithm: str,
+    jwk: Mapping[str, str],
+    encrypted: bytes,
+    actor: str,
+) -> str:
+    """Store a new key and return its state: an issuer's first key is active at once (I6)."""
+    with controlling(engine, actor, "key.create", kid, {"vo": vo, "algorithm": algorithm}) as tx:
+        row = tx.execute(
+            """
+            INSERT INTO signing_keys (vo, kid, algorithm, state, public_jwk, private_key, activated_at)
+            SELECT %(vo)s, %(kid)s, %(algorithm)s, first.state, %(jwk)s, %(encrypted)s,
+                   CASE first.state WHEN 'active' THEN now() END
+            FROM (SELECT (CASE WHEN EXISTS (SELECT FROM signing_keys WHERE vo = %(vo)s)
+                          THEN 'prepared' ELSE 'active' END)::key_state AS state) AS first
+            RETURNING state::text
+            """,
+            {
+                "vo": vo, "kid": kid, "algorithm": algorithm, "jwk": Jsonb(dict(jwk)),
+                "encrypted": encrypted,
+            },
+        ).fetchone()  # fmt: skip
+    return str(row[0]) if row else ""
+
+
+# ── suspects ─────────────────────────────────────────────────────────────────────────────────
+
+
+def suspect(engine: Pool, digest: bytes) -> int:
+    """Count one more try of a message that came again; committed before the try."""
+    with transaction(engine) as connection:
+        row = _one(
+            connection.execute(
+                "INSERT INTO suspects (digest, attempts) VALUES (%s, 1) ON CONFLICT (digest)"
+                " DO UPDATE SET attempts = suspects.attempts + 1, seen_at = now()"
+                " RETURNING attempts",
+                (digest,),
+            )
+        )
+    return int(row[0])
+
+
+def acquit(engine: Pool, digest: bytes) -> None:
+    """Forget a message that was served, or dead-lettered."""
+    with transaction(engine) as connection:
+        connection.execute("DELETE FROM suspects WHERE digest = %s", (digest,))
+
+
+def prune_suspects(engine: Pool) -> int:
+    """Forget messages not seen for a day."""
+    with transaction(engine) as connection:
+        return connection.execute("DELETE FROM suspects WHERE seen_at < now() - interval '1 day'").rowcount

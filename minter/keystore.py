@@ -1,0 +1,116 @@
+"""Private keys at rest: AES-256-GCM under data keys derived from the issuer's master key (I5).
+
+The master key is 32 bytes, base64url, from the environment or a file; it is never in the database.
+The associated data names the row, so a ciphertext moved to another row does not open.
+"""
+
+import base64
+import os
+import secrets
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+from minter import keys
+from minter.errors import NoUsableKey, SettingsError
+
+MASTER_KEY_BYTES = 32
+_NONCE_BYTES = 12
+_VERSION = b"\x01"
+
+
+class MasterKey:
+    """One issuer's master key; its `repr` shows the VO only."""
+
+    def __init__(self, vo: str, material: bytes) -> None:
+        if len(material) != MASTER_KEY_BYTES:
+            raise SettingsError(
+                f"master key of VO {vo!r} has {len(material)} bytes, expected {MASTER_KEY_BYTES} "
+                "in base64url; make one with: minter keys master"
+            )
+        self.vo = vo
+        self._material = material
+
+    def __repr__(self) -> str:
+        """Name the VO, never show the key."""
+        return f"MasterKey({self.vo})"
+
+    def _cipher(self, purpose: str) -> AESGCM:
+        info = f"minter {purpose} {self.vo}".encode()
+        return AESGCM(HKDF(SHA256(), 32, salt=None, info=info).derive(self._material))
+
+    def encrypt(self, purpose: str, row: str, secret: bytes) -> bytes:
+        """Encrypt `secret` for one row of one purpose."""
+        nonce = os.urandom(_NONCE_BYTES)
+        sealed = self._cipher(purpose).encrypt(nonce, secret, f"{purpose}:{row}".encode())
+        return _VERSION + nonce + sealed
+
+    def decrypt(self, purpose: str, row: str, sealed: bytes) -> bytes:
+        """Decrypt what `encrypt` made for the same row; raises NoUsableKey otherwise."""
+        nonce, body = sealed[1 : 1 + _NONCE_BYTES], sealed[1 + _NONCE_BYTES :]
+        try:
+            return self._cipher(purpose).decrypt(nonce, body, f"{purpose}:{row}".encode())
+        except InvalidTag as error:
+            raise NoUsableKey(
+                f"{purpose} {row} of VO {self.vo!r} does not open with this master key"
+            ) from error
+
+
+def new_master_key() -> str:
+    """Return a fresh master key in the form that the settings take."""
+    return base64.urlsafe_b64encode(secrets.token_bytes(MASTER_KEY_BYTES)).decode().rstrip("=")
+
+
+def read_master_key(vo: str, *, text: str | None, path: Path | None) -> MasterKey:
+    """Read a master key from the environment's text or from a file that only its owner may read."""
+    if text is None and path is not None:
+        try:
+            if path.stat().st_mode & 0o077:
+                raise SettingsError(f"master key file {path} is open to others; chmod 600 it")
+            text = path.read_text()
+        except OSError as error:
+            raise SettingsError(f"master key file {path} cannot be read: {error.strerror}") from error
+    if text is None:
+        raise SettingsError(f"VO {vo!r} has no master key; set its environment variable or file")
+    stripped = text.strip()
+    try:
+        material = base64.urlsafe_b64decode(stripped + "=" * (-len(stripped) % 4))
+    except ValueError:
+        raise SettingsError(f"master key of VO {vo!r} is not base64url") from None
+    return MasterKey(vo, material)
+
+
+class Keystore:
+    """Seals new signing keys, and opens known ones and keeps them open in this process.
+
+    `read` gives the encrypted private half of a key_id, None once it was destroyed.
+    """
+
+    def __init__(self, masters: Mapping[str, MasterKey], read: Callable[[int], bytes | None]) -> None:
+        self._masters = masters
+        self._read = read
+        self._open: dict[int, keys.Signer] = {}
+
+    def seal(self, vo: str, signer: keys.Signer) -> bytes:
+        """Return a new key's private half, encrypted for its row."""
+        return self._master(vo).encrypt("signing_key", signer.kid, signer.private_pem())
+
+    def unlock(self, key: keys.Key) -> keys.Signer:
+        """Return the signer of a key; raises NoUsableKey if it is destroyed or does not open."""
+        signer = self._open.get(key.key_id)
+        if signer is None:
+            sealed = self._read(key.key_id)
+            if sealed is None:
+                raise NoUsableKey(f"private half of key {key.kid} was destroyed")
+            pem = self._master(key.vo).decrypt("signing_key", key.kid, sealed)
+            signer = self._open[key.key_id] = keys.load_signer(pem, key.algorithm)
+        return signer
+
+    def _master(self, vo: str) -> MasterKey:
+        if vo not in self._masters:
+            raise NoUsableKey(f"this process has no master key of VO {vo!r}")
+        return self._masters[vo]

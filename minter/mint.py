@@ -1,0 +1,416 @@
+"""Mint: decide, sign, check, record, hand out. The whole product in one file.
+
+`mint_many` takes submissions that wait together and gives each its outcome. It names what it needs
+as Protocols; the adapters fit them. The order of its steps is the invariants:
+
+1. Open the recording transaction and read bans, clients and keys under its lock: whatever an
+   operator changed before binds this batch, and what changes now waits for it (I9).
+2. Decide each request (pure).
+3. Build, sign and check each token. Nothing has left: a failure here leaves nothing behind.
+4. Insert the requests; where a request_id is taken, look at what was recorded instead (I4).
+5. COPY the tokens of the new requests, with FTS's id of each token (SHA-1 of its bytes).
+6. Commit. Now the tokens are issued (I2).
+7. Hand out: new tokens as signed; repeated ones signed again from their rows, byte for byte.
+
+A crash before 6 leaves nothing; after it, the unacknowledged message comes again and ends in 7.
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from datetime import datetime
+from typing import Any, Literal, Protocol
+from uuid import UUID
+
+from msgspec import Struct, structs
+
+from minter import keys
+from minter.claims import build_claims, check_token, unverified_claims
+from minter.errors import (
+    Banned,
+    ClientMismatch,
+    ClockSkew,
+    Conflict,
+    Expired,
+    MinterError,
+    NoUsableKey,
+    RequestError,
+    UnknownClient,
+    from_dict,
+)
+from minter.keys import Key, RotationPolicy, Signer
+from minter.policy import BACKDATE_SECONDS, Bans, Client, Decision, Grant, Policy
+from minter.requests import Request, Side, check_request_id
+
+MAX_CLOCK_SKEW_SECONDS = 5.0
+"""Beyond this difference to Postgres's clock a process refuses to sign."""
+COVER_SECONDS = 600
+"""A recorded token with less life left than this no longer covers any need."""
+_SAMPLE = 0x3F
+"""The signature of one token in 64 is verified; the claims of every token are checked."""
+_JTI_NUMBERS = (1 << 20) - 1
+"""The bits of a request's first jti that count its tokens: no request has 2^20."""
+
+
+class Submission(Struct, frozen=True, eq=False):
+    """One request and who, by the broker's word, sent it."""
+
+    request: Request
+    client: str
+
+
+class Control(Struct, frozen=True, eq=False):
+    """What operators may change at any time, as of the recording transaction."""
+
+    clients: Mapping[str, Client]
+    bans: Bans
+    ring: Sequence[Key]
+    issuers: Mapping[str, str]
+    """Issuer URL by VO."""
+
+
+class RequestRow(Struct, frozen=True):
+    """One request as recorded. Its tokens' jtis are `first_jti`, `first_jti + 1`, …."""
+
+    request_id: UUID
+    client_id: int
+    digest: bytes
+    kind: str
+    activity: str
+    on_behalf_of: str
+    first_jti: UUID
+    tokens: int
+    refusals: list[dict[str, Any]]
+    error: dict[str, Any] | None
+    received_at: datetime
+
+
+class TokenRow(Struct, frozen=True, gc=False):
+    """One token as recorded: everything but its signature."""
+
+    jti: UUID
+    request_id: UUID
+    client_id: int
+    storage: str
+    key_id: int
+    expires_at: int
+    path: str
+    fts_token_id: int
+    file: int
+    side: Side
+    index: int
+    external_id: str
+    payload: str
+
+
+class Recording(Protocol):
+    """The recording transaction; leaving it without an error commits it durably."""
+
+    def control(self) -> tuple[Control, float]:
+        """Read the control tables under a shared lock; also the clock's skew to the database's."""
+        ...
+
+    def insert_requests(self, rows: Sequence[RequestRow]) -> set[tuple[UUID, int]]:
+        """Insert what is not there yet; return the (request_id, client_id) that were new."""
+        ...
+
+    def copy_tokens(self, rows: Sequence[TokenRow]) -> None:
+        """Add token rows."""
+        ...
+
+    def recorded(
+        self, ids: Sequence[tuple[UUID, int]]
+    ) -> dict[tuple[UUID, int], tuple[RequestRow, list[TokenRow]]]:
+        """Read requests with their tokens, in order of jti."""
+        ...
+
+
+class Store(Protocol):
+    """Where tokens are recorded."""
+
+    def recording(self) -> AbstractContextManager[Recording]:
+        """Open the recording transaction."""
+        ...
+
+
+class Issued(Struct, frozen=True, gc=False):
+    """One token on its way out; its `repr` hides the bytes."""
+
+    need: tuple[int, Side, int]
+    storage: str
+    scope: str
+    jti: UUID
+    exp: int
+    token: bytes
+    lifetime_fixed: int = 0
+
+    def __repr__(self) -> str:
+        """Name the token without showing it."""
+        return f"Issued({self.jti}, {self.need})"
+
+
+class Outcome(Struct, eq=False):
+    """What became of one submission. `error` means that no token was issued for it."""
+
+    submission: Submission
+    issued: list[Issued]
+    refusals: list[dict[str, Any]]
+    error: MinterError | None = None
+    repeated: bool = False
+    decision: Decision | None = None
+
+
+class Observed(Struct, frozen=True):
+    """One record for `observe`: metrics, logs and audit lines are made from it, never secrets."""
+
+    stage: Literal["received", "decided", "signed", "copied", "committed"]
+    outcomes: Sequence[Outcome]
+    at: datetime
+
+
+Observe = Callable[[Observed], None]
+
+
+class Engine:
+    """`mint_many` with everything but the submissions and the time bound to it."""
+
+    def __init__(
+        self,
+        store: Store,
+        policy: Policy,
+        unlock: Callable[[Key], Signer],
+        new_jti: Callable[[], UUID],
+        observe: Observe,
+        *,
+        rotation: RotationPolicy | None = None,
+        retention_seconds: int = 30 * 86400,
+    ) -> None:
+        self.store = store
+        self.policy = policy
+        self.unlock = unlock
+        self.new_jti = new_jti
+        self.observe = observe
+        self.rotation = rotation or RotationPolicy()
+        self.retention_seconds = retention_seconds
+
+    def mint_many(self, submissions: Sequence[Submission], now: datetime) -> list[Outcome]:
+        """Give each submission its outcome; equal ones are served once.
+
+        Raises what the store raises when it is away: then nothing was recorded or handed out.
+        """
+        outcomes = [Outcome(s, [], []) for s in submissions]
+        # Lock order: every batch inserts its request_ids sorted, so two batches cannot deadlock.
+        pending = sorted(outcomes, key=lambda o: (o.submission.request.request_id, o.submission.client))
+        self._observe("received", outcomes, now)
+        works: dict[tuple[UUID, str], _Work] = {}
+        twins: list[tuple[Outcome, _Work]] = []
+        with self.store.recording() as tx:
+            control, skew = tx.control()
+            try:
+                check_clock(skew)
+            except ClockSkew as error:
+                return [structs.replace(o, error=error) for o in outcomes]
+            for outcome in pending:
+                self._begin(outcome, control, now, works, twins)
+            self._observe("decided", outcomes, now)
+            ready = [w for w in works.values() if self._sign(w, control, now)]
+            self._observe("signed", outcomes, now)
+            new = tx.insert_requests([w.row for w in ready])
+            fresh = [w for w in ready if w.key in new]
+            tx.copy_tokens([row for w in fresh for row in w.rows])
+            self._observe("copied", outcomes, now)
+            known = [w for w in ready if w.key not in new]
+            recorded = tx.recorded([w.key for w in known]) if known else {}
+        self._observe("committed", outcomes, now)
+        for work in known:
+            self._repeat(work, *recorded[work.key], control, now)
+        for outcome, work in twins:
+            _share(outcome, work)
+        return outcomes
+
+    # ── the steps ────────────────────────────────────────────────────────────────────────────
+
+    def _begin(
+        self,
+        outcome: Outcome,
+        control: Control,
+        now: datetime,
+        works: "dict[tuple[UUID, str], _Work]",
+        twins: "list[tuple[Outcome, _Work]]",
+    ) -> None:
+        """Decide one submission, or set it beside its equal one in the same batch."""
+        request, name = outcome.submission.request, outcome.submission.client
+        first = works.get((request.request_id, name))
+        if first is not None:
+            twins.append((outcome, first))
+            return
+        try:
+            client = _client(control, request, name)
+            check_request_id(request, now.timestamp(), self.retention_seconds)
+        except RequestError as error:  # not a client, or no id to record it under
+            outcome.error = error
+            return
+        decision = self.policy.decide(request, client, control.bans)
+        outcome.decision, outcome.error = decision, decision.error
+        outcome.refusals = [structs.asdict(r.record()) for r in decision.refused]
+        works[request.request_id, name] = _Work(outcome, client, decision)
+
+    def _sign(self, work: "_Work", control: Control, now: datetime) -> bool:
+        """Build, sign and check every token of one request; False if it cannot be recorded now."""
+        request, client, grants = work.outcome.submission.request, work.client, work.decision.grants
+        base = self.new_jti().int & ~_JTI_NUMBERS
+        work.row = RequestRow(
+            request.request_id, client.client_id, request.digest, request.kind, request.activity,
+            request.on_behalf_of, UUID(int=base), len(grants), work.outcome.refusals,
+            work.decision.error.as_dict() if work.decision.error else None, now,
+        )  # fmt: skip
+        if not grants:
+            return True
+        try:
+            key = keys.active(control.ring, client.vo)
+            signer = self.unlock(key)
+        except NoUsableKey as error:
+            work.outcome.error, work.outcome.refusals = error, []
+            return False
+        issuer = control.issuers[client.vo]
+        seconds = int(now.timestamp())
+        for number, grant in enumerate(grants):
+            jti = UUID(int=base + number)
+            payload = build_claims(grant, issuer, client.sub, client.name, seconds, jti)
+            token = signer.sign(payload)
+            check_token(token, grant, issuer, client.sub, client.name, seconds, jti, key.kid, key.algorithm)
+            if token[-1] & _SAMPLE == 0:
+                keys.verify(token, key.public_jwk)
+            work.add(grant, jti, payload, token, key, seconds)
+        return True
+
+    def _repeat(
+        self,
+        work: "_Work",
+        row: RequestRow,
+        tokens: Sequence[TokenRow],
+        control: Control,
+        now: datetime,
+    ) -> None:
+        """Answer a repeated request_id from what was recorded (I4)."""
+        outcome = work.outcome
+        outcome.issued, outcome.refusals, outcome.repeated = [], row.refusals, True
+        outcome.error = from_dict(row.error) if row.error else None
+        if row.digest != outcome.submission.request.digest:
+            outcome.refusals = []
+            outcome.error = Conflict(
+                f"request_id {row.request_id} was used before with other content; make a new one"
+            )
+            return
+        withheld = [r for r in work.decision.refused if isinstance(r.error, Banned)]
+        if withheld and withheld[0].need is None:
+            outcome.error = withheld[0].error
+            return
+        banned = {(r.need.file, r.need.side, r.need.index) for r in withheld if r.need}
+        try:
+            outcome.issued = [
+                self.reissue(t, control, now) for t in tokens if (t.file, t.side, t.index) not in banned
+            ]
+        except Expired as error:
+            outcome.issued, outcome.error = [], error
+        recorded_refusals = {(r["file"], r["side"], r["index"]) for r in row.refusals}
+        outcome.refusals = row.refusals + [
+            structs.asdict(r.record())
+            for r in withheld
+            if r.need and (r.need.file, r.need.side, r.need.index) not in recorded_refusals
+        ]
+
+    def reissue(self, row: TokenRow, control: Control, now: datetime) -> Issued:
+        """Sign a recorded token again, byte for byte; raises Expired if it is of no use any more."""
+        key = next((k for k in control.ring if k.key_id == row.key_id), None)
+        left = row.expires_at - now.timestamp()
+        if key is None or not keys.may_resign(key, now, self.rotation) or left < COVER_SECONDS:
+            raise Expired(
+                f"token {row.jti} cannot be given again ({max(0, int(left))} s of life left, key "
+                f"{key.state if key else 'gone'}); send the request again under a new request_id",
+                renew=True,
+            )
+        token = self.unlock(key).sign(row.payload.encode())
+        scope = str(unverified_claims(token)[1]["scope"])
+        return Issued((row.file, row.side, row.index), row.storage, scope, row.jti, row.expires_at, token)
+
+    def _observe(self, stage: Any, outcomes: Sequence[Outcome], now: datetime) -> None:
+        self.observe(Observed(stage, outcomes, now))
+
+
+class _Work:
+    """One request on its way through the steps."""
+
+    __slots__ = ("client", "decision", "key", "outcome", "row", "rows")
+
+    def __init__(self, outcome: Outcome, client: Client, decision: Decision) -> None:
+        self.outcome = outcome
+        self.client = client
+        self.decision = decision
+        self.key = (outcome.submission.request.request_id, client.client_id)
+        self.row: RequestRow
+        self.rows: list[TokenRow] = []
+
+    def add(self, grant: Grant, jti: UUID, payload: bytes, token: bytes, key: Key, now: int) -> None:
+        need, storage = grant.need, grant.plan.area.storage
+        exp = now - BACKDATE_SECONDS + grant.lifetime.seconds
+        self.rows.append(
+            TokenRow(
+                jti,
+                self.row.request_id,
+                self.client.client_id,
+                storage,
+                key.key_id,
+                exp,
+                grant.path,
+                fts_token_id(token),
+                need.file,
+                need.side,
+                need.index,
+                grant.external_id,
+                payload.decode(),
+            )
+        )
+        where: tuple[int, Side, int] = (need.file, need.side, need.index)
+        self.outcome.issued.append(Issued(where, storage, grant.scope, jti, exp, token, grant.lifetime.fixed))
+
+
+def fts_token_id(token: bytes) -> int:
+    """Return FTS's id of a token, the first 16 hex digits of its SHA-1, as a signed 64-bit number."""
+    return int.from_bytes(hashlib.sha1(token, usedforsecurity=False).digest()[:8], signed=True)
+
+
+def check_clock(skew: float) -> None:
+    """Raise ClockSkew if this process's clock and Postgres's differ by more than 5 s."""
+    if abs(skew) > MAX_CLOCK_SKEW_SECONDS:
+        raise ClockSkew(
+            f"clocks of this worker and of Postgres differ by {skew:.0f} s, expected at most "
+            f"{MAX_CLOCK_SKEW_SECONDS:.0f}; repair NTP, then the request can be sent again"
+        )
+
+
+def _client(control: Control, request: Request, name: str) -> Client:
+    client = control.clients.get(name)
+    if client is None or client.disabled:
+        raise UnknownClient(f"client {name!r} is not registered, or disabled; run: minter clients add")
+    if request.client is not None and request.client != name:
+        raise ClientMismatch(
+            f"the request names client {request.client!r}, but the broker authenticated {name!r}"
+        )
+    return client
+
+
+def _share(outcome: Outcome, work: _Work) -> None:
+    """Give an equal request of the same batch what the first one got (I4)."""
+    outcome.repeated = True
+    if outcome.submission.request.digest != work.outcome.submission.request.digest:
+        outcome.error = Conflict("request_id was used before with other content; make a new one")
+        return
+    first = work.outcome
+    outcome.issued, outcome.refusals, outcome.error = first.issued, first.refusals, first.error
+
+
+__all__ = [
+    "Control", "Engine", "Issued", "Observed", "Outcome", "Recording", "RequestRow",
+    "Store", "Submission", "TokenRow", "check_clock", "fts_token_id",
+]  # fmt: skip

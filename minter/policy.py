@@ -1,0 +1,616 @@
+"""Decisions: which tokens a client may have for a file, with which scopes and for how long.
+
+`Policy.decide` is a function of a request, its client and the bans of the moment. It returns
+grants, refusals and the steps that led to each; `explain` renders steps and decides nothing.
+A grant never holds more than the dialect's expansion of what was asked (I1); each extra names the
+quirk or the route's rule that added it.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Literal, NamedTuple
+from urllib.parse import urlsplit
+
+from msgspec import Struct
+
+from minter.dialects import DIALECTS, Needed, Operation, scopes_needed
+from minter.errors import (
+    Banned,
+    LifetimeNotAllowed,
+    NeighbourRefused,
+    OperationNotAllowed,
+    PathNotAllowed,
+    RequestError,
+    ScopeTooLarge,
+    SettingsError,
+    UnknownStorage,
+    UnknownVO,
+)
+from minter.requests import File, Need, RefusedNeed, Request, refusal
+from minter.scopes import Scope, check_path, encode_path, parent, path_contains, raw_path
+from minter.storages import Area, Directory
+
+PROFILE_MIN_SECONDS = 15 * 60
+"""Shortest access token (WLCG §4.3.1)."""
+PROFILE_MAX_SECONDS = 6 * 3600
+"""Longest access token without an agreed mitigation (WLCG §4.3.1)."""
+HARD_MAX_SECONDS = 192 * 3600
+"""Longest token of any route: Rucio lets FTS queue for 168 h, and a transfer takes its time."""
+BACKDATE_SECONDS = 60
+"""How far iat and nbf lie in the past (WLCG §4.3.1): FTS and XRootD have no leeway."""
+_FTS_QUEUE_SECONDS = 3600
+"""FTS counts `max_time_in_queue` in whole hours, and reads 0 as no limit."""
+MAX_CLAIM_CHARACTERS = 1_024
+"""FTS stores scope and audience in columns of this width."""
+
+Mitigation = Literal["narrow_write", "narrow_read", "one_storage", "no_modify", "fts_only", "pull_mode"]
+
+
+class Route(Struct, frozen=True, eq=False, forbid_unknown_fields=True, kw_only=True):
+    """The rule that picks lifetime, extras and risk rules; the first that matches decides.
+
+    Patterns are shell globs. `via` says whether the tokens go into an FTS job. `cleanup` adds the
+    right to remove a failed copy, `make_parents` that of making the directory, `poll_area` widens
+    a poll token to the storage's prefix, `forbid` names quirks that must not add scopes. A
+    `max_lifetime_seconds` above the profile's 6 h needs `mitigations` and a `risk_assessment`.
+    """
+
+    name: str
+    vos: tuple[str, ...] = ("*",)
+    clients: tuple[str, ...] = ("*",)
+    activities: tuple[str, ...] = ("*",)
+    storages: tuple[str, ...] = ("*",)
+    operations: tuple[Operation, ...] = ()
+    via: Literal["fts", "direct", "any"] = "any"
+    tape: bool | None = None
+    mode: Literal["mint"] = "mint"
+    granularity: Literal["file"] = "file"
+    max_lifetime_seconds: int = PROFILE_MAX_SECONDS
+    wait_seconds: int = 3600
+    transfer_seconds: int = 3600
+    min_rate_bytes: int = 5_000_000
+    retries: int = 0
+    margin_seconds: int = 600
+    cleanup: bool = False
+    make_parents: bool = False
+    poll_area: bool = False
+    forbid: tuple[str, ...] = ()
+    mitigations: tuple[Mitigation, ...] = ()
+    risk_assessment: str = ""
+
+    def check(self) -> None:
+        """Raise SettingsError if the route contradicts itself or the profile."""
+        if self.max_lifetime_seconds > HARD_MAX_SECONDS:
+            raise SettingsError(
+                f"route {self.name!r}: max_lifetime_seconds {self.max_lifetime_seconds} exceeds "
+                f"the hard limit {HARD_MAX_SECONDS}"
+            )
+        long = self.max_lifetime_seconds > PROFILE_MAX_SECONDS
+        if long and not (self.mitigations and self.risk_assessment):
+            raise SettingsError(
+                f"route {self.name!r}: a lifetime above {PROFILE_MAX_SECONDS} s needs mitigations "
+                "and a risk_assessment (WLCG §4.3.1)"
+            )
+        if self.min_rate_bytes <= 0 or self.max_lifetime_seconds < PROFILE_MIN_SECONDS:
+            raise SettingsError(
+                f"route {self.name!r}: min_rate_bytes must be above 0 and max_lifetime_seconds "
+                f"at least {PROFILE_MIN_SECONDS}"
+            )
+
+
+SHIPPED_RISK_ASSESSMENT = "docs/risk-assessment.md"
+_TRANSFER: tuple[Operation, ...] = (
+    "read", "write", "overwrite", "retry", "stat", "make_parents", "stage", "poll"
+)  # fmt: skip
+
+SHIPPED_ROUTES = (
+    # A failed copy to tape is left to the operators: with `overwrite = false` no token of ours
+    # may remove what could be the custodial copy.
+    Route(
+        name="fts-tape",
+        via="fts",
+        tape=True,
+        operations=_TRANSFER,
+        max_lifetime_seconds=HARD_MAX_SECONDS,
+        wait_seconds=24 * 3600,
+        make_parents=True,
+        mitigations=("narrow_write", "narrow_read", "one_storage", "fts_only"),
+        risk_assessment=SHIPPED_RISK_ASSESSMENT,
+    ),
+    # FTS deletes the destination after a failed copy or a checksum mismatch (fts3 3.14.4).
+    Route(
+        name="fts-transfer",
+        via="fts",
+        operations=_TRANSFER,
+        max_lifetime_seconds=HARD_MAX_SECONDS,
+        wait_seconds=24 * 3600,
+        cleanup=True,
+        make_parents=True,
+        mitigations=("narrow_write", "narrow_read", "one_storage", "fts_only"),
+        risk_assessment=SHIPPED_RISK_ASSESSMENT,
+    ),
+    # WLCG §2.2.1: storage.poll is made for wide, long-lived tokens.
+    Route(
+        name="tape-poll",
+        via="direct",
+        operations=("poll",),
+        max_lifetime_seconds=48 * 3600,
+        wait_seconds=24 * 3600,
+        poll_area=True,
+        mitigations=("no_modify", "one_storage"),
+        risk_assessment=SHIPPED_RISK_ASSESSMENT,
+    ),
+    Route(name="direct", via="direct", operations=(*_TRANSFER, "delete")),
+)
+
+
+class FTS(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """An FTS instance that jobs may be filled for, and the token for submitting there."""
+
+    name: str
+    url: str
+    vos: tuple[str, ...] = ("*",)
+    audience: str = ""
+    lifetime_seconds: int = 2 * 3600
+
+
+class Client(Struct, frozen=True, eq=False, kw_only=True):
+    """A registered client and its own limits; empty limits mean the VO's."""
+
+    client_id: int
+    name: str
+    vo: str
+    sub: str
+    operations: frozenset[str] = frozenset()
+    paths: tuple[str, ...] = ()
+    max_lifetime_seconds: int | None = None
+    reply_queues: tuple[str, ...] = ()
+    disabled: bool = False
+
+
+class Ban(NamedTuple):
+    """One ban of an operator; `vo` is None for all VOs."""
+
+    kind: str
+    value: str
+    vo: str | None = None
+
+
+class Bans:
+    """The bans in force, indexed by kind."""
+
+    def __init__(self, bans: Iterable[Ban] = ()) -> None:
+        self._values: dict[str, set[tuple[str | None, str]]] = {}
+        for ban in bans:
+            self._values.setdefault(ban.kind, set()).add((ban.vo, ban.value))
+
+    def check(self, vo: str, /, **names: str) -> None:
+        """Raise Banned if any of the named things (client, storage, …) is banned in this VO."""
+        for kind, value in names.items():
+            banned = self._values.get(kind)
+            if banned and ((vo, value) in banned or (None, value) in banned):
+                raise Banned(f"{kind} {value!r} is banned by an operator", kind=kind)
+
+    def check_path(self, vo: str, path: str) -> None:
+        """Raise Banned if `path`, or the wide grant it stands for, touches a banned prefix."""
+        for ban_vo, prefix in self._values.get("path", ()):
+            if ban_vo in (None, vo) and (path_contains(prefix, path) or path_contains(path, prefix)):
+                raise Banned(f"path {path!r} is banned by an operator", kind="path")
+
+
+class Step(NamedTuple):
+    """One step of a decision: the rule that applied, and what it did."""
+
+    rule: str
+    text: str
+
+
+class Plan(Struct, frozen=True, eq=False):
+    """All of a grant that does not depend on the file: made once, used for every file alike."""
+
+    route: Route | None
+    area: Area
+    needed: tuple[Needed, ...]
+    cap_seconds: int
+    cap_rule: str
+    steps: tuple[Step, ...]
+
+
+class Lifetime(NamedTuple):
+    """How long a token lives: `seconds` from iat to exp, and what it was made of.
+
+    A derived need of `wanted` seconds beyond the cap is clipped. `fixed` is the part for transfer,
+    retries, staging and margin, so `seconds - fixed` is what the file may wait in a queue.
+    """
+
+    seconds: int
+    wanted: int
+    fixed: int
+
+
+class Grant(Struct, frozen=True, eq=False, gc=False):
+    """One token that may be made."""
+
+    need: Need
+    plan: Plan
+    path: str
+    scope: str
+    lifetime: Lifetime
+    external_id: str
+
+    @property
+    def audience(self) -> tuple[str, ...]:
+        """The audiences of the token: those of one storage endpoint."""
+        return self.plan.area.audience
+
+
+class Refused(NamedTuple):
+    """A need that gets no token, and why; `need` is None for a request refused as a whole."""
+
+    need: Need | None
+    error: RequestError
+
+    def record(self) -> RefusedNeed:
+        """Return the refusal as it is recorded and sent."""
+        return refusal(self.need, self.error)
+
+
+class Decision(Struct, frozen=True, eq=False):
+    """What a request gets; `error` refuses it whole, and then there are no grants."""
+
+    grants: list[Grant]
+    refused: list[Refused]
+    error: RequestError | None = None
+
+    def refused_files(self) -> list[int]:
+        """Return the numbers of the files that get no token at all."""
+        granted = {g.need.file for g in self.grants}
+        refused = {r.need.file for r in self.refused if r.need is not None}
+        return sorted(refused - granted)
+
+
+_CACHE_LIMIT = 512
+
+
+class Policy:
+    """The settings that decide: storages by VO, routes in order, FTS instances."""
+
+    def __init__(
+        self,
+        directories: Mapping[str, Directory],
+        routes: Sequence[Route] = SHIPPED_ROUTES,
+        fts: Sequence[FTS] = (),
+    ) -> None:
+        for route in routes:
+            route.check()
+        self.directories = directories
+        self.routes = tuple(routes)
+        self.fts = {vo: _services(vo, fts) for vo in directories}
+        # Clients come and go with each change of the control tables; plans hold no limits of
+        # theirs beyond this cache, whose size is bounded because activities are free text.
+        self._plans: dict[tuple[Client, str, bool], dict[object, Plan | RequestError]] = {}
+
+    def decide(self, request: Request, client: Client, bans: Bans) -> Decision:
+        """Decide every need of a request. Refusals are returned, not raised."""
+        try:
+            self._admit(request, client, bans)
+            service = [self._service(request.service, client.vo)] if request.service else []
+        except RequestError as error:
+            return Decision([], [Refused(None, error)], error)
+        grants: list[Grant] = []
+        refused: list[Refused] = []
+        whole = True
+        for file in request.files:
+            whole &= self._decide_file(request, file, client, bans, grants, refused)
+        if request.all_or_nothing and not whole:
+            why = "another file of this all-or-nothing request was refused"
+            refused += [Refused(g.need, NeighbourRefused(why)) for g in grants]
+            grants = []
+        if grants:
+            grants += service
+        return Decision(grants, refused)
+
+    def _admit(self, request: Request, client: Client, bans: Bans) -> None:
+        if request.vo is not None and request.vo != client.vo:
+            raise UnknownVO(f"VO {request.vo!r} is not the client's, expected {client.vo!r} or none")
+        if client.vo not in self.directories:
+            raise UnknownVO(f"VO {client.vo!r} is not served by this engine")
+        bans.check(
+            client.vo,
+            vo=client.vo,
+            client=client.name,
+            on_behalf_of=request.on_behalf_of,
+            activity=request.activity,
+        )
+
+    def _decide_file(
+        self,
+        request: Request,
+        file: File,
+        client: Client,
+        bans: Bans,
+        grants: list[Grant],
+        refused: list[Refused],
+    ) -> bool:
+        """Decide one file; a copy without a source or destination left is refused whole."""
+        activity = file.activity or request.activity
+        plans = self._plans_of(client, activity, request.via_fts)
+        made: list[Grant] = []
+        failed: list[Refused] = []
+        for need in file.needs:
+            try:
+                if file.activity:
+                    bans.check(client.vo, activity=activity)
+                made.append(self._grant(request, file, need, plans, client, bans))
+            except RequestError as error:
+                failed.append(Refused(need, error))
+        if failed:
+            broken = [
+                side
+                for side in ("source", "destination")
+                if any(r.need and r.need.side == side for r in failed)
+                and not any(g.need.side == side for g in made)
+            ]
+            if broken:
+                why = f"every {broken[0]} of this file was refused"
+                orphans = [g for g in made if g.need.side != "operation"]
+                failed += [Refused(g.need, NeighbourRefused(why)) for g in orphans]
+                made = [g for g in made if g.need.side == "operation"]
+            refused += failed
+            if broken or any(r.need and r.need.side == "operation" for r in failed):
+                grants += made
+                return False
+        grants += made
+        return True
+
+    def _plans_of(self, client: Client, activity: str, via_fts: bool) -> dict[object, Plan | RequestError]:
+        key = (client, activity, via_fts)
+        plans = self._plans.get(key)
+        if plans is None:
+            if len(self._plans) >= _CACHE_LIMIT:
+                self._plans.clear()
+            plans = self._plans[key] = {}
+        return plans
+
+    def _grant(
+        self,
+        request: Request,
+        file: File,
+        need: Need,
+        plans: dict[object, Plan | RequestError],
+        client: Client,
+        bans: Bans,
+    ) -> Grant:
+        area, path = self.directories[client.vo].locate(need.url)
+        bans.check(client.vo, storage=area.storage)
+        key = (area, need.operations, need.side)
+        plan = plans.get(key)
+        if plan is None:
+            activity = file.activity or request.activity
+            plan = plans[key] = self._plan(client, activity, request.via_fts, area, need)
+        if isinstance(plan, RequestError):
+            raise plan.with_traceback(None)
+        if plan.route is not None and plan.route.poll_area and need.operations == ("poll",):
+            path = _area_path(area, client, path)
+        bans.check_path(client.vo, path)
+        if client.paths and not any(path_contains(p, path) for p in client.paths):
+            raise PathNotAllowed(
+                f"path {path!r} is outside the prefixes of client {client.name!r}: {', '.join(client.paths)}",
+                path=path,
+            )
+        return Grant(
+            need,
+            plan,
+            path,
+            _scope(plan, path, client),
+            _lifetime(plan, request, file, need),
+            file.external_id,
+        )
+
+    def _plan(
+        self, client: Client, activity: str, via_fts: bool, area: Area, need: Need
+    ) -> Plan | RequestError:
+        if client.operations and not client.operations.issuperset(need.operations):
+            return OperationNotAllowed(
+                f"client {client.name!r} may not {', '.join(need.operations)}, "
+                f"only {', '.join(sorted(client.operations))}"
+            )
+        for route in self.routes:
+            if _matches(route, client, activity, via_fts, area, need):
+                return _make_plan(route, client, via_fts, area, need)
+        return OperationNotAllowed(
+            f"no route allows {', '.join(need.operations)} on storage {area.storage!r} "
+            f"for client {client.name!r}; add a route or correct the request"
+        )
+
+    def _service(self, need: Need, vo: str) -> Grant:
+        services = self.fts[vo]
+        if need.url:
+            host = urlsplit(need.url).hostname or need.url
+            plan = services.get(host.lower())
+        else:
+            plan = next(iter(services.values()), None)
+        if plan is None:
+            raise UnknownStorage(
+                f"FTS {need.url or '(default)'!r} is not known to this engine, expected one of "
+                f"{', '.join(services) or 'none: add [[fts]] to the settings'}"
+            )
+        life = Lifetime(plan.cap_seconds, plan.cap_seconds, BACKDATE_SECONDS)
+        return Grant(need, plan, "", "fts", life, "")
+
+
+def _services(vo: str, fts: Sequence[FTS]) -> dict[str, Plan]:
+    found = {}
+    for service in fts:
+        if any(fnmatchcase(vo, pattern) for pattern in service.vos):
+            host = (urlsplit(service.url).hostname or "").lower()
+            area = Area(
+                vo, service.name, "/", "/", (service.audience or host,),
+                DIALECTS["profile"], "exact", False, True,
+            )  # fmt: skip
+            step = Step("fts", f"token for submitting to {service.name}, scope fts")
+            found[host] = Plan(None, area, (), service.lifetime_seconds, "fts", (step,))
+    return found
+
+
+def _matches(route: Route, client: Client, activity: str, via_fts: bool, area: Area, need: Need) -> bool:
+    def fits(value: str, patterns: tuple[str, ...]) -> bool:
+        return any(fnmatchcase(value, pattern) for pattern in patterns)
+
+    return (
+        route.via in ("any", "fts" if via_fts else "direct")
+        and (route.tape is None or route.tape == area.tape)
+        and set(route.operations).issuperset(need.operations)
+        and fits(area.vo, route.vos)
+        and fits(client.name, route.clients)
+        and fits(activity, route.activities)
+        and fits(area.storage, route.storages)
+    )
+
+
+def _make_plan(route: Route, client: Client, via_fts: bool, area: Area, need: Need) -> Plan:
+    asked = need.operations
+    steps = [
+        Step("storage", f"{area.storage}, dialect {area.dialect.name}, audience {', '.join(area.audience)}"),
+        Step("route", f"{route.name}: {', '.join(asked)}"),
+    ]  # fmt: skip
+    operations = list(asked)
+    writes = need.side == "destination" and ("write" in asked or "overwrite" in asked)
+    for rule in ("cleanup", "make_parents"):
+        if writes and getattr(route, rule):
+            operation: Operation = "retry" if rule == "cleanup" else "make_parents"
+            operations.append(operation)
+            steps.append(Step(f"route {route.name}, {rule}", f"adds the operation {operation}"))
+    needed = scopes_needed(area.dialect, operations, frozenset(route.forbid))
+    steps += [
+        Step(f"quirk {n.quirk.name}", f"adds {n.scope} on the {n.where}: {n.quirk.meaning}")
+        for n in needed
+        if n.quirk is not None
+    ]
+    cap, rule, why = _cap(route, client, via_fts, area, needed)
+    steps.append(Step(rule, why))
+    return Plan(route, area, needed, cap, rule, tuple(steps))
+
+
+def _cap(
+    route: Route, client: Client, via_fts: bool, area: Area, needed: Sequence[Needed]
+) -> tuple[int, str, str]:
+    """Return the longest lifetime allowed, the rule that set it, and the sentence for `explain`."""
+    cap, rule = route.max_lifetime_seconds, f"route {route.name}"
+    why = f"lifetime at most {cap} s"
+    if cap > PROFILE_MAX_SECONDS:
+        if area.matching == "prefix":
+            cap, rule = PROFILE_MAX_SECONDS, f"dialect {area.dialect.name}"
+            why = f"at most {cap} s: paths are matched by prefix there, or in an unknown way"
+        elif failed := _failed_mitigations(route, via_fts, area, needed):
+            cap, rule = PROFILE_MAX_SECONDS, f"route {route.name}"
+            why = f"at most {cap} s: {', '.join(failed)} does not hold for this token"
+        else:
+            why += f", relying on {', '.join(route.mitigations)} ({route.risk_assessment})"
+    if client.max_lifetime_seconds is not None and client.max_lifetime_seconds < cap:
+        cap, rule = client.max_lifetime_seconds, f"client {client.name}"
+        why = f"lifetime at most {cap} s"
+    return cap, rule, why
+
+
+def _failed_mitigations(route: Route, via_fts: bool, area: Area, needed: Sequence[Needed]) -> list[str]:
+    writes = [n for n in needed if n.scope in ("storage.create", "storage.modify")]
+    reads = [n for n in needed if n.scope == "storage.read"]
+    holds: dict[Mitigation, bool] = {
+        "narrow_write": area.matching == "exact" and all(n.where == "file" for n in writes),
+        "narrow_read": area.matching == "exact"
+        and all(n.where == "file" or n.quirk is not None for n in reads),
+        "one_storage": not any(a.endswith("wlcg.cern.ch/jwt/v1/any") for a in area.audience),
+        "no_modify": not any(n.scope == "storage.modify" for n in needed),
+        "fts_only": via_fts,
+        "pull_mode": True,  # asserted by the VO, nothing in a token shows it
+    }
+    return [m for m in route.mitigations if not holds[m]]
+
+
+def _area_path(area: Area, client: Client, path: str) -> str:
+    wide = area.prefix if area.base_path == "/" else area.prefix[len(area.base_path) :] or "/"
+    allowed = not client.paths or any(path_contains(p, wide) for p in client.paths)
+    return check_path(wide) if allowed else path
+
+
+def _scope(plan: Plan, path: str, client: Client) -> str:
+    write = encode_path if plan.area.dialect.encoding == "percent" else raw_path
+    on_file = write(path)
+    words = []
+    for needed in plan.needed:
+        if needed.where == "file":
+            words.append(f"{needed.scope}:{on_file}")
+            continue
+        directory = parent(path)
+        if client.paths and not any(path_contains(p, directory) for p in client.paths):
+            continue
+        words.append(f"{needed.scope}:{write(directory)}")
+    scope = " ".join(words)
+    if len(scope) > MAX_CLAIM_CHARACTERS:
+        raise ScopeTooLarge(
+            f"scope for a path of {len(path)} characters is {len(scope)} characters long, "
+            f"expected at most {MAX_CLAIM_CHARACTERS}; shorten the name",
+            path=path[:200],
+        )
+    return scope
+
+
+def _lifetime(plan: Plan, request: Request, file: File, need: Need) -> Lifetime:
+    route = plan.route
+    assert route is not None
+    if file.transfer_seconds is not None:
+        once = file.transfer_seconds
+    elif file.size is not None:
+        once = math.ceil(file.size / route.min_rate_bytes)
+    else:
+        once = route.transfer_seconds
+    transfer = once * (1 + max(file.retries, route.retries))
+    wait = route.wait_seconds if need.wait_seconds is None else need.wait_seconds
+    fixed = BACKDATE_SECONDS + transfer + route.margin_seconds
+    if need.one_token:  # FTS: staging and archiving need the same token, and whole hours of queue
+        fixed += need.after_seconds
+    cap = plan.cap_seconds
+    if request.lifetime_seconds is not None:
+        wanted = request.lifetime_seconds
+        if wanted > cap:
+            raise LifetimeNotAllowed(
+                f"lifetime {wanted} s exceeds {cap} s allowed by {plan.cap_rule}; ask for less",
+                expected=cap, got=wanted,
+            )  # fmt: skip
+    else:
+        wanted = max(fixed + wait, PROFILE_MIN_SECONDS)
+    seconds = min(wanted, cap)
+    queue = _FTS_QUEUE_SECONDS if need.one_token else 0
+    least = BACKDATE_SECONDS + route.margin_seconds + queue
+    if seconds < least:
+        raise LifetimeNotAllowed(
+            f"lifetime {seconds} s allowed by {plan.cap_rule} does not cover the margin of "
+            f"{least} s; ask for more or change the route",
+            expected=least, got=seconds,
+        )  # fmt: skip
+    return Lifetime(seconds, wanted, min(fixed, seconds - queue))
+
+
+def explain(decision: Decision) -> list[str]:
+    """Render the steps of a decision, one line each; it decides nothing."""
+    lines = []
+    for grant in decision.grants:
+        lines.append(f"file {grant.need.file} {grant.need.side}[{grant.need.index}]: granted")
+        lines += [f"  {step.rule}: {step.text}" for step in grant.plan.steps]
+        lines.append(f"  scope: {grant.scope}")
+        life = grant.lifetime
+        clipped = f", clipped from {life.wanted} s" if life.seconds < life.wanted else ""
+        lines.append(f"  lifetime: {life.seconds} s{clipped}, of which {life.fixed} s are not waiting")
+    for refused in decision.refused:
+        need = refused.need
+        where = "request" if need is None else f"file {need.file} {need.side}[{need.index}]"
+        lines.append(f"{where}: refused")
+        lines.append(f"  {refused.error.reason}: {refused.error.message}")
+    return lines
+
+
+def asked_scopes(grant: Grant) -> frozenset[Scope]:
+    """Return the grant's scopes, parsed: for tests, traces and people."""
+    return frozenset(Scope.parse(word) for word in grant.scope.split(" "))

@@ -1,0 +1,64 @@
+"""RabbitMQ users and permissions: one user for each client, who can only send requests and read replies."""
+
+import json
+import os
+import re
+import secrets
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from minter.contract import REQUEST_EXCHANGE, reply_prefix
+from minter.errors import SettingsError, Unavailable
+
+COMMAND_SECONDS = 60
+
+
+def permissions(client: str) -> tuple[str, str, str]:
+    """Return the configure, write and read patterns of a client.
+
+    It may declare and read its own reply queues and write to the request exchange: not to queues
+    of others, nor to the default exchange, which reaches every queue.
+    """
+    own = f"^{re.escape(reply_prefix(client))}.*$"
+    return own, f"^{re.escape(REQUEST_EXCHANGE)}$", own
+
+
+def setup_users(
+    clients: Sequence[str], broker_url: str, rabbitmqctl: str, passwords: Path | None
+) -> list[str]:
+    """Make missing users with fresh passwords, set every client's permissions; return the new ones.
+
+    Passwords go to the file `passwords` (mode 600, a JSON object), never to the terminal. Raises
+    SettingsError or Unavailable with what rabbitmqctl said.
+    """
+    vhost = unquote(urlsplit(broker_url).path[1:]) or "/"
+    listed = json.loads(_call(rabbitmqctl, "list_users", "--formatter", "json"))
+    known = {row["user"] for row in listed}
+    new = {name: secrets.token_urlsafe(32) for name in clients if name not in known}
+    if new and passwords is None:
+        raise SettingsError(
+            f"{len(new)} users would be made ({', '.join(new)}); name a file with --passwords"
+        )
+    for name, password in new.items():
+        _call(rabbitmqctl, "add_user", name, stdin=password)
+    for name in clients:
+        _call(rabbitmqctl, "set_permissions", "-p", vhost, name, *permissions(name))
+    if new and passwords is not None:
+        with os.fdopen(os.open(passwords, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+            json.dump(new, file, indent=1)
+    return list(new)
+
+
+def _call(rabbitmqctl: str, *arguments: str, stdin: str | None = None) -> str:
+    try:
+        done = subprocess.run(  # noqa: S603 - the operator names the program
+            [rabbitmqctl, "--quiet", *arguments],
+            input=stdin, capture_output=True, text=True, timeout=COMMAND_SECONDS, check=False,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise Unavailable(f"{rabbitmqctl} cannot be run: {type(error).__name__}") from error
+    if done.returncode != 0:
+        raise Unavailable(f"{rabbitmqctl} {arguments[0]} failed: {done.stderr.strip()[:300]}")
+    return done.stdout

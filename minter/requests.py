@@ -1,0 +1,436 @@
+"""Requests: what clients send, as typed structs, and the one frozen form that is decided on.
+
+`MintRequest` and `FillRequest` are the contract (schemas/*.json are generated from them). Both
+become a `Request` of `File`s with one `Need` for each token. An FTS job is filled by `fill_job`.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from hashlib import sha256
+from typing import Annotated, Any, Literal
+from uuid import UUID
+
+import msgspec
+from msgspec import Meta, Struct
+
+from minter.dialects import Operation
+from minter.errors import InvalidRequest, RequestError
+
+MAX_FILES = 2_000
+"""Files in one request; the client library splits larger ones."""
+MAX_BODY_BYTES = 8 * 1024 * 1024
+"""A larger message is refused before it is decoded; answers go out in parts of this size."""
+MAX_SOURCES = 64
+MAX_SECONDS = 400 * 24 * 3600
+"""Bound of every duration in a request: the profile's longest refresh token (§4.3.1)."""
+MAX_AHEAD_SECONDS = 5 * 60
+"""How far a request_id may lie in the future."""
+
+Name = Annotated[str, Meta(min_length=1, max_length=255)]
+Url = Annotated[str, Meta(min_length=1, max_length=8_192)]
+Seconds = Annotated[int, Meta(ge=0, le=MAX_SECONDS)]
+Bytes = Annotated[int, Meta(ge=0)]
+Side = Literal["source", "destination", "operation", "service"]
+
+
+class FileOperation(Struct, frozen=True, forbid_unknown_fields=True):
+    """One operation outside a copy; `download` and `upload` are a client's words for read, write."""
+
+    operation: Operation | Literal["download", "upload"]
+    url: Url
+
+
+class FileRequest(Struct, frozen=True, forbid_unknown_fields=True):
+    """One file: copy it from any of `sources` to each of `destinations`, and other operations.
+
+    `size` is in bytes. `wait_seconds` is how long it may wait before the copy starts,
+    `transfer_seconds` how long the copy may take (else from the size and the route's rate).
+    """
+
+    sources: Annotated[tuple[Url, ...], Meta(max_length=MAX_SOURCES)] = ()
+    destinations: Annotated[tuple[Url, ...], Meta(max_length=MAX_SOURCES)] = ()
+    operations: Annotated[tuple[FileOperation, ...], Meta(max_length=MAX_SOURCES)] = ()
+    size: Bytes | None = None
+    overwrite: bool = False
+    retry: bool = False
+    wait_seconds: Seconds | None = None
+    transfer_seconds: Seconds | None = None
+    external_id: Annotated[str, Meta(max_length=255)] = ""
+
+
+class MintRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """`minter.mint`: a token for each source, destination and operation of each file."""
+
+    request_id: UUID
+    files: Annotated[tuple[FileRequest, ...], Meta(min_length=1, max_length=MAX_FILES)]
+    vo: Name | None = None
+    client: Name | None = None
+    on_behalf_of: Annotated[str, Meta(max_length=255)] = ""
+    activity: Annotated[str, Meta(max_length=255)] = ""
+    all_or_nothing: bool = False
+    lifetime_seconds: Seconds | None = None
+    reply_queue: Name | None = None
+
+
+class FillRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """`minter.fill_job`: an FTS job, as Rucio or DIRAC would POST it, filled with tokens.
+
+    `fts` is the URL that the job will be sent to; without it, the issuer's first FTS.
+    """
+
+    request_id: UUID
+    job: dict[str, Any]
+    vo: Name | None = None
+    client: Name | None = None
+    fts: Url | None = None
+    on_behalf_of: Annotated[str, Meta(max_length=255)] = ""
+    all_or_nothing: bool = False
+    reply_queue: Name | None = None
+
+
+class Need(Struct, frozen=True, gc=False):
+    """What one token is for. `one_token`: the grant cannot be split over several tokens."""
+
+    file: int
+    side: Side
+    index: int
+    url: str
+    operations: tuple[Operation, ...]
+    wait_seconds: int | None = None
+    after_seconds: int = 0
+    one_token: bool = False
+
+
+class File(Struct, frozen=True):
+    """One file of a request in the frozen form."""
+
+    needs: tuple[Need, ...]
+    size: int | None = None
+    retries: int = 0
+    transfer_seconds: int | None = None
+    activity: str = ""
+    external_id: str = ""
+
+
+class Request(Struct, frozen=True):
+    """One submission, native or an FTS job, in the form that is decided on."""
+
+    request_id: UUID
+    kind: Literal["mint", "fill_job"]
+    digest: bytes
+    files: tuple[File, ...]
+    vo: str | None = None
+    client: str | None = None
+    on_behalf_of: str = ""
+    activity: str = ""
+    all_or_nothing: bool = False
+    lifetime_seconds: int | None = None
+    reply_queue: str | None = None
+    service: Need | None = None
+    via_fts: bool = False
+    job: Mapping[str, Any] | None = None
+
+    @property
+    def unix_time(self) -> float:
+        """Seconds since the epoch, as the client wrote them into the UUIDv7 (RFC 9562 §5.7)."""
+        return (self.request_id.int >> 80) / 1000
+
+
+_mint_decoder = msgspec.json.Decoder(MintRequest)
+_fill_decoder = msgspec.json.Decoder(FillRequest)
+
+
+def decode_mint(body: bytes | msgspec.Raw) -> Request:
+    """Decode a `minter.mint` argument; raises InvalidRequest with the place of the fault."""
+    return from_mint(_decode(_mint_decoder, body))
+
+
+def decode_fill(body: bytes | msgspec.Raw) -> Request:
+    """Decode a `minter.fill_job` argument; raises InvalidRequest with the place of the fault."""
+    return from_fill(_decode(_fill_decoder, body))
+
+
+def _decode(decoder: "msgspec.json.Decoder[Any]", body: bytes | msgspec.Raw) -> Any:
+    if len(body) > MAX_BODY_BYTES:
+        raise InvalidRequest(
+            f"request of {len(body)} bytes is too large, expected at most {MAX_BODY_BYTES}; split it"
+        )
+    try:
+        return decoder.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        # msgspec names the place and the expectation, and of the value only enum words.
+        raise InvalidRequest(f"request does not follow its schema: {error}"[:400]) from None
+
+
+def _digest(request: Struct) -> bytes:
+    return sha256(msgspec.json.encode(request, order="deterministic")).digest()
+
+
+def check_request_id(request: Request, now: float, retention_seconds: int) -> None:
+    """Raise InvalidRequest unless the request_id is a UUIDv7 of an acceptable time."""
+    if request.request_id.version != 7:  # noqa: PLR2004 - the version that is meant
+        raise InvalidRequest(
+            "request_id is not a UUIDv7 (RFC 9562 §5.7); make it from the time of the request"
+        )
+    age = now - request.unix_time
+    if age > retention_seconds:
+        raise InvalidRequest(
+            f"request_id is {age / 86400:.1f} days old, expected at most "
+            f"{retention_seconds / 86400:.0f}; use a new one"
+        )
+    if age < -MAX_AHEAD_SECONDS:
+        raise InvalidRequest(
+            f"request_id lies {-age:.0f} s in the future, expected at most {MAX_AHEAD_SECONDS}; "
+            "check the clock"
+        )
+
+
+def from_mint(wire: MintRequest) -> Request:
+    """Bring a native request into the frozen form."""
+    return Request(
+        request_id=wire.request_id,
+        kind="mint",
+        digest=_digest(wire),
+        files=tuple(_native_file(i, f) for i, f in enumerate(wire.files)),
+        vo=wire.vo,
+        client=wire.client,
+        on_behalf_of=wire.on_behalf_of,
+        activity=wire.activity,
+        all_or_nothing=wire.all_or_nothing,
+        lifetime_seconds=wire.lifetime_seconds,
+        reply_queue=wire.reply_queue,
+    )
+
+
+def _native_file(number: int, file: FileRequest) -> File:
+    wait = file.wait_seconds
+    put: Operation = "overwrite" if file.overwrite else "write"
+    write: tuple[Operation, ...] = (put, "retry") if file.retry else (put,)
+    words: dict[str, tuple[Operation, ...]] = {"download": ("read",), "upload": write}
+    if not (file.sources or file.destinations or file.operations):
+        raise InvalidRequest(f"file names no source, destination or operation - at `$.files[{number}]`")
+    needs = [Need(number, "source", i, url, ("read",), wait) for i, url in enumerate(file.sources)]
+    needs += [Need(number, "destination", i, url, write, wait) for i, url in enumerate(file.destinations)]
+    needs += [
+        Need(number, "operation", i, o.url, words.get(o.operation, (o.operation,)), wait)  # type: ignore[arg-type]
+        for i, o in enumerate(file.operations)
+    ]
+    return File(tuple(needs), file.size, int(file.retry), file.transfer_seconds, "", file.external_id)
+
+
+# ── FTS jobs ─────────────────────────────────────────────────────────────────────────────────
+
+_Number = int | str | None
+
+
+class JobFile(Struct, frozen=True):
+    """What of a job's file decides its tokens; all else is passed through untouched."""
+
+    sources: Annotated[tuple[Url, ...], Meta(min_length=1, max_length=MAX_SOURCES)]
+    destinations: Annotated[tuple[Url, ...], Meta(min_length=1, max_length=MAX_SOURCES)]
+    filesize: float | int | None = None
+    activity: str | None = None
+    metadata: Any = None
+
+
+class JobParams(Struct, frozen=True):
+    """What of a job's params decides its tokens. `max_time_in_queue` is in hours, or has a unit."""
+
+    overwrite: bool | None = None
+    overwrite_when_only_on_disk: bool | None = None
+    overwrite_hop: bool | None = None
+    multihop: bool | None = None
+    retry: _Number = None
+    max_time_in_queue: _Number = None
+    bring_online: _Number = None
+    copy_pin_lifetime: _Number = None
+    archive_timeout: _Number = None
+    account: str | None = None
+
+
+class Job(Struct, frozen=True):
+    """An FTS job (POST /jobs) as far as tokens are concerned."""
+
+    files: Annotated[tuple[JobFile, ...], Meta(min_length=1, max_length=MAX_FILES)]
+    params: JobParams | None = None
+
+
+_UNITS = {"s": 1, "m": 60, "h": 3600}
+
+
+def _seconds(value: _Number, name: str, unit_seconds: int = 1) -> int:
+    """Read one of FTS's durations: a number in the field's unit, or text that may end in s, m, h."""
+    if value is None or value == "":
+        return 0
+    text = str(value).strip()
+    unit = _UNITS.get(text[-1:].lower())
+    digits = text[:-1] if unit else text
+    try:
+        seconds = int(digits) * (unit or unit_seconds)
+    except ValueError:
+        raise InvalidRequest(f"{value!r} is not a duration - at `$.job.params.{name}`") from None
+    if seconds > MAX_SECONDS:
+        raise InvalidRequest(f"{value!r} is longer than {MAX_SECONDS} s - at `$.job.params.{name}`")
+    return max(seconds, 0)  # FTS writes -1 for "not set"
+
+
+def from_fill(wire: FillRequest) -> Request:
+    """Bring an FTS job into the frozen form; raises InvalidRequest with the place of the fault."""
+    try:
+        job = msgspec.convert(wire.job, Job)
+    except msgspec.ValidationError as error:
+        where = str(error).replace("`$", "`$.job")
+        raise InvalidRequest(f"job does not follow FTS's form: {where}"[:400]) from None
+    params = job.params or JobParams()
+    multihop = bool(params.multihop)
+    return Request(
+        request_id=wire.request_id,
+        kind="fill_job",
+        digest=_digest(wire),
+        files=tuple(_job_file(i, f, params, len(job.files)) for i, f in enumerate(job.files)),
+        vo=wire.vo,
+        client=wire.client,
+        on_behalf_of=wire.on_behalf_of or params.account or "",
+        all_or_nothing=wire.all_or_nothing or multihop,
+        reply_queue=wire.reply_queue,
+        service=Need(-1, "service", 0, wire.fts or "", ()),
+        via_fts=True,
+        job=wire.job,
+    )
+
+
+def _overwrites(params: JobParams, number: int, files: int) -> bool:
+    """Say whether a file's destination may be overwritten, in FTS's three ways of asking for it.
+
+    `overwrite`; `overwrite_when_only_on_disk` (a tape file that is not on tape yet); and
+    `overwrite_hop`, which means every hop of a chain but the last.
+    """
+    is_hop = bool(params.multihop) and number < files - 1
+    return bool(params.overwrite or params.overwrite_when_only_on_disk or (params.overwrite_hop and is_hop))
+
+
+def _job_file(number: int, file: JobFile, params: JobParams, files: int) -> File:
+    metadata = file.metadata if isinstance(file.metadata, dict) else {}
+    staged = _seconds(params.bring_online, "bring_online")
+    stages = staged > 0 or _seconds(params.copy_pin_lifetime, "copy_pin_lifetime") > 0
+    archive = _seconds(params.archive_timeout, "archive_timeout")
+    wait = _seconds(params.max_time_in_queue, "max_time_in_queue", 3600) or None
+    retries = min(_seconds(params.retry, "retry"), 100)
+
+    # FTS has one token slot for each URL, so a slot's token carries all that FTS does with it.
+    source: tuple[Operation, ...] = ("read",)
+    destination: tuple[Operation, ...] = ("overwrite" if _overwrites(params, number, files) else "write",)
+    if stages:
+        source = ("read", "stage", "poll")
+    if retries:
+        destination += ("retry",)
+    last = not params.multihop or number == files - 1
+    if archive and last:
+        destination += ("poll",)
+    if file.sources == file.destinations:  # FTS's way of saying "only bring online", Rucio STAGEIN
+        source = destination = ("stage", "poll")
+
+    after = archive if last else 0
+    needs = [Need(number, "source", i, url, source, wait, staged, True) for i, url in enumerate(file.sources)]
+    needs += [
+        Need(number, "destination", i, url, destination, wait, staged + after, True)
+        for i, url in enumerate(file.destinations)
+    ]
+    external_id = metadata.get("request_id")
+    size = file.filesize
+    return File(
+        needs=tuple(needs),
+        size=int(size) if size and size > 0 else None,
+        # A later hop starts when the ones before it, of the same file, are done.
+        retries=(1 + retries) * (1 + number) - 1 if params.multihop else retries,
+        activity=file.activity or "",
+        external_id=external_id[:255] if isinstance(external_id, str) else "",
+    )
+
+
+def fill_job(
+    job: Mapping[str, Any],
+    tokens: Mapping[tuple[int, str, int], str],
+    refused: Iterable[int],
+    max_time_in_queue: int,
+) -> dict[str, Any] | None:
+    """Return the job with `tokens` (by file, side, index) in their slots; None if no file is left.
+
+    Refused files are left out, and so are sources and destinations without a token. Tokens that
+    the job held before are replaced. `max_time_in_queue` is in hours.
+    """
+    left_out = frozenset(refused)
+    files = [
+        _fill_file(number, file, tokens) for number, file in enumerate(job["files"]) if number not in left_out
+    ]
+    if not files:
+        return None
+    params = {
+        **(job.get("params") or {}),
+        "unmanaged_tokens": True,
+        "max_time_in_queue": max_time_in_queue,
+    }
+    return {**job, "files": files, "params": params}
+
+
+def _fill_file(
+    number: int, file: Mapping[str, Any], tokens: Mapping[tuple[int, str, int], str]
+) -> dict[str, Any]:
+    filled = dict(file)
+    for side in ("source", "destination"):
+        urls: Sequence[str] = file[f"{side}s"]
+        kept = [i for i in range(len(urls)) if (number, side, i) in tokens]
+        filled[f"{side}s"] = [urls[i] for i in kept]
+        filled[f"{side}_tokens"] = [tokens[number, side, i] for i in kept]
+    return filled
+
+
+class TokenAnswer(Struct, frozen=True):
+    """One token of an answer; `token` is the only secret in it. `exp` is a NumericDate."""
+
+    file: int
+    side: Side
+    index: int
+    storage: str
+    scope: str
+    jti: str
+    exp: int
+    token: str
+
+    def __repr__(self) -> str:
+        """Name the token without showing it."""
+        return f"TokenAnswer({self.jti}, file={self.file}, {self.side}[{self.index}])"
+
+
+class RefusedNeed(Struct, frozen=True):
+    """One refusal, with the need that it refuses; file and index are -1 for the whole request."""
+
+    file: int
+    side: Side | Literal["request"]
+    index: int
+    error: dict[str, Any]
+
+
+class Answer(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The answer to either task (schemas/answer.json).
+
+    `error` is set when the whole request is refused. `job`, `refused` and `bearer` come with a
+    filled job. A large answer comes in `parts` messages, numbered from 0 by `part`.
+    """
+
+    request_id: str | None = None
+    tokens: list[TokenAnswer] = []
+    refusals: list[RefusedNeed] = []
+    error: dict[str, Any] | None = None
+    job: dict[str, Any] | None = None
+    refused: list[dict[str, Any]] = []
+    dropped_sources: list[dict[str, Any]] = []
+    bearer: TokenAnswer | None = None
+    part: int = 0
+    parts: int = 1
+
+
+def refusal(need: Need | None, error: RequestError) -> RefusedNeed:
+    """Return a refusal as it is recorded and sent; None means the whole request."""
+    if need is None:
+        return RefusedNeed(-1, "request", -1, error.as_dict())
+    return RefusedNeed(need.file, need.side, need.index, error.as_dict())

@@ -1,0 +1,212 @@
+"""One TOML file, checked as a whole, into one frozen structure.
+
+The environment gives only the file's path (MINTER_SETTINGS), the DSN (MINTER_DSN), the broker's
+URL (MINTER_BROKER_URL) and master keys (MINTER_MASTER_KEY_<VO>). Relative paths are relative to
+the file. Unknown keys are refused with a suggestion.
+"""
+
+import json
+import re
+import tomllib
+from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta, Struct
+
+from minter.dialects import DIALECTS, AudienceForm
+from minter.errors import SettingsError
+from minter.keys import Algorithm, RotationPolicy
+from minter.policy import FTS, SHIPPED_RISK_ASSESSMENT, SHIPPED_ROUTES, Policy, Route
+from minter.rucio import RSERule, storages_from_export
+from minter.storages import Directory, Storage
+
+Positive = Annotated[int, Meta(gt=0)]
+
+
+class DatabaseSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """`dsn` may hold a password, so it is better put into MINTER_DSN."""
+
+    dsn: str = ""
+    pool_size: Positive = 2
+    retention_days: Annotated[int, Meta(ge=1, le=400)] = 30
+
+
+class BrokerSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """`local_client` names the one client of a broker that does not authenticate senders."""
+
+    url: str = ""
+    local_client: str = ""
+
+
+class WorkerSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How a worker batches: by time, by messages, by bytes; whichever comes first."""
+
+    batch_seconds: Annotated[float, Meta(ge=0, le=1)] = 0.002
+    batch_messages: Positive = 64
+    batch_bytes: Positive = 1024 * 1024
+    prefetch: Positive = 256
+
+
+class IssuerSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One VO's issuer; `iss` ends in a slash (clients.md #4)."""
+
+    iss: Annotated[str, Meta(pattern=r"^https://[^\s?#]+/$")]
+    algorithm: Algorithm = "ES256"
+    master_key_file: str = ""
+
+
+class RucioSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Storages of one VO from a Rucio RSE export, and what the export does not say."""
+
+    vo: str
+    export: str
+    audience_form: AudienceForm = "host"
+    rses: tuple[RSERule, ...] = ()
+
+
+class Settings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Everything that a VO configures."""
+
+    issuers: dict[str, IssuerSettings]
+    database: DatabaseSettings = DatabaseSettings()
+    broker: BrokerSettings = BrokerSettings()
+    worker: WorkerSettings = WorkerSettings()
+    rotation: RotationPolicy = RotationPolicy()
+    storages: tuple[Storage, ...] = ()
+    rucio: tuple[RucioSettings, ...] = ()
+    routes: tuple[Route, ...] = SHIPPED_ROUTES
+    fts: tuple[FTS, ...] = ()
+
+
+class Loaded:
+    """Settings as they are used: the file, what it refers to, and the environment's part."""
+
+    def __init__(self, settings: Settings, folder: Path, environ: Mapping[str, str]) -> None:
+        self.settings = settings
+        self.folder = folder
+        self._environ = environ
+        self.warnings: list[str] = []
+        self.dsn = environ.get("MINTER_DSN") or settings.database.dsn
+        self.broker_url = environ.get("MINTER_BROKER_URL") or settings.broker.url
+        self.storages = list(settings.storages)
+        for source in settings.rucio:
+            found, warnings = storages_from_export(
+                _read_json(folder / source.export), source.vo, source.rses, source.audience_form
+            )
+            self.storages += found
+            self.warnings += warnings
+        self.policy = self._policy()
+        self._check()
+        self.warnings += self._doubts()
+
+    def __repr__(self) -> str:
+        """Name the folder only: a DSN may hold a password."""
+        return f"Loaded({self.folder})"
+
+    @property
+    def issuers(self) -> dict[str, str]:
+        """Issuer URL by VO."""
+        return {vo: issuer.iss for vo, issuer in self.settings.issuers.items()}
+
+    def master_key_source(self, vo: str) -> tuple[str | None, Path | None]:
+        """Return where one VO's master key is: the environment's text, or a file."""
+        file = self.settings.issuers[vo].master_key_file
+        return self._environ.get(master_key_variable(vo)), self.folder / file if file else None
+
+    def _policy(self) -> Policy:
+        for storage in self.storages:
+            if storage.vo not in self.settings.issuers:
+                raise SettingsError(
+                    f"storage {storage.name!r} is of VO {storage.vo!r}, which has no [issuers.*]"
+                )
+        names = [(s.vo, s.name) for s in self.storages]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise SettingsError(f"storages named twice: {sorted(twice)}")
+        directories = {vo: Directory(s for s in self.storages if s.vo == vo) for vo in self.settings.issuers}
+        return Policy(directories, self.settings.routes, self.settings.fts)
+
+    def _check(self) -> None:
+        """Check across fields; raises SettingsError."""
+        settings = self.settings
+        if len({i.iss for i in settings.issuers.values()}) < len(settings.issuers):
+            raise SettingsError("two issuers have the same iss, expected one VO for each (§2.1)")
+        longest = max(r.max_lifetime_seconds for r in settings.routes)
+        if settings.rotation.lifetime_seconds <= longest:
+            raise SettingsError(
+                f"rotation.lifetime_seconds {settings.rotation.lifetime_seconds} is shorter than "
+                f"the longest token, {longest} s"
+            )
+
+    def _doubts(self) -> Iterator[str]:
+        """Yield what `minter check` warns about: right, but worth an operator's look."""
+        for vo, directory in self.policy.directories.items():
+            for first, second in directory.shared:
+                yield f"{vo}: {first} and {second} share an endpoint and prefix"
+        untried = sorted({s.dialect for s in self.storages if not DIALECTS[s.dialect].tried})
+        if untried:
+            yield f"dialects from documentation, not tried: {', '.join(untried)}"
+        for storage in self.storages:
+            if any("jwt/v1/any" in a for a in storage.audience):
+                yield f"{storage.name}: audience any opens every storage of the VO"
+        for route in self.settings.routes:
+            if route.risk_assessment == SHIPPED_RISK_ASSESSMENT:
+                yield f"route {route.name}: relies on Minter's own risk assessment; adopt or replace it"
+        if not self.settings.fts:
+            yield "no [[fts]]: FTS jobs cannot be filled"
+
+
+def master_key_variable(vo: str) -> str:
+    """Return the name of the environment variable that holds a VO's master key."""
+    return "MINTER_MASTER_KEY_" + re.sub(r"[^A-Z0-9]", "_", vo.upper())
+
+
+def load(path: Path, environ: Mapping[str, str]) -> Loaded:
+    """Read and check the settings file; raises SettingsError with the place of the fault."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise SettingsError(f"settings file {path} cannot be read: {error.strerror}") from error
+    try:
+        return Loaded(msgspec.convert(tomllib.loads(text), Settings), path.resolve().parent, environ)
+    except tomllib.TOMLDecodeError as error:
+        raise SettingsError(f"settings file {path} is not TOML: {error}") from error
+    except msgspec.ValidationError as error:
+        raise SettingsError(f"settings file {path}: {error}{_suggest(str(error))}") from error
+
+
+_KNOWN_KEYS = {
+    name
+    for part in (
+        Settings,
+        DatabaseSettings,
+        BrokerSettings,
+        WorkerSettings,
+        IssuerSettings,
+        RucioSettings,
+        RotationPolicy,
+        Storage,
+        Route,
+        FTS,
+        RSERule,
+    )
+    for name in part.__struct_fields__
+}
+
+
+def _suggest(message: str) -> str:
+    unknown = re.search(r"unknown field `([^`]+)`", message)
+    near = get_close_matches(unknown.group(1), _KNOWN_KEYS, 1) if unknown else []
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def _read_json(path: Path) -> dict[str, object]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"RSE export {path} cannot be read as JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise SettingsError(f"RSE export {path} is not a JSON object")
+    return found

@@ -1,0 +1,150 @@
+"""Everything that Minter needs, embedded, for one machine: databases, broker, workers, beat.
+
+The processes and the settings file are production's; only the URLs differ.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Self
+
+import kombu
+
+from minter import database, keys, migrations, settings, wiring
+from minter.amqp import declare
+from minter.embedded import Postgres, Valkey
+from minter.keystore import new_master_key
+from minter.policy import Client
+
+STOP_SECONDS = 30.0
+
+
+class Stack:
+    """A running embedded engine; `environ` is what a process needs to join it."""
+
+    def __init__(self, settings_path: Path, folder: Path, workers: int) -> None:
+        self.folder = folder
+        self.workers = workers
+        self.environ = {
+            **os.environ,
+            "MINTER_SETTINGS": str(settings_path.resolve()),
+        }
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self._exit = ExitStack()
+
+    def __enter__(self) -> Self:
+        """Start all; whatever was started is stopped again if something fails."""
+        try:
+            self._start()
+        except BaseException:
+            self._exit.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stop all, workers first so that they finish what they hold."""
+        self._exit.close()
+
+    def _start(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        postgres, broker = Postgres(self.folder / "postgres"), Valkey(self.folder / "valkey")
+        for server in (postgres, broker):
+            self._exit.callback(server.stop)
+            server.start()
+        self.environ |= {"MINTER_DSN": postgres.dsn, "MINTER_BROKER_URL": broker.url}
+        path = Path(self.environ["MINTER_SETTINGS"])
+        for vo in settings.load(path, self.environ).settings.issuers:
+            self._master_key(vo)
+        self.service = wiring.Service(settings.load(path, self.environ))
+        self._exit.callback(self.service.pool.dispose)
+        migrations.upgrade(self.service.pool)
+        self.service.prepare()
+        self._first_key_and_client()
+        with kombu.Connection(broker.url) as connection:
+            declare(connection)
+        self._exit.callback(self.stop_processes)
+        for number in range(self.workers):
+            self.spawn_worker(number)
+        self.spawn("beat", "beat", "--schedule", str(self.folder / "beat-schedule"))
+
+    def _master_key(self, vo: str) -> None:
+        """Give the VO a master key in the state folder, unless it has one."""
+        path = self.folder / f"master-{vo}.key"
+        if not path.exists():
+            path.touch(mode=0o600)
+            path.write_text(new_master_key())
+        variable = settings.master_key_variable(vo)
+        self.environ.setdefault(variable, path.read_text())
+
+    def _first_key_and_client(self) -> None:
+        loaded = self.service.loaded
+        with database.transaction(self.service.pool) as connection:
+            control = database.read_control(connection)
+        for vo, issuer in loaded.settings.issuers.items():
+            if not any(k.vo == vo for k in control.ring):
+                create_key(self.service, vo, issuer.algorithm, "up")
+        local = loaded.settings.broker.local_client
+        if local and local not in control.clients:
+            vo = next(iter(loaded.settings.issuers))
+            add_client(self.service, local, vo, "up")
+
+    def spawn_worker(self, number: int) -> "subprocess.Popen[bytes]":
+        """Start one worker process."""
+        return self.spawn(
+            f"worker-{number}", "worker", "--pool", "solo", "--concurrency", "1",
+            "--without-gossip", "--without-mingle", "--without-heartbeat",
+            "--loglevel", "INFO", "--hostname", f"minter-{number}@localhost",
+        )  # fmt: skip
+
+    def spawn(self, name: str, *arguments: str) -> "subprocess.Popen[bytes]":
+        """Start a Celery process whose output goes to a file of its name."""
+        with (self.folder / f"{name}.log").open("ab") as log:
+            process = subprocess.Popen(  # noqa: S603 - our own command
+                [sys.executable, "-m", "celery", "-A", "workers.app", *arguments],
+                env=self.environ, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                start_new_session=True,
+            )  # fmt: skip
+        self.processes.append(process)
+        return process
+
+    def stop_processes(self) -> None:
+        """Stop workers and beat warmly; kill what does not stop in time."""
+        for process in self.processes:
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+        for process in self.processes:
+            try:
+                process.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def create_key(service: wiring.Service, vo: str, algorithm: keys.Algorithm, actor: str) -> tuple[str, str]:
+    """Make, seal and store a signing key; return its kid and state."""
+    signer = keys.generate(algorithm)
+    sealed = service.keystore.seal(vo, signer)
+    state = database.add_key(service.pool, vo, signer.kid, algorithm, signer.public_jwk, sealed, actor)
+    return signer.kid, state
+
+
+def add_client(service: wiring.Service, name: str, vo: str, actor: str) -> Client:
+    """Register a client with a fresh `sub` and no limits of its own."""
+    client = Client(client_id=0, name=name, vo=vo, sub=str(wiring.new_uuid7()))
+    database.add_client(service.pool, client, actor)
+    return client
+
+
+@contextmanager
+def temporary(settings_path: Path, workers: int = 2) -> Iterator[Stack]:
+    """Run a stack in a temporary folder that is gone afterwards."""
+    with (
+        tempfile.TemporaryDirectory(prefix="minter-state-") as folder,
+        Stack(settings_path, Path(folder), workers) as stack,
+    ):
+        yield stack

@@ -1,0 +1,1 @@
+"""The contracts: tables, migrations, and the JSON Schemas of messages."""

@@ -1,0 +1,250 @@
+"""The tables, as SQLAlchemy metadata: what the migrations must build (a test compares them).
+
+`requests` and `tokens` are partitioned by the day that their UUIDv7 holds, without a default
+partition; `minter.database` makes the partitions. Whatever changes what a decision reads
+(issuers, storages, clients, bans, signing_keys) bumps `control.version` by trigger, in the same
+transaction.
+"""
+
+from sqlalchemy import (
+    ARRAY,
+    DDL,
+    BigInteger,
+    Boolean,
+    CheckConstraint,
+    Column,
+    ForeignKey,
+    Identity,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    SmallInteger,
+    Table,
+    Text,
+    UniqueConstraint,
+    event,
+    func,
+    text,
+)
+from sqlalchemy.dialects.postgresql import ENUM, JSONB, TIMESTAMP, UUID
+
+metadata = MetaData(
+    naming_convention={
+        "pk": "%(table_name)s_pkey",
+        "uq": "%(table_name)s_%(column_0_N_name)s_key",
+        "ck": "%(table_name)s_%(constraint_name)s_check",
+        "fk": "%(table_name)s_%(column_0_N_name)s_fkey",
+        "ix": "%(table_name)s_%(column_0_N_name)s_idx",
+    }
+)
+
+TOKEN_STATES = ("queued", "issued", "active", "finished", "cancelled", "failed")
+KEY_STATES = ("prepared", "active", "old", "revoked")
+MODES = ("mint", "exchange", "client_credentials")
+SIDES = ("source", "destination", "operation", "service")
+BAN_KINDS = ("client", "on_behalf_of", "vo", "activity", "storage", "path")
+
+Instant = TIMESTAMP(timezone=True)
+token_state = ENUM(*TOKEN_STATES, name="token_state", metadata=metadata)
+token_mode = ENUM(*MODES, name="token_mode", metadata=metadata)
+token_side = ENUM(*SIDES, name="token_side", metadata=metadata)
+key_state = ENUM(*KEY_STATES, name="key_state", metadata=metadata)
+
+
+def _now(name: str) -> "Column[object]":
+    return Column(name, Instant, nullable=False, server_default=func.now())
+
+
+control = Table(
+    "control",
+    metadata,
+    Column("id", Boolean, primary_key=True, server_default=text("true")),
+    Column("version", BigInteger, nullable=False, server_default=text("1")),
+    CheckConstraint("id", name="one_row"),
+)
+
+issuers = Table(
+    "issuers",
+    metadata,
+    Column("vo", Text, primary_key=True),
+    Column("iss", Text, nullable=False, unique=True),
+    _now("created_at"),
+    CheckConstraint("iss ~ '^https://.+/$'", name="iss"),
+)
+
+storages = Table(
+    "storages",
+    metadata,
+    Column("storage_id", Integer, Identity(always=True), primary_key=True),
+    Column("vo", Text, ForeignKey("issuers.vo"), nullable=False),
+    Column("name", Text, nullable=False),
+    Column("definition", JSONB, nullable=False),
+    _now("created_at"),
+    Column("retired_at", Instant),
+    UniqueConstraint("vo", "name"),
+)
+
+clients = Table(
+    "clients",
+    metadata,
+    Column("client_id", Integer, Identity(always=True), primary_key=True),
+    Column("name", Text, nullable=False, unique=True),
+    Column("vo", Text, ForeignKey("issuers.vo"), nullable=False),
+    Column("sub", Text, nullable=False, unique=True),
+    Column("operations", ARRAY(Text), nullable=False, server_default=text("'{}'")),
+    Column("paths", ARRAY(Text), nullable=False, server_default=text("'{}'")),
+    Column("max_lifetime_seconds", Integer),
+    Column("reply_queues", ARRAY(Text), nullable=False, server_default=text("'{}'")),
+    Column("jwe_key", JSONB),
+    Column("secret_hash", LargeBinary),
+    _now("created_at"),
+    Column("disabled_at", Instant),
+    CheckConstraint("name ~ '^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$'", name="name"),
+    CheckConstraint("octet_length(sub) BETWEEN 1 AND 255 AND sub ~ '^[ -~]+$'", name="sub"),
+    CheckConstraint("max_lifetime_seconds > 0", name="max_lifetime_seconds"),
+)
+
+signing_keys = Table(
+    "signing_keys",
+    metadata,
+    Column("key_id", Integer, Identity(always=True), primary_key=True),
+    Column("vo", Text, ForeignKey("issuers.vo"), nullable=False),
+    Column("kid", Text, nullable=False, unique=True),
+    Column("algorithm", Text, nullable=False),
+    Column("state", key_state, nullable=False),
+    Column("public_jwk", JSONB, nullable=False),
+    Column("private_key", LargeBinary),
+    _now("published_at"),
+    Column("activated_at", Instant),
+    Column("retired_at", Instant),
+    Column("revoked_at", Instant),
+    Column("last_exp", Instant),
+    CheckConstraint("algorithm IN ('ES256', 'RS256')", name="algorithm"),
+    CheckConstraint(
+        "CASE state WHEN 'prepared' THEN private_key IS NOT NULL AND activated_at IS NULL"
+        " WHEN 'active' THEN private_key IS NOT NULL AND activated_at IS NOT NULL"
+        " WHEN 'old' THEN retired_at IS NOT NULL"
+        " WHEN 'revoked' THEN revoked_at IS NOT NULL AND private_key IS NULL END",
+        name="state",
+    ),
+    CheckConstraint("public_jwk ->> 'd' IS NULL AND public_jwk ->> 'kid' = kid", name="public_jwk"),
+    Index("signing_keys_one_active_idx", "vo", unique=True, postgresql_where=text("state = 'active'")),
+)
+
+bans = Table(
+    "bans",
+    metadata,
+    Column("ban_id", Integer, Identity(always=True), primary_key=True),
+    Column("kind", Text, nullable=False),
+    Column("value", Text, nullable=False),
+    Column("vo", Text, ForeignKey("issuers.vo")),
+    Column("reason", Text, nullable=False),
+    _now("created_at"),
+    Column("lifted_at", Instant),
+    CheckConstraint(f"kind IN {BAN_KINDS!r}", name="kind"),
+    Index(
+        "bans_one_in_force_idx",
+        "kind",
+        "value",
+        text("coalesce(vo, '')"),
+        unique=True,
+        postgresql_where=text("lifted_at IS NULL"),
+    ),
+)
+
+audit = Table(
+    "audit",
+    metadata,
+    Column("audit_id", BigInteger, Identity(always=True), primary_key=True),
+    _now("at"),
+    Column("actor", Text, nullable=False),
+    Column("action", Text, nullable=False),
+    Column("subject", Text, nullable=False),
+    Column("details", JSONB, nullable=False, server_default=text("'{}'")),
+    Index("audit_subject_idx", "subject", "at"),
+)
+
+# Messages that came again after a worker died with them: served alone, and dead-lettered at the
+# fourth delivery (docs/adr/0004).
+suspects = Table(
+    "suspects",
+    metadata,
+    Column("digest", LargeBinary, primary_key=True),
+    Column("attempts", SmallInteger, nullable=False),
+    _now("seen_at"),
+)
+
+# tokens of a request have the jtis first_jti, first_jti + 1, …: no index from request to token.
+requests = Table(
+    "requests",
+    metadata,
+    Column("request_id", UUID(as_uuid=True), primary_key=True),
+    Column("client_id", Integer, primary_key=True),
+    Column("first_jti", UUID(as_uuid=True), nullable=False),
+    _now("received_at"),
+    Column("tokens", Integer, nullable=False),
+    Column("digest", LargeBinary, nullable=False),
+    Column("kind", Text, nullable=False),
+    Column("activity", Text, nullable=False),
+    Column("on_behalf_of", Text, nullable=False),
+    Column("error", JSONB),
+    Column("refusals", JSONB),
+    CheckConstraint("octet_length(digest) = 32", name="digest"),
+    CheckConstraint("tokens >= 0 AND (error IS NULL OR tokens = 0)", name="tokens"),
+    CheckConstraint("kind IN ('mint', 'fill_job')", name="kind"),
+    postgresql_partition_by="RANGE (request_id)",
+)
+
+# Columns by falling alignment, none NULL in a minted row: no padding, no null bitmap.
+tokens = Table(
+    "tokens",
+    metadata,
+    Column("jti", UUID(as_uuid=True), primary_key=True),
+    Column("request_id", UUID(as_uuid=True), nullable=False),
+    Column("expires_at", Instant, nullable=False),
+    Column("path_hash", BigInteger, nullable=False),
+    Column("fts_token_id", BigInteger),
+    Column("client_id", Integer, nullable=False),
+    Column("storage_id", Integer, nullable=False),
+    Column("key_id", Integer),
+    Column("state", token_state, nullable=False),
+    Column("mode", token_mode, nullable=False),
+    Column("side", token_side, nullable=False),
+    Column("file", SmallInteger, nullable=False),
+    Column("position", SmallInteger, nullable=False),
+    Column("external_id", Text, nullable=False),
+    Column("payload", Text),
+    CheckConstraint(
+        "mode <> 'mint' OR (key_id IS NOT NULL AND payload IS NOT NULL AND fts_token_id IS NOT NULL)",
+        name="minted",
+    ),
+    CheckConstraint("mode <> 'mint' OR state NOT IN ('queued', 'failed')", name="mint_state"),
+    Index("tokens_path_hash_idx", "path_hash"),
+    Index("tokens_fts_token_id_idx", "fts_token_id"),
+    postgresql_partition_by="RANGE (jti)",
+)
+
+CONTROLLED = ("issuers", "storages", "clients", "bans", "signing_keys")
+"""Tables whose every change bumps control.version."""
+
+BUMP = """
+CREATE FUNCTION bump_control() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    UPDATE control SET version = version + 1;
+    RETURN NULL;
+END $$"""
+
+
+def bump_trigger(table: str) -> str:
+    """Return the statement that makes the trigger of one controlled table."""
+    return (
+        f"CREATE TRIGGER bump_control AFTER INSERT OR UPDATE OR DELETE ON {table}"
+        " FOR EACH STATEMENT EXECUTE FUNCTION bump_control()"
+    )
+
+
+event.listen(metadata, "before_create", DDL(BUMP.replace("%", "%%")))
+event.listen(metadata, "after_create", DDL("INSERT INTO control DEFAULT VALUES"))
+for _name in CONTROLLED:
+    event.listen(metadata.tables[_name], "after_create", DDL(bump_trigger(_name)))

@@ -1,0 +1,143 @@
+"""The Celery application: `celery -A workers.app worker --pool solo`, and `… beat`.
+
+Only the tasks of `workers.tasks` can be run, and only from their own queues: whatever else arrives
+is answered with a typed error and dead-lettered. Bodies are never logged.
+"""
+
+import os
+from typing import Any
+
+from celery import Celery
+from celery.signals import worker_init
+from celery.worker.consumer import Consumer
+
+from minter import contract, database, wiring
+from minter.amqp import Publisher, declare, queues
+from minter.errors import InvalidRequest, MinterError
+from minter.settings import Loaded
+from workers.batching import Batcher, Suspects
+
+MAINTAIN_SECONDS = 3600.0
+VISIBILITY_SECONDS = 60
+"""Embedded broker only: a message of a dead worker comes again after this time."""
+
+
+class RequestConsumer(Consumer):
+    """Celery's consumer, in which every message is answered and no body is logged."""
+
+    class Blueprint(Consumer.Blueprint):
+        """Celery's steps, without delayed delivery: it would declare 28 queues for ETAs."""
+
+        default_steps = [  # noqa: RUF012 - Celery's own form
+            step for step in Consumer.Blueprint.default_steps if "delayed_delivery" not in step
+        ]
+
+    def update_strategies(self) -> None:
+        """Install the batching strategy; called at each new connection."""
+        app.batcher.reset(self.timer)
+        self.strategies = {
+            name: task.start_strategy(self.app, self)
+            for name, task in self.app.tasks.items()
+            if name.startswith("minter.")
+        }
+
+    def on_unknown_message(self, _body: Any, message: Any) -> None:
+        """Answer a message without Celery's headers."""
+        _reject(message, "the message has no task header (Celery protocol 2)")
+
+    def on_unknown_task(self, _body: Any, message: Any, _error: Exception) -> None:
+        """Answer a message that names no public task."""
+        _reject(message, f"unknown task, expected one of {', '.join(contract.PUBLIC_TASKS)}")
+
+    def on_invalid_task(self, _body: Any, message: Any, _error: Exception) -> None:
+        """Answer a message that Celery cannot take."""
+        _reject(message, "the message is not a task in JSON")
+
+    def on_decode_error(self, message: Any, _error: Exception) -> None:
+        """Answer a message that Celery cannot decode."""
+        _reject(message, "the message body cannot be decoded, expected JSON in UTF-8")
+
+
+def _reject(message: Any, why: str) -> None:
+    error: MinterError = InvalidRequest(why)
+    app.batcher.reject(message, error)
+
+
+class App(Celery):
+    """Celery with what its worker process needs."""
+
+    loaded: Loaded
+    service: wiring.Service
+    batcher: Batcher
+
+
+def create_app(loaded: Loaded) -> App:
+    """Return the application for these settings; it connects to nothing yet."""
+    made = App("minter", broker=loaded.broker_url, include=["workers.tasks"])
+    made.loaded = loaded
+    made.conf.update(
+        task_queues=queues(),
+        task_default_queue=contract.INTERNAL_QUEUE,
+        task_default_exchange=contract.INTERNAL_EXCHANGE,
+        task_default_routing_key=contract.INTERNAL_QUEUE,
+        task_create_missing_queues=False,
+        task_acks_late=True,
+        task_ignore_result=True,
+        task_store_errors_even_if_ignored=False,
+        accept_content=["json"],
+        task_serializer="json",
+        result_serializer="json",
+        worker_consumer="workers.app:RequestConsumer",
+        worker_enable_remote_control=False,
+        worker_send_task_events=False,
+        worker_hijack_root_logger=True,
+        worker_prefetch_multiplier=loaded.settings.worker.prefetch,
+        worker_cancel_long_running_tasks_on_connection_loss=False,
+        broker_connection_retry_on_startup=True,
+        broker_connection_max_retries=None,
+        broker_heartbeat=60,
+        broker_transport_options=(
+            {"visibility_timeout": VISIBILITY_SECONDS} if loaded.broker_url.startswith("redis") else {}
+        ),
+        beat_schedule={"maintain": {"task": "minter.maintain", "schedule": MAINTAIN_SECONDS}},
+        timezone="UTC",
+    )
+    return made
+
+
+@worker_init.connect
+def _start(**_: Any) -> None:
+    """Open the engine in the worker process, before it consumes."""
+    app.service = service = wiring.Service(app.loaded, lambda o: on_stage(o.stage))
+    service.prepare()
+    settings = app.loaded.settings
+    with app.connection_for_write() as connection:
+        declare(connection)
+    app.batcher = Batcher(
+        service.engine,
+        Publisher(app.connection_for_write()),
+        Suspects(
+            lambda digest: database.suspect(service.pool, digest),
+            lambda digest: database.acquit(service.pool, digest),
+        ),
+        service.clock,
+        lambda stage: on_stage(stage),  # noqa: PLW0108 - looked up at each call: tests replace it
+        batch_seconds=settings.worker.batch_seconds,
+        batch_messages=settings.worker.batch_messages,
+        batch_bytes=settings.worker.batch_bytes,
+        local_client=_local_client(app.loaded),
+    )
+
+
+def _local_client(loaded: Loaded) -> str | None:
+    """Return who sends on a broker that checks no user_id; never on AMQP."""
+    if loaded.broker_url.startswith(("amqp", "pyamqp")):
+        return None
+    return loaded.settings.broker.local_client or None
+
+
+def on_stage(stage: str) -> None:
+    """Watch the stages of a batch; fault tests replace this function."""
+
+
+app = create_app(wiring.load_settings()) if os.environ.get("MINTER_SETTINGS") else App("minter")

@@ -1,0 +1,295 @@
+"""Batching: small requests that wait together are decided, recorded and signed together.
+
+A Celery task strategy hands messages over untouched; a timer or a cap serves the batch. Messages
+are acknowledged when their answers are confirmed, so the unacknowledged message is the outbox (I3).
+What goes wrong is handled by depth: Postgres away — the same batch again, later, while heartbeats
+go on; broker away — raise, Celery reconnects, everything comes again; anything else — each message
+alone, and the one that fails alone goes to the dead-letter queue with its reason.
+"""
+
+import logging
+import random
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from hashlib import sha256
+from typing import Any
+
+import msgspec
+from msgspec import Raw, Struct
+
+from minter import answers, contract
+from minter.amqp import Outgoing, Publisher
+from minter.errors import (
+    ClockSkew,
+    InvalidRequest,
+    MinterError,
+    NoUsableKey,
+    RequestError,
+    ServerError,
+    Unavailable,
+    Undeliverable,
+    UnknownClient,
+)
+from minter.mint import Engine, Submission
+from minter.requests import MAX_BODY_BYTES, Answer, Request, decode_fill, decode_mint
+from workers import replies
+
+logger = logging.getLogger("minter.batching")
+
+MAX_TRIES = 3
+"""Deliveries that may end with a dead worker; the next one is dead-lettered instead of served."""
+FIRST_DELAY_SECONDS = 0.1
+MAX_DELAY_SECONDS = 10.0
+
+_DECODERS: dict[str, Callable[[Raw], Request]] = {
+    contract.MINT: decode_mint,
+    contract.FILL_JOB: decode_fill,
+}
+_arguments = msgspec.json.Decoder(tuple[list[Raw], dict[str, Raw], Raw])
+
+
+class Pending(Struct, eq=False):
+    """One message that waits to be served, and who sent it by the broker's word."""
+
+    message: Any
+    task: str
+    client: str | None
+    suspect: bool = False
+    tries: int = 0
+
+    @property
+    def body(self) -> bytes:
+        """The bytes as they came."""
+        body = self.message.body
+        return body if isinstance(body, bytes) else str(body).encode()
+
+
+class Suspects(Struct, eq=False):
+    """How often messages that came again were tried (`database.suspect`, `database.acquit`)."""
+
+    count: Callable[[bytes], int]
+    acquit: Callable[[bytes], None]
+
+
+class Batcher:
+    """Collects messages and serves them; lives on the consumer's thread."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        publisher: Publisher,
+        suspects: Suspects,
+        clock: Callable[[], datetime],
+        on_stage: Callable[[str], None] = lambda _: None,
+        *,
+        batch_seconds: float = 0.002,
+        batch_messages: int = 64,
+        batch_bytes: int = 1024 * 1024,
+        local_client: str | None = None,
+    ) -> None:
+        self.engine = engine
+        self.publisher = publisher
+        self.suspects = suspects
+        self.clock = clock
+        self.on_stage = on_stage
+        self.batch_seconds = batch_seconds
+        self.batch_messages = batch_messages
+        self.batch_bytes = batch_bytes
+        self.local_client = local_client
+        self.reset(None)
+
+    def reset(self, timer: Any) -> None:
+        """Start anew on a new connection: what waited on the old one will be delivered again."""
+        self._timer = timer
+        self._waiting: list[Pending] = []
+        self._bytes = 0
+        self._armed = False
+        self._retrying = False
+        self._delay = FIRST_DELAY_SECONDS
+
+    def client_of(self, message: Any) -> str | None:
+        """Return the sender: the broker-checked user_id, or the one client of a local broker."""
+        return self.local_client or message.properties.get("user_id")
+
+    def add(self, message: Any, task: str) -> None:
+        """Take a message into the batch; serve it at once when a cap is reached."""
+        suspect = _came_again(message)
+        pending = Pending(message, task, self.client_of(message), suspect)
+        self._waiting.append(pending)
+        self._bytes += len(pending.body)
+        if self._retrying:
+            return  # Postgres is away: all wait for the same timer
+        if len(self._waiting) >= self.batch_messages or self._bytes >= self.batch_bytes:
+            self.serve()
+        elif not self._armed:
+            self._arm(self.batch_seconds)
+
+    def reject(self, message: Any, error: MinterError) -> None:
+        """Answer a message that is none of the public tasks, and keep it for the operators."""
+        pending = Pending(message, "", self.client_of(message))
+        self._finish([(pending, answers.failure(None, error))], dead={id(pending): error})
+
+    def _arm(self, seconds: float) -> None:
+        # Never hub.call_soon: from inside a callback it waits for the next poll, up to 2 s.
+        self._armed = True
+        self._timer.call_after(seconds, self.serve)
+
+    def serve(self) -> None:
+        """Serve all that waits; on `Unavailable` keep it and come back."""
+        self._armed = False
+        waiting, self._waiting, self._bytes = self._waiting, [], 0
+        try:
+            while waiting:
+                batch = _take(waiting, self.batch_messages)
+                self._serve_batch(batch)
+                del waiting[: len(batch)]
+        except Unavailable as error:
+            self._waiting = waiting + self._waiting
+            self._retrying = True
+            logger.warning("cannot record, trying again in %.1f s: %s", self._delay, error)
+            self._arm(self._delay * random.uniform(0.5, 1.5))  # noqa: S311 - jitter
+            self._delay = min(2 * self._delay, MAX_DELAY_SECONDS)
+        else:
+            self._retrying, self._delay = False, FIRST_DELAY_SECONDS
+
+    def _serve_batch(self, batch: Sequence[Pending]) -> None:
+        try:
+            if batch[0].suspect:
+                self._serve_suspect(batch[0])
+            else:
+                self._finish(self._mint(batch))
+        except Unavailable:
+            raise
+        except self.publisher.errors:
+            raise
+        except Exception as error:
+            if len(batch) > 1:
+                logger.exception("a batch of %d failed, serving each alone", len(batch))
+                for pending in batch:
+                    self._serve_batch([pending])
+                return
+            logger.exception("a message failed alone, dead-lettered")
+            cause = error if isinstance(error, MinterError) else ServerError("see the worker's log")
+            self._finish(
+                [(batch[0], answers.failure(_request_id(batch[0].body), cause))],
+                dead={id(batch[0]): cause},
+            )
+
+    def _serve_suspect(self, pending: Pending) -> None:
+        """Serve a message that came again alone, counting the try before it, not after."""
+        digest = sha256(f"{pending.client} {pending.task}".encode() + pending.body).digest()
+        # Once for each delivery: waiting for Postgres is no try.
+        pending.tries = pending.tries or self.suspects.count(digest)
+        if pending.tries < MAX_TRIES:
+            self._finish(self._mint([pending]))
+        else:
+            error = Undeliverable(
+                f"the request stopped a worker at {pending.tries} deliveries; it is kept on "
+                f"{contract.DEAD_LETTER_QUEUE} for the operators"
+            )
+            failed = answers.failure(_request_id(pending.body), error)
+            self._finish([(pending, failed)], dead={id(pending): error})
+        self.suspects.acquit(digest)
+
+    def _mint(self, batch: Sequence[Pending]) -> list[tuple[Pending, Answer]]:
+        self.on_stage("received")
+        done: list[tuple[Pending, Answer]] = []
+        decoded: list[tuple[Pending, Submission]] = []
+        for pending in batch:
+            try:
+                decoded.append((pending, self._decode(pending)))
+            except RequestError as error:
+                done.append((pending, answers.failure(_request_id(pending.body), error)))
+        if decoded:
+            now = self.clock()
+            outcomes = self.engine.mint_many([s for _, s in decoded], now)
+            for (pending, _), outcome in zip(decoded, outcomes, strict=True):
+                if isinstance(outcome.error, NoUsableKey | ClockSkew):
+                    logger.error("request not served: %s", outcome.error)
+                done.append((pending, answers.answer(outcome, now)))
+        return done
+
+    def _decode(self, pending: Pending) -> Submission:
+        body = pending.body
+        if len(body) > MAX_BODY_BYTES:
+            raise InvalidRequest(
+                f"message of {len(body)} bytes is too large, expected at most {MAX_BODY_BYTES}; split it"
+            )
+        if pending.client is None:
+            raise UnknownClient(
+                "the message has no user_id; set it to the AMQP user, which the broker checks"
+            )
+        replies.check_reply_to(pending.message.properties.get("reply_to"), pending.client)
+        try:
+            args, kwargs, _ = _arguments.decode(body)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise InvalidRequest(
+                f"body is not Celery's [args, kwargs, embed] in JSON: {error}"[:300]
+            ) from None
+        values = [*args, *kwargs.values()]
+        if len(values) != 1:
+            raise InvalidRequest(f"{pending.task} takes one argument, the request; got {len(values)}")
+        request = _DECODERS[pending.task](values[0])
+        if request.reply_queue is not None:
+            raise InvalidRequest("answers on durable queues are not served yet; use reply_to")
+        return Submission(request, pending.client)
+
+    def _finish(
+        self, done: Sequence[tuple[Pending, Answer]], dead: dict[int, MinterError] | None = None
+    ) -> None:
+        """Publish the answers, wait for the confirms, then acknowledge."""
+        outgoing: list[Outgoing] = []
+        for pending, answer in done:
+            why = (dead or {}).get(id(pending))
+            properties = pending.message.properties
+            try:
+                reply_to = replies.check_reply_to(properties.get("reply_to"), pending.client)
+            except RequestError as error:
+                why = why or error
+            else:
+                correlation_id = str(properties.get("correlation_id") or "")[:255]
+                outgoing += replies.messages(answer, reply_to, correlation_id)
+            if why is not None:
+                headers = pending.message.headers or {}
+                outgoing.append(replies.dead_letter(pending.body, headers, pending.client, why))
+        try:
+            gone = self.publisher.publish(outgoing, lambda: self.on_stage("half_replied"))
+        except self.publisher.errors:
+            self.publisher.close()
+            raise
+        if lost := [m for m in gone if m.persistent]:
+            raise ServerError(f"queue {lost[0].routing_key} does not exist; run: minter broker setup")
+        if gone:
+            logger.info("%d answers reached nobody: the callers are gone", len(gone))
+        self.on_stage("confirmed")
+        for pending, _ in done:
+            pending.message.ack_log_error(logger, self.publisher.errors)
+
+
+def _came_again(message: Any) -> bool:
+    info = message.delivery_info or {}
+    return bool(info.get("redelivered") or (message.headers or {}).get("x-delivery-count"))
+
+
+def _take(waiting: Sequence[Pending], most: int) -> list[Pending]:
+    """Return the next batch: one suspect, or the messages up to the next one."""
+    if waiting[0].suspect:
+        return [waiting[0]]
+    end = next((i for i, p in enumerate(waiting) if p.suspect), len(waiting))
+    return list(waiting[: min(end, most)])
+
+
+class _Identified(Struct):
+    request_id: str | None = None
+
+
+_identified = msgspec.json.Decoder(tuple[list[_Identified], Raw, Raw])
+
+
+def _request_id(body: bytes) -> str | None:
+    """Return the request_id of a message that may be broken otherwise, None if there is none."""
+    try:
+        args, _, _ = _identified.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+    return args[0].request_id[:64] if args and args[0].request_id else None

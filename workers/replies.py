@@ -1,0 +1,68 @@
+"""Answers: to whom they may go, and their confirmed way there.
+
+An answer's body is Celery's result envelope, so any Celery client understands it. We publish it
+ourselves: a result backend acknowledges a request even when its own reply failed, and logs results.
+"""
+
+from typing import Any
+
+import msgspec
+
+from minter.amqp import Outgoing
+from minter.answers import parts
+from minter.contract import DEAD_LETTER_QUEUE, DIRECT_REPLY, REPLY_PREFIX, reply_prefix
+from minter.errors import MinterError, ReplyNotAllowed
+from minter.requests import Answer
+
+MAX_DEAD_LETTER_HEADER = 500
+
+
+def check_reply_to(reply_to: str | None, client: str | None) -> str:
+    """Return the reply address if it is the caller's own; raises ReplyNotAllowed.
+
+    An unnamed sender's address cannot be checked further than to be a reply queue; it gets nothing
+    but the error that it is unnamed.
+    """
+    if not reply_to:
+        raise ReplyNotAllowed("the message has no reply_to, expected a queue of the caller's")
+    if reply_to.startswith(DIRECT_REPLY):
+        return reply_to
+    prefix = reply_prefix(client) if client is not None else REPLY_PREFIX
+    if not reply_to.startswith(prefix) or len(reply_to) > 255:  # noqa: PLR2004 - AMQP short string
+        raise ReplyNotAllowed(
+            f"reply_to {reply_to[:80]!r} is not the caller's, expected a queue named {prefix}*"
+        )
+    return reply_to
+
+
+def messages(answer: Answer, reply_to: str, correlation_id: str) -> list[Outgoing]:
+    """Return the reply messages of one answer, in Celery's result envelope."""
+    head = b'{"task_id":' + msgspec.json.encode(correlation_id) + b',"status":"SUCCESS","result":'
+    return [
+        Outgoing(
+            head + body + b',"traceback":null,"children":[]}',
+            reply_to,
+            properties={"correlation_id": correlation_id},
+        )
+        for body in parts(answer)
+    ]
+
+
+def dead_letter(body: bytes, headers: dict[str, Any], client: str | None, why: MinterError) -> Outgoing:
+    """Return a message for the dead-letter queue: the request as it came, and the typed reason.
+
+    Requests hold no tokens; the one exception, tokens left in an FTS job, is cut out by dropping
+    a body that looks as if it held one (I5).
+    """
+    safe = body if b"eyJ" not in body else b'"removed: it may hold a token"'
+    return Outgoing(
+        safe,
+        DEAD_LETTER_QUEUE,
+        headers={
+            "task": str(headers.get("task", ""))[:255],
+            "minter-client": client or "",
+            "minter-reason": why.reason,
+            "minter-description": why.message[:MAX_DEAD_LETTER_HEADER],
+        },
+        persistent=True,
+    )

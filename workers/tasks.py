@@ -1,0 +1,65 @@
+"""The tasks. The public two are served in batches and never run as Celery tasks."""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from celery import Task
+
+from minter import contract, database
+from minter.errors import InvalidRequest, ServerError
+from workers.app import app
+
+logger = logging.getLogger("minter.tasks")
+
+
+class BatchedTask(Task):
+    """A public task: its strategy hands the untouched message to the batcher."""
+
+    def start_strategy(self, _app: Any, _consumer: Any, **_: Any) -> Callable[..., None]:
+        """Return what Celery calls for each message of this task."""
+        name = self.name
+
+        def take(message: Any, *_: Any, **__: Any) -> None:
+            app.batcher.add(message, name)
+
+        return take
+
+
+class InternalTask(Task):
+    """A task of the engine's own: run in place, and only from the queue that clients cannot write."""
+
+    def start_strategy(self, _app: Any, _consumer: Any, **_: Any) -> Callable[..., None]:
+        """Return what Celery calls for each message of this task."""
+
+        def take(message: Any, *_: Any, **__: Any) -> None:
+            if message.delivery_info.get("exchange") != contract.INTERNAL_EXCHANGE:
+                app.batcher.reject(message, InvalidRequest(f"{self.name} is not a public task"))
+                return
+            try:
+                self.run()
+            except Exception:  # the schedule brings it again; a batch must not wait for it
+                logger.exception("%s failed", self.name)
+            message.ack_log_error(logger, app.batcher.publisher.errors)
+
+        return take
+
+
+@app.task(name=contract.MINT, base=BatchedTask)
+def mint(_request: dict[str, Any]) -> None:
+    """Mint a request (schemas/mint-request.json); answered with schemas/answer.json."""
+    raise ServerError("minter.mint is served in batches, not called")
+
+
+@app.task(name=contract.FILL_JOB, base=BatchedTask)
+def fill_job(_request: dict[str, Any]) -> None:
+    """Fill an FTS job (schemas/fill-request.json); answered with schemas/answer.json."""
+    raise ServerError("minter.fill_job is served in batches, not called")
+
+
+@app.task(name="minter.maintain", base=InternalTask)
+def maintain() -> None:
+    """Make partitions ahead and forget old suspects; beat sends it every hour."""
+    made = app.service.make_partitions()
+    pruned = database.prune_suspects(app.service.pool)
+    logger.info("maintained: %d partitions made, %d suspects forgotten", len(made), pruned)
