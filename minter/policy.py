@@ -547,6 +547,12 @@ def _scope(plan: Plan, path: str, client: Client) -> str:
         if client.paths and not any(path_contains(p, directory) for p in client.paths):
             continue
         words.append(f"{needed.scope}:{write(directory)}")
+    if not words:
+        rules = f"route {plan.route.name}" if plan.route else plan.cap_rule
+        raise OperationNotAllowed(
+            f"nothing of the operation is left on {path!r} after what {rules} forbids and what "
+            f"client {client.name!r} may reach"
+        )
     scope = " ".join(words)
     if len(scope) > MAX_CLAIM_CHARACTERS:
         raise ScopeTooLarge(

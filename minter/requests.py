@@ -326,7 +326,7 @@ def _job_file(number: int, file: JobFile, params: JobParams, files: int) -> File
     last = not params.multihop or number == files - 1
     if archive and last:
         destination += ("poll",)
-    if file.sources == file.destinations:  # FTS's way of saying "only bring online", Rucio STAGEIN
+    if stages and file.sources == file.destinations:  # FTS's way of saying "only bring online", Rucio STAGEIN
         source = destination = ("stage", "poll")
 
     after = archive if last else 0

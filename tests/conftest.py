@@ -1,0 +1,97 @@
+"""Fixtures: a real Postgres, fresh databases from a template, an engine around them."""
+
+import os
+import uuid
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from minter import database, keys, migrations, settings, stack, wiring
+from minter.embedded import Postgres
+from minter.keystore import new_master_key
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "examples"
+MASTER_KEY = new_master_key()
+
+
+@pytest.fixture(scope="session")
+def postgres_dsn(tmp_path_factory):
+    """A server: MINTER_TEST_DSN's (a superuser's DSN), or an embedded one of our own."""
+    if dsn := os.environ.get("MINTER_TEST_DSN"):
+        yield dsn
+        return
+    server = Postgres(tmp_path_factory.mktemp("state") / "postgres", settings=["max_connections=200"])
+    server.start()
+    yield server.dsn
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def template(postgres_dsn):
+    """A database with the schema, the settings' catalogue and one key: copied for each test."""
+    name = f"minter_template_{uuid.uuid4().hex[:8]}"
+    _admin(postgres_dsn, f"CREATE DATABASE {name}")
+    service = wiring.Service(load_settings(_dsn(postgres_dsn, name)))
+    migrations.upgrade(service.pool)
+    service.prepare()
+    stack.create_key(service, "alpen", "ES256", "tests")
+    stack.add_client(service, "rucio-alpen", "alpen", "tests")
+    service.pool.dispose()
+    yield name
+    _admin(postgres_dsn, f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture
+def dsn(postgres_dsn, template):
+    """A fresh database."""
+    name = f"minter_test_{uuid.uuid4().hex[:8]}"
+    _admin(postgres_dsn, f"CREATE DATABASE {name} TEMPLATE {template}")
+    yield _dsn(postgres_dsn, name)
+    _admin(postgres_dsn, f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture
+def service(dsn):
+    """The engine on a fresh database, with the examples' settings."""
+    made = wiring.Service(load_settings(dsn))
+    yield made
+    made.pool.dispose()
+
+
+@pytest.fixture(scope="session")
+def loaded():
+    """The examples' settings, without a database."""
+    return load_settings("")
+
+
+@pytest.fixture(scope="session")
+def es256():
+    return keys.load_signer((ROOT / "tests/keys/es256.pem").read_bytes(), "ES256")
+
+
+@pytest.fixture(scope="session")
+def rs256():
+    return keys.load_signer((ROOT / "tests/keys/rs256.pem").read_bytes(), "RS256")
+
+
+def load_settings(dsn: str, **environ: str) -> settings.Loaded:
+    return settings.load(
+        EXAMPLES / "settings.toml",
+        {"MINTER_DSN": dsn, "MINTER_MASTER_KEY_ALPEN": MASTER_KEY, **environ},
+    )
+
+
+def _admin(dsn: str, statement: str) -> None:
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        connection.execute(statement)
+
+
+def _dsn(dsn: str, name: str) -> str:
+    return psycopg.conninfo.make_conninfo(dsn, dbname=name)
+
+
+def rows(service: wiring.Service, statement: str, *values: object) -> list[tuple]:
+    with database.transaction(service.pool) as connection:
+        return connection.execute(statement, values).fetchall()

@@ -1,0 +1,77 @@
+"""The direction of imports, and what the pure part must not touch (style.md)."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+ROWS = [
+    {"errors"},
+    {"scopes", "contract", "dialects"},
+    {"keys", "storages"},
+    {"requests", "rucio"},
+    {"policy"},
+    {"claims"},
+    {"mint"},
+    {"answers"},
+    {"database", "keystore", "embedded", "settings", "amqp", "migrations", "rabbitmq"},
+    {"wiring", "client"},
+    {"stack"},
+    {"demo"},
+    {"cli"},
+]
+PURE = set().union(*ROWS[:8])
+MAY_IMPORT_BESIDE = {("rabbitmq", "contract"), ("amqp", "contract")}
+CLIENT_NEEDS = {"amqp", "contract", "errors", "requests", "dialects"}
+FORBIDDEN_NAMES = {"sqlalchemy", "celery", "kombu", "httpx", "prometheus_client", "psycopg", "os", "time"}
+
+
+def _modules():
+    return {p.stem: ast.parse(p.read_text()) for p in (ROOT / "minter").glob("*.py") if p.stem != "__init__"}
+
+
+def _imports(tree):
+    """Names imported anywhere in a module: ours without the prefix, others by their top name."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[-1 if alias.name.startswith("minter.") else 0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            if node.module == "minter":
+                yield from (alias.name for alias in node.names)
+            else:
+                yield node.module.split(".")[-1 if node.module.startswith("minter.") else 0]
+
+
+MODULES = _modules()
+
+
+def test_every_module_has_its_row():
+    assert set(MODULES) == set().union(*ROWS)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_go_up_only(name):
+    row = next(i for i, names in enumerate(ROWS) if name in names)
+    above = set().union(*ROWS[:row])
+    ours = {n for n in _imports(MODULES[name]) if n in MODULES}
+    assert ours <= above, f"{name} imports below or beside itself: {ours - above}"
+
+
+@pytest.mark.parametrize("name", sorted(PURE))
+def test_the_pure_part_touches_nothing_of_the_world(name):
+    assert not FORBIDDEN_NAMES & set(_imports(MODULES[name]))
+    source = (ROOT / "minter" / f"{name}.py").read_text()
+    assert "datetime.now" not in source
+
+
+def test_the_client_stands_alone():
+    assert {n for n in _imports(MODULES["client"]) if n in MODULES} <= CLIENT_NEEDS
+    needed = {"amqp", "contract", "errors", "requests", "dialects"}
+    for name in needed:
+        assert {n for n in _imports(MODULES[name]) if n in MODULES} <= needed
+
+
+def test_nothing_in_minter_knows_the_workers():
+    assert not [n for n, tree in MODULES.items() if "workers" in set(_imports(tree))]

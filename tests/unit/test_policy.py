@@ -1,0 +1,283 @@
+"""Decisions: I1 over generated cases, and what each rule of decision 6 says."""
+
+import uuid
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from msgspec import structs
+
+from minter import policy
+from minter.dialects import DIALECTS, scopes_needed
+from minter.errors import SettingsError
+from minter.policy import FTS, SHIPPED_ROUTES, Ban, Bans, Client, Policy, Route, asked_scopes
+from minter.requests import FileOperation, FileRequest, FillRequest, MintRequest, from_fill, from_mint
+from minter.scopes import parent, path_contains
+from minter.storages import Directory, Endpoint, Storage
+from tests import strategies
+
+NO_BANS = Bans()
+SEEN = Counter()
+
+
+# ── I1 ───────────────────────────────────────────────────────────────────────────────────────
+
+
+@settings(max_examples=400)
+@given(st.data())
+def test_no_grant_is_wider_than_the_dialects_expansion_of_what_was_asked(data):
+    made = data.draw(strategies.storages())
+    routes = data.draw(strategies.routes())
+    client = data.draw(strategies.clients())
+    request = from_mint(data.draw(strategies.requests(made)))
+    decision = Policy({"vo": Directory(made)}, routes).decide(request, client, NO_BANS)
+    SEEN["granted" if decision.grants else "refused"] += 1
+
+    for grant in decision.grants:
+        route, area = grant.plan.route, grant.plan.area
+        assert area.storage in {s.name for s in made}
+        path = Directory([s for s in made if s.name == area.storage]).locate(grant.need.url).path
+        operations = set(grant.need.operations)
+        if grant.need.side == "destination":
+            operations |= {"retry"} if route.cleanup else set()
+            operations |= {"make_parents"} if route.make_parents else set()
+        wide = area.prefix.removeprefix(area.base_path.rstrip("/"))
+        allowed = set()
+        for needed in scopes_needed(area.dialect, operations):
+            allowed.add((needed.scope, path if needed.where == "file" else parent(path)))
+            if route.poll_area and grant.need.operations == ("poll",):
+                allowed.add((needed.scope, wide))
+        for scope in asked_scopes(grant):
+            assert (scope.name, scope.path) in allowed
+            assert not client.paths or any(path_contains(p, scope.path) for p in client.paths)
+        assert not client.operations or client.operations >= set(grant.need.operations)
+        longest = client.max_lifetime_seconds or route.max_lifetime_seconds
+        assert 0 < grant.lifetime.seconds <= longest
+        if area.matching == "prefix":
+            assert grant.lifetime.seconds <= policy.PROFILE_MAX_SECONDS
+        extras = [n.quirk.name for n in grant.plan.needed if n.quirk]
+        assert not set(extras) & set(route.forbid)
+        shown = "\n".join(policy.explain(decision))
+        assert all(f"quirk {name}" in shown for name in extras)
+
+    granted = {(g.need.file, g.need.side, g.need.index) for g in decision.grants}
+    refused = {(r.need.file, r.need.side, r.need.index) for r in decision.refused if r.need}
+    asked = {(n.file, n.side, n.index) for f in request.files for n in f.needs}
+    assert granted | refused == asked  # exactly one outcome each (I3)
+    assert not granted & refused
+
+
+def test_at_least_half_of_the_cases_ended_in_a_grant():
+    assert SEEN["granted"] >= SEEN["refused"] > 0
+
+
+# ── one thing at a time ──────────────────────────────────────────────────────────────────────
+
+
+def storage(name="SE", dialect="xrootd", **changes):
+    door = Endpoint(f"{name.lower()}.example.org", 443, "/data")
+    return Storage(**{"vo": "vo", "name": name, "endpoints": (door,), "dialect": dialect, **changes})
+
+
+def client(**limits):
+    return Client(client_id=1, name="rucio", vo="vo", sub="s", **limits)
+
+
+FTS_A = FTS(name="fts", url="https://fts.example.org:8446")
+ENGINE = Policy(
+    {"vo": Directory([storage(), storage("OLD", "xrootd-5.5"), storage("TAPE", "dcache", tape=True)])}, fts=[FTS_A]
+)
+SE, OLD, TAPE = ("davs://se.example.org/data/d/f", "davs://old.example.org/data/d/f", "davs://tape.example.org/data/d/f")
+
+
+def mint(engine=ENGINE, client=client(), bans=NO_BANS, **file):  # noqa: B008
+    options = {k: file.pop(k) for k in ("lifetime_seconds", "all_or_nothing", "vo", "activity", "on_behalf_of") if k in file}
+    files = file.pop("files", None) or (FileRequest(**file),)
+    return engine.decide(from_mint(MintRequest(request_id=uuid.uuid4(), files=files, **options)), client, bans)
+
+
+def fill(sources=(SE,), destinations=(OLD,), engine=ENGINE, files=None, fts=None, **params):
+    files = files or [{"sources": list(sources), "destinations": list(destinations), "filesize": 10**9}]
+    request = FillRequest(request_id=uuid.uuid4(), job={"files": files, "params": params}, fts=fts)
+    return engine.decide(from_fill(request), client(), NO_BANS)
+
+
+def scopes(decision, side):
+    return {g.need.index: g.scope for g in decision.grants if g.need.side == side}
+
+
+def reasons(decision):
+    return [r.error.reason for r in decision.refused]
+
+
+def test_the_ordinary_rucio_job_gets_modify_on_its_one_destination_file():
+    decision = fill((SE + "0",), (SE,), overwrite=True, max_time_in_queue=168)
+    assert scopes(decision, "source") == {0: "storage.read:/data/d/f0"}
+    assert scopes(decision, "destination") == {0: "storage.modify:/data/d/f"}
+    assert {g.lifetime.seconds // 3600 for g in decision.grants if g.need.side != "service"} == {168}
+    assert [g.scope for g in decision.grants if g.need.side == "service"] == ["fts"]
+
+
+def test_a_tape_destination_that_may_not_be_overwritten_gets_create_and_poll():
+    decision = fill((SE,), (TAPE,), overwrite=False, archive_timeout="86400")
+    assert scopes(decision, "destination") == {0: "storage.create:/data/d/f storage.poll:/data/d/f"}
+
+
+@pytest.mark.parametrize("params", [{"overwrite": True}, {"overwrite_when_only_on_disk": True}])
+def test_overwriting_a_tape_destination_when_asked(params):
+    assert scopes(fill((SE,), (TAPE,), **params), "destination") == {0: "storage.modify:/data/d/f"}
+
+
+def test_overwrite_hop_means_every_hop_but_the_last():
+    hops = [{"sources": [SE], "destinations": [TAPE]}, {"sources": [TAPE], "destinations": [TAPE + "2"]}]
+    decision = fill(files=hops, overwrite=False, overwrite_hop=True, multihop=True)
+    written = [g.scope for g in decision.grants if g.need.side == "destination"]
+    assert written == ["storage.modify:/data/d/f", "storage.create:/data/d/f2"]
+
+
+def test_a_multihop_job_is_refused_whole():
+    hops = [{"sources": [SE], "destinations": [TAPE]}, {"sources": [TAPE], "destinations": ["davs://unknown.example.org/f"]}]
+    decision = fill(files=hops, multihop=True)
+    assert not decision.grants
+    assert sorted(reasons(decision)) == ["neighbour_refused"] * 3 + ["unknown_storage"]
+
+
+def test_staging_joins_reading_in_ftss_one_slot_and_stays_apart_in_a_native_request():
+    assert scopes(fill((TAPE,), (SE,), bring_online=43200), "source") == {0: "storage.read:/data/d/f storage.stage:/data/d/f"}
+    native = mint(sources=(TAPE,), operations=(FileOperation("stage", TAPE), FileOperation("poll", TAPE)))
+    assert scopes(native, "source") == {0: "storage.read:/data/d/f"}
+    assert scopes(native, "operation")[0] == "storage.stage:/data/d/f"
+
+
+def test_a_poll_token_is_wide_and_long_by_its_route():
+    (grant,) = mint(operations=(FileOperation("poll", TAPE),)).grants
+    assert (grant.plan.route.name, grant.scope) == ("tape-poll", "storage.poll:/data")
+    assert grant.lifetime.seconds > policy.PROFILE_MAX_SECONDS
+
+
+def test_a_stagein_job_gets_stage_on_both_of_its_equal_urls():
+    decision = fill((TAPE,), (TAPE,), bring_online=43200)
+    assert scopes(decision, "source") == scopes(decision, "destination") == {0: "storage.stage:/data/d/f"}
+
+
+def test_a_file_keeps_its_other_sources_and_a_copy_without_any_is_refused_whole():
+    kept = fill((SE, "root://se.example.org//data/d/f", OLD), (SE,))
+    assert sorted(scopes(kept, "source")) == [0, 2]
+    assert reasons(kept) == ["endpoint_takes_no_token"]
+    lost = fill(("http://se.example.org/data/d/f",), (SE,))
+    assert not lost.grants
+    assert sorted(reasons(lost)) == ["endpoint_takes_no_token", "neighbour_refused"]
+
+
+def test_prefix_matching_storages_never_get_more_than_six_hours():
+    decision = fill((OLD,), (SE,), max_time_in_queue=168)
+    life = {g.plan.area.storage: g.lifetime for g in decision.grants}
+    assert life["OLD"].seconds == policy.PROFILE_MAX_SECONDS < life["OLD"].wanted
+    assert life["SE"].seconds > 168 * 3600
+    assert "clipped from" in "\n".join(policy.explain(decision))
+
+
+def test_a_lifetime_beyond_policy_is_refused_and_one_too_short_too():
+    refused = mint(sources=(SE,), lifetime_seconds=7 * 3600).refused[0].error
+    assert refused.message == 'lifetime 25200 s exceeds 21600 s allowed by route direct; ask for less'
+    short = mint(sources=(SE,), lifetime_seconds=60).refused[0].error
+    assert short.reason == "lifetime_not_allowed"
+    assert mint(sources=(SE,), lifetime_seconds=7200).grants[0].lifetime.seconds == 7200
+
+
+def test_a_client_has_its_own_limits():
+    assert reasons(mint(client=client(paths=("/data/e",)), sources=(SE,))) == ["path_not_allowed"]
+    assert reasons(mint(client=client(paths=("/data/dd",)), sources=(SE,))) == ["path_not_allowed"]
+    assert reasons(mint(client=client(operations=frozenset({"read"})), operations=(FileOperation("delete", SE),))) == ["operation_not_allowed"]
+    assert mint(client=client(max_lifetime_seconds=1800), sources=(SE,)).grants[0].lifetime.seconds == 1800
+
+
+def test_no_route_no_token():
+    only_read = Policy({"vo": Directory([storage()])}, [Route(name="r", operations=("read",))])
+    assert reasons(mint(only_read, operations=(FileOperation("delete", SE),))) == ["operation_not_allowed"]
+
+
+def test_the_first_matching_route_decides():
+    routes = [Route(name="special", operations=("read",), activities=("T0*",), max_lifetime_seconds=1800), *SHIPPED_ROUTES]
+    engine = Policy({"vo": Directory([storage()])}, routes)
+    assert mint(engine, sources=(SE,), activity="T0 Export").grants[0].plan.route.name == "special"
+    assert mint(engine, sources=(SE,), activity="Other").grants[0].plan.route.name == "direct"
+
+
+@pytest.mark.parametrize(
+    "ban",
+    [Ban("client", "rucio"), Ban("vo", "vo"), Ban("activity", "T0", "vo"), Ban("on_behalf_of", "eve"),
+     Ban("storage", "SE"), Ban("path", "/data/d"), Ban("path", "/data/d/f")],
+)  # fmt: skip
+def test_bans(ban):
+    bans = Bans([ban])
+    asked = {"sources": (SE,), "activity": "T0", "on_behalf_of": "eve"}
+    assert set(reasons(mint(bans=bans, **asked))) == {"banned"}
+    assert mint(bans=Bans([ban._replace(vo="another")]), **asked).grants
+    assert mint(bans=Bans([ban._replace(value="/data/dd")]), **asked).grants
+
+
+def test_a_wide_grant_above_a_banned_path_is_refused_too():
+    assert reasons(mint(bans=Bans([Ban("path", "/data/secret")]), operations=(FileOperation("poll", TAPE),))) == ["banned"]
+
+
+def test_one_bad_file_fails_alone_unless_all_or_nothing():
+    files = (FileRequest(sources=(SE,)), FileRequest(sources=("davs://nowhere.example.org/f",)))
+    assert [g.need.file for g in mint(files=files).grants] == [0]
+    assert not mint(files=files, all_or_nothing=True).grants
+
+
+def test_a_scope_too_long_for_fts_is_refused():
+    assert reasons(mint(sources=(f"davs://se.example.org/data/{'é' * 400}",))) == ["scope_too_large"]
+
+
+def test_another_vo_or_fts_is_refused_whole():
+    assert mint(vo="other", sources=(SE,)).error.reason == "unknown_vo"
+    assert fill(fts="https://evil.example.org:8446").error.reason == "unknown_storage"
+    assert fill(fts="https://FTS.example.org:8446").grants
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"max_lifetime_seconds": 193 * 3600}, "hard limit"),
+        ({"max_lifetime_seconds": 7 * 3600}, "needs mitigations"),
+        ({"min_rate_bytes": 0}, "min_rate_bytes"),
+        ({"max_lifetime_seconds": 60}, "at least 900"),
+    ],
+)
+def test_a_route_that_contradicts_the_profile_is_no_route(change, why):
+    with pytest.raises(SettingsError, match=why):
+        Policy({"vo": Directory([])}, [structs.replace(Route(name="r", operations=("read",)), **change)])
+
+
+def test_a_mitigation_that_does_not_hold_keeps_the_token_to_six_hours():
+    route = Route(name="long", operations=("read", "overwrite"), max_lifetime_seconds=24 * 3600, wait_seconds=10 * 3600,
+                  mitigations=("no_modify",), risk_assessment="doc")  # fmt: skip
+    engine = Policy({"vo": Directory([storage()])}, [route])
+    read, modify = mint(engine, sources=(SE,), destinations=(SE,), overwrite=True).grants
+    assert read.lifetime.seconds > policy.PROFILE_MAX_SECONDS
+    assert modify.lifetime.seconds == policy.PROFILE_MAX_SECONDS
+    assert any("no_modify does not hold" in s.text for s in modify.plan.steps)
+
+
+def test_raw_dialects_write_raw_paths_and_refuse_white_space():
+    assert mint(sources=(OLD + "ü#",)).grants[0].scope == "storage.read:/data/d/fü#"
+    assert reasons(mint(sources=(OLD + " x",))) == ["invalid_path"]
+    assert mint(sources=(SE + "ü#",)).grants[0].scope == "storage.read:/data/d/f%C3%BC%23"
+
+
+def test_a_later_hop_waits_for_the_ones_before_it():
+    hops = [{"sources": [SE], "destinations": [SE + "2"], "filesize": 10**11}, {"sources": [SE + "2"], "destinations": [SE + "3"], "filesize": 10**11}]
+    first, second = (next(g for g in fill(files=hops, multihop=True).grants if g.need.file == n) for n in (0, 1))
+    assert second.lifetime.wanted - first.lifetime.wanted == 20_000
+
+
+@pytest.mark.parametrize("name", sorted(DIALECTS))
+def test_the_shipped_routes_serve_the_ordinary_rucio_and_dirac_job_on_every_dialect(name):
+    engine = Policy({"vo": Directory([storage("SE", name)])}, fts=[FTS_A])
+    rucio = fill(("davs://se.example.org/data/a",), ("davs://se.example.org/data/b",), engine, overwrite=True, max_time_in_queue=168)
+    assert not rucio.refused
+    dirac = mint(engine, sources=("davs://se.example.org/data/a",), destinations=("davs://se.example.org/data/b",), overwrite=True)
+    assert not dirac.refused
