@@ -4,7 +4,6 @@ It knows nothing about what makes a token right. Failures of Postgres that pass 
 leave here as `Unavailable`, and nothing of the transaction stays.
 """
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, date, datetime, timedelta
@@ -22,7 +21,6 @@ from minter.errors import Unavailable, UnknownClient
 from minter.keys import Key
 from minter.mint import Control, RequestRow, TokenRow
 from minter.policy import Ban, Bans, Client
-from minter.storages import Storage
 
 CONTROL_LOCK = 0x6D696E74  # "mint": recording holds it shared, changes of the control tables alone
 
@@ -113,8 +111,8 @@ class Store:
         return self._control, skew
 
     def storage_id(self, client_id: int, name: str) -> int:
-        """Return the row of a storage; 0 stands for a service such as FTS."""
-        return self._storage_ids.get((self._vo_of[client_id], name), 0)
+        """Return the row of a client's storage or FTS."""
+        return self._storage_ids[self._vo_of[client_id], name]
 
 
 class Recording:
@@ -432,13 +430,14 @@ def controlling(
         )
 
 
-def sync_catalogue(engine: Pool, issuers: Mapping[str, str], storages: Sequence[Storage]) -> int:
+def sync_catalogue(engine: Pool, issuers: Mapping[str, str], wanted: Mapping[tuple[str, str], object]) -> int:
     """Bring issuers and storages of the settings into rows that outlive them; return the changes.
+
+    `wanted` has what the settings say of each storage and FTS, as JSON values, by (VO, name).
 
     A VO never changes its `iss` (§2.1: sub is unique in it); a storage no longer in the settings
     is kept, marked retired, for what was issued on it.
     """
-    wanted = {(s.vo, s.name): json.loads(msgspec.json.encode(s)) for s in storages}
     with transaction(engine) as connection:
         known_issuers = dict(connection.execute("SELECT vo, iss FROM issuers").fetchall())
         rows = connection.execute(

@@ -176,7 +176,7 @@ class Demo:
         by_storage: dict[str, list[dict[str, Any]]] = {}
         for row, claims in self.tokens:
             assert isinstance(row, mint.TokenRow)
-            name = row.storage or f"(FTS) {claims['aud']}"
+            name = row.storage
             by_storage.setdefault(name, []).append(claims)
         table = Table(title="Tokens by storage")
         for heading in (

@@ -6,8 +6,8 @@ as Protocols; the adapters fit them. The order of its steps is the invariants:
 1. Open the recording transaction and read bans, clients and keys under its lock: whatever an
    operator changed before binds this batch, and what changes now waits for it (I9).
 2. Decide each request (pure).
-3. Build, sign and check each token. Nothing has left: a failure here leaves nothing behind.
-4. Insert the requests; where a request_id is taken, look at what was recorded instead (I4).
+3. Insert the requests; where a request_id is taken, read what was recorded instead (I4).
+4. Build, sign and check each new token. Nothing has left: a failure here leaves nothing behind.
 5. COPY the tokens of the new requests, with FTS's id of each token (SHA-1 of its bytes).
 6. Commit. Now the tokens are issued (I2).
 7. Hand out: new tokens as signed; repeated ones signed again from their rows, byte for byte.
@@ -213,17 +213,20 @@ class Engine:
             for outcome in pending:
                 self._begin(outcome, control, now, works, twins)
             self._observe("decided", outcomes, now)
-            ready = [w for w in works.values() if self._sign(w, control, now)]
-            self._observe("signed", outcomes, now)
+            ready = [w for w in works.values() if self._ready(w, control, now)]
             new = tx.insert_requests([w.row for w in ready])
             fresh = [w for w in ready if w.key in new]
+            for work in fresh:
+                self._sign(work, control, now)
+            self._observe("signed", outcomes, now)
             tx.copy_tokens([row for w in fresh for row in w.rows])
             self._observe("copied", outcomes, now)
-            known = [w for w in ready if w.key not in new]
+            known = [w for w in works.values() if w.key not in new]
             recorded = tx.recorded([w.key for w in known]) if known else {}
         self._observe("committed", outcomes, now)
         for work in known:
-            self._repeat(work, *recorded[work.key], control, now)
+            if work.key in recorded:
+                self._repeat(work, *recorded[work.key], control, now)
         for outcome, work in twins:
             _share(outcome, work)
         return outcomes
@@ -255,8 +258,8 @@ class Engine:
         outcome.refusals = [structs.asdict(r.record()) for r in decision.refused]
         works[request.request_id, name] = _Work(outcome, client, decision)
 
-    def _sign(self, work: "_Work", control: Control, now: datetime) -> bool:
-        """Build, sign and check every token of one request; False if it cannot be recorded now."""
+    def _ready(self, work: "_Work", control: Control, now: datetime) -> bool:
+        """Make the request's row; False if no key may sign, so that nothing can be recorded."""
         request, client, grants = work.outcome.submission.request, work.client, work.decision.grants
         base = self.new_jti().int & ~_JTI_NUMBERS
         work.row = RequestRow(
@@ -267,22 +270,28 @@ class Engine:
         if not grants:
             return True
         try:
-            key = keys.active(control.ring, client.vo)
-            signer = self.unlock(key)
+            work.signing_key = keys.active(control.ring, client.vo)
+            self.unlock(work.signing_key)
         except NoUsableKey as error:
             work.outcome.error, work.outcome.refusals = error, []
             return False
-        issuer = control.issuers[client.vo]
+        return True
+
+    def _sign(self, work: "_Work", control: Control, now: datetime) -> None:
+        """Build, sign and check every token of one new request."""
+        key, client = work.signing_key, work.client
+        if key is None:
+            return  # every file was refused
+        signer, issuer = self.unlock(key), control.issuers[client.vo]
         seconds = int(now.timestamp())
-        for number, grant in enumerate(grants):
-            jti = UUID(int=base + number)
+        for number, grant in enumerate(work.decision.grants):
+            jti = UUID(int=work.row.first_jti.int + number)
             payload = build_claims(grant, issuer, client.sub, client.name, seconds, jti)
             token = signer.sign(payload)
             check_token(token, grant, issuer, client.sub, client.name, seconds, jti, key.kid, key.algorithm)
             if token[-1] & _SAMPLE == 0:
                 keys.verify(token, key.public_jwk)
             work.add(grant, jti, payload, token, key, seconds)
-        return True
 
     def _repeat(
         self,
@@ -341,7 +350,7 @@ class Engine:
 class _Work:
     """One request on its way through the steps."""
 
-    __slots__ = ("client", "decision", "key", "outcome", "row", "rows")
+    __slots__ = ("client", "decision", "key", "outcome", "row", "rows", "signing_key")
 
     def __init__(self, outcome: Outcome, client: Client, decision: Decision) -> None:
         self.outcome = outcome
@@ -349,6 +358,7 @@ class _Work:
         self.decision = decision
         self.key = (outcome.submission.request.request_id, client.client_id)
         self.row: RequestRow
+        self.signing_key: Key | None = None
         self.rows: list[TokenRow] = []
 
     def add(self, grant: Grant, jti: UUID, payload: bytes, token: bytes, key: Key, now: int) -> None:

@@ -152,7 +152,7 @@ class FTS(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     url: str
     vos: tuple[str, ...] = ("*",)
     audience: str = ""
-    lifetime_seconds: int = 2 * 3600
+    lifetime_seconds: int = PROFILE_MAX_SECONDS
 
 
 class Client(Struct, frozen=True, eq=False, kw_only=True):

@@ -116,6 +116,18 @@ class Loaded:
         file = self.settings.issuers[vo].master_key_file
         return self._environ.get(master_key_variable(vo)), self.folder / file if file else None
 
+    def catalogue(self) -> dict[tuple[str, str], object]:
+        """Return what is recorded of each storage and FTS, by (VO, name)."""
+        named: dict[tuple[str, str], object] = {
+            (s.vo, s.name): msgspec.json.decode(msgspec.json.encode(s)) for s in self.storages
+        }
+        for vo, services in self.policy.fts.items():
+            for plan in services.values():
+                if (vo, plan.area.storage) in named:
+                    raise SettingsError(f"{plan.area.storage!r} names a storage and an FTS")
+                named[vo, plan.area.storage] = {"fts": list(plan.area.audience)}
+        return named
+
     def _policy(self) -> Policy:
         for storage in self.storages:
             if storage.vo not in self.settings.issuers:

@@ -61,7 +61,7 @@ class Service:
 
     def prepare(self) -> None:
         """Bring settings into rows and make partitions: at start, and by beat ever after."""
-        database.sync_catalogue(self.pool, self.loaded.issuers, self.loaded.storages)
+        database.sync_catalogue(self.pool, self.loaded.issuers, self.loaded.catalogue())
         self.make_partitions()
 
     def make_partitions(self) -> list[str]:

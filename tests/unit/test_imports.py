@@ -36,7 +36,9 @@ def _imports(tree):
     """Names imported anywhere in a module: ours without the prefix, others by their top name."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            yield from (alias.name.split(".")[-1 if alias.name.startswith("minter.") else 0] for alias in node.names)
+            yield from (
+                alias.name.split(".")[-1 if alias.name.startswith("minter.") else 0] for alias in node.names
+            )
         elif isinstance(node, ast.ImportFrom) and node.module:
             if node.module == "minter":
                 yield from (alias.name for alias in node.names)

@@ -86,15 +86,26 @@ def client(**limits):
 
 FTS_A = FTS(name="fts", url="https://fts.example.org:8446")
 ENGINE = Policy(
-    {"vo": Directory([storage(), storage("OLD", "xrootd-5.5"), storage("TAPE", "dcache", tape=True)])}, fts=[FTS_A]
+    {"vo": Directory([storage(), storage("OLD", "xrootd-5.5"), storage("TAPE", "dcache", tape=True)])},
+    fts=[FTS_A],
 )
-SE, OLD, TAPE = ("davs://se.example.org/data/d/f", "davs://old.example.org/data/d/f", "davs://tape.example.org/data/d/f")
+SE, OLD, TAPE = (
+    "davs://se.example.org/data/d/f",
+    "davs://old.example.org/data/d/f",
+    "davs://tape.example.org/data/d/f",
+)
 
 
 def mint(engine=ENGINE, client=client(), bans=NO_BANS, **file):  # noqa: B008
-    options = {k: file.pop(k) for k in ("lifetime_seconds", "all_or_nothing", "vo", "activity", "on_behalf_of") if k in file}
+    options = {
+        k: file.pop(k)
+        for k in ("lifetime_seconds", "all_or_nothing", "vo", "activity", "on_behalf_of")
+        if k in file
+    }
     files = file.pop("files", None) or (FileRequest(**file),)
-    return engine.decide(from_mint(MintRequest(request_id=uuid.uuid4(), files=files, **options)), client, bans)
+    return engine.decide(
+        from_mint(MintRequest(request_id=uuid.uuid4(), files=files, **options)), client, bans
+    )
 
 
 def fill(sources=(SE,), destinations=(OLD,), engine=ENGINE, files=None, fts=None, **params):
@@ -137,14 +148,19 @@ def test_overwrite_hop_means_every_hop_but_the_last():
 
 
 def test_a_multihop_job_is_refused_whole():
-    hops = [{"sources": [SE], "destinations": [TAPE]}, {"sources": [TAPE], "destinations": ["davs://unknown.example.org/f"]}]
+    hops = [
+        {"sources": [SE], "destinations": [TAPE]},
+        {"sources": [TAPE], "destinations": ["davs://unknown.example.org/f"]},
+    ]
     decision = fill(files=hops, multihop=True)
     assert not decision.grants
     assert sorted(reasons(decision)) == ["neighbour_refused"] * 3 + ["unknown_storage"]
 
 
 def test_staging_joins_reading_in_ftss_one_slot_and_stays_apart_in_a_native_request():
-    assert scopes(fill((TAPE,), (SE,), bring_online=43200), "source") == {0: "storage.read:/data/d/f storage.stage:/data/d/f"}
+    assert scopes(fill((TAPE,), (SE,), bring_online=43200), "source") == {
+        0: "storage.read:/data/d/f storage.stage:/data/d/f"
+    }
     native = mint(sources=(TAPE,), operations=(FileOperation("stage", TAPE), FileOperation("poll", TAPE)))
     assert scopes(native, "source") == {0: "storage.read:/data/d/f"}
     assert scopes(native, "operation")[0] == "storage.stage:/data/d/f"
@@ -180,7 +196,7 @@ def test_prefix_matching_storages_never_get_more_than_six_hours():
 
 def test_a_lifetime_beyond_policy_is_refused_and_one_too_short_too():
     refused = mint(sources=(SE,), lifetime_seconds=7 * 3600).refused[0].error
-    assert refused.message == 'lifetime 25200 s exceeds 21600 s allowed by route direct; ask for less'
+    assert refused.message == "lifetime 25200 s exceeds 21600 s allowed by route direct; ask for less"
     short = mint(sources=(SE,), lifetime_seconds=60).refused[0].error
     assert short.reason == "lifetime_not_allowed"
     assert mint(sources=(SE,), lifetime_seconds=7200).grants[0].lifetime.seconds == 7200
@@ -189,7 +205,9 @@ def test_a_lifetime_beyond_policy_is_refused_and_one_too_short_too():
 def test_a_client_has_its_own_limits():
     assert reasons(mint(client=client(paths=("/data/e",)), sources=(SE,))) == ["path_not_allowed"]
     assert reasons(mint(client=client(paths=("/data/dd",)), sources=(SE,))) == ["path_not_allowed"]
-    assert reasons(mint(client=client(operations=frozenset({"read"})), operations=(FileOperation("delete", SE),))) == ["operation_not_allowed"]
+    assert reasons(
+        mint(client=client(operations=frozenset({"read"})), operations=(FileOperation("delete", SE),))
+    ) == ["operation_not_allowed"]
     assert mint(client=client(max_lifetime_seconds=1800), sources=(SE,)).grants[0].lifetime.seconds == 1800
 
 
@@ -199,7 +217,10 @@ def test_no_route_no_token():
 
 
 def test_the_first_matching_route_decides():
-    routes = [Route(name="special", operations=("read",), activities=("T0*",), max_lifetime_seconds=1800), *SHIPPED_ROUTES]
+    routes = [
+        Route(name="special", operations=("read",), activities=("T0*",), max_lifetime_seconds=1800),
+        *SHIPPED_ROUTES,
+    ]
     engine = Policy({"vo": Directory([storage()])}, routes)
     assert mint(engine, sources=(SE,), activity="T0 Export").grants[0].plan.route.name == "special"
     assert mint(engine, sources=(SE,), activity="Other").grants[0].plan.route.name == "direct"
@@ -219,7 +240,9 @@ def test_bans(ban):
 
 
 def test_a_wide_grant_above_a_banned_path_is_refused_too():
-    assert reasons(mint(bans=Bans([Ban("path", "/data/secret")]), operations=(FileOperation("poll", TAPE),))) == ["banned"]
+    assert reasons(
+        mint(bans=Bans([Ban("path", "/data/secret")]), operations=(FileOperation("poll", TAPE),))
+    ) == ["banned"]
 
 
 def test_one_bad_file_fails_alone_unless_all_or_nothing():
@@ -269,15 +292,31 @@ def test_raw_dialects_write_raw_paths_and_refuse_white_space():
 
 
 def test_a_later_hop_waits_for_the_ones_before_it():
-    hops = [{"sources": [SE], "destinations": [SE + "2"], "filesize": 10**11}, {"sources": [SE + "2"], "destinations": [SE + "3"], "filesize": 10**11}]
-    first, second = (next(g for g in fill(files=hops, multihop=True).grants if g.need.file == n) for n in (0, 1))
+    hops = [
+        {"sources": [SE], "destinations": [SE + "2"], "filesize": 10**11},
+        {"sources": [SE + "2"], "destinations": [SE + "3"], "filesize": 10**11},
+    ]
+    first, second = (
+        next(g for g in fill(files=hops, multihop=True).grants if g.need.file == n) for n in (0, 1)
+    )
     assert second.lifetime.wanted - first.lifetime.wanted == 20_000
 
 
 @pytest.mark.parametrize("name", sorted(DIALECTS))
 def test_the_shipped_routes_serve_the_ordinary_rucio_and_dirac_job_on_every_dialect(name):
     engine = Policy({"vo": Directory([storage("SE", name)])}, fts=[FTS_A])
-    rucio = fill(("davs://se.example.org/data/a",), ("davs://se.example.org/data/b",), engine, overwrite=True, max_time_in_queue=168)
+    rucio = fill(
+        ("davs://se.example.org/data/a",),
+        ("davs://se.example.org/data/b",),
+        engine,
+        overwrite=True,
+        max_time_in_queue=168,
+    )
     assert not rucio.refused
-    dirac = mint(engine, sources=("davs://se.example.org/data/a",), destinations=("davs://se.example.org/data/b",), overwrite=True)
+    dirac = mint(
+        engine,
+        sources=("davs://se.example.org/data/a",),
+        destinations=("davs://se.example.org/data/b",),
+        overwrite=True,
+    )
     assert not dirac.refused

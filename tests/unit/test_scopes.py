@@ -90,7 +90,8 @@ def test_pchar_stays_raw(kept):
 
 
 @pytest.mark.parametrize(
-    ("character", "encoded"), [(" ", "%20"), ("#", "%23"), ("?", "%3F"), ('"', "%22"), ("ü", "%C3%BC"), ("^", "%5E")]
+    ("character", "encoded"),
+    [(" ", "%20"), ("#", "%23"), ("?", "%3F"), ('"', "%22"), ("ü", "%C3%BC"), ("^", "%5E")],
 )
 def test_all_else_is_percent_encoded(character, encoded):
     assert encode_path(f"/a{character}b") == f"/a{encoded}b"

@@ -66,7 +66,12 @@ def test_what_is_odd_or_unknown_is_refused_with_a_reason(url, error, why):
 
 
 def test_the_longest_prefix_wins_and_two_claims_on_one_must_agree():
-    inner = Storage(vo="vo", name="INNER", base_path="/", endpoints=(Endpoint("door.example.org", 443, "/eos/vo/disk/group/g"),))
+    inner = Storage(
+        vo="vo",
+        name="INNER",
+        base_path="/",
+        endpoints=(Endpoint("door.example.org", 443, "/eos/vo/disk/group/g"),),
+    )
     assert Directory([DISK, inner]).locate(f"{PREFIX}/group/g/f").area.storage == "INNER"
     assert Directory([DISK, inner]).locate(f"{PREFIX}/group/gg").area.storage == "DISK"
     other = Storage(vo="vo", name="OTHER", base_path="/eos", endpoints=DISK.endpoints)
@@ -178,6 +183,9 @@ def test_a_base_path_that_only_looks_like_a_prefix_is_not_cut():
 
 def test_port_zero_means_none():
     assert split_url("davs://h:0/f") == ("h", 443, "/f")
-    rse = {"protocols": [{"scheme": "davs", "hostname": "H", "port": 0, "prefix": ""}], "attributes": {"oidc_support": True}}
+    rse = {
+        "protocols": [{"scheme": "davs", "hostname": "H", "port": 0, "prefix": ""}],
+        "attributes": {"oidc_support": True},
+    }
     (storage,), _ = storages_from_export({"rses": {"X": rse}}, "vo")
     assert storage.endpoints == (Endpoint("h", 443, "/"),)

@@ -1,0 +1,401 @@
+"""The engine on a real Postgres: I2, I3, I4, I8, I9, and what a mint costs in statements."""
+
+import json
+import threading
+import uuid
+from datetime import timedelta
+
+import psycopg
+import pytest
+from msgspec import structs
+
+from minter import database, keys, stack, wiring
+from minter.errors import Unavailable
+from minter.mint import Submission, fts_token_id
+from minter.requests import FileRequest, FillRequest, MintRequest, from_fill, from_mint
+from tests.conftest import load_settings, rows
+
+SE = "davs://se01.boreas.example.org:443/atlas/atlasdatadisk/rucio/data/"
+OTHER = "davs://webdav1.fjord.example.org/data/atlas/datadisk/rucio/data/"
+
+
+def submission(*names, request_id=None, client="rucio-alpen", **options):
+    files = tuple(
+        FileRequest(sources=(SE + n,), destinations=(OTHER + n,), size=10**9, external_id=n) for n in names
+    )
+    return Submission(
+        from_mint(MintRequest(request_id=request_id or wiring.new_uuid7(), files=files, **options)), client
+    )
+
+
+def mint(service, *submissions, now=None):
+    return service.engine.mint_many(list(submissions), now or wiring.now())
+
+
+def tokens(outcome):
+    return [i.token for i in outcome.issued]
+
+
+def count(service, table="tokens"):
+    return rows(service, f"SELECT count(*) FROM {table}")[0][0]
+
+
+# ── I2, I3 ───────────────────────────────────────────────────────────────────────────────────
+
+
+def test_every_token_has_its_row_with_the_exact_payload(service):
+    (outcome,) = mint(service, submission("a", "b"))
+    assert len(outcome.issued) == 4
+    for issued in outcome.issued:
+        ((payload, token_id, state, exp, external_id),) = rows(
+            service,
+            "SELECT payload, fts_token_id, state, extract(epoch FROM expires_at)::bigint, external_id FROM tokens WHERE jti = %s",
+            issued.jti,
+        )
+        assert issued.token.split(b".")[1] == keys.base64url_encode(payload.encode())
+        assert token_id == fts_token_id(issued.token)
+        assert (state, exp) == ("issued", json.loads(payload)["exp"])
+        assert external_id in ("a", "b")
+
+
+def test_durability_is_on(service):
+    for name, expected in (("fsync", "on"), ("synchronous_commit", "on"), ("full_page_writes", "on")):
+        assert rows(service, f"SHOW {name}") == [(expected,)]
+
+
+def test_nothing_is_recorded_when_the_transaction_fails(service, monkeypatch):
+    def broken(*_):
+        raise psycopg.OperationalError("server closed the connection")
+
+    monkeypatch.setattr(database.Recording, "copy_tokens", broken)
+    with pytest.raises(Unavailable, match="nothing was handed out"):
+        mint(service, submission("a"))
+    assert count(service) == count(service, "requests") == 0
+
+
+def test_refusals_are_recorded_and_final(service):
+    bad = submission("a")
+    file = structs.replace(bad.request.files[0])
+    request = structs.replace(bad.request, files=(file,), vo="other")
+    (first,) = mint(service, Submission(request, bad.client))
+    assert first.error.reason == "unknown_vo"
+    (again,) = mint(service, Submission(request, bad.client))
+    assert (again.error.reason, again.repeated) == ("unknown_vo", True)
+    assert count(service, "requests") == 1
+
+
+def test_one_bad_file_fails_alone_and_its_refusal_is_repeated(service):
+    good = submission("a").request
+    bad = from_mint(MintRequest(request_id=good.request_id, files=(
+        FileRequest(sources=(SE + "a",)), FileRequest(sources=("davs://nowhere.example.org/f",)))))  # fmt: skip
+    first, again = (mint(service, Submission(bad, "rucio-alpen"))[0] for _ in range(2))
+    assert len(first.issued) == len(again.issued) == 1
+    assert first.refusals == again.refusals
+    assert first.refusals[0]["error"]["reason"] == "unknown_storage"
+
+
+# ── I4 ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_asked_twice_same_bytes_also_in_one_batch_from_another_process_and_later(service, dsn):
+    asked = submission("a", "b")
+    first, twin = mint(service, asked, asked)
+    assert tokens(first) == tokens(twin)
+    assert twin.repeated
+    other = wiring.Service(load_settings(dsn))
+    (again,) = mint(other, asked, now=wiring.now() + timedelta(minutes=5))
+    other.pool.dispose()
+    assert tokens(again) == tokens(first)
+    assert count(service) == 4
+
+
+def test_rs256_too(service):
+    with database.controlling(service.pool, "test", "retire", "alpen", {}) as tx:
+        tx.execute("UPDATE signing_keys SET state = 'old', retired_at = now()")
+    signer = keys.generate("RS256")
+    with database.controlling(service.pool, "test", "key", "alpen", {}) as tx:
+        tx.execute(
+            "INSERT INTO signing_keys (vo, kid, algorithm, state, public_jwk, private_key, activated_at)"
+            " VALUES ('alpen', %s, 'RS256', 'active', %s, %s, now())",
+            (signer.kid, json.dumps(signer.public_jwk), service.keystore.seal("alpen", signer)),
+        )
+    asked = submission("a")
+    first, again = (mint(service, asked)[0] for _ in range(2))
+    assert tokens(first) == tokens(again)
+    keys.verify(first.issued[0].token, signer.public_jwk)
+
+
+def test_other_content_under_the_same_id_is_a_conflict(service):
+    id_ = wiring.new_uuid7()
+    mint(service, submission("a", request_id=id_))
+    (other,) = mint(service, submission("b", request_id=id_))
+    assert (other.error.reason, other.issued) == ("conflict", [])
+    one, two = mint(
+        service, submission("c", request_id=(new := wiring.new_uuid7())), submission("d", request_id=new)
+    )
+    assert {one.error and one.error.reason, two.error and two.error.reason} == {None, "conflict"}
+
+
+def test_another_client_may_use_the_same_id(service):
+    stack.add_client(service, "dirac", "alpen", "tests")
+    id_ = wiring.new_uuid7()
+    one, two = mint(service, submission("a", request_id=id_), submission("a", request_id=id_, client="dirac"))
+    assert not one.error
+    assert not two.error
+    assert set(tokens(one)).isdisjoint(tokens(two))
+
+
+def test_a_token_that_no_longer_covers_the_need_is_expired_with_an_offer(service):
+    asked = submission("a")
+    mint(service, asked)
+    (late,) = mint(service, asked, now=wiring.now() + timedelta(hours=3))
+    # Only the engine's own now is late here; the row's life is 6 h at most.
+    if late.error is None:
+        (late,) = mint(service, asked, now=wiring.now() + timedelta(hours=6))
+    assert (late.error.reason, late.error.fields) == ("expired", {"renew": True})
+
+
+def test_an_old_key_resigns_for_a_day_and_a_revoked_one_never(service):
+    asked = submission("a")
+    (first,) = mint(service, asked)
+    with database.controlling(service.pool, "test", "retire", "alpen", {}) as tx:
+        tx.execute("UPDATE signing_keys SET state = 'old', retired_at = now() - interval '23 hours'")
+    stack.create_key(service, "alpen", "ES256", "tests")
+    assert tokens(mint(service, asked)[0]) == tokens(first)
+    with database.controlling(service.pool, "test", "retire", "alpen", {}) as tx:
+        tx.execute("UPDATE signing_keys SET retired_at = now() - interval '25 hours' WHERE state = 'old'")
+    assert mint(service, asked)[0].error.reason == "expired"
+    with database.controlling(service.pool, "test", "revoke", "alpen", {}) as tx:
+        tx.execute(
+            "UPDATE signing_keys SET state = 'revoked', revoked_at = now(), private_key = NULL WHERE state = 'old'"
+        )
+    assert mint(service, asked)[0].error.reason == "expired"
+
+
+def test_two_processes_with_the_same_requests_at_once_give_one_outcome(service, dsn):
+    asked = [submission(f"f{n}") for n in range(40)]
+    others = [wiring.Service(load_settings(dsn)) for _ in range(3)]
+    results = {}
+
+    def work(number, engine):
+        results[number] = [mint(engine, *asked[i : i + 5]) for i in range(0, 40, 5)]
+
+    threads = [threading.Thread(target=work, args=(n, s)) for n, s in enumerate(others)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    flat = [[tokens(o) for batch in results[n] for o in batch] for n in range(3)]
+    assert flat[0] == flat[1] == flat[2]
+    assert count(service) == 80
+    for other in others:
+        other.pool.dispose()
+
+
+# ── who may, and when ────────────────────────────────────────────────────────────────────────
+
+
+def test_unknown_and_disabled_clients_and_a_body_that_lies(service):
+    assert mint(service, submission("a", client="nobody"))[0].error.reason == "unknown_client"
+    lying = submission("a")
+    lying = Submission(structs.replace(lying.request, client="dirac"), "rucio-alpen")
+    assert mint(service, lying)[0].error.reason == "client_mismatch"
+    with database.controlling(service.pool, "test", "disable", "rucio-alpen", {}) as tx:
+        tx.execute("UPDATE clients SET disabled_at = now()")
+    assert mint(service, submission("a"))[0].error.reason == "unknown_client"
+    assert count(service, "requests") == 0
+
+
+def ban(service, kind, value):
+    with database.controlling(service.pool, "test", "ban", value, {}) as tx:
+        tx.execute("INSERT INTO bans (kind, value, reason) VALUES (%s, %s, 'test')", (kind, value))
+
+
+def test_a_ban_binds_the_next_commit_and_withholds_what_is_asked_again(service):
+    asked = submission("a", "b")
+    assert mint(service, asked)[0].issued
+    ban(service, "path", "/data/atlas/datadisk/rucio/data/a")
+    (again,) = mint(service, asked)
+    assert {i.need[:2] for i in again.issued} >= {(1, "source"), (1, "destination")}
+    assert (0, "destination", 0) not in {i.need for i in again.issued}
+    assert "banned" in {r["error"]["reason"] for r in again.refusals}
+    ban(service, "client", "rucio-alpen")
+    assert mint(service, asked)[0].error.reason == "banned"
+    assert mint(service, submission("c"))[0].error.reason == "banned"
+
+
+def test_a_ban_waits_for_a_recording_under_way_and_binds_all_after_it(service, dsn):
+    with service.engine.store.recording() as tx:
+        tx.control()
+        done = threading.Event()
+        other = wiring.Service(load_settings(dsn))
+        thread = threading.Thread(target=lambda: (ban(other, "client", "rucio-alpen"), done.set()))
+        thread.start()
+        assert not done.wait(0.3)
+    thread.join(5)
+    assert done.is_set()
+    assert mint(service, submission("a"))[0].error.reason == "banned"
+    other.pool.dispose()
+
+
+def test_no_usable_key_is_told_and_not_recorded(service):
+    with database.controlling(service.pool, "test", "revoke", "alpen", {}) as tx:
+        tx.execute("UPDATE signing_keys SET state = 'revoked', revoked_at = now(), private_key = NULL")
+    asked = submission("a")
+    assert mint(service, asked)[0].error.reason == "no_usable_key"
+    assert count(service, "requests") == 0
+    # A key makes the same request good: nothing was final.
+    with database.controlling(service.pool, "test", "delete", "alpen", {}) as tx:
+        tx.execute("DELETE FROM signing_keys")
+    stack.create_key(service, "alpen", "ES256", "tests")
+    assert mint(service, asked)[0].issued
+
+
+@pytest.mark.parametrize("hours", [-1, 1])
+def test_a_clock_off_by_an_hour_signs_nothing(dsn, hours):
+    wrong = wiring.Service(load_settings(dsn), clock=lambda: wiring.now() + timedelta(hours=hours))
+    outcomes = mint(wrong, submission("a"), submission("b"), now=wrong.clock())
+    assert {o.error.reason for o in outcomes} == {"clock_skew"}
+    assert not any(o.issued for o in outcomes)
+    assert count(wrong, "requests") == 0
+    wrong.pool.dispose()
+
+
+def test_a_missing_partition_is_told_and_passes(service):
+    (name,) = rows(service, "SELECT 'tokens_' || to_char(now() AT TIME ZONE 'UTC', 'YYYYMMDD')")[0]
+    with database.transaction(service.pool) as tx:
+        tx.execute(f"DROP TABLE {name}")
+    asked = submission("a")
+    with pytest.raises(Unavailable, match="no partition for this day"):
+        mint(service, asked)
+    assert name in service.make_partitions()
+    assert mint(service, asked)[0].issued
+
+
+# ── I8, and rows of earlier releases ─────────────────────────────────────────────────────────
+
+
+def test_found_by_jti_path_request_and_ftss_token_id(service):
+    (outcome,) = mint(service, submission("a"))
+    issued = outcome.issued[0]
+    since, until = service.since(1), wiring.now() + timedelta(days=1)
+    path = "/atlas/atlasdatadisk/rucio/data/a"
+    for by, value in (("jti", issued.jti), ("path", path), ("fts_token_id", fts_token_id(issued.token))):
+        (found,) = database.find_tokens(service.pool, by, value, since, until)
+        assert (found.token.jti, found.client, found.token.storage) == (
+            issued.jti,
+            "rucio-alpen",
+            "BOREAS-T2_DATADISK",
+        )
+    ((row, recorded, client),) = database.find_requests(service.pool, outcome.submission.request.request_id)
+    assert ([t.jti for t in recorded], client, row.kind) == (
+        [i.jti for i in outcome.issued],
+        "rucio-alpen",
+        "mint",
+    )
+    assert not database.find_tokens(service.pool, "jti", issued.jti, since - timedelta(days=9), since)
+
+
+def test_changes_of_control_tables_are_audited(service):
+    stack.add_client(service, "dirac", "alpen", "ann")
+    assert ("ann", "client.add", "dirac") in rows(service, "SELECT actor, action, subject FROM audit")
+    assert "key.create" in {a for (a,) in rows(service, "SELECT action FROM audit")}
+
+
+def test_a_row_of_release_0_1_gives_the_token_that_0_1_signed(service, es256):
+    """tests/vectors/row-0.1.json was written by release 0.1 and is never changed."""
+    from tests.conftest import ROOT
+
+    vector = json.loads((ROOT / "tests/vectors/row-0.1.json").read_text())
+    assert es256.sign(vector["payload"].encode()).decode() == vector["token"]
+
+
+# ── the schema guards itself ─────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "INSERT INTO signing_keys (vo, kid, algorithm, state, public_jwk, private_key, activated_at) SELECT vo, 'x', algorithm, 'active', '{\"kid\": \"x\"}', private_key, now() FROM signing_keys",
+        "UPDATE signing_keys SET private_key = NULL",
+        "UPDATE signing_keys SET state = 'old'",
+        'UPDATE signing_keys SET public_jwk = public_jwk || \'{"d": "secret"}\'',
+        "UPDATE issuers SET iss = 'http://x/'",
+        "INSERT INTO clients (name, vo, sub) VALUES ('a:b', 'alpen', 's')",
+        "INSERT INTO clients (name, vo, sub) VALUES ('ok', 'nowhere', 's')",
+        "INSERT INTO control VALUES (false, 1)",
+        "UPDATE tokens SET state = 'queued'",
+        "UPDATE tokens SET payload = NULL",
+        "UPDATE requests SET error = '{}'",
+        "INSERT INTO bans (kind, value, reason) VALUES ('moon', 'x', 'y')",
+    ],
+)
+def test_the_schema_refuses_what_must_not_be(service, statement):
+    mint(service, submission("a"))
+    with pytest.raises(psycopg.errors.IntegrityError), database.transaction(service.pool) as tx:
+        tx.execute(statement)
+
+
+def test_every_controlled_table_bumps_the_version(service):
+    versions = [rows(service, "SELECT version FROM control")[0][0]]
+    for statement in ("UPDATE clients SET disabled_at = NULL", "UPDATE bans SET reason = ''", "UPDATE signing_keys SET last_exp = NULL",
+                      "UPDATE issuers SET iss = iss", "UPDATE storages SET name = name"):  # fmt: skip
+        with database.transaction(service.pool) as tx:
+            tx.execute(statement)
+        versions.append(rows(service, "SELECT version FROM control")[0][0])
+    assert versions == list(range(versions[0], versions[0] + 6))
+
+
+# ── what it costs ────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_batch_of_any_size_costs_the_same_statements(service, monkeypatch):
+    mint(service, submission("warm"))
+    seen = []
+    execute, copy = psycopg.Cursor.execute, psycopg.Cursor.copy
+    monkeypatch.setattr(
+        psycopg.Cursor,
+        "execute",
+        lambda s, q, *a, **k: (seen.append(" ".join(str(q).split())[:28]), execute(s, q, *a, **k))[1],
+    )
+    monkeypatch.setattr(
+        psycopg.Cursor, "copy", lambda s, q, *a, **k: (seen.append("COPY"), copy(s, q, *a, **k))[1]
+    )
+    mint(service, submission("a"))
+    one = list(seen)
+    seen.clear()
+    mint(service, *(submission(f"{n}-a", f"{n}-b") for n in range(50)))
+    assert seen == one == [
+        "SET LOCAL synchronous_commit", "SELECT pg_advisory_xact_lock", "SELECT version, clock_timest", "INSERT INTO requests (reques", "COPY",
+    ]  # fmt: skip
+
+
+def test_a_settings_file_that_lost_a_storage_keeps_its_row(service):
+    before = rows(service, "SELECT count(*) FROM storages WHERE retired_at IS NULL")[0][0]
+    storages = {k: v for k, v in service.loaded.catalogue().items() if k[1] != "TUNDRA-T3_DATADISK"}
+    database.sync_catalogue(service.pool, service.loaded.issuers, storages)
+    assert rows(service, "SELECT name FROM storages WHERE retired_at IS NOT NULL") == [
+        ("TUNDRA-T3_DATADISK",)
+    ]
+    assert database.sync_catalogue(service.pool, service.loaded.issuers, storages) == 0
+    with pytest.raises(Unavailable, match="cannot become"):
+        database.sync_catalogue(service.pool, {"alpen": "https://other.example.org/"}, storages)
+    assert before == 24  # 22 RSEs and two FTS
+
+
+def test_a_filled_job_is_answered_the_same_way_twice(service):
+    from minter import answers
+
+    job = {
+        "files": [{"sources": [SE + "a"], "destinations": [OTHER + "a"], "filesize": 10**9}],
+        "params": {"max_time_in_queue": 168},
+    }
+    asked = Submission(
+        from_fill(FillRequest(request_id=uuid.UUID(str(wiring.new_uuid7())), job=job)), "rucio-alpen"
+    )
+    now = wiring.now()
+    first, again = (answers.answer(mint(service, asked, now=now)[0], now) for _ in range(2))
+    assert first == again
+    assert first.job["params"]["max_time_in_queue"] == 168
+    later = now + timedelta(hours=5)
+    assert answers.answer(mint(service, asked, now=later)[0], later).job["params"]["max_time_in_queue"] == 163

@@ -1,0 +1,151 @@
+"""Keys: thumbprints, RFC 6979, and rotation as a state machine (I6)."""
+
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from minter import keys
+from minter.errors import NoUsableKey
+from minter.keys import Key, RotationPolicy
+from minter.policy import HARD_MAX_SECONDS
+
+POLICY = RotationPolicy()
+START = datetime(2026, 11, 22, tzinfo=UTC)
+SIGNERS = [keys.generate("ES256") for _ in range(4)]
+
+
+def test_the_thumbprint_is_rfc_7638s():
+    example = {  # RFC 7638 §3.1
+        "kty": "RSA", "alg": "RS256", "kid": "2011-04-29", "e": "AQAB",
+        "n": "0vx7agoebGcQSuuPiLJXZptN9nndrQmbXEps2aiAFbWhM78LhWx4cbbfAAtVT86zwu1RK7aPFFxuhDR1L6tSoc_BJECPebWKRXjBZCiFV4n3oknjhMstn64tZ_2W-5JsGY4Hc5n9yBXArwl93lqt7_RN5w6Cf0h4QyQ5v-65YGjQR0_FDW2QvzqY368QQMicAtaSqzs8KJZgnYb9c7d0zgdAZHzu6qMQvRL5hajrn1n91CbOpbISD08qNLyrdkt-bFTWhAI4vMQFh6WeZu0fM4lFd2NcRwr3XPksINHaQ-G_xBniIqbw0Ls1jF44-csFCur-kEgU8awapJzKnqDKgw",
+    }  # fmt: skip
+    assert keys.thumbprint(example) == "NzbLsXh8uDCcd-6MNwXF4W_7noWXFZAfHkxZsRGC9Xs"
+
+
+def test_ecdsa_is_rfc_6979s():
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    secret = 0xC9AFA9D845BA75166B5C215767B1D6934E50C3DB36E89B127B8A622B120F6721  # RFC 6979 A.2.5
+    key = ec.derive_private_key(secret, ec.SECP256R1())
+    signature = keys._ALGORITHMS["ES256"].sign(b"sample", key)
+    assert signature.hex().upper() == (
+        "EFD48B2AACB6A8FD1140DD9CD45E81D69D2C877B56AAF991C34D0EA84EAF3716"
+        "F7CB1C942D657C41D436C7A1B6E29F65F3E900DBB9AFF4064DC4AB2F843ACDA8"
+    )
+
+
+def test_a_public_jwk_has_what_verifiers_want_and_nothing_private(es256, rs256):
+    assert set(es256.public_jwk) == {"kty", "crv", "x", "y", "kid", "use", "alg"}
+    assert set(rs256.public_jwk) == {"kty", "n", "e", "kid", "use", "alg"}
+    assert es256.kid == keys.thumbprint(es256.public_jwk)
+    assert "PRIVATE" not in repr(es256)
+
+
+class Rotation(RuleBasedStateMachine):
+    """A published key always verifies what it signed; a key signs only when it was public long enough."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = START
+        self.ring: list[Key] = []
+        self.made = 0
+        self.tokens: list[tuple[str, datetime, datetime]] = []  # kid, issued, exp
+        self.revoked: set[str] = set()
+        self.public_since: dict[str, datetime] = {}
+
+    @initialize()
+    def first(self):
+        self.prepare()
+        self.ring = [keys.structs.replace(k, state="active", activated_at=self.now) for k in self.ring]
+        self.first_kid = self.ring[0].kid
+
+    @rule()
+    def prepare(self):
+        kid = f"kid{self.made}"
+        self.made += 1
+        self.ring.append(Key(self.made, "vo", kid, "ES256", "prepared", {"kid": kid}, self.now))
+        self.public_since[kid] = self.now
+
+    @rule(hours=st.integers(1, 96))
+    def wait(self, hours):
+        self.now += timedelta(hours=hours)
+
+    @rule(life=st.integers(900, HARD_MAX_SECONDS))
+    def sign(self, life):
+        try:
+            key = keys.active(self.ring, "vo")
+        except NoUsableKey:
+            return
+        if key.kid != self.first_kid:
+            assert self.now - self.public_since[key.kid] >= timedelta(seconds=POLICY.publish_seconds)
+        self.tokens.append((key.kid, self.now, self.now + timedelta(seconds=life)))
+
+    @rule()
+    def rotate(self):
+        before = [k.kid for k in self.ring if k.state == "active"]
+        try:
+            self.ring = keys.rotate(self.ring, "vo", self.now, POLICY)
+        except NoUsableKey:
+            return
+        self.retire(before)
+
+    def retire(self, kids):
+        """What the database does beside the pure step: note when the last token ends."""
+        self.ring = [
+            keys.structs.replace(k, last_exp=self.now + timedelta(seconds=HARD_MAX_SECONDS))
+            if k.kid in kids and k.state == "old"
+            else k
+            for k in self.ring
+        ]
+
+    @precondition(lambda self: any(k.state != "revoked" for k in self.ring))
+    @rule(data=st.data())
+    def revoke(self, data):
+        kid = data.draw(st.sampled_from([k.kid for k in self.ring if k.state != "revoked"]))
+        try:
+            self.ring = keys.revoke(self.ring, kid, self.now, POLICY)
+        except NoUsableKey:
+            return
+        self.revoked.add(kid)
+
+    @invariant()
+    def every_living_token_verifies_unless_its_key_was_revoked(self):
+        published = {jwk["kid"] for jwk in keys.jwks(self.ring, self.now)["keys"]}
+        assert not published & self.revoked
+        for kid, _, exp in self.tokens:
+            if exp >= self.now and kid not in self.revoked:
+                assert kid in published
+
+    @invariant()
+    def there_is_at_most_one_active_key_and_old_ones_resign_for_a_day(self):
+        assert sum(k.state == "active" for k in self.ring) <= 1
+        for key in self.ring:
+            if key.state == "old":
+                assert keys.may_resign(key, self.now, POLICY) == (
+                    self.now < key.retired_at + timedelta(hours=24)
+                )
+            assert not (key.state in ("revoked", "prepared") and keys.may_resign(key, self.now, POLICY))
+
+
+Rotation.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestRotation = Rotation.TestCase
+
+
+def test_revoking_the_active_key_puts_the_standby_in_its_place_at_once():
+    ring = [
+        Key(1, "vo", "a", "ES256", "active", {"kid": "a"}, START, activated_at=START),
+        Key(2, "vo", "b", "ES256", "prepared", {"kid": "b"}, START),
+    ]
+    with pytest.raises(NoUsableKey):
+        keys.revoke(ring, "a", START + timedelta(hours=1), POLICY)  # b is not public long enough
+    after = keys.revoke(ring, "a", START + timedelta(days=2), POLICY)
+    assert [k.state for k in after] == ["revoked", "active"]
+    assert [j["kid"] for j in keys.jwks(after, START)["keys"]] == ["b"]
+
+
+def test_without_an_active_key_the_error_says_what_to_run():
+    with pytest.raises(NoUsableKey, match="minter keys create --vo vo"):
+        keys.active([], "vo")
