@@ -528,3 +528,7 @@ def broker_setup(
 def main() -> None:
     """Run the command."""
     app()
+
+
+if __name__ == "__main__":
+    main()

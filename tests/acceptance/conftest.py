@@ -1,0 +1,152 @@
+"""Real worker processes on a real Postgres and both brokers; the same tests on each."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import kombu
+import pytest
+
+from minter import wiring
+from minter.amqp import declare
+from minter.client import MinterClient
+from minter.embedded import Valkey
+from tests.conftest import EXAMPLES, MASTER_KEY, ROOT, _admin, _dsn, load_settings
+from tests.servers import RabbitMQ, installed
+
+CLIENTS = ("rucio-alpen", "dirac")
+WORKER = [
+    "worker", "--pool", "solo", "--concurrency", "1", "--without-gossip", "--without-mingle", "--without-heartbeat",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="session", params=["embedded", pytest.param("rabbitmq", marks=pytest.mark.rabbitmq)])
+def broker(request, tmp_path_factory):
+    """A broker server: the wheel's Valkey, or Debian's RabbitMQ."""
+    folder = tmp_path_factory.mktemp(request.param)
+    if request.param == "embedded":
+        server = Valkey(folder / "valkey")
+    elif not installed():
+        reason = "RabbitMQ is not installed (apt-get install rabbitmq-server)"
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
+    else:
+        server = RabbitMQ(folder / "node")
+    server.start()
+    with kombu.Connection(server.url) as connection:
+        declare(connection)
+    time.sleep(
+        2.5 if request.param == "rabbitmq" else 0
+    )  # RabbitMQ 3.10 forgets fresh quorum queues when killed
+    yield server
+    server.stop()
+
+
+class Running:
+    """An engine: its database, its broker, and worker processes that can be killed."""
+
+    def __init__(self, broker, dsn, folder: Path, app="workers.app"):
+        self.broker, self.folder, self.app = broker, folder, app
+        self.on_rabbitmq = isinstance(broker, RabbitMQ)
+        self.service = wiring.Service(load_settings(dsn))
+        self.environ = {
+            **os.environ,
+            "MINTER_SETTINGS": str(EXAMPLES / "settings.toml"),
+            "MINTER_DSN": dsn,
+            "MINTER_BROKER_URL": broker.url,
+            "MINTER_MASTER_KEY_ALPEN": MASTER_KEY,
+            "PYTHONPATH": str(ROOT),
+        }
+        self.workers: list[subprocess.Popen] = []
+        self.passwords: dict[str, str] = {}
+        self.started = 0
+        self.setup_users()
+
+    def setup_users(self):
+        if not self.on_rabbitmq:
+            return
+        self.minter("clients", "add", "dirac", "--vo", "alpen")
+        path = self.broker.folder / "passwords.json"
+        out = self.broker.folder / "new-passwords.json"
+        self.minter("broker", "setup", "--rabbitmqctl", str(self.broker.ctl), "--passwords", str(out))
+        known = json.loads(path.read_text()) if path.exists() else {}
+        if out.exists():
+            known |= json.loads(out.read_text())
+            out.unlink()
+            path.write_text(json.dumps(known))
+        self.passwords = known
+
+    def minter(self, *arguments, check=True):
+        return subprocess.run(
+            [sys.executable, "-m", "minter.cli", *arguments],
+            env=self.environ, capture_output=True, text=True, check=check, cwd=ROOT,
+        )  # fmt: skip
+
+    def url(self, name="rucio-alpen"):
+        if not self.on_rabbitmq:
+            return self.broker.url
+        return f"amqp://{name}:{self.passwords[name]}@127.0.0.1:{self.broker.port}//"
+
+    def client(self, name="rucio-alpen", **options):
+        return MinterClient(
+            self.url(name), name, timeout_seconds=options.pop("timeout_seconds", 60), **options
+        )
+
+    def start_worker(self, *options, **environ):
+        self.started += 1
+        path = self.folder / f"worker-{self.started}.log"
+        with path.open("ab") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "celery", "-A", self.app, *WORKER, "--loglevel", "DEBUG", *options,
+                 "--hostname", f"w{self.started}@localhost"],
+                env={**self.environ, **environ}, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=ROOT,
+            )  # fmt: skip
+        self.workers.append(process)
+        return process
+
+    def stop(self, number=signal.SIGTERM):
+        for process in self.workers:
+            if process.poll() is None:
+                process.send_signal(number)
+        for process in self.workers:
+            process.wait(30)
+        self.workers.clear()
+
+    def logs(self):
+        return "\n".join(p.read_text(errors="replace") for p in sorted(self.folder.glob("*.log")))
+
+    def close(self):
+        self.stop()
+        self.service.pool.dispose()
+
+    def rows(self, statement, *values):
+        from tests.conftest import rows
+
+        return rows(self.service, statement, *values)
+
+
+@pytest.fixture(scope="module")
+def database_dsn(postgres_dsn, template, broker):
+    name = f"minter_acceptance_{uuid.uuid4().hex[:8]}"
+    _admin(postgres_dsn, f"CREATE DATABASE {name} TEMPLATE {template}")
+    yield _dsn(postgres_dsn, name)
+    _admin(postgres_dsn, f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture(scope="module")
+def running(broker, database_dsn, tmp_path_factory):
+    engine = Running(broker, database_dsn, tmp_path_factory.mktemp("workers"))
+    for _ in range(2):
+        engine.start_worker("-E")
+    yield engine
+    engine.close()
+
+
+@pytest.fixture
+def client(running):
+    with running.client() as made:
+        yield made

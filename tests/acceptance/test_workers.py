@@ -1,0 +1,441 @@
+"""The engine as clients see it: real workers, both brokers, good and bad input."""
+
+import base64
+import json
+import signal
+import time
+import uuid
+
+import kombu
+import pytest
+import uuid_utils
+
+from minter import contract, wiring
+from minter.client import FileOperation, FileRequest, FilledJob, new_request_id
+from minter.demo import fts_objections, read_jobs
+from minter.errors import (
+    Banned,
+    ClientMismatch,
+    Conflict,
+    InvalidRequest,
+    Unavailable,
+    UnknownClient,
+    UnknownStorage,
+    UnknownVO,
+    from_dict,
+)
+from tests.conftest import EXAMPLES, stack
+
+SE = "davs://se01.boreas.example.org:443/atlas/atlasdatadisk/rucio/data/"
+OTHER = "davs://webdav1.fjord.example.org/data/atlas/datadisk/rucio/data/"
+
+
+def files(count, tag="f"):
+    return [
+        FileRequest(sources=(f"{SE}{tag}{n}",), destinations=(f"{OTHER}{tag}{n}",), size=10**9)
+        for n in range(count)
+    ]
+
+
+class Raw:
+    """A client that sends what it likes and reads its own reply queue."""
+
+    def __init__(self, running, name="rucio-alpen"):
+        self.running, self.name = running, name
+        self.connection = kombu.Connection(running.url(name))
+        self.reply_to = f"{contract.reply_prefix(name)}{uuid.uuid4().hex}"
+        self.channel = self.connection.channel()
+        self.replies = []
+        queue = kombu.Queue(
+            self.reply_to, channel=self.channel, durable=False, exclusive=True, auto_delete=True
+        )
+        kombu.Consumer(self.channel, [queue], on_message=self.replies.append, no_ack=True).consume()
+
+    def send(
+        self,
+        body,
+        task=contract.MINT,
+        headers=None,
+        exchange=contract.REQUEST_EXCHANGE,
+        key=contract.REQUEST_QUEUE,
+        **properties,
+    ):
+        if isinstance(body, dict):
+            body = json.dumps([[body], {}, {}])
+        correlation = uuid.uuid4().hex
+        user = {"user_id": self.name} if self.running.on_rabbitmq else {}
+        properties = {"reply_to": self.reply_to, "correlation_id": correlation, **user, **properties}
+        message = self.channel.prepare_message(
+            body, content_type="application/json", content_encoding="utf-8",
+            headers={"task": task, "id": correlation} if headers is None else headers,
+            properties={k: v for k, v in properties.items() if v is not None},
+        )  # fmt: skip
+        self.channel.basic_publish(message, exchange=exchange, routing_key=key)
+        return correlation
+
+    def receive(self, correlation, seconds=20):
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            for reply in self.replies:
+                if reply.properties.get("correlation_id") == correlation:
+                    body = reply.body if isinstance(reply.body, bytes) else reply.body.encode()
+                    return json.loads(body)["result"]
+            try:
+                self.connection.drain_events(timeout=0.5)
+            except TimeoutError:
+                continue
+        raise AssertionError("no answer")
+
+    def ask(self, body, **options):
+        return self.receive(self.send(body, **options))
+
+
+@pytest.fixture
+def raw(running):
+    made = Raw(running)
+    yield made
+    made.connection.release()
+
+
+def request(**changes):
+    return {"request_id": str(new_request_id()), "files": [{"sources": [SE + "x"]}], **changes}
+
+
+# ── good ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_mint_and_repeat_by_request_id(client):
+    id_ = new_request_id()
+    first = client.mint(files(3), request_id=id_)
+    assert [(t.file, t.side) for t in first.tokens] == [
+        (n, s) for n in range(3) for s in ("destination", "source")
+    ]
+    again = client.mint(files(3), request_id=id_)
+    assert [t.reveal() for t in again.tokens] == [t.reveal() for t in first.tokens]
+    with pytest.raises(Conflict):
+        client.mint(files(2), request_id=id_)
+
+
+def test_a_token_hides_itself(client):
+    (token,) = client.mint([FileRequest(sources=(SE + "x",))]).tokens
+    assert token.reveal().count(".") == 2
+    for shown in (str(token), repr(token), f"{token}"):
+        assert token.reveal() not in shown
+        assert token.reveal().split(".")[2] not in shown
+
+
+def test_mint_many_in_chunks_with_progress(client):
+    seen = []
+    result = client.mint_many(files(250), chunk=100, progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(100, 250), (200, 250), (250, 250)]
+    assert sorted({t.file for t in result.tokens}) == list(range(250))
+    assert len(result.tokens) == 500
+    assert len(result.request_ids) == 3
+
+
+def test_an_answer_beyond_eight_mebibytes_arrives_whole(client):
+    wide = [
+        FileRequest(
+            sources=tuple(f"{SE}{'d' * 100}/{n}-{i}" for i in range(8)), destinations=(f"{OTHER}{n}",)
+        )
+        for n in range(2000)
+    ]
+    result = client.mint(wide)
+    assert len(result.tokens) == 18_000
+    assert len({t.jti for t in result.tokens}) == 18_000
+
+
+def test_every_job_of_rucio_is_filled_as_fts_wants_it(client):
+    jobs = [job for _, job in read_jobs(EXAMPLES / "rucio-41.5/jobs")]
+    filled = client.fill_jobs(jobs)
+    assert all(isinstance(f, FilledJob) for f in filled)
+    now = int(wiring.now().timestamp())
+    assert [o for f in filled if f.job for o in fts_objections(f.job, now)] == []
+    reasons = [r["error"]["reason"] for f in filled for r in f.refused]
+    assert (reasons.count("endpoint_takes_no_token"), reasons.count("invalid_path"), len(reasons)) == (
+        26,
+        4,
+        30,
+    )
+    assert sum(len(f.dropped_sources) for f in filled) == 2
+    assert all(f.bearer.scope == "fts" for f in filled if f.job)
+    assert all(f.job is None and f.bearer is None for f in filled if len(f.refused) == 3 and not f.job)
+
+
+def test_other_operations(client):
+    result = client.mint(
+        [
+            FileRequest(
+                operations=tuple(FileOperation(o, SE + "f") for o in ("delete", "upload", "download", "stat"))
+            )
+        ]
+    )
+    assert [t.scope.split(":")[0] for t in result.tokens] == [
+        "storage.modify",
+        "storage.create",
+        "storage.read",
+        "storage.read",
+    ]
+
+
+def test_celerys_own_client_understands_the_answer(running, raw):
+    correlation = raw.send(request())
+    raw.receive(correlation)
+    (reply,) = [r for r in raw.replies if r.properties["correlation_id"] == correlation]
+    envelope = json.loads(reply.body)
+    assert (envelope["task_id"], envelope["status"], envelope["traceback"]) == (correlation, "SUCCESS", None)
+
+
+# ── bad ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def errors(answer):
+    return [answer["error"]] if answer.get("error") else [r["error"] for r in answer["refusals"]]
+
+
+BAD_PATHS = [
+    "../../etc/passwd",
+    "a/../b",
+    "a/%2e%2e/b",
+    "a/%2E%2E%2Fb",
+    "a/%252e%252e/b",
+    "a\\..\\b",
+    "a/./b",
+    "a/",
+    "nul\x00",
+    "line\n",
+]
+
+
+@pytest.mark.parametrize("path", BAD_PATHS, ids=repr)
+def test_traversal_in_every_encoding(raw, path):
+    (error,) = errors(raw.ask(request(files=[{"sources": [SE + path]}])))
+    assert error["reason"] == "invalid_path"
+
+
+BROKEN = {
+    "not JSON": b"{",
+    "not UTF-8": b"\xff\xfe\x00",
+    "empty": b"",
+    "null": b"null",
+    "not args": b'{"request_id": 1}',
+    "no argument": b"[[], {}, {}]",
+    "two arguments": b"[[1, 2], {}, {}]",
+    "a number": b"[[1], {}, {}]",
+    "deep": b"[" * 20_000,
+}
+
+
+@pytest.mark.parametrize("body", BROKEN.values(), ids=BROKEN.keys())
+def test_broken_messages_get_an_answer(running, raw, body):
+    if not running.on_rabbitmq and body == BROKEN["not UTF-8"]:
+        body = b"\xc3("  # kombu's Redis transport carries text
+    answer = raw.ask(body.decode("latin1") if not running.on_rabbitmq else body)
+    assert answer["error"]["reason"] == "invalid_request"
+
+
+@pytest.mark.parametrize(
+    ("changes", "where"),
+    [
+        ({"request_id": "x"}, "$.request_id"), ({"request_id": str(uuid.uuid4())}, "UUIDv7"), ({"files": []}, "$.files"),
+        ({"files": [{"sources": ["davs://h/f"]}] * 100_000}, "$.files"), ({"files": [{"sources": [SE + "x" * 9000]}]}, "$.files[0].sources[0]"),
+        ({"files": [{"operations": [{"operation": "chmod", "url": SE}]}]}, "operation"), ({"surprise": 1}, "surprise"),
+    ],
+)  # fmt: skip
+def test_schema_violations_say_where(raw, changes, where):
+    answer = raw.ask(request(**changes))
+    assert answer["error"]["reason"] == "invalid_request"
+    assert where in answer["error"]["error_description"]
+
+
+def test_ten_megabytes(raw):
+    answer = raw.ask(request(activity="x" * 10_000_000))
+    assert "too large" in answer["error"]["error_description"]
+
+
+def test_four_kilobytes_of_path(raw):
+    (error,) = errors(raw.ask(request(files=[{"sources": [SE + "d/" * 1900 + "f"]}])))
+    assert error["reason"] == "scope_too_large"
+
+
+@pytest.mark.parametrize("days", [-40, 1])
+def test_ids_from_the_far_past_or_future(raw, days):
+    milliseconds = int((time.time() + days * 86400) * 1000)
+    id_ = uuid.UUID(int=(milliseconds << 80) | 7 << 76 | 2 << 62 | 1)
+    assert raw.ask(request(request_id=str(id_)))["error"]["reason"] == "invalid_request"
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"vo": "other"}, UnknownVO), ({"client": "dirac"}, ClientMismatch),
+        ({"files": [{"sources": ["davs://nowhere.example.org/f"]}]}, UnknownStorage),
+        ({"files": [{"sources": ["http://se01.boreas.example.org/atlas/f"]}]}, None),
+        ({"files": [{"sources": ["davs://se01.boreas.example.org/elsewhere/f"]}]}, None),
+        ({"lifetime_seconds": 7 * 3600}, None),
+    ],
+)  # fmt: skip
+def test_what_is_not_allowed_is_told(raw, changes, error):
+    (found,) = errors(raw.ask(request(**changes)))
+    if error is not None:
+        assert isinstance(from_dict(found), error)
+    assert found["error_description"]
+
+
+def test_one_bad_file_fails_alone_unless_all_or_nothing(raw):
+    mixed = [{"sources": [SE + "a"]}, {"sources": ["davs://nowhere.example.org/f"]}, {"sources": [SE + "c"]}]
+    answer = raw.ask(request(files=mixed))
+    assert [t["file"] for t in answer["tokens"]] == [0, 2]
+    assert [r["file"] for r in answer["refusals"]] == [1]
+    strict = raw.ask(request(files=mixed, all_or_nothing=True))
+    assert not strict.get("tokens")
+    assert sorted(r["file"] for r in strict["refusals"]) == [0, 1, 2]
+
+
+def test_duplicates_in_one_batch_and_in_two(running, raw):
+    body = request()
+    sent = [raw.send(body) for _ in range(5)]
+    answers = [raw.receive(c) for c in sent]
+    time.sleep(0.2)
+    answers.append(raw.ask(body))
+    assert len({a["tokens"][0]["token"] for a in answers}) == 1
+    assert running.rows("SELECT count(*) FROM tokens WHERE request_id = %s", body["request_id"]) == [(1,)]
+
+
+@pytest.mark.parametrize(
+    "task", ["minter.maintain", "celery.backend_cleanup", "celery.chord", "os.system", ""]
+)
+def test_internal_and_unknown_tasks_are_refused(raw, task):
+    assert raw.ask(request(), task=task)["error"]["reason"] == "invalid_request"
+
+
+def test_a_message_without_celerys_headers_gets_an_answer(raw):
+    assert raw.ask(request(), headers={})["error"]["reason"] == "invalid_request"
+
+
+def test_a_job_that_is_none(raw):
+    answer = raw.ask({"request_id": str(new_request_id()), "job": {"files": 3}}, task=contract.FILL_JOB)
+    assert "$.job.files" in answer["error"]["error_description"]
+
+
+def test_a_reply_address_of_another_is_not_used(running, raw):
+    victim = kombu.Connection(running.broker.url)
+    queue = kombu.Queue(
+        f"{contract.reply_prefix('dirac')}victim", channel=victim.channel(), durable=False, auto_delete=True
+    )
+    got = []
+    kombu.Consumer(queue.channel, [queue], on_message=got.append, no_ack=True).consume()
+    raw.send(request(), reply_to=queue.name)
+    raw.send(request(), reply_to=contract.REQUEST_QUEUE)
+    raw.send(request(), reply_to=None)
+    raw.ask(request())
+    with pytest.raises(TimeoutError):
+        victim.drain_events(timeout=1)
+    assert not got
+    victim.release()
+
+
+def test_the_worker_goes_on(client):
+    assert client.mint(files(1)).tokens
+
+
+# ── RabbitMQ's own guard ─────────────────────────────────────────────────────────────────────
+
+
+def test_the_broker_keeps_clients_apart(running):
+    if not running.on_rabbitmq:
+        pytest.skip("the embedded broker serves one local client")
+    for attempt in (
+        lambda c: c.basic_get(contract.REQUEST_QUEUE),
+        lambda c: c.basic_get(contract.DEAD_LETTER_QUEUE),
+        lambda c: c.queue_declare(f"{contract.reply_prefix('dirac')}x"),
+        lambda c: c.basic_publish_confirm(
+            c.prepare_message(b"x", content_encoding="utf-8"),
+            exchange="",
+            routing_key=contract.INTERNAL_QUEUE,
+        ),
+        lambda c: c.basic_publish_confirm(
+            c.prepare_message(b"x", content_encoding="utf-8"),
+            exchange=contract.INTERNAL_EXCHANGE,
+            routing_key=contract.INTERNAL_QUEUE,
+        ),
+        lambda c: c.basic_publish_confirm(
+            c.prepare_message(b"x", content_encoding="utf-8", properties={"user_id": "dirac"}),
+            exchange=contract.REQUEST_EXCHANGE,
+            routing_key=contract.REQUEST_QUEUE,
+        ),
+    ):
+        with (
+            kombu.Connection(running.url()) as connection,
+            pytest.raises(Exception, match=r"403|406|ACCESS_REFUSED|PRECONDITION"),
+        ):
+            attempt(connection.channel())
+
+
+def test_a_message_without_a_user_gets_no_token(running, raw):
+    if not running.on_rabbitmq:
+        pytest.skip("the embedded broker serves one local client")
+    answer = raw.ask(request(), user_id=None)
+    assert isinstance(from_dict(answer["error"]), UnknownClient)
+
+
+# ── control while running ────────────────────────────────────────────────────────────────────
+
+
+def test_bans_and_keys_bind_running_workers_at_once(running, client):
+    from minter import database
+
+    with database.controlling(running.service.pool, "test", "ban", "x", {}) as tx:
+        tx.execute("INSERT INTO bans (kind, value, reason) VALUES ('activity', 'T0', 'test')")
+    with pytest.raises(Banned):
+        client.mint(files(1), activity="T0")
+    assert client.mint(files(1)).tokens
+    with database.controlling(running.service.pool, "test", "revoke", "x", {}) as tx:
+        tx.execute("UPDATE signing_keys SET state = 'revoked', revoked_at = now(), private_key = NULL")
+    with pytest.raises(Unavailable, match="minter keys create"):
+        client.mint(files(1))
+    with database.controlling(running.service.pool, "test", "new key", "x", {}) as tx:
+        tx.execute("DELETE FROM tokens")
+        tx.execute("DELETE FROM requests")
+        tx.execute("DELETE FROM signing_keys")
+    stack.create_key(running.service, "alpen", "ES256", "test")
+    assert client.mint(files(1)).tokens
+
+
+def test_a_warm_shutdown_loses_nothing(running):
+    with running.client() as client:
+        ids = [new_request_id() for _ in range(300)]
+        from minter.requests import MintRequest
+
+        asked = [MintRequest(request_id=i, files=tuple(files(1))) for i in ids]
+        answers = client.ask(contract.MINT, asked)
+        first = next(answers)
+        for worker in list(running.workers):
+            worker.send_signal(signal.SIGTERM)
+        running.start_worker()
+        assert len([first, *answers]) == 300
+    for worker in running.workers[:2]:
+        assert worker.wait(30) == 0
+    assert "Traceback" not in running.logs()
+
+
+def test_the_schema_of_answers(raw):
+    import jsonschema
+
+    from schemas.__main__ import generate
+
+    schema = generate()["answer.json"]
+    for body, task in (
+        (request(), contract.MINT), (request(vo="other"), contract.MINT),
+        ({"request_id": str(uuid_utils.uuid7()), "job": {"files": [{"sources": [SE + "a"], "destinations": [OTHER + "a"]}]}}, contract.FILL_JOB),
+    ):  # fmt: skip
+        answer = raw.ask(body, task=task)
+        jsonschema.validate(answer, schema)
+        for token in answer.get("tokens", []):
+            claims = json.loads(base64.urlsafe_b64decode(token["token"].split(".")[1] + "=="))
+            jsonschema.validate(claims, generate()["token.json"])
+
+
+def test_wrong_client_options(running):
+    with running.client() as client, pytest.raises(InvalidRequest):
+        client.mint_many(files(1), chunk=0)

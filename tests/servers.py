@@ -1,0 +1,108 @@
+"""A real RabbitMQ for tests and benchmarks: Debian's package, run by us on free ports."""
+
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import kombu
+
+from minter.embedded import Server
+
+PROGRAMS = Path("/usr/lib/rabbitmq/bin")
+
+
+def installed() -> bool:
+    return (PROGRAMS / "rabbitmq-server").exists()
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for s in sockets:
+        s.bind(("127.0.0.1", 0))
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
+
+
+class RabbitMQ(Server):
+    """One node with its own epmd; `ctl` is a rabbitmqctl for it."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.port, self._dist, self._epmd = free_ports(3)
+        (folder / "rabbitmq.conf").write_text(
+            f"listeners.tcp.1 = 127.0.0.1:{self.port}\nvm_memory_high_watermark.absolute = 2GB\n"
+            "disk_free_limit.absolute = 50MB\nlog.file.level = warning\n"
+        )
+        self.environ = {
+            **os.environ,
+            "HOME": str(folder),
+            "RABBITMQ_NODENAME": f"minter{self.port}@localhost",
+            "RABBITMQ_NODE_PORT": str(self.port),
+            "RABBITMQ_DIST_PORT": str(self._dist),
+            "RABBITMQ_CONFIG_FILE": str(folder / "rabbitmq.conf"),
+            "RABBITMQ_MNESIA_BASE": str(folder / "mnesia"),
+            "RABBITMQ_LOG_BASE": str(folder / "log"),
+            "RABBITMQ_PID_FILE": str(folder / "pid"),
+            "RABBITMQ_ENABLED_PLUGINS_FILE": str(folder / "plugins"),
+            "RABBITMQ_CONF_ENV_FILE": "/dev/null",
+            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "-kernel inet_dist_use_interface {127,0,0,1} -setcookie minter",
+            "RABBITMQ_SERVER_ERL_ARGS": "+S 2:2 +sbwt none",
+            "ERL_EPMD_PORT": str(self._epmd),
+            "ERL_EPMD_ADDRESS": "127.0.0.1",
+        }
+        self.ctl = folder / "rabbitmqctl"
+        exports = "\n".join(
+            f"export {k}={shlex.quote(v)}"
+            for k, v in self.environ.items()
+            if k.startswith(("RABBIT", "ERL", "HOME"))
+        )
+        self.ctl.write_text(
+            f'#!/bin/sh\n{exports}\nexec {PROGRAMS}/rabbitmqctl --erlang-cookie minter "$@"\n'
+        )
+        self.ctl.chmod(0o755)
+
+    @property
+    def url(self) -> str:
+        return f"amqp://guest:guest@127.0.0.1:{self.port}//"
+
+    def start(self) -> None:
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [PROGRAMS / "rabbitmq-server"], env=self.environ, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            )  # fmt: skip
+        self.wait()
+
+    def ready(self) -> bool:
+        try:
+            with kombu.Connection(self.url, connect_timeout=1) as connection:
+                connection.connect()
+                return True
+        except OSError:
+            return False
+
+    def kill(self) -> None:
+        """kill -9 of the node (the script's exec makes it our child's group)."""
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        time.sleep(0.1)
+
+    def stop(self, number: signal.Signals = signal.SIGTERM) -> None:
+        if self.process is not None and self.process.poll() is None:
+            os.killpg(self.process.pid, number)
+            try:
+                self.process.wait(30)
+            except subprocess.TimeoutExpired:
+                os.killpg(self.process.pid, signal.SIGKILL)
+                self.process.wait()
+        subprocess.run(
+            ["epmd", "-port", str(self._epmd), "-kill"], env=self.environ, capture_output=True, check=False
+        )
+        shutil.rmtree(self.sockets, ignore_errors=True)
