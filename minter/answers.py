@@ -50,7 +50,7 @@ def answer(outcome: Outcome, now: datetime) -> Answer:
 def _token(issued: Issued) -> TokenAnswer:
     file, side, index = issued.need
     return TokenAnswer(
-        file, side, index, issued.storage, issued.scope, str(issued.jti), issued.exp,
+        file, side, index, issued.storage, issued.scope, issued.jti, issued.exp,
         issued.token.decode(),
     )  # fmt: skip
 

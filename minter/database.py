@@ -4,10 +4,12 @@ It knows nothing about what makes a token right. Failures of Postgres that pass 
 leave here as `Unavailable`, and nothing of the transaction stays.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, date, datetime, timedelta
 from hashlib import sha256
+from itertools import chain
 from typing import Any
 from uuid import UUID
 
@@ -25,6 +27,8 @@ from minter.policy import Ban, Bans, Client
 CONTROL_LOCK = 0x6D696E74  # "mint": recording holds it shared, changes of the control tables alone
 
 DAYS_AHEAD = 7
+COPY_ROWS = 100
+"""Rows sent to Postgres at once, which takes them in while the next ones are signed."""
 PARTITIONED = ("requests", "tokens")
 
 _PASSING = (psycopg.OperationalError, psycopg.InterfaceError, psycopg.errors.ReadOnlySqlTransaction)
@@ -156,28 +160,41 @@ class Recording:
         ).fetchall()
         return set(found)
 
-    def copy_tokens(self, rows: Sequence[TokenRow]) -> None:
-        """COPY minted tokens in, as lines made here: row-wise adaption would cost as much as signing."""
-        if not rows:
+    def copy_tokens(self, rows: Iterable[TokenRow]) -> None:
+        """COPY minted tokens in as they come, in lines made here: row-wise adaption costs more.
+
+        An error of the iterator, such as a failed check, fails the COPY and so the transaction.
+        """
+        coming = iter(rows)
+        first = next(coming, None)
+        if first is None:
             return
         storage_ids: dict[tuple[int, str], int] = {}
-        lines = []
-        for t in rows:
-            where = (t.client_id, t.storage)
-            storage_id = storage_ids.get(where)
-            if storage_id is None:
-                storage_id = storage_ids[where] = self._store.storage_id(*where)
-            lines.append(
-                f"{t.jti}\t{t.request_id}\t{datetime.fromtimestamp(t.expires_at, UTC)}\t"
-                f"{path_hash(t.path)}\t{t.fts_token_id}\t{t.client_id}\t{storage_id}\t{t.key_id}\t"
-                f"issued\tmint\t{t.side}\t{t.file}\t{t.index}\t{_copy(t.external_id)}\t"
-                f"{_copy(t.payload)}\n"
-            )
         with self._connection.cursor().copy(
             "COPY tokens (jti, request_id, expires_at, path_hash, fts_token_id, client_id,"
             " storage_id, key_id, state, mode, side, file, position, external_id, payload)"
             " FROM STDIN"
         ) as copy:
+            lines = []
+            instants: dict[int, datetime] = {}
+            for t in chain((first,), coming):
+                where = (t.client_id, t.storage)
+                storage_id = storage_ids.get(where)
+                if storage_id is None:
+                    storage_id = storage_ids[where] = self._store.storage_id(*where)
+                # JSON writes control characters as escapes: only the backslash is COPY's, too.
+                payload = t.payload.replace("\\", "\\\\") if "\\" in t.payload else t.payload
+                if t.expires_at not in instants:
+                    instants[t.expires_at] = datetime.fromtimestamp(t.expires_at, UTC)
+                lines.append(
+                    f"{t.jti}\t{t.request_id.int:032x}\t{instants[t.expires_at]}"
+                    f"\t{path_hash(t.path)}\t{t.fts_token_id}\t{t.client_id}\t{storage_id}\t{t.key_id}"
+                    f"\tissued\tmint\t{t.side}\t{t.file}\t{t.index}\t{_copy(t.external_id)}"
+                    f"\t{payload}\n"
+                )
+                if len(lines) >= COPY_ROWS:
+                    copy.write("".join(lines).encode())
+                    lines.clear()
             copy.write("".join(lines).encode())
 
     def recorded(
@@ -203,10 +220,11 @@ def path_hash(path: str) -> int:
 
 
 _COPY_ESCAPES = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r", "\x00": ""})
+_copy_special = re.compile(r"[\\\t\n\r\x00]").search
 
 
 def _copy(text: str) -> str:
-    return text.translate(_COPY_ESCAPES) if not text.isalnum() else text
+    return text.translate(_COPY_ESCAPES) if _copy_special(text) else text
 
 
 def _text(text: str) -> str:
@@ -231,7 +249,7 @@ _REQUEST = (
     " r.tokens, r.refusals, r.error, r.received_at"
 )
 _COLUMNS = (
-    "t.jti, t.request_id, t.client_id, coalesce(s.name, ''), t.key_id,"
+    "t.jti::text, t.request_id, t.client_id, coalesce(s.name, ''), t.key_id,"
     " extract(epoch FROM t.expires_at)::bigint, '', t.fts_token_id, t.file, t.side::text,"
     " t.position, t.external_id, t.payload"
 )

@@ -13,6 +13,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+from uuid import UUID
 
 from joserfc import jwk, jws
 from rich.console import Console
@@ -105,7 +106,7 @@ class Verifier:
     def rows(self, request_id: Any) -> dict[str, mint.TokenRow]:
         """Return the recorded tokens of a request by jti."""
         found = database.find_requests(self._service.pool, request_id)
-        return {str(t.jti): t for _, tokens, _ in found for t in tokens}
+        return {t.jti: t for _, tokens, _ in found for t in tokens}
 
 
 class Demo:
@@ -301,8 +302,8 @@ def trace_table(found: Sequence[database.Found]) -> Table:
         t = f.token
         claims = json.loads(t.payload)
         table.add_row(
-            datetime.fromtimestamp((t.jti.int >> 80) / 1000, UTC).isoformat(" ", "seconds"),
-            str(t.jti), f.client, t.storage, t.side, claims["scope"],
+            datetime.fromtimestamp((UUID(t.jti).int >> 80) / 1000, UTC).isoformat(" ", "seconds"),
+            t.jti, f.client, t.storage, t.side, claims["scope"],
             datetime.fromtimestamp(t.expires_at, UTC).isoformat(" ", "seconds"), f.state,
             f"{t.fts_token_id & (1 << 64) - 1:016x}",
         )  # fmt: skip

@@ -15,8 +15,9 @@ import jwt
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes, PublicKeyTypes
+from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
 from jwt.algorithms import ECAlgorithm, RSAAlgorithm
-from jwt.utils import base64url_encode, der_to_raw_signature
+from jwt.utils import base64url_encode
 from msgspec import Struct, structs
 
 from minter.errors import NoUsableKey, TokenRejected
@@ -25,6 +26,7 @@ Algorithm = Literal["ES256", "RS256"]
 KeyState = Literal["prepared", "active", "old", "revoked"]
 
 RSA_BITS = 2048
+_P256_BYTES = 32
 
 # RFC 6979: the same payload and key give the same signature, so a row gives its token again (I4).
 _DETERMINISTIC = ec.ECDSA(hashes.SHA256(), deterministic_signing=True)
@@ -34,7 +36,8 @@ class _DeterministicES256(ECAlgorithm):
     """PyJWT's ES256 with RFC 6979 nonces."""
 
     def sign(self, msg: bytes, key: ec.EllipticCurvePrivateKey) -> bytes:
-        return der_to_raw_signature(key.sign(msg, _DETERMINISTIC), key.curve)
+        r, s = decode_dss_signature(key.sign(msg, _DETERMINISTIC))
+        return r.to_bytes(_P256_BYTES) + s.to_bytes(_P256_BYTES)
 
 
 _ALGORITHMS: dict[str, ECAlgorithm | RSAAlgorithm] = {

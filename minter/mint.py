@@ -8,7 +8,7 @@ as Protocols; the adapters fit them. The order of its steps is the invariants:
 2. Decide each request (pure).
 3. Insert the requests; where a request_id is taken, read what was recorded instead (I4).
 4. Build, sign and check each new token. Nothing has left: a failure here leaves nothing behind.
-5. COPY the tokens of the new requests, with FTS's id of each token (SHA-1 of its bytes).
+5. COPY their rows, with FTS's id of each token (SHA-1 of its bytes), while the next are signed.
 6. Commit. Now the tokens are issued (I2).
 7. Hand out: new tokens as signed; repeated ones signed again from their rows, byte for byte.
 
@@ -16,7 +16,7 @@ A crash before 6 leaves nothing; after it, the unacknowledged message comes agai
 """
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import datetime
 from typing import Any, Literal, Protocol
@@ -49,7 +49,7 @@ COVER_SECONDS = 600
 _SAMPLE = 0x3F
 """The signature of one token in 64 is verified; the claims of every token are checked."""
 _JTI_NUMBERS = (1 << 20) - 1
-"""The bits of a request's first jti that count its tokens: no request has 2^20."""
+"""The bits, five hex digits, of a jti that count a request's tokens: no request has 2^20."""
 
 
 class Submission(Struct, frozen=True, eq=False):
@@ -88,7 +88,7 @@ class RequestRow(Struct, frozen=True):
 class TokenRow(Struct, frozen=True, gc=False):
     """One token as recorded: everything but its signature."""
 
-    jti: UUID
+    jti: str
     request_id: UUID
     client_id: int
     storage: str
@@ -114,8 +114,8 @@ class Recording(Protocol):
         """Insert what is not there yet; return the (request_id, client_id) that were new."""
         ...
 
-    def copy_tokens(self, rows: Sequence[TokenRow]) -> None:
-        """Add token rows."""
+    def copy_tokens(self, rows: Iterable[TokenRow]) -> None:
+        """Add token rows as they come; an error of their iterator undoes all."""
         ...
 
     def recorded(
@@ -139,10 +139,9 @@ class Issued(Struct, frozen=True, gc=False):
     need: tuple[int, Side, int]
     storage: str
     scope: str
-    jti: UUID
+    jti: str
     exp: int
     token: bytes
-    lifetime_fixed: int = 0
 
     def __repr__(self) -> str:
         """Name the token without showing it."""
@@ -163,7 +162,7 @@ class Outcome(Struct, eq=False):
 class Observed(Struct, frozen=True):
     """One record for `observe`: metrics, logs and audit lines are made from it, never secrets."""
 
-    stage: Literal["received", "decided", "signed", "copied", "committed"]
+    stage: Literal["received", "decided", "inserted", "copied", "committed"]
     outcomes: Sequence[Outcome]
     at: datetime
 
@@ -215,11 +214,10 @@ class Engine:
             self._observe("decided", outcomes, now)
             ready = [w for w in works.values() if self._ready(w, control, now)]
             new = tx.insert_requests([w.row for w in ready])
+            self._observe("inserted", outcomes, now)
             fresh = [w for w in ready if w.key in new]
-            for work in fresh:
-                self._sign(work, control, now)
-            self._observe("signed", outcomes, now)
-            tx.copy_tokens([row for w in fresh for row in w.rows])
+            # The rows stream into COPY while the next ones are signed.
+            tx.copy_tokens(row for w in fresh for row in self._sign(w, control, now))
             self._observe("copied", outcomes, now)
             known = [w for w in works.values() if w.key not in new]
             recorded = tx.recorded([w.key for w in known]) if known else {}
@@ -277,21 +275,22 @@ class Engine:
             return False
         return True
 
-    def _sign(self, work: "_Work", control: Control, now: datetime) -> None:
-        """Build, sign and check every token of one new request."""
+    def _sign(self, work: "_Work", control: Control, now: datetime) -> Iterator[TokenRow]:
+        """Build, sign and check every token of one new request; yield their rows."""
         key, client = work.signing_key, work.client
         if key is None:
             return  # every file was refused
         signer, issuer = self.unlock(key), control.issuers[client.vo]
         seconds = int(now.timestamp())
+        first = str(work.row.first_jti)[:-5]
         for number, grant in enumerate(work.decision.grants):
-            jti = UUID(int=work.row.first_jti.int + number)
+            jti = f"{first}{number:05x}"
             payload = build_claims(grant, issuer, client.sub, client.name, seconds, jti)
             token = signer.sign(payload)
             check_token(token, grant, issuer, client.sub, client.name, seconds, jti, key.kid, key.algorithm)
             if token[-1] & _SAMPLE == 0:
                 keys.verify(token, key.public_jwk)
-            work.add(grant, jti, payload, token, key, seconds)
+            yield work.add(grant, jti, payload, token, key, seconds)
 
     def _repeat(
         self,
@@ -350,7 +349,7 @@ class Engine:
 class _Work:
     """One request on its way through the steps."""
 
-    __slots__ = ("client", "decision", "key", "outcome", "row", "rows", "signing_key")
+    __slots__ = ("client", "decision", "key", "outcome", "row", "signing_key")
 
     def __init__(self, outcome: Outcome, client: Client, decision: Decision) -> None:
         self.outcome = outcome
@@ -359,30 +358,18 @@ class _Work:
         self.key = (outcome.submission.request.request_id, client.client_id)
         self.row: RequestRow
         self.signing_key: Key | None = None
-        self.rows: list[TokenRow] = []
 
-    def add(self, grant: Grant, jti: UUID, payload: bytes, token: bytes, key: Key, now: int) -> None:
+    def add(self, grant: Grant, jti: str, payload: bytes, token: bytes, key: Key, now: int) -> TokenRow:
+        """Note a token for handing out, and return its row."""
         need, storage = grant.need, grant.plan.area.storage
         exp = now - BACKDATE_SECONDS + grant.lifetime.seconds
-        self.rows.append(
-            TokenRow(
-                jti,
-                self.row.request_id,
-                self.client.client_id,
-                storage,
-                key.key_id,
-                exp,
-                grant.path,
-                fts_token_id(token),
-                need.file,
-                need.side,
-                need.index,
-                grant.external_id,
-                payload.decode(),
-            )
-        )
         where: tuple[int, Side, int] = (need.file, need.side, need.index)
-        self.outcome.issued.append(Issued(where, storage, grant.scope, jti, exp, token, grant.lifetime.fixed))
+        self.outcome.issued.append(Issued(where, storage, grant.scope, jti, exp, token))
+        return TokenRow(
+            jti, self.row.request_id, self.client.client_id, storage, key.key_id, exp,
+            grant.path, fts_token_id(token), need.file, need.side, need.index,
+            grant.external_id, payload.decode(),
+        )  # fmt: skip
 
 
 def fts_token_id(token: bytes) -> int:

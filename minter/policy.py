@@ -187,6 +187,8 @@ class Bans:
 
     def check(self, vo: str, /, **names: str) -> None:
         """Raise Banned if any of the named things (client, storage, …) is banned in this VO."""
+        if not self._values:
+            return
         for kind, value in names.items():
             banned = self._values.get(kind)
             if banned and ((vo, value) in banned or (None, value) in banned):

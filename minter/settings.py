@@ -45,7 +45,7 @@ class WorkerSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     """How a worker batches: by time, by messages, by bytes; whichever comes first."""
 
     batch_seconds: Annotated[float, Meta(ge=0, le=1)] = 0.002
-    batch_messages: Positive = 64
+    batch_messages: Positive = 128
     batch_bytes: Positive = 1024 * 1024
     prefetch: Positive = 256
 

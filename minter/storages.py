@@ -234,4 +234,8 @@ def split_url(url: str) -> tuple[str, int, str]:
         )
     if path is None:
         raise InvalidPath(f"URL {url!r} has no path, expected the path of a file", url=url)
-    return host.lower(), int(port or 0) or DEFAULT_PORTS[scheme], _SLASHES.sub("/", _COPY_MODE.sub("", path))
+    if "?" in path:
+        path = _COPY_MODE.sub("", path)
+    if "//" in path:
+        path = _SLASHES.sub("/", path)
+    return host.lower(), int(port or 0) or DEFAULT_PORTS[scheme], path

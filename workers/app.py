@@ -4,6 +4,7 @@ Only the tasks of `workers.tasks` can be run, and only from their own queues: wh
 is answered with a typed error and dead-lettered. Bodies are never logged.
 """
 
+import gc
 import os
 from typing import Any
 
@@ -18,6 +19,7 @@ from minter.settings import Loaded
 from workers.batching import Batcher, Suspects
 
 MAINTAIN_SECONDS = 3600.0
+GC_ALLOCATIONS = 20_000
 VISIBILITY_SECONDS = 60
 """Embedded broker only: a message of a dead worker comes again after this time."""
 
@@ -110,6 +112,10 @@ def _start(**_: Any) -> None:
     """Open the engine in the worker process, before it consumes."""
     app.service = service = wiring.Service(app.loaded, lambda o: on_stage(o.stage))
     service.prepare()
+    # Settings and modules live as long as the process: keep the collector from walking them.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(GC_ALLOCATIONS, 20, 50)
     settings = app.loaded.settings
     with app.connection_for_write() as connection:
         declare(connection)

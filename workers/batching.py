@@ -40,6 +40,8 @@ MAX_TRIES = 3
 """Deliveries that may end with a dead worker; the next one is dead-lettered instead of served."""
 FIRST_DELAY_SECONDS = 0.1
 MAX_DELAY_SECONDS = 10.0
+MAX_EXTENSIONS = 16
+"""How often the batch's time may be extended while messages keep coming."""
 
 _DECODERS: dict[str, Callable[[Raw], Request]] = {
     contract.MINT: decode_mint,
@@ -122,17 +124,24 @@ class Batcher:
         if len(self._waiting) >= self.batch_messages or self._bytes >= self.batch_bytes:
             self.serve()
         elif not self._armed:
-            self._arm(self.batch_seconds)
+            self._arm(self.batch_seconds, self._still_coming, len(self._waiting), MAX_EXTENSIONS)
 
     def reject(self, message: Any, error: MinterError) -> None:
         """Answer a message that is none of the public tasks, and keep it for the operators."""
         pending = Pending(message, "", self.client_of(message))
         self._finish([(pending, answers.failure(None, error))], dead={id(pending): error})
 
-    def _arm(self, seconds: float) -> None:
+    def _arm(self, seconds: float, callback: Callable[..., None], *arguments: int) -> None:
         # Never hub.call_soon: from inside a callback it waits for the next poll, up to 2 s.
         self._armed = True
-        self._timer.call_after(seconds, self.serve)
+        self._timer.call_after(seconds, callback, arguments)
+
+    def _still_coming(self, seen: int, extensions: int) -> None:
+        """Serve, unless messages keep coming: the embedded broker hands them over one by one."""
+        if extensions and len(self._waiting) > seen:
+            self._arm(self.batch_seconds, self._still_coming, len(self._waiting), extensions - 1)
+        else:
+            self.serve()
 
     def serve(self) -> None:
         """Serve all that waits; on `Unavailable` keep it and come back."""
@@ -147,7 +156,7 @@ class Batcher:
             self._waiting = waiting + self._waiting
             self._retrying = True
             logger.warning("cannot record, trying again in %.1f s: %s", self._delay, error)
-            self._arm(self._delay * random.uniform(0.5, 1.5))  # noqa: S311 - jitter
+            self._arm(self._delay * random.uniform(0.5, 1.5), self.serve)  # noqa: S311 - jitter
             self._delay = min(2 * self._delay, MAX_DELAY_SECONDS)
         else:
             self._retrying, self._delay = False, FIRST_DELAY_SECONDS

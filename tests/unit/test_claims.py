@@ -16,7 +16,7 @@ from tests.unit.test_policy import OLD, SE, fill
 
 NOW = 1_795_315_000
 ISSUER = "https://tokens.example.org/vo/"
-JTI = uuid.UUID("01a20118-9ddb-7538-9909-d9caefa00001")
+JTI = "01a20118-9ddb-7538-9909-d9caefa00001"
 GRANT = next(
     g for g in fill((SE,), (OLD,), overwrite=True, max_time_in_queue=2).grants if g.need.side == "destination"
 )
@@ -57,7 +57,7 @@ MUTATIONS = {
     "iat": [NOW - 59, NOW + 5, float(NOW - 60), str(NOW - 60), None],
     "nbf": [NOW - 61, NOW, None],
     "exp": [NOW + 10**7, float(NOW), None, True],
-    "jti": [str(uuid.UUID(int=JTI.int + 1)), "", None],
+    "jti": [str(uuid.UUID(int=uuid.UUID(JTI).int + 1)), "", None],
 }
 
 

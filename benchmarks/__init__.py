@@ -1,0 +1,1 @@
+"""One question a file; JSON out; ratios to openssl of the same run."""

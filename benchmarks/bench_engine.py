@@ -1,0 +1,91 @@
+"""How many tokens a second? `python -m benchmarks.bench_engine [--broker rabbitmq|embedded] [--json FILE]`.
+
+One run measures, beside openssl on one core: `mint_many` in one process, 100-file and single-file requests through two
+workers, a lone request, and the workers' memory. Durability, constraints and indexes are production's.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+from benchmarks.engine import bench, openssl_per_second, versions
+from benchmarks.load import body
+from minter import wiring
+from minter.mint import Submission
+from minter.requests import decode_mint
+
+
+def core(running, rounds: int = 40) -> float:
+    """Tokens a second of `mint_many` in this process, 100-file requests, recorded."""
+    import msgspec
+
+    batches = []
+    for number in range(rounds + 5):
+        raw = msgspec.json.decode(body(100, number, 200)[1])[0][0]
+        batches.append([Submission(decode_mint(msgspec.json.encode(raw)), running.client)])
+    for batch in batches[:5]:
+        running.service.engine.mint_many(batch, wiring.now())
+    started = time.perf_counter()
+    made = sum(len(running.service.engine.mint_many(b, wiring.now())[0].issued) for b in batches[5:])
+    return made / (time.perf_counter() - started)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--broker", choices=["rabbitmq", "embedded"], default="rabbitmq")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--memory", action="store_true", help="also a million tokens")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    result = {"versions": versions(), "broker": options.broker}
+    with (
+        tempfile.TemporaryDirectory(prefix="minter-bench-") as folder,
+        bench(Path(folder), options.broker) as running,
+    ):
+        rounds = []
+        for _ in range(options.rounds):
+            raw = openssl_per_second()
+            rounds.append({"openssl_per_s": raw, "mint_many_per_s": round(core(running))})
+        running.workers(2)
+        running.load(1, 200, 16)
+        for entry in rounds:
+            big = running.load(100, 600, 32)
+            small = running.load(1, 6000, 256)
+            lone = running.load(1, 200, 1)
+            entry |= {
+                "tokens_per_s_100_files": round(big["tokens"] / big["seconds"]),
+                "requests_per_s_1_file": round(small["requests"] / small["seconds"]),
+                "lone_p50_ms": lone["p50_ms"], "lone_p99_ms": lone["p99_ms"],
+                "verified": big["verified"] + small["verified"],
+            }  # fmt: skip
+            print(json.dumps(entry), flush=True)
+        if options.memory:
+            result["memory"] = memory(running)
+        result["rounds"] = rounds
+        result["median"] = {k: median(r[k] for r in rounds) for k in rounds[0]}
+        result["median"]["mint_many_ratio_to_openssl"] = round(
+            median(r["mint_many_per_s"] / r["openssl_per_s"] for r in rounds), 3
+        )
+    text = json.dumps(result, indent=1)
+    print(text)
+    if options.json:
+        options.json.write_text(text + "\n")
+
+
+def memory(running) -> dict[str, float]:
+    """Workers' RSS after 100 000 and after 1 000 000 tokens, half of the requests refused or repeated."""
+    tokens = 0
+    seen = {}
+    for mark in (100_000, 1_000_000):
+        while tokens < mark:
+            tokens += running.load(20, 5_000, 128, "mixed")["tokens"]
+        seen[f"rss_kb_after_{mark}"] = running.rss()
+    seen["ratio"] = round(seen["rss_kb_after_1000000"] / seen["rss_kb_after_100000"], 3)
+    return seen
+
+
+if __name__ == "__main__":
+    main()
