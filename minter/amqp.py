@@ -87,6 +87,11 @@ class Publisher:
         """What `publish` raises when the broker is away."""
         return (*self.connection.connection_errors, *self.connection.channel_errors)
 
+    @property
+    def confirms(self) -> bool:
+        """Say whether the broker confirms messages and keeps them until they are acknowledged."""
+        return hasattr(self._open(), "confirm_select")
+
     def publish(
         self, messages: Iterable[Outgoing], halfway: Callable[[], None] | None = None
     ) -> list[Outgoing]:
@@ -98,7 +103,7 @@ class Publisher:
         messages = list(messages)
         channel = self._open()
         self._returned, self._refused = [], []
-        if hasattr(channel, "confirm_select"):
+        if self.confirms:
             self._publish_confirmed(channel, messages, halfway)
         else:
             self._publish_batch(channel, messages, halfway)

@@ -49,6 +49,9 @@ __all__ = [
 
 DEFAULT_TIMEOUT_SECONDS = 60.0
 RECONNECT_SECONDS = 0.5
+FIRST_RESEND_SECONDS = 5.0
+"""The embedded broker loses the message that it was handing to a worker as that was killed, so
+there what has no answer is sent again after this time, then after twice as long, and so on."""
 
 
 def new_request_id() -> uuid.UUID:
@@ -145,6 +148,7 @@ class MinterClient:
         self._reply_to = ""
         self._parts: dict[str, dict[int, Answer]] = {}
         self._answers: dict[str, Answer] = {}
+        self._expected: set[str] = set()
 
     def __repr__(self) -> str:
         """Name the client; the URL may hold a password."""
@@ -277,6 +281,7 @@ class MinterClient:
         for number, _ in numbered:
             correlation_id = f"{salt}.{number}"
             last_news = time.monotonic()
+            resend_after = FIRST_RESEND_SECONDS
             while correlation_id not in self._answers:
                 try:
                     self._connect(waiting)
@@ -284,16 +289,21 @@ class MinterClient:
                         self._message(task, f"{salt}.{n}", r)
                         for n, r in islice(unsent, max(0, self.window - len(waiting)))
                     ]
+                    self._expected.update(str(m.properties["correlation_id"]) for m in fresh)
                     waiting |= {str(m.properties["correlation_id"]): m for m in fresh}
                     if fresh and (lost := self._publisher.publish(fresh)):
                         raise Unavailable(
                             f"the broker has no queue behind {lost[0].exchange}; is the engine set up?"
                         )
+                    if not self._publisher.confirms and time.monotonic() - last_news > resend_after:
+                        resend_after *= 2
+                        self._publisher.publish(waiting.values())
                     before = len(self._answers)
                     if correlation_id not in self._answers:
                         self._connection.drain_events(timeout=1.0)
                     if len(self._answers) != before:
                         last_news = time.monotonic()
+                        resend_after = FIRST_RESEND_SECONDS
                 except TimeoutError:
                     pass
                 except self._publisher.errors as error:
@@ -304,6 +314,7 @@ class MinterClient:
                 self._check_time(last_news, None)
                 for answered in [c for c in waiting if c in self._answers]:
                     del waiting[answered]
+            self._expected.discard(correlation_id)
             yield self._answers.pop(correlation_id)
 
     def _check_time(self, since: float, error: Exception | None) -> None:
@@ -340,8 +351,10 @@ class MinterClient:
 
     def _receive(self, message: Any) -> None:
         body = message.body if isinstance(message.body, bytes) else message.body.encode()
-        answer = _envelope.decode(body).result
         correlation_id = message.properties.get("correlation_id") or ""
+        if correlation_id not in self._expected:
+            return  # a second answer to what was sent twice
+        answer = _envelope.decode(body).result
         if answer.parts > 1:
             arrived = self._parts.setdefault(correlation_id, {})
             arrived[answer.part] = answer

@@ -35,10 +35,14 @@ class DatabaseSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
 
 class BrokerSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """`local_client` names the one client of a broker that does not authenticate senders."""
+    """`local_client` names the one client of a broker that does not authenticate senders.
+
+    There, a message of a dead worker comes again after `visibility_seconds`.
+    """
 
     url: str = ""
     local_client: str = ""
+    visibility_seconds: Positive = 60
 
 
 class WorkerSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -20,8 +20,6 @@ from workers.batching import Batcher, Suspects
 
 MAINTAIN_SECONDS = 3600.0
 GC_ALLOCATIONS = 20_000
-VISIBILITY_SECONDS = 60
-"""Embedded broker only: a message of a dead worker comes again after this time."""
 
 
 class RequestConsumer(Consumer):
@@ -98,13 +96,24 @@ def create_app(loaded: Loaded) -> App:
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
         broker_heartbeat=60,
-        broker_transport_options=(
-            {"visibility_timeout": VISIBILITY_SECONDS} if loaded.broker_url.startswith("redis") else {}
-        ),
+        broker_transport_options=_transport_options(loaded),
         beat_schedule={"maintain": {"task": "minter.maintain", "schedule": MAINTAIN_SECONDS}},
         timezone="UTC",
     )
     return made
+
+
+def _transport_options(loaded: Loaded) -> dict[str, float]:
+    """Make the embedded broker deliver a dead worker's messages again soon: kombu's default is 100 s."""
+    if not loaded.broker_url.startswith("redis"):
+        return {}
+    visibility = loaded.settings.broker.visibility_seconds
+    return {
+        "visibility_timeout": visibility,
+        "unacked_restore_interval": min(10, max(1, visibility / 4)),
+        "unacked_restore_throttle": 1,
+        "unacked_mutex_expire": 10,  # a worker may die while it holds the mutex
+    }
 
 
 @worker_init.connect

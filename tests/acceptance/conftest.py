@@ -49,13 +49,13 @@ def broker(request, tmp_path_factory):
 class Running:
     """An engine: its database, its broker, and worker processes that can be killed."""
 
-    def __init__(self, broker, dsn, folder: Path, app="workers.app"):
+    def __init__(self, broker, dsn, folder: Path, app="workers.app", settings=EXAMPLES / "settings.toml"):
         self.broker, self.folder, self.app = broker, folder, app
         self.on_rabbitmq = isinstance(broker, RabbitMQ)
         self.service = wiring.Service(load_settings(dsn))
         self.environ = {
             **os.environ,
-            "MINTER_SETTINGS": str(EXAMPLES / "settings.toml"),
+            "MINTER_SETTINGS": str(settings),
             "MINTER_DSN": dsn,
             "MINTER_BROKER_URL": broker.url,
             "MINTER_MASTER_KEY_ALPEN": MASTER_KEY,
@@ -69,7 +69,7 @@ class Running:
     def setup_users(self):
         if not self.on_rabbitmq:
             return
-        self.minter("clients", "add", "dirac", "--vo", "alpen")
+        self.minter("clients", "add", "dirac", "--vo", "alpen", check=False)  # once for a server
         path = self.broker.folder / "passwords.json"
         out = self.broker.folder / "new-passwords.json"
         self.minter("broker", "setup", "--rabbitmqctl", str(self.broker.ctl), "--passwords", str(out))
@@ -107,6 +107,13 @@ class Running:
             )  # fmt: skip
         self.workers.append(process)
         return process
+
+    def start_beat(self):
+        with (self.folder / "beat.log").open("ab") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", "celery", "-A", self.app, "beat", "--schedule", str(self.folder / "schedule")],
+                env=self.environ, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=ROOT,
+            )  # fmt: skip
 
     def stop(self, number=signal.SIGTERM):
         for process in self.workers:

@@ -1,0 +1,39 @@
+"""The workers' application with a trigger: `celery -A tests.acceptance.fault_app`.
+
+MINTER_FAULT=stage:n kills this process with SIGKILL at the n-th time it reaches the stage. A body that holds
+"poison-pill" kills it at each delivery.
+"""
+
+import os
+import signal
+
+from workers import app as module
+from workers.batching import Batcher
+
+app = module.app
+_stage, _, _left = os.environ.get("MINTER_FAULT", "").partition(":")
+_counts = {_stage: int(_left or 0)}
+
+
+def _die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def on_stage(stage):
+    if stage == _stage:
+        _counts[stage] -= 1
+        if _counts[stage] == 0:
+            _die()
+
+
+_decode = Batcher._decode
+
+
+def decode(self, pending):
+    if b"poison-pill" in pending.body:
+        _die()
+    return _decode(self, pending)
+
+
+module.on_stage = on_stage
+Batcher._decode = decode

@@ -1,0 +1,151 @@
+"""The command line: `up` runs everything, the other commands join it; exit codes and --json for scripts."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import EXAMPLES, ROOT
+
+JOB = EXAMPLES / "rucio-41.5/jobs/multihop-1.json"
+
+
+@pytest.fixture(scope="module")
+def environ(tmp_path_factory):
+    """`minter up` on a fresh state folder; its exports make the environment of the other commands."""
+    state = tmp_path_factory.mktemp("up") / "state"
+    base = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "minter.cli", "up", "--settings", EXAMPLES / "settings.toml", "--state", state, "--workers", "1"],
+        stdout=subprocess.PIPE, text=True, env=base, cwd=ROOT,
+    )  # fmt: skip
+    exports = {}
+    for line in process.stdout:
+        if found := re.match(r"export (\w+)='(.*)'", line):
+            exports[found[1]] = found[2]
+        if "Ctrl-C" in line:
+            break
+    yield {**base, **exports, "MINTER_MASTER_KEY_ALPEN": (state / "master-alpen.key").read_text()}
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 0
+    process.stdout.close()
+    left = subprocess.run(["pgrep", "-f", str(state)], capture_output=True, text=True, check=False).stdout
+    assert not left, "up left processes behind"
+
+
+def minter(environ, *arguments, stdin=None):
+    return subprocess.run(
+        [sys.executable, "-m", "minter.cli", *map(str, arguments)], env=environ, capture_output=True, text=True,
+        input=stdin, check=False, cwd=ROOT,
+    )  # fmt: skip
+
+
+def test_mint_explain_verify_trace(environ, tmp_path):
+    out = tmp_path / "filled.json"
+    done = minter(environ, "mint", "--job", JOB, "--output", out, "--json")
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    assert (facts["files"], facts["refused"]) == (2, [])
+    assert out.stat().st_mode & 0o777 == 0o600
+    token = json.loads(out.read_text())["files"][0]["destination_tokens"][0]
+    assert token.split(".")[2] not in done.stdout + done.stderr
+
+    again = json.loads(
+        minter(
+            environ, "mint", "--job", JOB, "--request-id", facts["request_id"], "--output", out, "--json"
+        ).stdout
+    )
+    assert again["request_id"] == facts["request_id"]
+    assert json.loads(out.read_text())["files"][0]["destination_tokens"][0] == token
+
+    verified = json.loads(minter(environ, "verify", "-", "--json", stdin=token).stdout)
+    assert verified["valid"] is True
+    jti = verified["claims"]["jti"]
+    assert minter(environ, "verify", "-", stdin=token[:-4] + "AAAA").returncode == 1
+
+    for option, value in (
+        ("--jti", jti),
+        ("--request", facts["request_id"]),
+        ("--path", verified["claims"]["scope"].split(":")[1]),
+    ):
+        found = json.loads(minter(environ, "trace", option, value, "--json").stdout)["tokens"]
+        assert jti in [f["token"]["jti"] for f in found]
+    fts_id = f"{found[0]['token']['fts_token_id'] & (1 << 64) - 1:016x}"
+    assert minter(environ, "trace", "--fts-token-id", fts_id).returncode == 0
+    assert minter(environ, "trace", "--jti", "01a20118-9ddb-7538-9909-000000000000").returncode == 1
+    assert minter(environ, "trace").returncode == 1
+
+    explained = minter(environ, "explain", "--job", JOB)
+    assert "route: fts-transfer: overwrite" in explained.stdout
+
+
+def test_a_job_with_refusals_exits_with_1_and_says_why(environ):
+    done = minter(environ, "mint", "--job", EXAMPLES / "rucio-41.5/jobs/odd-names.json")
+    assert done.returncode == 1
+    assert "'%'" in done.stdout
+    broken = minter(environ, "mint", "--job", "-", "--json", stdin="{")
+    assert (broken.returncode, json.loads(broken.stderr)["reason"]) == (1, "invalid_request")
+
+
+def test_clients_keys_and_check(environ):
+    assert (
+        minter(
+            environ,
+            "clients",
+            "add",
+            "dirac",
+            "--vo",
+            "alpen",
+            "--operation",
+            "read",
+            "--path",
+            "/atlas",
+            "--max-lifetime",
+            "3600",
+        ).returncode
+        == 0
+    )
+    listed = json.loads(minter(environ, "clients", "list", "--json").stdout)
+    assert {c["name"] for c in listed} == {"dirac", "rucio-alpen"}
+    for bad in (
+        ["dirac", "--vo", "alpen"],
+        ["a:b", "--vo", "alpen"],
+        ["x", "--vo", "nowhere"],
+        ["x", "--vo", "alpen", "--operation", "fly"],
+        ["x", "--vo", "alpen", "--path", "a"],
+    ):
+        assert minter(environ, "clients", "add", *bad).returncode == 1
+    made = json.loads(minter(environ, "keys", "create", "--vo", "alpen", "--json").stdout)
+    assert made["state"] == "prepared"
+    states = [k["state"] for k in json.loads(minter(environ, "keys", "list", "--json").stdout)]
+    assert states == ["active", "prepared"]
+    assert minter(environ, "keys", "create", "--vo", "nowhere").returncode == 2
+    checked = json.loads(minter(environ, "check", "--json").stdout)
+    assert checked["storages"] == 22
+    assert any("synchronous standby" in w for w in checked["warnings"])
+    assert minter(environ, "db", "upgrade").returncode == 0
+    assert minter(environ, "broker", "setup").returncode == 0
+
+
+def test_exit_codes_for_settings_and_outages(environ, tmp_path):
+    (tmp_path / "bad.toml").write_text("[databse]\n")
+    bad = minter(environ, "check", "--settings", tmp_path / "bad.toml")
+    assert bad.returncode == 2
+    assert "Traceback" not in bad.stderr
+    away = minter({**environ, "MINTER_DSN": "host=/nowhere dbname=x"}, "clients", "list")
+    assert away.returncode == 3
+    assert "Traceback" not in away.stderr
+    gone = minter(
+        {**environ, "MINTER_BROKER_URL": "redis+socket:///nowhere/broker"},
+        "mint",
+        "--job",
+        JOB,
+        "--timeout",
+        "2",
+    )
+    assert gone.returncode == 3
+    assert "Traceback" not in gone.stderr

@@ -1,0 +1,301 @@
+"""I2, I3, I4 while everything dies: workers at each stage, Postgres, the broker, the disk, a poison message."""
+
+import random
+import shutil
+import signal
+import subprocess
+import threading
+import time
+import uuid
+from pathlib import Path
+
+import kombu
+import pytest
+
+from minter import contract, migrations, stack, wiring
+from minter.amqp import declare
+from minter.client import FileRequest, new_request_id
+from minter.embedded import Postgres, Valkey
+from minter.errors import Undeliverable, from_dict
+from minter.mint import fts_token_id
+from minter.requests import MintRequest
+from tests.acceptance.conftest import Running
+from tests.acceptance.test_workers import OTHER, SE
+from tests.conftest import EXAMPLES, load_settings
+from tests.servers import RabbitMQ, installed
+
+pytestmark = pytest.mark.slow
+
+STAGES = ["received", "decided", "inserted", "copied", "committed", "half_replied", "confirmed"]
+KILLS = 20
+
+
+@pytest.fixture(scope="module", params=["embedded", pytest.param("rabbitmq", marks=pytest.mark.rabbitmq)])
+def servers(request, tmp_path_factory):
+    """Servers of this module's own: they will be killed."""
+    folder = tmp_path_factory.mktemp(f"faults-{request.param}")
+    if request.param == "rabbitmq" and not installed():
+        pytest.skip("RabbitMQ is not installed")
+    postgres = Postgres(folder / "postgres")
+    broker = RabbitMQ(folder / "node") if request.param == "rabbitmq" else Valkey(folder / "valkey")
+    postgres.start()
+    broker.start()
+    with kombu.Connection(broker.url) as connection:
+        declare(connection)
+    declared = time.monotonic()
+    service = wiring.Service(load_settings(postgres.dsn))
+    migrations.upgrade(service.pool)
+    service.prepare()
+    stack.create_key(service, "alpen", "ES256", "tests")
+    stack.add_client(service, "rucio-alpen", "alpen", "tests")
+    service.pool.dispose()
+    time.sleep(max(0, 2.5 - (time.monotonic() - declared)))
+    yield postgres, broker, folder
+    broker.stop()
+    postgres.stop()
+
+
+@pytest.fixture
+def engine(servers, tmp_path):
+    postgres, broker, _ = servers
+    settings = tmp_path / "settings.toml"
+    text = (EXAMPLES / "settings.toml").read_text().replace('"rucio-41.5/', f'"{EXAMPLES}/rucio-41.5/')
+    settings.write_text(text.replace("[broker]", "[broker]\nvisibility_seconds = 2"))
+    made = Running(broker, postgres.dsn, tmp_path, app="tests.acceptance.fault_app", settings=settings)
+    yield made
+    made.stop(signal.SIGKILL)
+    made.service.pool.dispose()
+
+
+def requests(count, twice=True):
+    """Requests of one to three files, each one given twice, shuffled."""
+    made = [
+        MintRequest(
+            request_id=new_request_id(),
+            files=tuple(
+                FileRequest(sources=(f"{SE}{uuid.uuid4()}",), destinations=(f"{OTHER}{n}",))
+                for n in range(random.randint(1, 3))
+            ),
+        )
+        for _ in range(count)
+    ]
+    both = made * 2 if twice else made
+    random.shuffle(both)
+    return both
+
+
+class Driver(threading.Thread):
+    """A client that asks and keeps every answer."""
+
+    def __init__(self, engine, asked):
+        super().__init__()
+        self.engine, self.asked, self.answers, self.error = engine, asked, [], None
+
+    def run(self):
+        try:
+            with self.engine.client(timeout_seconds=120, window=32) as client:
+                for request, answer in zip(self.asked, client.ask(contract.MINT, self.asked), strict=False):
+                    self.answers.append((request, answer))
+        except Exception as error:  # noqa: BLE001 - the test looks at it
+            self.error = error
+
+
+def audit(engine, asked, answers):
+    """I2: each token has its row. I3: one outcome each, nothing lost. I4: equal requests got equal bytes."""
+    assert len(answers) == len(asked)
+    by_id = {}
+    for request, answer in answers:
+        assert answer.error is None, answer.error
+        assert not answer.refusals
+        tokens = {(t.file, t.side, t.index): t for t in answer.tokens}
+        assert len(tokens) == len(answer.tokens) == 2 * len(request.files)
+        known = by_id.setdefault(request.request_id, tokens)
+        assert {k: t.token for k, t in known.items()} == {k: t.token for k, t in tokens.items()}
+    ids = list(by_id)
+    rows = dict(engine.rows("SELECT jti::text, fts_token_id FROM tokens WHERE request_id = ANY(%s)", ids))
+    given = {t.jti: fts_token_id(t.token.encode()) for tokens in by_id.values() for t in tokens.values()}
+    assert rows == given  # no token without a row, no row without its token, and none twice
+    recorded = engine.rows(
+        "SELECT count(*), count(DISTINCT request_id) FROM requests WHERE request_id = ANY(%s)", ids
+    )
+    assert recorded == [(len(ids), len(ids))]
+
+
+def finish(engine, driver, seconds=240):
+    """Keep two workers alive until the driver is done."""
+    deadline = time.monotonic() + seconds
+    while driver.is_alive() and time.monotonic() < deadline:
+        for worker in [w for w in engine.workers if w.poll() is not None]:
+            engine.workers.remove(worker)
+            engine.start_worker()
+        time.sleep(0.05)
+    driver.join(1)
+    assert not driver.is_alive()
+    assert driver.error is None, driver.error
+
+
+@pytest.mark.rabbitmq
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("servers", [pytest.param("rabbitmq", marks=pytest.mark.rabbitmq)], indirect=True)
+def test_killed_at_each_stage_twenty_times(engine, stage):
+    driver = Driver(engine, asked := requests(400))
+    # Not always the first time: a message that is tried alone and dies three times is a poison message.
+    faults = iter([f"{stage}:{random.randint(3, 25)}" for _ in range(KILLS)])
+    kills = 0
+    for _ in range(3):
+        engine.start_worker(MINTER_FAULT=next(faults))
+    driver.start()
+    deadline = time.monotonic() + 200
+    while kills < KILLS and time.monotonic() < deadline:
+        if not driver.is_alive():  # all answered already: go on with fresh work
+            driver.join()
+            assert driver.error is None, driver.error
+            audit(engine, driver.asked, driver.answers)
+            driver = Driver(engine, asked := requests(200))
+            driver.start()
+        for worker in [w for w in engine.workers if w.poll() is not None]:
+            engine.workers.remove(worker)
+            kills += worker.returncode == -signal.SIGKILL
+            fault = next(faults, None)
+            engine.start_worker(**({"MINTER_FAULT": fault} if fault else {}))
+        time.sleep(0.02)
+    assert kills >= KILLS
+    finish(engine, driver)
+    audit(engine, asked, driver.answers)
+
+
+def test_random_deaths_of_workers_postgres_and_broker(engine, servers):
+    postgres, broker, _ = servers
+    for _ in range(2):
+        engine.start_worker()
+    beat = engine.start_beat()
+    driver = Driver(engine, asked := requests(3000))
+    driver.start()
+    time.sleep(1)
+    for victim in ("worker", "postgres", "worker", "broker", "beat", "postgres", "worker"):
+        if victim == "worker":
+            worker = random.choice(engine.workers)
+            worker.kill()
+            worker.wait()
+            engine.workers.remove(worker)
+            engine.start_worker()
+        elif victim == "beat":
+            beat.kill()
+            beat.wait()
+            beat = engine.start_beat()
+        elif victim == "postgres":
+            kill_postgres(postgres)
+            time.sleep(0.5)
+            postgres.start()
+        elif isinstance(broker, RabbitMQ):
+            broker.kill()
+            broker.start()
+        else:
+            broker.stop(signal.SIGKILL)
+            broker.start()
+        time.sleep(random.uniform(0.2, 1.0))
+    finish(engine, driver)
+    beat.terminate()
+    beat.wait(20)
+    audit(engine, asked, driver.answers)
+
+
+def kill_postgres(postgres):
+    """kill -9 of the postmaster and all its children: a crash, not a shutdown."""
+    pid = int((postgres.folder / "postmaster.pid").read_text().split()[0])
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    for victim in (pid, *map(int, children)):
+        try:
+            subprocess.run(["kill", "-9", str(victim)], check=False, capture_output=True)
+        except ProcessLookupError:
+            continue
+    postgres.process.wait()
+    time.sleep(0.3)
+
+
+def test_a_poison_message_is_told_and_set_aside_and_its_neighbours_are_served(engine):
+    poison = MintRequest(request_id=new_request_id(), files=(FileRequest(sources=(SE + "poison-pill",)),))
+    asked = requests(50, twice=False)
+    asked.insert(25, poison)
+    for _ in range(2):
+        engine.start_worker()
+    driver = Driver(engine, asked)
+    driver.start()
+    finish(engine, driver)
+    answers = {r.request_id: a for r, a in driver.answers}
+    refused = answers.pop(poison.request_id)
+    assert isinstance(from_dict(refused.error), Undeliverable)
+    audit(engine, asked[:25] + asked[26:], [(r, a) for r, a in driver.answers if r is not poison])
+    assert engine.rows("SELECT count(*) FROM tokens WHERE request_id = %s", poison.request_id) == [(0,)]
+    with kombu.Connection(engine.broker.url) as connection:
+        reasons = []
+        channel = connection.channel()
+        while message := channel.basic_get(contract.DEAD_LETTER_QUEUE, no_ack=True):
+            reasons.append(message.headers["minter-reason"])
+    assert "undeliverable" in reasons
+
+
+def test_postgres_away_for_a_while_refuses_nothing(engine, servers):
+    postgres, *_ = servers
+    engine.start_worker()
+    driver = Driver(engine, asked := requests(200))
+    kill_postgres(postgres)
+    driver.start()
+    time.sleep(6)
+    assert driver.is_alive()
+    assert not driver.answers
+    postgres.start()
+    finish(engine, driver)
+    audit(engine, asked, driver.answers)
+
+
+def test_a_full_disk_only_delays(tmp_path, servers):
+    """Postgres on a small tmpfs that is filled and emptied again."""
+    _, broker, _ = servers
+    mount = tmp_path / "disk"
+    mount.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=160m", "tmpfs", mount], check=False, capture_output=True
+    )
+    if done.returncode:
+        pytest.skip("no tmpfs can be mounted here (needs root)")
+    postgres = Postgres(
+        mount / "postgres", settings=["wal_keep_size=0", "max_wal_size=32MB", "min_wal_size=32MB"]
+    )
+    engine = None
+    try:
+        postgres.start()
+        service = wiring.Service(load_settings(postgres.dsn))
+        migrations.upgrade(service.pool)
+        service.prepare()
+        stack.create_key(service, "alpen", "ES256", "tests")
+        stack.add_client(service, "rucio-alpen", "alpen", "tests")
+        service.pool.dispose()
+        engine = Running(broker, postgres.dsn, tmp_path, app="tests.acceptance.fault_app")
+        engine.start_worker()
+        with engine.client() as client:
+            assert client.mint([FileRequest(sources=(SE + "x",))]).tokens
+        filler = mount / "filler"
+        with filler.open("wb") as file:
+            try:
+                while True:
+                    file.write(b"\0" * 65536)
+                    file.flush()
+            except OSError:
+                pass
+        driver = Driver(engine, asked := requests(1500))
+        driver.start()
+        time.sleep(8)
+        assert driver.is_alive()
+        filler.unlink()
+        if postgres.process.poll() is not None:
+            postgres.start()  # it may have stopped for want of WAL space: the operator starts it again
+        finish(engine, driver)
+        audit(engine, asked, driver.answers)
+    finally:
+        if engine is not None:
+            engine.stop(signal.SIGKILL)
+            engine.service.pool.dispose()
+        postgres.stop()
+        subprocess.run(["umount", "-l", mount], check=False)
+        shutil.rmtree(mount, ignore_errors=True)

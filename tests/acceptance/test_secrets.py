@@ -1,0 +1,113 @@
+"""I5: with debug logging, task events and broken messages, nothing secret is at rest or in sight."""
+
+import json
+import subprocess
+
+import kombu
+import pytest
+
+from minter import contract, database
+from minter.client import FileRequest, FilledJob
+from minter.demo import read_jobs
+from minter.embedded import _postgres_programs
+from tests.acceptance.test_workers import BROKEN, OTHER, SE, Raw, request
+from tests.conftest import EXAMPLES, MASTER_KEY
+
+WINDOW = 20
+
+
+def windows(secret):
+    """Every 20 characters of a secret that must not be anywhere."""
+    return {secret[i : i + WINDOW] for i in range(len(secret) - WINDOW + 1)}
+
+
+def leaks(haystack, secrets):
+    """Which of the secrets' parts appear: one pass over the text, whatever the number of secrets."""
+    wanted = set().union(*map(windows, secrets))
+    return {
+        haystack[i : i + WINDOW]
+        for i in range(len(haystack) - WINDOW + 1)
+        if haystack[i : i + WINDOW] in wanted
+    }
+
+
+def test_the_search_finds_what_it_looks_for():
+    assert leaks("xxx" + "abcdefghijklmnopqrstuvwxyz" + "yyy", ["abcdefghijklmnopqrstuvwxyz"])
+    assert not leaks("abcdefghijklmnopqrs", ["abcdefghijklmnopqrstuvwxyz"])
+
+
+@pytest.fixture
+def exercised(running):
+    """Everything a client can do, good and bad; returns the tokens that came back."""
+    tokens = []
+    with running.client() as client:
+        result = client.mint(
+            [FileRequest(sources=(SE + f"s{n}",), destinations=(OTHER + f"s{n}",)) for n in range(50)]
+        )
+        tokens += [t.reveal() for t in result.tokens]
+        for _, job in list(read_jobs(EXAMPLES / "rucio-41.5/jobs"))[:30]:
+            filled = client.fill_job(job)
+            assert isinstance(filled, FilledJob)
+            if filled.job:
+                tokens += [
+                    t for f in filled.job["files"] for t in f["source_tokens"] + f["destination_tokens"]
+                ]
+                tokens.append(filled.bearer.reveal())
+    raw = Raw(running)
+    # A job whose own token slots hold tokens, in a message that cannot be served.
+    kept = json.loads((EXAMPLES / "rucio-41.5/jobs/with-tokens-1.json").read_text())
+    strangers = [t for f in kept["files"] for t in f["source_tokens"] + f["destination_tokens"] if t]
+    for body in (*BROKEN.values(), json.dumps([[{"request_id": "x", "job": kept}], {}, {}]).encode()):
+        text = body if running.on_rabbitmq else body.decode("latin1")
+        raw.send(text)
+        raw.send(text, task="minter.unknown")
+        raw.send(text, headers={})
+        raw.send(text, reply_to="nobody")
+    raw.ask(request())
+    raw.connection.release()
+    return tokens, strangers
+
+
+def test_nothing_secret_is_at_rest_or_in_sight(running, exercised):
+    tokens, strangers = exercised
+    assert len(tokens) > 100
+    signatures = [t.split(".")[2] for t in tokens + strangers]
+    with database.transaction(running.service.pool) as connection:
+        ring = database.read_keys(connection)
+    pems = [running.service.keystore.unlock(key).private_pem().decode() for key in ring]
+    lines = [line for pem in pems for line in pem.splitlines() if "PRIVATE" not in line]
+    assert lines
+    secrets = [*signatures, *lines, MASTER_KEY, *running.passwords.values()]
+
+    running.stop()
+    places = {"logs": running.logs(), "dump": dump(running), "queues": queue_contents(running)}
+    running.start_worker("-E")
+    running.start_worker("-E")
+    for place, text in places.items():
+        assert len(text) > 1000, place
+        assert not leaks(text, secrets), place
+    # On the broker nothing of a token is left at all, in clear or compressed.
+    assert "eyJhbGciOi" not in places["queues"]
+    assert all(t.split(".")[1][:60] not in places["logs"] for t in tokens)
+
+
+def dump(running):
+    """The whole database as text; bytea in hex cannot hold a base64 secret by accident."""
+    done = subprocess.run(
+        [_postgres_programs() / "pg_dump", "--data-only", "--inserts", running.environ["MINTER_DSN"]],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return done.stdout
+
+
+def queue_contents(running):
+    """Whatever lies in queues, dead letters included, with headers, and the embedded broker's files."""
+    seen = []
+    with kombu.Connection(running.broker.url) as connection:
+        channel = connection.channel()
+        for queue in (contract.DEAD_LETTER_QUEUE, contract.REQUEST_QUEUE, contract.INTERNAL_QUEUE):
+            while message := channel.basic_get(queue, no_ack=True):
+                body = message.body if isinstance(message.body, bytes) else str(message.body).encode()
+                seen.append(f"{queue} {message.headers} {message.properties} {body!r}")
+    assert any("minter-reason" in s for s in seen)
+    return "\n".join(seen)

@@ -1,0 +1,109 @@
+"""Each question is one indexed query, bounded in time: EXPLAIN on a million rows; and what a token costs on disk."""
+
+import json
+import re
+from collections import Counter
+from datetime import timedelta
+from uuid import UUID
+
+import pytest
+
+from minter import database, wiring
+from minter.mint import RequestRow
+
+pytestmark = pytest.mark.slow
+
+ROWS = 1_000_000
+PAYLOAD = (
+    '{"wlcg.ver":"1.0","iss":"https://tokens.vo-alpen.example.org/alpen/","sub":"01a20118-96d0-71ce-b20a-cb171bc2efc8",'
+    '"aud":"webdav.alpen-t1.example.org","scope":"storage.read:/atlasdatadisk/rucio/mc20_13TeV/e6/0a/DAOD_PHYS.38191575._000030.pool.root.1",'
+    '"client_id":"rucio-alpen","iat":1795314660,"nbf":1795314660,"exp":1795920918,"jti":"01a20118-9ddb-7538-9909-d9caefa00001"}'
+)
+
+
+@pytest.fixture(scope="module")
+def million(postgres_dsn, template):
+    """A million tokens over four daily partitions, written in the order of their jti as the engine writes them."""
+    from tests.conftest import _admin, _dsn, load_settings
+
+    _admin(postgres_dsn, f"CREATE DATABASE minter_million TEMPLATE {template}")
+    service = wiring.Service(load_settings(_dsn(postgres_dsn, "minter_million")))
+    start = (wiring.now() - timedelta(days=1)).replace(hour=0, minute=0, second=0, microsecond=0)
+    with database.transaction(service.pool) as tx:
+        tx.execute("SELECT setseed(0.5)")
+        tx.execute(
+            """
+            INSERT INTO tokens
+            SELECT (lpad(to_hex(%(start)s + n * 345 %% 345600000), 12, '0') || '7' || lpad(to_hex(n %% 4096), 3, '0')
+                    || '8' || lpad(to_hex(n), 15, '0'))::uuid,
+                   gen_random_uuid(), now() + interval '1 day', (random() * 9e18)::bigint, (random() * 9e18)::bigint,
+                   1, 1, 1, 'issued', 'mint', 'source', 0, 0, md5(n::text), %(payload)s
+            FROM generate_series(1, %(rows)s) AS n
+            """,
+            {"start": int(start.timestamp() * 1000), "payload": PAYLOAD, "rows": ROWS},
+        )
+    with database.transaction(service.pool) as tx:
+        tx.execute("ANALYZE tokens")
+    yield service
+    service.pool.dispose()
+    _admin(postgres_dsn, "DROP DATABASE minter_million WITH (FORCE)")
+
+
+def plan(service, query, values):
+    with database.transaction(service.pool) as tx:
+        return tx.execute(f"EXPLAIN (ANALYZE, FORMAT JSON) {query}", values).fetchone()[0][0]["Plan"]
+
+
+def scans(node):
+    """Every scan of a tokens partition: (partition, kind), with how often it ran."""
+    found = Counter()
+    if re.match(r"(tokens|requests)_\d{8}$", node.get("Relation Name", "")) and node["Actual Loops"]:
+        found[node["Relation Name"], node["Node Type"]] += node["Actual Loops"]
+    for child in node.get("Plans", []):
+        found += scans(child)
+    return found
+
+
+@pytest.mark.parametrize("by", sorted(database.FIND))
+def test_one_indexed_probe_for_each_partition_in_the_time_asked_for(million, by):
+    columns = {"jti": "jti", "path": "path_hash", "fts_token_id": "fts_token_id"}
+    with database.transaction(million.pool) as tx:
+        (value,) = tx.execute(f"SELECT {columns[by]} FROM tokens OFFSET 500000 LIMIT 1").fetchone()
+    since = (wiring.now() - timedelta(days=1)).replace(hour=0, minute=0, second=0, microsecond=0)
+    until = since + timedelta(days=4)  # the days that hold rows: an empty partition is read, not searched
+    bounds = {"first": database._floor(since), "last": database._floor(until), "limit": 100}
+    found = scans(plan(million, database.find_query(by), {"value": value, **bounds}))
+    assert found
+    assert not [kind for _, kind in found if "Seq" in kind]
+    assert max(Counter(partition for partition, _ in found).values()) == 1
+    if by == "jti":
+        assert len(found) == 1
+    narrow = {
+        **bounds,
+        "first": database._floor(wiring.now()),
+        "last": database._floor(wiring.now() + timedelta(hours=1)),
+    }
+    assert len(scans(plan(million, database.find_query(by), {"value": value, **narrow}))) <= 2
+
+
+def test_a_requests_tokens_are_one_range_of_the_primary_key(million):
+    with database.transaction(million.pool) as tx:
+        (first,) = tx.execute("SELECT jti FROM tokens ORDER BY jti OFFSET 1000 LIMIT 1").fetchone()
+    last = UUID(int=first.int + 200)
+    query = f"SELECT {database._COLUMNS} FROM tokens t LEFT JOIN storages s USING (storage_id) WHERE t.jti BETWEEN %s AND %s ORDER BY t.jti"
+    found = scans(plan(million, query, (first, last)))
+    assert len(found) == 1
+    assert not [kind for _, kind in found if "Seq" in kind]
+    row = RequestRow(first, 1, b"", "mint", "", "", first, 1, [], None, wiring.now())
+    with database.transaction(million.pool) as tx:
+        assert [t.jti for t in database.tokens_of(tx, row)] == [str(first)]
+
+
+def test_what_a_token_costs_on_disk(million, record_property):
+    with database.transaction(million.pool) as tx:
+        heap, total = tx.execute(
+            "SELECT sum(pg_relation_size(relid)), sum(pg_total_relation_size(relid)) FROM pg_partition_tree('tokens')"
+        ).fetchone()
+    print(json.dumps({"bytes_per_token": {"heap": int(heap) / ROWS, "with_indexes": int(total) / ROWS}}))
+    record_property("bytes_per_token", int(total) / ROWS)
+    assert int(total) / ROWS < 700

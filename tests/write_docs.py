@@ -1,0 +1,106 @@
+"""Write the documents that are made from code: `python -m tests.write_docs`. A test compares them."""
+
+import msgspec
+
+from minter import dialects, settings
+from minter.keys import RotationPolicy
+from minter.policy import FTS, Route
+from minter.rucio import RSERule
+from minter.storages import Endpoint, Storage
+from tests.conftest import ROOT
+
+
+def dialects_page() -> str:
+    lines = [
+        "# Storage dialects",
+        "",
+        "Written from `minter/dialects.py` by `python -m tests.write_docs`; a test compares. A cell names what an operation",
+        "needs in one token; *parent* is the file's directory. *Tried* means run against the real software.",
+        "",
+        "| dialect | software | "
+        + " | ".join(dialects.OPERATIONS)
+        + " | paths | matching | audience | token bytes | tried |",
+        "|" + "---|" * (7 + len(dialects.OPERATIONS)),
+    ]
+    for d in dialects.DIALECTS.values():
+        cells = [
+            ", ".join(
+                n.scope.removeprefix("storage.") + (" *parent*" if n.where == "parent" else "")
+                for n in d.scopes[o]
+            )
+            for o in dialects.OPERATIONS
+        ]
+        lines.append(
+            f"| `{d.name}` | {d.software} | {' | '.join(cells)} | {d.encoding} | {d.matching} | {d.audience_form} | "
+            f"{d.max_token_bytes} | {'yes' if d.tried else 'no'} |"
+        )
+    lines += ["", "## Sources and quirks", ""]
+    for d in dialects.DIALECTS.values():
+        lines.append(f"- `{d.name}`: {d.source}")
+        lines += [
+            f"  - **{q.name}**: {q.meaning} ({q.source}; {'tried' if q.tried else 'not tried'})"
+            for q in d.quirks
+        ]
+    return "\n".join(lines) + "\n"
+
+
+PARTS = {
+    "": settings.Settings,
+    "[database]": settings.DatabaseSettings,
+    "[broker]": settings.BrokerSettings,
+    "[worker]": settings.WorkerSettings,
+    "[rotation]": RotationPolicy,
+    "[issuers.VO]": settings.IssuerSettings,
+    "[[storages]]": Storage,
+    "[[storages.endpoints]]": Endpoint,
+    "[[rucio]]": settings.RucioSettings,
+    "[[rucio.rses]]": RSERule,
+    "[[routes]]": Route,
+    "[[fts]]": FTS,
+}
+
+
+def settings_page() -> str:
+    lines = [
+        "# Settings",
+        "",
+        "Written from the code by `python -m tests.write_docs`; a test compares. Durations are in seconds, rates in bytes a",
+        "second, where the name says so. Unknown keys are refused.",
+        "",
+    ]
+    for table, part in PARTS.items():
+        lines += [
+            f"## {table or 'top level'}",
+            "",
+            " ".join((part.__doc__ or "").split()),
+            "",
+            "| key | default |",
+            "|---|---|",
+        ]
+        for field in msgspec.structs.fields(part):
+            required = field.default is msgspec.NODEFAULT and field.default_factory is msgspec.NODEFAULT
+            shown = (
+                "*required*"
+                if required
+                else "the shipped routes"
+                if field.name == "routes"
+                else _toml(field.default)
+            )
+            lines.append(f"| `{field.name}` | {shown} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _toml(value: object) -> str:
+    if isinstance(value, msgspec.Struct):
+        return "see below"
+    if value is None:
+        return "not set"
+    return f"`{msgspec.json.encode(value).decode()}`"
+
+
+PAGES = {"dialects.md": dialects_page, "settings.md": settings_page}
+
+if __name__ == "__main__":
+    for name, page in PAGES.items():
+        (ROOT / "docs" / name).write_text(page(), encoding="utf-8")
