@@ -49,10 +49,11 @@ def dead_letter_queue() -> Queue:
     return Queue(contract.DEAD_LETTER_QUEUE, queue_arguments={"x-queue-type": "quorum"})
 
 
-def declare(connection: kombu.Connection) -> None:
-    """Declare exchanges and queues; declaring them again changes nothing."""
+def declare(connection: kombu.Connection, durable: Iterable[str] = ()) -> None:
+    """Declare exchanges, queues and clients' `durable` ones; declaring again changes nothing."""
+    listed = [Queue(name, queue_arguments={"x-queue-type": "quorum"}) for name in durable]
     with connection.channel() as channel:
-        for queue in (dead_letter_queue(), *queues()):
+        for queue in (dead_letter_queue(), *queues(), *listed):
             queue(channel).declare()
 
 
@@ -65,6 +66,7 @@ class Outgoing(Struct, eq=False):
     properties: Mapping[str, Any] = {}
     headers: Mapping[str, Any] = {}
     persistent: bool = False
+    content_type: str = "application/json"
 
     def __repr__(self) -> str:
         """Name the message's way without showing what it carries."""
@@ -205,7 +207,7 @@ class Publisher:
 def _prepared(channel: Any, message: Outgoing) -> Any:
     return channel.prepare_message(
         message.body,
-        content_type="application/json",
+        content_type=message.content_type,
         content_encoding="utf-8",
         headers=dict(message.headers),
         properties={

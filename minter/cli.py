@@ -216,14 +216,14 @@ def _check_database(service: wiring.Service) -> list[str]:
 # ── tokens ───────────────────────────────────────────────────────────────────────────────────
 
 
-def _read_job(path: Path) -> dict[str, Any]:
+def _read_object(path: Path, what: str) -> dict[str, Any]:
     try:
         text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
         job = json.loads(text)
     except (OSError, ValueError) as error:
-        raise InvalidRequest(f"job {path} cannot be read as JSON: {error}") from error
+        raise InvalidRequest(f"{what} {path} cannot be read as JSON: {error}") from error
     if not isinstance(job, dict):
-        raise InvalidRequest(f"job {path} is not a JSON object")
+        raise InvalidRequest(f"{what} {path} is not a JSON object")
     return job
 
 
@@ -242,7 +242,7 @@ def mint_command(
     loaded = wiring.load_settings()
     name = client or loaded.settings.broker.local_client or None
     with MinterClient(loaded.broker_url, name, timeout_seconds=timeout) as minter:
-        filled = minter.fill_job(_read_job(job), request_id=request_id, fts=fts)
+        filled = minter.fill_job(_read_object(job, "job"), request_id=request_id, fts=fts)
     if output is not None and filled.job is not None:
         with os.fdopen(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
             json.dump(filled.job, file)
@@ -276,7 +276,7 @@ def explain(
 ) -> None:
     """Show every step of the decision on an FTS job, without minting."""
     service = _service()
-    request = from_fill(FillRequest(request_id=new_request_id(), job=_read_job(job)))
+    request = from_fill(FillRequest(request_id=new_request_id(), job=_read_object(job, "job")))
     with database.transaction(service.pool) as connection:
         control = database.read_control(connection)
     name = client or service.loaded.settings.broker.local_client
@@ -381,18 +381,27 @@ def clients_add(
     operation: Annotated[list[str] | None, typer.Option(help="Allowed operation; all if none.")] = None,
     path: Annotated[list[str] | None, typer.Option(help="Allowed path prefix; all if none.")] = None,
     max_lifetime: Annotated[int | None, typer.Option(help="Longest token, in seconds.")] = None,
+    reply_queue: Annotated[
+        list[str] | None, typer.Option(help="Durable queue that answers may go to.")
+    ] = None,
+    jwe_key: Annotated[
+        Path | None, typer.Option(help="Public JWK that answers on durable queues are encrypted to.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Register a client: the AMQP user that it will connect as."""
     unknown = set(operation or ()) - set(OPERATIONS)
     if unknown:
         raise InvalidRequest(f"unknown operations {sorted(unknown)}, expected {', '.join(OPERATIONS)}")
+    if reserved := [q for q in reply_queue or () if q.startswith("minter.")]:
+        raise InvalidRequest(f"queues {reserved} have the engine's own prefix; choose other names")
+    key = keys.check_jwe_key(_read_object(jwe_key, "key")) if jwe_key else None
     service = _service()
     service.prepare()
     client = Client(
         client_id=0, name=name, vo=vo, sub=str(wiring.new_uuid7()),
         operations=frozenset(operation or ()), paths=tuple(check_path(p) for p in path or ()),
-        max_lifetime_seconds=max_lifetime,
+        max_lifetime_seconds=max_lifetime, reply_queues=tuple(reply_queue or ()), jwe_key=key,
     )  # fmt: skip
     database.add_client(service.pool, client, _actor())
     _print(
@@ -520,8 +529,11 @@ def broker_setup(
     made: list[str] = []
     if clients and loaded.broker_url.startswith(("amqp", "pyamqp")):
         with database.transaction(wiring.Service(loaded).pool) as connection:
-            names = [c.name for c in database.read_control(connection).clients.values() if not c.disabled]
-        made = rabbitmq.setup_users(names, loaded.broker_url, rabbitmqctl, passwords)
+            control = database.read_control(connection)
+        queues = {c.name: c.reply_queues for c in control.clients.values() if not c.disabled}
+        with kombu.Connection(loaded.broker_url) as connection:
+            declare(connection, [q for listed in queues.values() for q in listed])
+        made = rabbitmq.setup_users(queues, loaded.broker_url, rabbitmqctl, passwords)
     _print(as_json, {"users": made}, lambda: f"exchanges and queues declared; {len(made)} users made")
 
 

@@ -278,7 +278,7 @@ def read_control(connection: "psycopg.Connection[Any]") -> Control:
     """Read clients, bans, keys and issuers in the transaction of `connection`."""
     clients = connection.execute(
         "SELECT client_id, name, vo, sub, operations, paths, max_lifetime_seconds, reply_queues,"
-        " disabled_at IS NOT NULL FROM clients"
+        " jwe_key, disabled_at IS NOT NULL FROM clients"
     ).fetchall()
     bans = connection.execute("SELECT kind, value, vo FROM bans WHERE lifted_at IS NULL").fetchall()
     issuers = connection.execute("SELECT vo, iss FROM issuers").fetchall()
@@ -293,9 +293,10 @@ def read_control(connection: "psycopg.Connection[Any]") -> Control:
                 paths=tuple(paths),
                 max_lifetime_seconds=longest,
                 reply_queues=tuple(queues),
+                jwe_key=jwe_key,
                 disabled=disabled,
             )
-            for number, name, vo, sub, operations, paths, longest, queues, disabled in clients
+            for number, name, vo, sub, operations, paths, longest, queues, jwe_key, disabled in clients
         },
         Bans(Ban(*row) for row in bans),
         read_keys(connection),
@@ -489,15 +490,19 @@ def sync_catalogue(engine: Pool, issuers: Mapping[str, str], wanted: Mapping[tup
 
 def add_client(engine: Pool, client: Client, actor: str) -> int:
     """Register a client; return its client_id. Raises psycopg's UniqueViolation as UnknownClient."""
-    details = {"vo": client.vo, "operations": sorted(client.operations), "paths": client.paths}
+    details = {
+        "vo": client.vo, "operations": sorted(client.operations), "paths": client.paths,
+        "reply_queues": client.reply_queues, "jwe": bool(client.jwe_key),
+    }  # fmt: skip
     try:
         with controlling(engine, actor, "client.add", client.name, details) as connection:
             row = connection.execute(
                 "INSERT INTO clients (name, vo, sub, operations, paths, max_lifetime_seconds,"
-                " reply_queues) VALUES (%s, %s, %s, %s, %s, %s, %s) RETURNING client_id",
+                " reply_queues, jwe_key) VALUES (%s, %s, %s, %s, %s, %s, %s, %s) RETURNING client_id",
                 (
                     client.name, client.vo, client.sub, sorted(client.operations),
                     list(client.paths), client.max_lifetime_seconds, list(client.reply_queues),
+                    Jsonb(client.jwe_key) if client.jwe_key else None,
                 ),
             ).fetchone()  # fmt: skip
     except psycopg.errors.UniqueViolation as error:

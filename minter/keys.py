@@ -20,7 +20,7 @@ from jwt.algorithms import ECAlgorithm, RSAAlgorithm
 from jwt.utils import base64url_encode
 from msgspec import Struct, structs
 
-from minter.errors import NoUsableKey, TokenRejected
+from minter.errors import InvalidRequest, NoUsableKey, TokenRejected
 
 Algorithm = Literal["ES256", "RS256"]
 KeyState = Literal["prepared", "active", "old", "revoked"]
@@ -130,6 +130,26 @@ def public_jwk(public_key: PublicKeyTypes, algorithm: Algorithm) -> dict[str, st
     made = algorithm_of.to_jwk(public_key, as_dict=True)
     jwk = {name: made[name] for name in ("kty", "crv", "x", "y", "n", "e") if name in made}
     return {**jwk, "kid": thumbprint(jwk), "use": "sig", "alg": algorithm}
+
+
+def check_jwe_key(key: dict[str, Any]) -> dict[str, Any]:
+    """Return a client's public JWK for answers on durable queues; raises InvalidRequest.
+
+    EC on P-256 or RSA of at least 2048 bits, and never a private key.
+    """
+    private = {"d", "p", "q", "dp", "dq", "qi", "k"} & key.keys()
+    try:
+        strong = key.get("kty") == "EC" and key.get("crv") == "P-256"
+        if key.get("kty") == "RSA":
+            strong = jwt.PyJWK({**key, "alg": "RS256"}).key.key_size >= RSA_BITS
+    except jwt.PyJWTError:
+        strong = False
+    if private or not strong:
+        raise InvalidRequest(
+            "not a key that answers can be encrypted to, expected a public JWK: EC P-256 or RSA of at "
+            f"least {RSA_BITS} bits" + (", without private members" if private else "")
+        )
+    return key
 
 
 def verify(token: bytes, jwk: dict[str, str]) -> None:

@@ -156,6 +156,7 @@ class Outcome(Struct, eq=False):
     refusals: list[dict[str, Any]]
     error: MinterError | None = None
     repeated: bool = False
+    client: Client | None = None
     decision: Decision | None = None
 
 
@@ -252,7 +253,7 @@ class Engine:
             outcome.error = error
             return
         decision = self.policy.decide(request, client, control.bans)
-        outcome.decision, outcome.error = decision, decision.error
+        outcome.client, outcome.decision, outcome.error = client, decision, decision.error
         outcome.refusals = [structs.asdict(r.record()) for r in decision.refused]
         works[request.request_id, name] = _Work(outcome, client, decision)
 
@@ -405,6 +406,7 @@ def _share(outcome: Outcome, work: _Work) -> None:
         return
     first = work.outcome
     outcome.issued, outcome.refusals, outcome.error = first.issued, first.refusals, first.error
+    outcome.client, outcome.decision = first.client, first.decision
 
 
 __all__ = [

@@ -21,6 +21,7 @@ from minter.errors import (
     NeighbourRefused,
     OperationNotAllowed,
     PathNotAllowed,
+    ReplyNotAllowed,
     RequestError,
     ScopeTooLarge,
     SettingsError,
@@ -166,6 +167,7 @@ class Client(Struct, frozen=True, eq=False, kw_only=True):
     paths: tuple[str, ...] = ()
     max_lifetime_seconds: int | None = None
     reply_queues: tuple[str, ...] = ()
+    jwe_key: dict[str, str] | None = None
     disabled: bool = False
 
 
@@ -318,6 +320,7 @@ class Policy:
             raise UnknownVO(f"VO {request.vo!r} is not the client's, expected {client.vo!r} or none")
         if client.vo not in self.directories:
             raise UnknownVO(f"VO {client.vo!r} is not served by this engine")
+        check_reply_queue(request.reply_queue, client)
         bans.check(
             client.vo,
             vo=client.vo,
@@ -440,6 +443,21 @@ class Policy:
             )
         life = Lifetime(plan.cap_seconds, plan.cap_seconds, BACKDATE_SECONDS)
         return Grant(need, plan, "", "fts", life, "")
+
+
+def check_reply_queue(queue: str | None, client: Client) -> None:
+    """Raise ReplyNotAllowed unless the client may have answers on this durable queue (I5)."""
+    if queue is None:
+        return
+    if queue not in client.reply_queues:
+        raise ReplyNotAllowed(
+            f"queue {queue!r} is not listed for client {client.name!r}; register it with the client"
+        )
+    if client.jwe_key is None:
+        raise ReplyNotAllowed(
+            f"client {client.name!r} has no key to encrypt to, and tokens lie on a durable queue only "
+            "encrypted; register a public JWK with the client"
+        )
 
 
 def _services(vo: str, fts: Sequence[FTS]) -> dict[str, Plan]:

@@ -5,7 +5,7 @@ import os
 import re
 import secrets
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -15,20 +15,24 @@ from minter.errors import SettingsError, Unavailable
 COMMAND_SECONDS = 60
 
 
-def permissions(client: str) -> tuple[str, str, str]:
+def permissions(client: str, queues: Sequence[str] = ()) -> tuple[str, str, str]:
     """Return the configure, write and read patterns of a client.
 
-    It may declare and read its own reply queues and write to the request exchange: not to queues
-    of others, nor to the default exchange, which reaches every queue.
+    It may declare and read its own reply queues, read the durable `queues` listed for it, and write
+    to the request exchange: not to queues of others, nor to the default exchange, which reaches
+    every queue.
     """
     own = f"^{re.escape(reply_prefix(client))}.*$"
-    return own, f"^{re.escape(REQUEST_EXCHANGE)}$", own
+    read = "|".join([own, *(f"^{re.escape(q)}$" for q in queues)])
+    return own, f"^{re.escape(REQUEST_EXCHANGE)}$", read
 
 
 def setup_users(
-    clients: Sequence[str], broker_url: str, rabbitmqctl: str, passwords: Path | None
+    clients: Mapping[str, Sequence[str]], broker_url: str, rabbitmqctl: str, passwords: Path | None
 ) -> list[str]:
     """Make missing users with fresh passwords, set every client's permissions; return the new ones.
+
+    `clients` gives the durable queues listed for each client.
 
     Passwords go to the file `passwords` (mode 600, a JSON object), never to the terminal. Raises
     SettingsError or Unavailable with what rabbitmqctl said.
@@ -41,13 +45,13 @@ def setup_users(
         raise SettingsError(
             f"{len(new)} users would be made ({', '.join(new)}); name a file with --passwords"
         )
-    for name, password in new.items():
-        _call(rabbitmqctl, "add_user", name, stdin=password)
-    for name in clients:
-        _call(rabbitmqctl, "set_permissions", "-p", vhost, name, *permissions(name))
-    if new and passwords is not None:
+    if new and passwords is not None:  # first: a password that nobody knows would lock the user out
         with os.fdopen(os.open(passwords, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
             json.dump(new, file, indent=1)
+    for name, password in new.items():
+        _call(rabbitmqctl, "add_user", name, stdin=password)
+    for name, queues in clients.items():
+        _call(rabbitmqctl, "set_permissions", "-p", vhost, name, *permissions(name, queues))
     return list(new)
 
 

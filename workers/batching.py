@@ -30,7 +30,7 @@ from minter.errors import (
     Undeliverable,
     UnknownClient,
 )
-from minter.mint import Engine, Submission
+from minter.mint import Engine, Outcome, Submission
 from minter.requests import MAX_BODY_BYTES, Answer, Request, decode_fill, decode_mint
 from workers import replies
 
@@ -58,6 +58,7 @@ class Pending(Struct, eq=False):
     client: str | None
     suspect: bool = False
     tries: int = 0
+    queued: list[Outgoing] = []
 
     @property
     def body(self) -> bytes:
@@ -215,8 +216,20 @@ class Batcher:
             for (pending, _), outcome in zip(decoded, outcomes, strict=True):
                 if isinstance(outcome.error, NoUsableKey | ClockSkew):
                     logger.error("request not served: %s", outcome.error)
-                done.append((pending, answers.answer(outcome, now)))
+                answer = answers.answer(outcome, now)
+                if (queue := outcome.submission.request.reply_queue) and not answer.error:
+                    pending.queued = self._queued(outcome, queue, answer, pending)
+                    answer = Answer(request_id=answer.request_id)
+                done.append((pending, answer))
         return done
+
+    def _queued(self, outcome: Outcome, queue: str, answer: Answer, pending: Pending) -> list[Outgoing]:
+        """Return the answer as it goes to a durable queue; the caller gets a receipt without tokens."""
+        client = outcome.client
+        if client is None or client.jwe_key is None:
+            raise ServerError("an answer for a durable queue without a client's key")
+        correlation_id = str(pending.message.properties.get("correlation_id") or "")[:255]
+        return replies.queued(answer, queue, correlation_id, client.jwe_key)
 
     def _decode(self, pending: Pending) -> Submission:
         body = pending.body
@@ -228,7 +241,6 @@ class Batcher:
             raise UnknownClient(
                 "the message has no user_id; set it to the AMQP user, which the broker checks"
             )
-        replies.check_reply_to(pending.message.properties.get("reply_to"), pending.client)
         try:
             args, kwargs, _ = _arguments.decode(body)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -239,8 +251,8 @@ class Batcher:
         if len(values) != 1:
             raise InvalidRequest(f"{pending.task} takes one argument, the request; got {len(values)}")
         request = _DECODERS[pending.task](values[0])
-        if request.reply_queue is not None:
-            raise InvalidRequest("answers on durable queues are not served yet; use reply_to")
+        if request.reply_queue is None:
+            replies.check_reply_to(pending.message.properties.get("reply_to"), pending.client)
         return Submission(request, pending.client)
 
     def _finish(
@@ -251,10 +263,11 @@ class Batcher:
         for pending, answer in done:
             why = (dead or {}).get(id(pending))
             properties = pending.message.properties
+            outgoing += pending.queued
             try:
                 reply_to = replies.check_reply_to(properties.get("reply_to"), pending.client)
             except RequestError as error:
-                why = why or error
+                why = why or (None if pending.queued else error)
             else:
                 correlation_id = str(properties.get("correlation_id") or "")[:255]
                 outgoing += replies.messages(answer, reply_to, correlation_id)

@@ -7,6 +7,7 @@ ourselves: a result backend acknowledges a request even when its own reply faile
 from typing import Any
 
 import msgspec
+from joserfc import jwe, jwk
 
 from minter.amqp import Outgoing
 from minter.answers import parts
@@ -43,6 +44,24 @@ def messages(answer: Answer, reply_to: str, correlation_id: str) -> list[Outgoin
             head + body + b',"traceback":null,"children":[]}',
             reply_to,
             properties={"correlation_id": correlation_id},
+        )
+        for body in parts(answer)
+    ]
+
+
+def queued(answer: Answer, queue: str, correlation_id: str, key: dict[str, str]) -> list[Outgoing]:
+    """Return the messages of one answer for a durable queue, each a JWE to the client's key (I5)."""
+    algorithm = "ECDH-ES+A256KW" if key["kty"] == "EC" else "RSA-OAEP-256"
+    header = {"alg": algorithm, "enc": "A256GCM", "cty": "application/json"}
+    public = jwk.import_key(dict(key))
+    return [
+        Outgoing(
+            jwe.encrypt_compact(header, body, public, algorithms=[algorithm, "A256GCM"]).encode(),
+            queue,
+            properties={"correlation_id": correlation_id},
+            headers={"minter-client-key": str(key.get("kid", ""))},
+            persistent=True,
+            content_type="application/jose",
         )
         for body in parts(answer)
     ]

@@ -9,8 +9,10 @@ import uuid
 import kombu
 import pytest
 import uuid_utils
+from joserfc import jwe, jwk
 
-from minter import contract, wiring
+from minter import contract, database, wiring
+from minter.amqp import declare
 from minter.client import FileOperation, FileRequest, FilledJob, new_request_id
 from minter.demo import fts_objections, read_jobs
 from minter.errors import (
@@ -383,8 +385,6 @@ def test_a_message_without_a_user_gets_no_token(running, raw):
 
 
 def test_bans_and_keys_bind_running_workers_at_once(running, client):
-    from minter import database
-
     with database.controlling(running.service.pool, "test", "ban", "x", {}) as tx:
         tx.execute("INSERT INTO bans (kind, value, reason) VALUES ('activity', 'T0', 'test')")
     with pytest.raises(Banned):
@@ -439,3 +439,73 @@ def test_the_schema_of_answers(raw):
 def test_wrong_client_options(running):
     with running.client() as client, pytest.raises(InvalidRequest):
         client.mint_many(files(1), chunk=0)
+
+
+# ── durable queues ───────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def consumer(running):
+    """A client with a durable queue and a key of its own, registered through the CLI."""
+    name = f"fts-{uuid.uuid4().hex[:6]}"
+    key = jwk.ECKey.generate_key("P-256")
+    path = running.folder / "consumer.json"
+    path.write_text(json.dumps(key.as_dict(private=False)))
+    running.minter(
+        "clients", "add", name, "--vo", "alpen", "--reply-queue", f"{name}.jobs", "--jwe-key", path
+    )
+    if running.on_rabbitmq:
+        running.setup_users()
+        running.url(name)
+    else:
+        with kombu.Connection(running.broker.url) as connection:
+            declare(connection, [f"{name}.jobs"])
+    return name, key
+
+
+def test_answers_for_a_durable_queue_are_encrypted_to_its_client(running, consumer):
+    name, key = consumer
+    if not running.on_rabbitmq:
+        pytest.skip("the embedded broker serves one local client, which has no key")
+    raw = Raw(running, name)
+    job = {"files": [{"sources": [SE + "q"], "destinations": [OTHER + "q"]}]}
+    body = {"request_id": str(new_request_id()), "job": job, "reply_queue": f"{name}.jobs"}
+    receipt = raw.ask(body, task=contract.FILL_JOB)
+    assert receipt["request_id"] == body["request_id"]
+    assert "job" not in receipt
+    assert "error" not in receipt
+    message = raw.connection.channel().basic_get(f"{name}.jobs", no_ack=True)
+    assert message.properties["content_type"] == "application/jose"
+    assert message.properties["delivery_mode"] == 2
+    assert "eyJhbGciOiJFUzI1NiI" not in str(message.body)
+    answer = json.loads(jwe.decrypt_compact(message.body, key).plaintext)
+    assert answer["job"]["files"][0]["source_tokens"][0].count(".") == 2
+    raw.connection.release()
+
+
+def test_a_queue_that_is_not_the_clients_is_refused(running, raw, consumer):
+    for queue in (f"{consumer[0]}.jobs", contract.REQUEST_QUEUE, "minter.reply.dirac.x"):
+        answer = raw.ask(request(reply_queue=queue))
+        assert answer["error"]["reason"] == "reply_not_allowed"
+    assert (
+        running.minter(
+            "clients", "add", "x", "--vo", "alpen", "--reply-queue", "minter.requests", check=False
+        ).returncode
+        == 1
+    )
+
+
+def test_the_maintenance_task_makes_the_missing_partition(running):
+    (name,) = running.rows(
+        "SELECT max(inhrelid::regclass::text) FROM pg_inherits WHERE inhparent = 'tokens'::regclass"
+    )[0]
+    with database.transaction(running.service.pool) as tx:
+        tx.execute(f"DROP TABLE {name}")
+    with kombu.Connection(running.broker.url) as connection:
+        message = {"headers": {"task": "minter.maintain", "id": "1"}, "exchange": contract.INTERNAL_EXCHANGE}
+        producer = kombu.Producer(connection.channel())
+        producer.publish([[], {}, {}], routing_key=contract.INTERNAL_QUEUE, serializer="json", **message)
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline and not running.rows("SELECT to_regclass(%s)", name)[0][0]:
+        time.sleep(0.1)
+    assert running.rows("SELECT to_regclass(%s)", name)[0][0] == name
