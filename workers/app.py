@@ -124,7 +124,7 @@ def _start(**_: Any) -> None:
     # Settings and modules live as long as the process: keep the collector from walking them.
     gc.collect()
     gc.freeze()
-    gc.set_threshold(GC_ALLOCATIONS, 20, 50)
+    gc.set_threshold(GC_ALLOCATIONS, 10, 5)
     settings = app.loaded.settings
     with app.connection_for_write() as connection:
         declare(connection)
