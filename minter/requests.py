@@ -28,7 +28,8 @@ MAX_AHEAD_SECONDS = 5 * 60
 Name = Annotated[str, Meta(min_length=1, max_length=255)]
 Url = Annotated[str, Meta(min_length=1, max_length=8_192)]
 Seconds = Annotated[int, Meta(ge=0, le=MAX_SECONDS)]
-Bytes = Annotated[int, Meta(ge=0)]
+MAX_BYTES = 2**63 - 1
+Bytes = Annotated[int, Meta(ge=0, le=MAX_BYTES)]
 Side = Literal["source", "destination", "operation", "service"]
 
 
@@ -339,7 +340,7 @@ def _job_file(number: int, file: JobFile, params: JobParams, files: int) -> File
     size = file.filesize
     return File(
         needs=tuple(needs),
-        size=int(size) if size and size > 0 else None,
+        size=int(size) if size and 0 < size <= MAX_BYTES else None,
         # A later hop starts when the ones before it, of the same file, are done.
         retries=(1 + retries) * (1 + number) - 1 if params.multihop else retries,
         activity=file.activity or "",

@@ -19,7 +19,8 @@ from msgspec import Meta, Struct
 from minter.dialects import DIALECTS, AudienceForm
 from minter.errors import SettingsError
 from minter.keys import Algorithm, RotationPolicy
-from minter.policy import FTS, SHIPPED_RISK_ASSESSMENT, SHIPPED_ROUTES, Policy, Route
+from minter.policy import Policy
+from minter.routes import FTS, SHIPPED_RISK_ASSESSMENT, SHIPPED_ROUTES, Route
 from minter.rucio import RSERule, storages_from_export
 from minter.storages import Directory, Storage
 

@@ -7,8 +7,9 @@ from typing import Any
 import msgspec
 
 from minter.errors import BY_REASON
-from minter.policy import HARD_MAX_SECONDS, MAX_CLAIM_CHARACTERS
+from minter.policy import MAX_CLAIM_CHARACTERS
 from minter.requests import Answer, FillRequest, MintRequest
+from minter.routes import HARD_MAX_SECONDS
 
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"
 

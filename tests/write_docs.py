@@ -4,7 +4,7 @@ import msgspec
 
 from minter import dialects, settings
 from minter.keys import RotationPolicy
-from minter.policy import FTS, Route
+from minter.routes import FTS, Route
 from minter.rucio import RSERule
 from minter.storages import Endpoint, Storage
 from tests.conftest import ROOT

@@ -11,7 +11,7 @@ ROWS = [
     {"errors"},
     {"scopes", "contract", "dialects"},
     {"keys", "storages"},
-    {"requests", "rucio"},
+    {"requests", "routes", "rucio"},
     {"policy"},
     {"claims"},
     {"mint"},

@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from minter import keys
 from minter.errors import NoUsableKey
 from minter.keys import Key, RotationPolicy
-from minter.policy import HARD_MAX_SECONDS
+from minter.routes import HARD_MAX_SECONDS
 
 POLICY = RotationPolicy()
 START = datetime(2026, 11, 22, tzinfo=UTC)

@@ -11,8 +11,9 @@ from msgspec import structs
 from minter import policy
 from minter.dialects import DIALECTS, scopes_needed
 from minter.errors import SettingsError
-from minter.policy import FTS, SHIPPED_ROUTES, Ban, Bans, Client, Policy, Route, asked_scopes
+from minter.policy import Ban, Bans, Client, Policy, asked_scopes
 from minter.requests import FileOperation, FileRequest, FillRequest, MintRequest, from_fill, from_mint
+from minter.routes import FTS, PROFILE_MAX_SECONDS, SHIPPED_ROUTES, Route
 from minter.scopes import parent, path_contains
 from minter.storages import Directory, Endpoint, Storage
 from tests import strategies
@@ -55,7 +56,7 @@ def test_no_grant_is_wider_than_the_dialects_expansion_of_what_was_asked(data):
         longest = client.max_lifetime_seconds or route.max_lifetime_seconds
         assert 0 < grant.lifetime.seconds <= longest
         if area.matching == "prefix":
-            assert grant.lifetime.seconds <= policy.PROFILE_MAX_SECONDS
+            assert grant.lifetime.seconds <= PROFILE_MAX_SECONDS
         extras = [n.quirk.name for n in grant.plan.needed if n.quirk]
         assert not set(extras) & set(route.forbid)
         shown = "\n".join(policy.explain(decision))
@@ -169,7 +170,7 @@ def test_staging_joins_reading_in_ftss_one_slot_and_stays_apart_in_a_native_requ
 def test_a_poll_token_is_wide_and_long_by_its_route():
     (grant,) = mint(operations=(FileOperation("poll", TAPE),)).grants
     assert (grant.plan.route.name, grant.scope) == ("tape-poll", "storage.poll:/data")
-    assert grant.lifetime.seconds > policy.PROFILE_MAX_SECONDS
+    assert grant.lifetime.seconds > PROFILE_MAX_SECONDS
 
 
 def test_a_stagein_job_gets_stage_on_both_of_its_equal_urls():
@@ -189,7 +190,7 @@ def test_a_file_keeps_its_other_sources_and_a_copy_without_any_is_refused_whole(
 def test_prefix_matching_storages_never_get_more_than_six_hours():
     decision = fill((OLD,), (SE,), max_time_in_queue=168)
     life = {g.plan.area.storage: g.lifetime for g in decision.grants}
-    assert life["OLD"].seconds == policy.PROFILE_MAX_SECONDS < life["OLD"].wanted
+    assert life["OLD"].seconds == PROFILE_MAX_SECONDS < life["OLD"].wanted
     assert life["SE"].seconds > 168 * 3600
     assert "clipped from" in "\n".join(policy.explain(decision))
 
@@ -280,8 +281,8 @@ def test_a_mitigation_that_does_not_hold_keeps_the_token_to_six_hours():
                   mitigations=("no_modify",), risk_assessment="doc")  # fmt: skip
     engine = Policy({"vo": Directory([storage()])}, [route])
     read, modify = mint(engine, sources=(SE,), destinations=(SE,), overwrite=True).grants
-    assert read.lifetime.seconds > policy.PROFILE_MAX_SECONDS
-    assert modify.lifetime.seconds == policy.PROFILE_MAX_SECONDS
+    assert read.lifetime.seconds > PROFILE_MAX_SECONDS
+    assert modify.lifetime.seconds == PROFILE_MAX_SECONDS
     assert any("no_modify does not hold" in s.text for s in modify.plan.steps)
 
 

@@ -1,0 +1,129 @@
+"""Routes as written in the settings, the ones that are shipped, and the FTS instances.
+
+A route is the rule that picks lifetime, extras and risk rules; it cannot be one that contradicts
+the profile (`Route.check`).
+"""
+
+from typing import Literal
+
+from msgspec import Struct
+
+from minter.dialects import Operation
+from minter.errors import SettingsError
+
+PROFILE_MIN_SECONDS = 15 * 60
+"""Shortest access token (WLCG §4.3.1)."""
+PROFILE_MAX_SECONDS = 6 * 3600
+"""Longest access token without an agreed mitigation (WLCG §4.3.1)."""
+HARD_MAX_SECONDS = 192 * 3600
+"""Longest token of any route: Rucio lets FTS queue for 168 h, and a transfer takes its time."""
+
+Mitigation = Literal["narrow_write", "narrow_read", "one_storage", "no_modify", "fts_only", "pull_mode"]
+
+
+class Route(Struct, frozen=True, eq=False, forbid_unknown_fields=True, kw_only=True):
+    """The rule that picks lifetime, extras and risk rules; the first that matches decides.
+
+    Patterns are shell globs. `via` says whether the tokens go into an FTS job. `cleanup` adds the
+    right to remove a failed copy, `make_parents` that of making the directory, `poll_area` widens
+    a poll token to the storage's prefix, `forbid` names quirks that must not add scopes. A
+    `max_lifetime_seconds` above the profile's 6 h needs `mitigations` and a `risk_assessment`.
+    """
+
+    name: str
+    vos: tuple[str, ...] = ("*",)
+    clients: tuple[str, ...] = ("*",)
+    activities: tuple[str, ...] = ("*",)
+    storages: tuple[str, ...] = ("*",)
+    operations: tuple[Operation, ...] = ()
+    via: Literal["fts", "direct", "any"] = "any"
+    tape: bool | None = None
+    mode: Literal["mint"] = "mint"
+    granularity: Literal["file"] = "file"
+    max_lifetime_seconds: int = PROFILE_MAX_SECONDS
+    wait_seconds: int = 3600
+    transfer_seconds: int = 3600
+    min_rate_bytes: int = 5_000_000
+    retries: int = 0
+    margin_seconds: int = 600
+    cleanup: bool = False
+    make_parents: bool = False
+    poll_area: bool = False
+    forbid: tuple[str, ...] = ()
+    mitigations: tuple[Mitigation, ...] = ()
+    risk_assessment: str = ""
+
+    def check(self) -> None:
+        """Raise SettingsError if the route contradicts itself or the profile."""
+        if self.max_lifetime_seconds > HARD_MAX_SECONDS:
+            raise SettingsError(
+                f"route {self.name!r}: max_lifetime_seconds {self.max_lifetime_seconds} exceeds "
+                f"the hard limit {HARD_MAX_SECONDS}"
+            )
+        long = self.max_lifetime_seconds > PROFILE_MAX_SECONDS
+        if long and not (self.mitigations and self.risk_assessment):
+            raise SettingsError(
+                f"route {self.name!r}: a lifetime above {PROFILE_MAX_SECONDS} s needs mitigations "
+                "and a risk_assessment (WLCG §4.3.1)"
+            )
+        if self.min_rate_bytes <= 0 or self.max_lifetime_seconds < PROFILE_MIN_SECONDS:
+            raise SettingsError(
+                f"route {self.name!r}: min_rate_bytes must be above 0 and max_lifetime_seconds "
+                f"at least {PROFILE_MIN_SECONDS}"
+            )
+
+
+SHIPPED_RISK_ASSESSMENT = "docs/risk-assessment.md"
+_TRANSFER: tuple[Operation, ...] = (
+    "read", "write", "overwrite", "retry", "stat", "make_parents", "stage", "poll"
+)  # fmt: skip
+
+SHIPPED_ROUTES = (
+    # A failed copy to tape is left to the operators: with `overwrite = false` no token of ours
+    # may remove what could be the custodial copy.
+    Route(
+        name="fts-tape",
+        via="fts",
+        tape=True,
+        operations=_TRANSFER,
+        max_lifetime_seconds=HARD_MAX_SECONDS,
+        wait_seconds=24 * 3600,
+        make_parents=True,
+        mitigations=("narrow_write", "narrow_read", "one_storage", "fts_only"),
+        risk_assessment=SHIPPED_RISK_ASSESSMENT,
+    ),
+    # FTS deletes the destination after a failed copy or a checksum mismatch (fts3 3.14.4).
+    Route(
+        name="fts-transfer",
+        via="fts",
+        operations=_TRANSFER,
+        max_lifetime_seconds=HARD_MAX_SECONDS,
+        wait_seconds=24 * 3600,
+        cleanup=True,
+        make_parents=True,
+        mitigations=("narrow_write", "narrow_read", "one_storage", "fts_only"),
+        risk_assessment=SHIPPED_RISK_ASSESSMENT,
+    ),
+    # WLCG §2.2.1: storage.poll is made for wide, long-lived tokens.
+    Route(
+        name="tape-poll",
+        via="direct",
+        operations=("poll",),
+        max_lifetime_seconds=48 * 3600,
+        wait_seconds=24 * 3600,
+        poll_area=True,
+        mitigations=("no_modify", "one_storage"),
+        risk_assessment=SHIPPED_RISK_ASSESSMENT,
+    ),
+    Route(name="direct", via="direct", operations=(*_TRANSFER, "delete")),
+)
+
+
+class FTS(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """An FTS instance that jobs may be filled for, and the token for submitting there."""
+
+    name: str
+    url: str
+    vos: tuple[str, ...] = ("*",)
+    audience: str = ""
+    lifetime_seconds: int = PROFILE_MAX_SECONDS
