@@ -6,6 +6,7 @@ is answered with a typed error and dead-lettered. Bodies are never logged.
 
 import gc
 import os
+from collections.abc import Callable
 from typing import Any
 
 from celery import Celery
@@ -41,17 +42,20 @@ class RequestConsumer(Consumer):
             if name.startswith("minter.")
         }
 
-    def on_unknown_message(self, _body: Any, message: Any) -> None:
-        """Answer a message without Celery's headers."""
-        _reject(message, "the message has no task header (Celery protocol 2)")
+    def create_task_handler(self, *_: Any, **__: Any) -> Callable[[Any], None]:
+        """Return what takes each message: whatever its headers hold, it is served or answered."""
+        strategies = self.strategies
 
-    def on_unknown_task(self, _body: Any, message: Any, _error: Exception) -> None:
-        """Answer a message that names no public task."""
-        _reject(message, f"unknown task, expected one of {', '.join(contract.PUBLIC_TASKS)}")
+        def take(message: Any) -> None:
+            headers = message.headers
+            name = headers.get("task") if isinstance(headers, dict) else None
+            if isinstance(name, str) and name in strategies:
+                strategies[name](message)
+            else:
+                public = ", ".join(contract.PUBLIC_TASKS)
+                _reject(message, f"the task header names no public task, expected one of {public}")
 
-    def on_invalid_task(self, _body: Any, message: Any, _error: Exception) -> None:
-        """Answer a message that Celery cannot take."""
-        _reject(message, "the message is not a task in JSON")
+        return take
 
     def on_decode_error(self, message: Any, _error: Exception) -> None:
         """Answer a message that Celery cannot decode."""

@@ -61,6 +61,12 @@ class Pending(Struct, eq=False):
     queued: list[Outgoing] = []
 
     @property
+    def headers(self) -> dict[str, Any]:
+        """The headers, none if they are not a table."""
+        headers = self.message.headers
+        return headers if isinstance(headers, dict) else {}
+
+    @property
     def body(self) -> bytes:
         """The bytes as they came."""
         body = self.message.body
@@ -116,8 +122,10 @@ class Batcher:
 
     def add(self, message: Any, task: str) -> None:
         """Take a message into the batch; serve it at once when a cap is reached."""
-        suspect = _came_again(message)
-        pending = Pending(message, task, self.client_of(message), suspect)
+        pending = Pending(message, task, self.client_of(message))
+        pending.suspect = bool(
+            (message.delivery_info or {}).get("redelivered") or pending.headers.get("x-delivery-count")
+        )
         self._waiting.append(pending)
         self._bytes += len(pending.body)
         if self._retrying:
@@ -272,8 +280,7 @@ class Batcher:
                 correlation_id = str(properties.get("correlation_id") or "")[:255]
                 outgoing += replies.messages(answer, reply_to, correlation_id)
             if why is not None:
-                headers = pending.message.headers or {}
-                outgoing.append(replies.dead_letter(pending.body, headers, pending.client, why))
+                outgoing.append(replies.dead_letter(pending.body, pending.headers, pending.client, why))
         try:
             gone = self.publisher.publish(outgoing, lambda: self.on_stage("half_replied"))
         except self.publisher.errors:
@@ -286,11 +293,6 @@ class Batcher:
         self.on_stage("confirmed")
         for pending, _ in done:
             pending.message.ack_log_error(logger, self.publisher.errors)
-
-
-def _came_again(message: Any) -> bool:
-    info = message.delivery_info or {}
-    return bool(info.get("redelivered") or (message.headers or {}).get("x-delivery-count"))
 
 
 def _take(waiting: Sequence[Pending], most: int) -> list[Pending]:

@@ -18,13 +18,13 @@ from minter.requests import Answer
 MAX_DEAD_LETTER_HEADER = 500
 
 
-def check_reply_to(reply_to: str | None, client: str | None) -> str:
+def check_reply_to(reply_to: object, client: str | None) -> str:
     """Return the reply address if it is the caller's own; raises ReplyNotAllowed.
 
     An unnamed sender's address cannot be checked further than to be a reply queue; it gets nothing
     but the error that it is unnamed.
     """
-    if not reply_to:
+    if not isinstance(reply_to, str) or not reply_to:
         raise ReplyNotAllowed("the message has no reply_to, expected a queue of the caller's")
     if reply_to.startswith(DIRECT_REPLY):
         return reply_to

@@ -315,6 +315,21 @@ def test_a_message_without_celerys_headers_gets_an_answer(raw):
     assert raw.ask(request(), headers={})["error"]["reason"] == "invalid_request"
 
 
+ODD_HEADERS = [{"task": ["minter.mint"]}, {"task": 5}, {"task": {"a": 1}}, {"task": None}, {"id": "x"}]
+
+
+@pytest.mark.parametrize("headers", ODD_HEADERS, ids=str)
+def test_odd_headers_get_an_answer(raw, headers):
+    assert raw.ask(request(), headers=headers)["error"]["reason"] == "invalid_request"
+
+
+def test_an_unknown_compression_gets_an_answer(raw):
+    answer = raw.ask(
+        request(), headers={"task": contract.MINT, "id": "x", "compression": "application/x-nope"}
+    )
+    assert answer["error"]["reason"] == "invalid_request"
+
+
 def test_a_job_that_is_none(raw):
     answer = raw.ask({"request_id": str(new_request_id()), "job": {"files": 3}}, task=contract.FILL_JOB)
     assert "$.job.files" in answer["error"]["error_description"]
