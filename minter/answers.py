@@ -6,7 +6,7 @@ from datetime import datetime
 import msgspec
 from msgspec import structs
 
-from minter.errors import Expired, MinterError, RequestError, ServerError, Unavailable
+from minter.errors import Expired, InvalidRequest, MinterError, RequestError, ServerError, Unavailable
 from minter.mint import Issued, Outcome
 from minter.policy import BACKDATE_SECONDS
 from minter.requests import (
@@ -19,6 +19,8 @@ from minter.requests import (
 )
 
 _DEFAULT_FIXED_SECONDS = BACKDATE_SECONDS + 600
+MAX_FILLED_BYTES = 15 * 1024 * 1024
+"""RabbitMQ 4 takes messages of at most 16 MiB, and a job cannot be divided."""
 encode = msgspec.json.Encoder().encode
 
 
@@ -38,7 +40,7 @@ def answer(outcome: Outcome, now: datetime) -> Answer:
     if request.kind == "fill_job":
         try:
             return _filled(request, outcome, refusals, now)
-        except Expired as error:
+        except (Expired, InvalidRequest) as error:
             return failure(str(request.request_id), error)
     return Answer(
         request_id=str(request.request_id),
@@ -62,10 +64,16 @@ def _filled(request: Request, outcome: Outcome, refusals: list[RefusedNeed], now
     kept = {file for file, _, _ in tokens}
     refused = [f for f in range(len(request.files)) if f not in kept]
     hours = _queue_hours(request, outcome, now) if tokens else 0
+    job = fill_job(request.job or {}, tokens, refused, hours)
+    if sum(map(len, tokens.values())) > MAX_FILLED_BYTES - MAX_BODY_BYTES:
+        raise InvalidRequest(
+            f"the job with its {len(tokens)} tokens exceeds {MAX_FILLED_BYTES} bytes, which brokers do not "
+            "carry; split it"
+        )
     bearer = next((i for i in outcome.issued if i.need[1] == "service"), None)
     return Answer(
         request_id=str(request.request_id),
-        job=fill_job(request.job or {}, tokens, refused, hours),
+        job=job,
         refused=[{"index": f, "error": _cause(r for r in refusals if r.file == f)} for f in refused],
         dropped_sources=[
             {"index": r.file, "side": r.side, "source": r.index, "error": r.error}

@@ -232,7 +232,16 @@ def _text(text: str) -> str:
 
 
 def _json(value: object) -> str:
-    return msgspec.json.encode(value).decode().replace("\\u0000", "")
+    text = msgspec.json.encode(value).decode()
+    return msgspec.json.encode(_without_nul(value)).decode() if "\\u0000" in text else text
+
+
+def _without_nul(value: object) -> object:
+    if isinstance(value, str):
+        return _text(value)
+    if isinstance(value, dict):
+        return {_text(str(k)): _without_nul(v) for k, v in value.items()}
+    return [_without_nul(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 def _one(cursor: "psycopg.Cursor[Any]") -> Any:

@@ -113,4 +113,7 @@ class Keystore:
     def _master(self, vo: str) -> MasterKey:
         if vo not in self._masters:
             raise NoUsableKey(f"this process has no master key of VO {vo!r}")
-        return self._masters[vo]
+        try:
+            return self._masters[vo]
+        except SettingsError as error:
+            raise NoUsableKey(str(error)) from error

@@ -16,6 +16,7 @@ A crash before 6 leaves nothing; after it, the unacknowledged message comes agai
 """
 
 import hashlib
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import datetime
@@ -27,7 +28,6 @@ from msgspec import Struct, structs
 from minter import keys
 from minter.claims import build_claims, check_token, unverified_claims
 from minter.errors import (
-    Banned,
     ClientMismatch,
     ClockSkew,
     Conflict,
@@ -39,12 +39,13 @@ from minter.errors import (
     from_dict,
 )
 from minter.keys import Key, RotationPolicy, Signer
-from minter.policy import BACKDATE_SECONDS, Bans, Client, Decision, Grant, Policy
+from minter.policy import BACKDATE_SECONDS, Bans, Client, Decision, Grant, Policy, check_reply_queue
 from minter.requests import Request, Side, check_request_id
+from minter.scopes import parse_scopes
 
 MAX_CLOCK_SKEW_SECONDS = 5.0
 """Beyond this difference to Postgres's clock a process refuses to sign."""
-COVER_SECONDS = 600
+COVER_SECONDS = 300
 """A recorded token with less life left than this no longer covers any need."""
 _SAMPLE = 0x3F
 """The signature of one token in 64 is verified; the claims of every token are checked."""
@@ -227,7 +228,10 @@ class Engine:
             if work.key in recorded:
                 self._repeat(work, *recorded[work.key], control, now)
         for outcome, work in twins:
-            _share(outcome, work)
+            if work.key in recorded:
+                self._repeat(work.twin(outcome), *recorded[work.key], control, now)
+            else:
+                _share(outcome, work)
         return outcomes
 
     # ── the steps ────────────────────────────────────────────────────────────────────────────
@@ -304,6 +308,7 @@ class Engine:
         """Answer a repeated request_id from what was recorded (I4)."""
         outcome = work.outcome
         outcome.issued, outcome.refusals, outcome.repeated = [], row.refusals, True
+        outcome.client = work.client
         outcome.error = from_dict(row.error) if row.error else None
         if row.digest != outcome.submission.request.digest:
             outcome.refusals = []
@@ -311,23 +316,28 @@ class Engine:
                 f"request_id {row.request_id} was used before with other content; make a new one"
             )
             return
-        withheld = [r for r in work.decision.refused if isinstance(r.error, Banned)]
-        if withheld and withheld[0].need is None:
-            outcome.error = withheld[0].error
-            return
-        banned = {(r.need.file, r.need.side, r.need.index) for r in withheld if r.need}
         try:
-            outcome.issued = [
-                self.reissue(t, control, now) for t in tokens if (t.file, t.side, t.index) not in banned
-            ]
-        except Expired as error:
-            outcome.issued, outcome.error = [], error
-        recorded_refusals = {(r["file"], r["side"], r["index"]) for r in row.refusals}
-        outcome.refusals = row.refusals + [
-            structs.asdict(r.record())
-            for r in withheld
-            if r.need and (r.need.file, r.need.side, r.need.index) not in recorded_refusals
-        ]
+            self._check_bans(work, row, tokens, control.bans)
+            check_reply_queue(outcome.submission.request.reply_queue, work.client)
+            if outcome.error is None:
+                outcome.issued = [self.reissue(t, control, now) for t in tokens]
+        except (RequestError, NoUsableKey) as error:
+            outcome.issued, outcome.refusals, outcome.error = [], [], error
+
+    def _check_bans(self, work: "_Work", row: RequestRow, tokens: Sequence[TokenRow], bans: Bans) -> None:
+        """Raise Banned if a ban made since covers anything that was recorded (I9).
+
+        The request is withheld whole: half of a chain, or a copy without its source, helps nobody.
+        """
+        vo = work.client.vo
+        bans.check(vo, vo=vo, client=work.client.name, activity=row.activity, on_behalf_of=row.on_behalf_of)
+        for file in work.outcome.submission.request.files:
+            bans.check(vo, activity=file.activity)
+        for token in tokens:
+            bans.check(vo, storage=token.storage)
+            for scope in parse_scopes(str(json.loads(token.payload)["scope"])):
+                if scope.path is not None:
+                    bans.check_path(vo, scope.path)
 
     def reissue(self, row: TokenRow, control: Control, now: datetime) -> Issued:
         """Sign a recorded token again, byte for byte; raises Expired if it is of no use any more."""
@@ -359,6 +369,10 @@ class _Work:
         self.key = (outcome.submission.request.request_id, client.client_id)
         self.row: RequestRow
         self.signing_key: Key | None = None
+
+    def twin(self, outcome: Outcome) -> "_Work":
+        """Return an equal id of the same batch, to be answered from the row."""
+        return _Work(outcome, self.client, self.decision)
 
     def add(self, grant: Grant, jti: str, payload: bytes, token: bytes, key: Key, now: int) -> TokenRow:
         """Note a token for handing out, and return its row."""
@@ -401,12 +415,16 @@ def _client(control: Control, request: Request, name: str) -> Client:
 def _share(outcome: Outcome, work: _Work) -> None:
     """Give an equal request of the same batch what the first one got (I4)."""
     outcome.repeated = True
+    outcome.client = work.client
+    if isinstance(work.outcome.error, NoUsableKey):  # nothing was recorded that could differ
+        outcome.error = work.outcome.error
+        return
     if outcome.submission.request.digest != work.outcome.submission.request.digest:
         outcome.error = Conflict("request_id was used before with other content; make a new one")
         return
     first = work.outcome
     outcome.issued, outcome.refusals, outcome.error = first.issued, first.refusals, first.error
-    outcome.client, outcome.decision = first.client, first.decision
+    outcome.decision = first.decision
 
 
 __all__ = [

@@ -87,11 +87,17 @@ class Bans:
             if banned and ((vo, value) in banned or (None, value) in banned):
                 raise Banned(f"{kind} {value!r} is banned by an operator", kind=kind)
 
+    def touches(self, vo: str, path: str) -> bool:
+        """Say whether `path`, or the wide grant it stands for, touches a banned prefix."""
+        return any(
+            ban_vo in (None, vo) and (path_contains(prefix, path) or path_contains(path, prefix))
+            for ban_vo, prefix in self._values.get("path", ())
+        )
+
     def check_path(self, vo: str, path: str) -> None:
-        """Raise Banned if `path`, or the wide grant it stands for, touches a banned prefix."""
-        for ban_vo, prefix in self._values.get("path", ()):
-            if ban_vo in (None, vo) and (path_contains(prefix, path) or path_contains(path, prefix)):
-                raise Banned(f"path {path!r} is banned by an operator", kind="path")
+        """Raise Banned if `path` touches a banned prefix."""
+        if self.touches(vo, path):
+            raise Banned(f"path {path!r} is banned by an operator", kind="path")
 
 
 class Step(NamedTuple):
@@ -207,11 +213,6 @@ class Policy:
         return Decision(grants, refused)
 
     def _admit(self, request: Request, client: Client, bans: Bans) -> None:
-        if request.vo is not None and request.vo != client.vo:
-            raise UnknownVO(f"VO {request.vo!r} is not the client's, expected {client.vo!r} or none")
-        if client.vo not in self.directories:
-            raise UnknownVO(f"VO {client.vo!r} is not served by this engine")
-        check_reply_queue(request.reply_queue, client)
         bans.check(
             client.vo,
             vo=client.vo,
@@ -219,6 +220,11 @@ class Policy:
             on_behalf_of=request.on_behalf_of,
             activity=request.activity,
         )
+        if request.vo is not None and request.vo != client.vo:
+            raise UnknownVO(f"VO {request.vo!r} is not the client's, expected {client.vo!r} or none")
+        if client.vo not in self.directories:
+            raise UnknownVO(f"VO {client.vo!r} is not served by this engine")
+        check_reply_queue(request.reply_queue, client)
 
     def _decide_file(
         self,
@@ -299,7 +305,7 @@ class Policy:
             need,
             plan,
             path,
-            _scope(plan, path, client),
+            _scope(plan, path, client, bans),
             _lifetime(plan, request, file, need),
             file.external_id,
         )
@@ -322,11 +328,8 @@ class Policy:
 
     def _service(self, need: Need, vo: str) -> Grant:
         services = self.fts[vo]
-        if need.url:
-            host = urlsplit(need.url).hostname or need.url
-            plan = services.get(host.lower())
-        else:
-            plan = next(iter(services.values()), None)
+        first = next(iter(services.values()), None)
+        plan = services.get(_host(need.url)) if need.url else first
         if plan is None:
             raise UnknownStorage(
                 f"FTS {need.url or '(default)'!r} is not known to this engine, expected one of "
@@ -351,11 +354,19 @@ def check_reply_queue(queue: str | None, client: Client) -> None:
         )
 
 
+def _host(url: str) -> str:
+    """Return an URL's host in lower case, empty if it cannot be read."""
+    try:
+        return (urlsplit(url).hostname or "").lower()
+    except ValueError:
+        return ""
+
+
 def _services(vo: str, fts: Sequence[FTS]) -> dict[str, Plan]:
     found = {}
     for service in fts:
         if any(fnmatchcase(vo, pattern) for pattern in service.vos):
-            host = (urlsplit(service.url).hostname or "").lower()
+            host = _host(service.url)
             area = Area(
                 vo, service.name, "/", "/", (service.audience or host,),
                 DIALECTS["profile"], "exact", False, True,
@@ -441,12 +452,12 @@ def _failed_mitigations(route: Route, via_fts: bool, area: Area, needed: Sequenc
 
 
 def _area_path(area: Area, client: Client, path: str) -> str:
-    wide = area.prefix if area.base_path == "/" else area.prefix[len(area.base_path) :] or "/"
+    wide = area.relative(area.prefix)
     allowed = not client.paths or any(path_contains(p, wide) for p in client.paths)
     return check_path(wide) if allowed else path
 
 
-def _scope(plan: Plan, path: str, client: Client) -> str:
+def _scope(plan: Plan, path: str, client: Client, bans: Bans) -> str:
     write = encode_path if plan.area.dialect.encoding == "percent" else raw_path
     on_file = write(path)
     words = []
@@ -455,6 +466,8 @@ def _scope(plan: Plan, path: str, client: Client) -> str:
             words.append(f"{needed.scope}:{on_file}")
             continue
         directory = parent(path)
+        if not plan.area.holds_directory(directory) or bans.touches(client.vo, directory):
+            continue
         if client.paths and not any(path_contains(p, directory) for p in client.paths):
             continue
         words.append(f"{needed.scope}:{write(directory)}")
@@ -485,6 +498,8 @@ def _lifetime(plan: Plan, request: Request, file: File, need: Need) -> Lifetime:
         once = route.transfer_seconds
     transfer = once * (1 + max(file.retries, route.retries))
     wait = route.wait_seconds if need.wait_seconds is None else need.wait_seconds
+    if need.one_token:
+        wait = max(wait, _FTS_QUEUE_SECONDS)
     fixed = BACKDATE_SECONDS + transfer + route.margin_seconds
     if need.one_token:  # FTS: staging and archiving need the same token, and whole hours of queue
         fixed += need.after_seconds

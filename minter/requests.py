@@ -229,7 +229,7 @@ class JobFile(Struct, frozen=True):
     sources: Annotated[tuple[Url, ...], Meta(min_length=1, max_length=MAX_SOURCES)]
     destinations: Annotated[tuple[Url, ...], Meta(min_length=1, max_length=MAX_SOURCES)]
     filesize: float | int | None = None
-    activity: str | None = None
+    activity: Annotated[str, Meta(max_length=255)] | None = None
     metadata: Any = None
 
 
@@ -245,7 +245,7 @@ class JobParams(Struct, frozen=True):
     bring_online: _Number = None
     copy_pin_lifetime: _Number = None
     archive_timeout: _Number = None
-    account: str | None = None
+    account: Annotated[str, Meta(max_length=255)] | None = None
 
 
 class Job(Struct, frozen=True):
@@ -428,6 +428,11 @@ class Answer(Struct, frozen=True, kw_only=True, omit_defaults=True):
     bearer: TokenAnswer | None = None
     part: int = 0
     parts: int = 1
+
+    def __repr__(self) -> str:
+        """Count what is in it: the tokens of a filled job are not to be shown."""
+        files = len(self.job["files"]) if self.job else 0
+        return f"Answer({self.request_id}, {len(self.tokens)} tokens, {files} filled files)"
 
 
 def refusal(need: Need | None, error: RequestError) -> RefusedNeed:

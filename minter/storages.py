@@ -32,6 +32,9 @@ _URL = re.compile(
     r"([A-Za-z][A-Za-z0-9+.-]*)://(\[[0-9A-Fa-f:.]+\]|[^/:@\s?#]+)(?::(\d{0,5}))?(/.*)?", re.DOTALL
 )
 _COPY_MODE = re.compile(r"\?copy_mode=(?:push|pull)\Z")
+_CREDENTIALS = re.compile(
+    r"[?&](?:authz|access_token|[\w-]*signature|[\w-]*credential)=", re.IGNORECASE
+).search
 _SLASHES = re.compile(r"/{2,}")
 
 MAX_URL_CHARACTERS = 4_096
@@ -78,6 +81,15 @@ class Area(Struct, frozen=True, eq=False):
     matching: Matching
     tape: bool
     tokens: bool
+
+    def relative(self, path: str) -> str:
+        """Return a path below the base path as the VO's scopes write it."""
+        return path if self.base_path == "/" else path[len(self.base_path) :] or "/"
+
+    def holds_directory(self, directory: str) -> bool:
+        """Say whether a VO-relative directory lies strictly below this area's own prefix."""
+        prefix = self.relative(self.prefix)
+        return directory != prefix and path_contains(prefix, directory)
 
 
 class Location(NamedTuple):
@@ -190,8 +202,12 @@ class Directory:
                 f"storage {area.storage!r} takes no tokens (tokens = false); use X.509 there",
                 storage=area.storage,
             )
-        relative = path if area.base_path == "/" else path[len(area.base_path) :] or "/"
-        return Location(area, check_path(relative))
+        if path.removesuffix("/") == area.prefix.removesuffix("/"):
+            raise InvalidPath(
+                f"{shown(url)!r} names the whole of storage {area.storage!r}, expected a file below it",
+                storage=area.storage,
+            )
+        return Location(area, check_path(area.relative(path)))
 
     def _unknown(self, host: str, port: int) -> UnknownStorage:
         known = [f"{h}:{p}" for h, p in self._areas]
@@ -205,6 +221,11 @@ class Directory:
         )
 
 
+def shown(url: str) -> str:
+    """Return as much of an URL as an error may show: no user, no query, where credentials travel."""
+    return re.sub(r"//[^/@]*@", "//", url).partition("?")[0][:200]
+
+
 def split_url(url: str) -> tuple[str, int, str]:
     """Split an unencoded URL into lower-case host, port (0 and none mean the scheme's) and path.
 
@@ -213,11 +234,11 @@ def split_url(url: str) -> tuple[str, int, str]:
     if len(url) > MAX_URL_CHARACTERS:
         raise InvalidPath(
             f"URL of {len(url)} characters is too long, expected at most {MAX_URL_CHARACTERS}",
-            url=url[:80],
+            url=shown(url),
         )
     match = _URL.fullmatch(url)
     if match is None:
-        raise UnknownStorage(f"cannot read {url!r}, expected davs://host:port/path", url=url)
+        raise UnknownStorage(f"cannot read {shown(url)!r}, expected davs://host:port/path", url=shown(url))
     scheme, host, port, path = match.groups()
     scheme = scheme.lower()
     if scheme not in DEFAULT_PORTS:
@@ -229,13 +250,15 @@ def split_url(url: str) -> tuple[str, int, str]:
             else "is not known"
         )
         raise EndpointTakesNoToken(
-            f"scheme {scheme!r} of {url!r} {why}, expected one of {', '.join(DEFAULT_PORTS)}",
-            url=url,
+            f"scheme {scheme!r} of {shown(url)!r} {why}, expected one of {', '.join(DEFAULT_PORTS)}",
+            url=shown(url),
         )
     if path is None:
-        raise InvalidPath(f"URL {url!r} has no path, expected the path of a file", url=url)
+        raise InvalidPath(f"URL {shown(url)!r} has no path, expected the path of a file", url=shown(url))
     if "?" in path:
         path = _COPY_MODE.sub("", path)
+        if _CREDENTIALS(path):
+            raise InvalidPath(f"URL {shown(url)!r} carries credentials in its query; leave them out")
     if "//" in path:
         path = _SLASHES.sub("/", path)
     return host.lower(), int(port or 0) or DEFAULT_PORTS[scheme], path

@@ -12,6 +12,7 @@ from typing import Any
 from celery import Celery
 from celery.signals import worker_init
 from celery.worker.consumer import Consumer
+from kombu import compression
 
 from minter import contract, database, wiring
 from minter.amqp import Publisher, declare, queues
@@ -65,6 +66,10 @@ class RequestConsumer(Consumer):
 def _reject(message: Any, why: str) -> None:
     error: MinterError = InvalidRequest(why)
     app.batcher.reject(message, error)
+
+
+# A sender's `compression` header would make kombu inflate a body before anything can bound it.
+compression._decoders.clear()  # noqa: SLF001 - kombu has no setting for it
 
 
 class App(Celery):

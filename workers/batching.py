@@ -30,7 +30,7 @@ from minter.errors import (
     Undeliverable,
     UnknownClient,
 )
-from minter.mint import Engine, Outcome, Submission
+from minter.mint import Engine, Submission
 from minter.requests import MAX_BODY_BYTES, Answer, Request, decode_fill, decode_mint
 from workers import replies
 
@@ -70,7 +70,14 @@ class Pending(Struct, eq=False):
     def body(self) -> bytes:
         """The bytes as they came."""
         body = self.message.body
-        return body if isinstance(body, bytes) else str(body).encode()
+        # py-amqp may have decoded it by the sender's own charset: what is no UTF-8 fails later, typed.
+        return body if isinstance(body, bytes) else str(body).encode("utf-8", "surrogatepass")
+
+    @property
+    def correlation_id(self) -> str:
+        """The sender's correlation id, as AMQP can carry it back: 255 bytes of UTF-8."""
+        text = str(self.message.properties.get("correlation_id") or "")
+        return text.encode("utf-8", "replace")[:255].decode("utf-8", "ignore")
 
 
 class Suspects(Struct, eq=False):
@@ -137,8 +144,7 @@ class Batcher:
 
     def reject(self, message: Any, error: MinterError) -> None:
         """Answer a message that is none of the public tasks, and keep it for the operators."""
-        pending = Pending(message, "", self.client_of(message))
-        self._finish([(pending, answers.failure(None, error))], dead={id(pending): error})
+        self._condemn(Pending(message, "", self.client_of(message)), error)
 
     def _arm(self, seconds: float, callback: Callable[..., None], *arguments: int) -> None:
         # Never hub.call_soon: from inside a callback it waits for the next poll, up to 2 s.
@@ -157,12 +163,12 @@ class Batcher:
         self._armed = False
         waiting, self._waiting, self._bytes = self._waiting, [], 0
         try:
-            while waiting:
+            while waiting := [p for p in waiting if not p.message.acknowledged]:
                 batch = _take(waiting, self.batch_messages)
                 self._serve_batch(batch)
-                del waiting[: len(batch)]
+                waiting = waiting[len(batch) :]
         except Unavailable as error:
-            self._waiting = waiting + self._waiting
+            self._waiting = [p for p in waiting if not p.message.acknowledged] + self._waiting
             self._retrying = True
             logger.warning("cannot record, trying again in %.1f s: %s", self._delay, error)
             self._arm(self._delay * random.uniform(0.5, 1.5), self.serve)  # noqa: S311 - jitter
@@ -184,14 +190,25 @@ class Batcher:
             if len(batch) > 1:
                 logger.exception("a batch of %d failed, serving each alone", len(batch))
                 for pending in batch:
-                    self._serve_batch([pending])
+                    if not pending.message.acknowledged:
+                        self._serve_batch([pending])
                 return
             logger.exception("a message failed alone, dead-lettered")
             cause = error if isinstance(error, MinterError) else ServerError("see the worker's log")
-            self._finish(
-                [(batch[0], answers.failure(_request_id(batch[0].body), cause))],
-                dead={id(batch[0]): cause},
-            )
+            self._condemn(batch[0], cause)
+
+    def _condemn(self, pending: Pending, why: MinterError) -> None:
+        """Answer a message that cannot be served, and keep it on the dead-letter queue."""
+        pending.queued = []
+        failed = answers.failure(_request_id(pending.body), why)
+        try:
+            self._finish([(pending, failed)], dead={id(pending): why})
+        except self.publisher.errors:
+            raise
+        except Exception:
+            logger.exception("a message could not even be answered, left to the broker's dead-lettering")
+            if not pending.message.acknowledged:
+                pending.message.reject_log_error(logger, self.publisher.errors)
 
     def _serve_suspect(self, pending: Pending) -> None:
         """Serve a message that came again alone, counting the try before it, not after."""
@@ -205,9 +222,11 @@ class Batcher:
                 f"the request stopped a worker at {pending.tries} deliveries; it is kept on "
                 f"{contract.DEAD_LETTER_QUEUE} for the operators"
             )
-            failed = answers.failure(_request_id(pending.body), error)
-            self._finish([(pending, failed)], dead={id(pending): error})
-        self.suspects.acquit(digest)
+            self._condemn(pending, error)
+        try:
+            self.suspects.acquit(digest)
+        except Unavailable:
+            logger.warning("a message that was served is still counted as a suspect; beat forgets it")
 
     def _mint(self, batch: Sequence[Pending]) -> list[tuple[Pending, Answer]]:
         self.on_stage("received")
@@ -225,19 +244,12 @@ class Batcher:
                 if isinstance(outcome.error, NoUsableKey | ClockSkew):
                     logger.error("request not served: %s", outcome.error)
                 answer = answers.answer(outcome, now)
-                if (queue := outcome.submission.request.reply_queue) and not answer.error:
-                    pending.queued = self._queued(outcome, queue, answer, pending)
-                    answer = Answer(request_id=answer.request_id)
+                client, queue = outcome.client, outcome.submission.request.reply_queue
+                if queue and client and client.jwe_key and queue in client.reply_queues:
+                    pending.queued = replies.queued(answer, queue, pending.correlation_id, client.jwe_key)
+                    answer = Answer(request_id=answer.request_id, error=answer.error)
                 done.append((pending, answer))
         return done
-
-    def _queued(self, outcome: Outcome, queue: str, answer: Answer, pending: Pending) -> list[Outgoing]:
-        """Return the answer as it goes to a durable queue; the caller gets a receipt without tokens."""
-        client = outcome.client
-        if client is None or client.jwe_key is None:
-            raise ServerError("an answer for a durable queue without a client's key")
-        correlation_id = str(pending.message.properties.get("correlation_id") or "")[:255]
-        return replies.queued(answer, queue, correlation_id, client.jwe_key)
 
     def _decode(self, pending: Pending) -> Submission:
         body = pending.body
@@ -277,15 +289,15 @@ class Batcher:
             except RequestError as error:
                 why = why or (None if pending.queued else error)
             else:
-                correlation_id = str(properties.get("correlation_id") or "")[:255]
-                outgoing += replies.messages(answer, reply_to, correlation_id)
+                outgoing += replies.messages(answer, reply_to, pending.correlation_id)
             if why is not None:
                 outgoing.append(replies.dead_letter(pending.body, pending.headers, pending.client, why))
         try:
             gone = self.publisher.publish(outgoing, lambda: self.on_stage("half_replied"))
-        except self.publisher.errors:
+        except self.publisher.errors as error:
             self.publisher.close()
-            raise
+            # Celery reconnects on connection errors only; what broke the channel broke the answers.
+            raise ConnectionError(f"answers could not be published: {type(error).__name__}") from error
         if lost := [m for m in gone if m.persistent]:
             raise ServerError(f"queue {lost[0].routing_key} does not exist; run: minter broker setup")
         if gone:

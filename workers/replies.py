@@ -29,7 +29,7 @@ def check_reply_to(reply_to: object, client: str | None) -> str:
     if reply_to.startswith(DIRECT_REPLY):
         return reply_to
     prefix = reply_prefix(client) if client is not None else REPLY_PREFIX
-    if not reply_to.startswith(prefix) or len(reply_to) > 255:  # noqa: PLR2004 - AMQP short string
+    if not reply_to.startswith(prefix) or not reply_to.isascii() or len(reply_to) > 255:  # noqa: PLR2004 - AMQP short string
         raise ReplyNotAllowed(
             f"reply_to {reply_to[:80]!r} is not the caller's, expected a queue named {prefix}*"
         )

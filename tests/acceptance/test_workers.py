@@ -1,6 +1,7 @@
 """The engine as clients see it: real workers, both brokers, good and bad input."""
 
 import base64
+import bz2
 import json
 import signal
 import time
@@ -328,6 +329,27 @@ def test_an_unknown_compression_gets_an_answer(raw):
         request(), headers={"task": contract.MINT, "id": "x", "compression": "application/x-nope"}
     )
     assert answer["error"]["reason"] == "invalid_request"
+
+
+@pytest.mark.rabbitmq
+def test_a_body_in_a_charset_of_the_senders_gets_an_answer(running, raw):
+    if not running.on_rabbitmq:
+        pytest.skip("the embedded broker carries text")
+    correlation = uuid.uuid4().hex
+    message = raw.channel.prepare_message(
+        b"\\ud800", content_type="application/json", content_encoding="unicode_escape",
+        headers={"task": contract.MINT, "id": "x"},
+        properties={"reply_to": raw.reply_to, "correlation_id": correlation, "user_id": raw.name},
+    )  # fmt: skip
+    raw.channel.basic_publish(message, exchange=contract.REQUEST_EXCHANGE, routing_key=contract.REQUEST_QUEUE)
+    assert raw.receive(correlation)["error"]["reason"] == "invalid_request"
+
+
+def test_a_compressed_body_is_not_inflated(raw):
+    packed = bz2.compress(b" " * 10_000_000)
+    headers = {"task": contract.MINT, "id": "x", "compression": "application/x-bz2"}
+    body = base64.b64encode(packed).decode() if not raw.running.on_rabbitmq else packed
+    assert raw.ask(body, headers=headers)["error"]["reason"] == "invalid_request"
 
 
 def test_a_job_that_is_none(raw):

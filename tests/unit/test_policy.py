@@ -321,3 +321,32 @@ def test_the_shipped_routes_serve_the_ordinary_rucio_and_dirac_job_on_every_dial
         overwrite=True,
     )
     assert not dirac.refused
+
+
+def test_no_scope_is_ever_the_whole_storage_or_outside_its_prefix():
+    engine = Policy(
+        {"vo": Directory([storage("OLD", "xrootd-5.5", base_path="/data"), storage("CNAF", "storm-cnaf")])},
+        fts=[FTS_A],
+    )
+    for url in ("davs://old.example.org/data/f", "davs://cnaf.example.org/data/f"):
+        for grant in fill((url + "0",), (url,), engine, overwrite=True).grants:
+            assert not [s for s in asked_scopes(grant) if s.path in ("/", "/data")]
+    assert "storage.read:/data/d" in scopes(fill((SE,), ("davs://cnaf.example.org/data/d/f",), Policy(
+        {"vo": Directory([storage(), storage("CNAF", "storm-cnaf")])}, fts=[FTS_A])), "destination")[0]  # fmt: skip
+
+
+def test_a_directorys_scope_never_covers_a_banned_path():
+    bans = Bans([Ban("path", "/data/d/secret")])
+    decision = mint(bans=bans, operations=(FileOperation("make_parents", OLD),))
+    assert not decision.grants
+    assert reasons(decision) == ["operation_not_allowed"]
+
+
+@pytest.mark.parametrize("url", ["https://[x", "http://a]b", "\x00", "fts.example.org"])
+def test_an_fts_that_is_no_url_is_unknown(url):
+    assert fill(fts=url).error.reason == "unknown_storage"
+
+
+def test_half_an_hour_of_queue_is_rounded_up_to_what_fts_can_say():
+    grants = fill(max_time_in_queue="30m").grants
+    assert all(g.lifetime.seconds - g.lifetime.fixed >= 3600 for g in grants if g.need.side != "service")

@@ -45,6 +45,10 @@ def test_rucios_urls_as_they_are(url, path):
         (f"{PREFIX}/a/..%2fb", InvalidPath, "'%'"),
         (f"{PREFIX}/a\\..\\b", InvalidPath, "'\\\\\\\\'"),
         (f"{PREFIX}/a/", InvalidPath, "segment"),
+        (PREFIX, InvalidPath, "names the whole of storage 'DISK'"),
+        (f"{PREFIX}/", InvalidPath, "names the whole of storage 'DISK'"),
+        (f"{PREFIX}//", InvalidPath, "names the whole of storage 'DISK'"),
+        (f"{PREFIX}/f?authz=Bearer%20secret", InvalidPath, "carries credentials"),
         (f"{PREFIX}2/f", PathNotAllowed, "outside the area of storage 'DISK'"),
         ("davs://door.example.org/etc/passwd", PathNotAllowed, "outside the area"),
         ("davs://door.example.org", InvalidPath, "has no path"),
@@ -63,6 +67,7 @@ def test_what_is_odd_or_unknown_is_refused_with_a_reason(url, error, why):
     with pytest.raises(error) as caught:
         DIRECTORY.locate(url)
     assert why.replace("\\\\\\\\", "\\\\") in caught.value.message
+    assert "secret" not in str(caught.value) + str(caught.value.fields)
 
 
 def test_the_longest_prefix_wins_and_two_claims_on_one_must_agree():
