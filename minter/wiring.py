@@ -1,5 +1,6 @@
 """Entry points wire here: settings in, the engine with its adapters out."""
 
+import gc
 import os
 import uuid
 from collections.abc import Callable
@@ -13,6 +14,8 @@ from minter.errors import SettingsError
 from minter.keystore import Keystore, MasterKey, read_master_key
 from minter.mint import Engine, Observed
 
+_GC_ALLOCATIONS = 20_000
+
 
 def now() -> datetime:
     """Return the time: the one clock of all entry points."""
@@ -22,6 +25,13 @@ def now() -> datetime:
 def new_uuid7() -> uuid.UUID:
     """Return a fresh UUIDv7 (RFC 9562 §5.7)."""
     return uuid.UUID(int=uuid_utils.uuid7().int)
+
+
+def calm_collector() -> None:
+    """Keep the garbage collector from walking what lives as long as the process: settings, modules."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(_GC_ALLOCATIONS, 10, 5)
 
 
 def load_settings() -> settings.Loaded:

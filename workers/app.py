@@ -4,7 +4,6 @@ Only the tasks of `workers.tasks` can be run, and only from their own queues: wh
 is answered with a typed error and dead-lettered. Bodies are never logged.
 """
 
-import gc
 import os
 from collections.abc import Callable
 from typing import Any
@@ -21,7 +20,6 @@ from minter.settings import Loaded
 from workers.batching import Batcher, Suspects
 
 MAINTAIN_SECONDS = 3600.0
-GC_ALLOCATIONS = 20_000
 
 
 class RequestConsumer(Consumer):
@@ -130,10 +128,7 @@ def _start(**_: Any) -> None:
     """Open the engine in the worker process, before it consumes."""
     app.service = service = wiring.Service(app.loaded, lambda o: on_stage(o.stage))
     service.prepare()
-    # Settings and modules live as long as the process: keep the collector from walking them.
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(GC_ALLOCATIONS, 10, 5)
+    wiring.calm_collector()
     settings = app.loaded.settings
     with app.connection_for_write() as connection:
         declare(connection)

@@ -440,3 +440,14 @@ def test_a_filled_job_is_answered_the_same_way_twice(service):
     assert first.job["params"]["max_time_in_queue"] == 168
     later = now + timedelta(hours=5)
     assert answers.answer(mint(service, asked, now=later)[0], later).job["params"]["max_time_in_queue"] == 163
+
+
+def test_one_signature_in_sixty_four_is_verified(service, monkeypatch):
+    seen = []
+    verify = keys.verify
+    monkeypatch.setattr(keys, "verify", lambda token, jwk: (seen.append(token), verify(token, jwk)))
+    made = sum(
+        len(o.issued)
+        for o in mint(service, *(submission(*(f"{n}-{m}" for m in range(20))) for n in range(40)))
+    )
+    assert made / 160 < len(seen) < made / 20
