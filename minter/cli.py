@@ -22,7 +22,19 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from minter import claims, database, demo, keys, migrations, policy, rabbitmq, stack, wiring
+from minter import (
+    catalogue,
+    claims,
+    database,
+    demo,
+    housekeeping,
+    keys,
+    migrations,
+    policy,
+    rabbitmq,
+    stack,
+    wiring,
+)
 from minter.amqp import declare
 from minter.client import MinterClient, new_request_id
 from minter.dialects import OPERATIONS
@@ -207,8 +219,8 @@ def _check_database(service: wiring.Service) -> list[str]:
             warnings.append(f"{vo}: no active signing key; run: minter keys create --vo {vo}")
         elif "prepared" not in states:
             warnings.append(f"{vo}: no standby key; run: minter keys create --vo {vo}")
-    ahead = database.partitions_ahead(service.pool, service.clock().date())
-    if ahead < database.DAYS_AHEAD // 2:
+    ahead = housekeeping.partitions_ahead(service.pool, service.clock().date())
+    if ahead < housekeeping.DAYS_AHEAD // 2:
         warnings.append(f"only {ahead} days of partitions ahead; is beat running?")
     return warnings
 
@@ -403,7 +415,7 @@ def clients_add(
         operations=frozenset(operation or ()), paths=tuple(check_path(p) for p in path or ()),
         max_lifetime_seconds=max_lifetime, reply_queues=tuple(reply_queue or ()), jwe_key=key,
     )  # fmt: skip
-    database.add_client(service.pool, client, _actor())
+    catalogue.add_client(service.pool, client, _actor())
     _print(
         as_json,
         {"name": name, "vo": vo, "sub": client.sub},
@@ -501,7 +513,7 @@ def db_upgrade(as_json: AsJson = False) -> None:
     service = _service()
     migrations.upgrade(service.pool)
     service.prepare()
-    ahead = database.partitions_ahead(service.pool, service.clock().date())
+    ahead = housekeeping.partitions_ahead(service.pool, service.clock().date())
     _print(
         as_json,
         {"partitions_ahead": ahead},

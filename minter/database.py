@@ -1,13 +1,13 @@
-"""All SQL of the product: recording, repeating, finding; one function per question.
+"""SQL of recording, repeating and finding; one function per question.
 
 It knows nothing about what makes a token right. Failures of Postgres that pass by themselves
 leave here as `Unavailable`, and nothing of the transaction stays.
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import UTC, date, datetime, timedelta
+from datetime import UTC, datetime
 from hashlib import sha256
 from itertools import chain
 from typing import Any
@@ -15,21 +15,18 @@ from uuid import UUID
 
 import msgspec
 import psycopg
-from psycopg.types.json import Jsonb
 from sqlalchemy import create_engine
 from sqlalchemy.engine import Engine as Pool
 
-from minter.errors import Unavailable, UnknownClient
+from minter.errors import Unavailable
 from minter.keys import Key
 from minter.mint import Control, RequestRow, TokenRow
 from minter.policy import Ban, Bans, Client
 
 CONTROL_LOCK = 0x6D696E74  # "mint": recording holds it shared, changes of the control tables alone
 
-DAYS_AHEAD = 7
 COPY_ROWS = 100
 """Rows sent to Postgres at once, which takes them in while the next ones are signed."""
-PARTITIONED = ("requests", "tokens")
 
 _PASSING = (psycopg.OperationalError, psycopg.InterfaceError, psycopg.errors.ReadOnlySqlTransaction)
 
@@ -104,7 +101,7 @@ class Store:
             connection.execute("SET LOCAL synchronous_commit TO on")
             connection.execute("SELECT pg_advisory_xact_lock_shared(%s)", (CONTROL_LOCK,))
             cursor.execute("SELECT version, clock_timestamp() FROM control")
-            version, database_now = _one(cursor)
+            version, database_now = one(cursor)
         skew = (self._clock() - database_now).total_seconds()
         if version != self._version or self._control is None:
             self._control = read_control(connection)
@@ -244,7 +241,8 @@ def _without_nul(value: object) -> object:
     return [_without_nul(v) for v in value] if isinstance(value, list | tuple) else value
 
 
-def _one(cursor: "psycopg.Cursor[Any]") -> Any:
+def one(cursor: "psycopg.Cursor[Any]") -> Any:
+    """Return the row that there must be; raises Unavailable on a database that was not upgraded."""
     row = cursor.fetchone()
     if row is None:
         raise Unavailable("the control row is missing; run: minter db upgrade")
@@ -374,7 +372,7 @@ def find_tokens(
     with transaction(engine) as connection:
         rows = connection.execute(
             find_query(by),
-            {"value": value, "first": _floor(since), "last": _floor(until), "limit": limit},
+            {"value": value, "first": floor(since), "last": floor(until), "limit": limit},
         ).fetchall()
     width = len(TokenRow.__struct_fields__)
     return [Found(TokenRow(*row[:width]), *row[width:]) for row in rows]
@@ -392,192 +390,6 @@ def find_requests(engine: Pool, request_id: UUID) -> list[tuple[RequestRow, list
         return [(row, tokens_of(connection, row), name) for row, name in requests]
 
 
-def _floor(instant: datetime) -> UUID:
+def floor(instant: datetime) -> UUID:
     """Return the smallest UUIDv7 of an instant (milliseconds, RFC 9562 §5.7)."""
     return UUID(int=int(instant.timestamp() * 1000) << 80)
-
-
-# ── partitions ───────────────────────────────────────────────────────────────────────────────
-
-
-def make_partitions(engine: Pool, today: date, retention_days: int) -> list[str]:
-    """Make the missing daily partitions, a week ahead and back to the oldest request_id taken."""
-    made = []
-    with transaction(engine) as connection:
-        connection.execute("SELECT pg_advisory_xact_lock(%s)", (CONTROL_LOCK + 1,))
-        known = {
-            name
-            for (name,) in connection.execute(
-                "SELECT c.relname FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid"
-                " JOIN pg_class p ON p.oid = i.inhparent WHERE p.relname = ANY(%s)",
-                (list(PARTITIONED),),
-            ).fetchall()
-        }
-        for table in PARTITIONED:
-            back = retention_days + 1 if table == "requests" else 1
-            for offset in range(-back, DAYS_AHEAD + 1):
-                day = today + timedelta(days=offset)
-                name = f"{table}_{day:%Y%m%d}"
-                if name in known:
-                    continue
-                start = datetime(day.year, day.month, day.day, tzinfo=UTC)
-                connection.execute(
-                    f"CREATE TABLE {name} PARTITION OF {table} FOR VALUES FROM ('{_floor(start)}')"
-                    f" TO ('{_floor(start + timedelta(days=1))}')"
-                )
-                made.append(name)
-    return made
-
-
-def partitions_ahead(engine: Pool, today: date) -> int:
-    """Return for how many days after `today` tokens have a partition already."""
-    with transaction(engine) as connection:
-        rows = connection.execute(
-            "SELECT c.relname FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid"
-            " JOIN pg_class p ON p.oid = i.inhparent WHERE p.relname = 'tokens'"
-            " AND c.relname > %s",
-            (f"tokens_{today:%Y%m%d}",),
-        ).fetchall()
-    return len(rows)
-
-
-# ── control tables ───────────────────────────────────────────────────────────────────────────
-
-
-@contextmanager
-def controlling(
-    engine: Pool, actor: str, action: str, subject: str, details: Mapping[str, object]
-) -> Iterator["psycopg.Connection[Any]"]:
-    """Change a control table: alone, and audited in the same transaction (I8, I9)."""
-    with transaction(engine) as connection:
-        connection.execute("SELECT pg_advisory_xact_lock(%s)", (CONTROL_LOCK,))
-        yield connection
-        connection.execute(
-            "INSERT INTO audit (actor, action, subject, details) VALUES (%s, %s, %s, %s)",
-            (actor, action, subject, Jsonb(dict(details))),
-        )
-
-
-def sync_catalogue(engine: Pool, issuers: Mapping[str, str], wanted: Mapping[tuple[str, str], object]) -> int:
-    """Bring issuers and storages of the settings into rows that outlive them; return the changes.
-
-    `wanted` has what the settings say of each storage and FTS, as JSON values, by (VO, name).
-
-    A VO never changes its `iss` (§2.1: sub is unique in it); a storage no longer in the settings
-    is kept, marked retired, for what was issued on it.
-    """
-    with transaction(engine) as connection:
-        known_issuers = dict(connection.execute("SELECT vo, iss FROM issuers").fetchall())
-        rows = connection.execute(
-            "SELECT vo, name, definition, retired_at IS NOT NULL FROM storages"
-        ).fetchall()
-    known = {(vo, name): None if retired else definition for vo, name, definition, retired in rows}
-    new = {vo: iss for vo, iss in issuers.items() if known_issuers.get(vo) != iss}
-    changed = [key for key, definition in wanted.items() if known.get(key) != definition]
-    gone = [k for k, d in known.items() if d is not None and k not in wanted and k[0] in issuers]
-    if not (new or changed or gone):
-        return 0
-    details = {"issuers": sorted(new), "changed": len(changed), "retired": len(gone)}
-    with controlling(engine, "settings", "catalogue", "settings", details) as connection:
-        for vo, iss in new.items():
-            connection.execute(
-                "INSERT INTO issuers (vo, iss) VALUES (%s, %s) ON CONFLICT DO NOTHING", (vo, iss)
-            )
-            (recorded,) = _one(connection.execute("SELECT iss FROM issuers WHERE vo = %s", (vo,)))
-            if recorded != iss:
-                raise Unavailable(f"VO {vo!r} has issued as {recorded!r} before and cannot become {iss!r}")
-        with connection.cursor() as cursor:
-            cursor.executemany(
-                "INSERT INTO storages (vo, name, definition) VALUES (%s, %s, %s)"
-                " ON CONFLICT (vo, name) DO UPDATE"
-                " SET definition = excluded.definition, retired_at = NULL",
-                [(*key, Jsonb(wanted[key])) for key in changed],
-            )
-            cursor.executemany("UPDATE storages SET retired_at = now() WHERE vo = %s AND name = %s", gone)
-    return len(new) + len(changed) + len(gone)
-
-
-def add_client(engine: Pool, client: Client, actor: str) -> int:
-    """Register a client; return its client_id. Raises psycopg's UniqueViolation as UnknownClient."""
-    details = {
-        "vo": client.vo, "operations": sorted(client.operations), "paths": client.paths,
-        "reply_queues": client.reply_queues, "jwe": bool(client.jwe_key),
-    }  # fmt: skip
-    try:
-        with controlling(engine, actor, "client.add", client.name, details) as connection:
-            row = connection.execute(
-                "INSERT INTO clients (name, vo, sub, operations, paths, max_lifetime_seconds,"
-                " reply_queues, jwe_key) VALUES (%s, %s, %s, %s, %s, %s, %s, %s) RETURNING client_id",
-                (
-                    client.name, client.vo, client.sub, sorted(client.operations),
-                    list(client.paths), client.max_lifetime_seconds, list(client.reply_queues),
-                    Jsonb(client.jwe_key) if client.jwe_key else None,
-                ),
-            ).fetchone()  # fmt: skip
-    except psycopg.errors.UniqueViolation as error:
-        raise UnknownClient(f"client {client.name!r} exists already; choose another name") from error
-    except psycopg.errors.ForeignKeyViolation as error:
-        raise UnknownClient(f"VO {client.vo!r} has no issuer in the database") from error
-    except psycopg.errors.CheckViolation as error:
-        raise UnknownClient(
-            f"client {client.name!r} cannot be registered: {error.diag.constraint_name}; a name has "
-            "letters, digits, _ and -, at most 64"
-        ) from error
-    return int(row[0]) if row else 0
-
-
-def add_key(
-    engine: Pool,
-    vo: str,
-    kid: str,
-    algorithm: str,
-    jwk: Mapping[str, str],
-    encrypted: bytes,
-    actor: str,
-) -> str:
-    """Store a new key and return its state: an issuer's first key is active at once (I6)."""
-    with controlling(engine, actor, "key.create", kid, {"vo": vo, "algorithm": algorithm}) as tx:
-        row = tx.execute(
-            """
-            INSERT INTO signing_keys (vo, kid, algorithm, state, public_jwk, private_key, activated_at)
-            SELECT %(vo)s, %(kid)s, %(algorithm)s, first.state, %(jwk)s, %(encrypted)s,
-                   CASE first.state WHEN 'active' THEN now() END
-            FROM (SELECT (CASE WHEN EXISTS (SELECT FROM signing_keys WHERE vo = %(vo)s)
-                          THEN 'prepared' ELSE 'active' END)::key_state AS state) AS first
-            RETURNING state::text
-            """,
-            {
-                "vo": vo, "kid": kid, "algorithm": algorithm, "jwk": Jsonb(dict(jwk)),
-                "encrypted": encrypted,
-            },
-        ).fetchone()  # fmt: skip
-    return str(row[0]) if row else ""
-
-
-# ── suspects ─────────────────────────────────────────────────────────────────────────────────
-
-
-def suspect(engine: Pool, digest: bytes) -> int:
-    """Count one more try of a message that came again; committed before the try."""
-    with transaction(engine) as connection:
-        row = _one(
-            connection.execute(
-                "INSERT INTO suspects (digest, attempts) VALUES (%s, 1) ON CONFLICT (digest)"
-                " DO UPDATE SET attempts = suspects.attempts + 1, seen_at = now()"
-                " RETURNING attempts",
-                (digest,),
-            )
-        )
-    return int(row[0])
-
-
-def acquit(engine: Pool, digest: bytes) -> None:
-    """Forget a message that was served, or dead-lettered."""
-    with transaction(engine) as connection:
-        connection.execute("DELETE FROM suspects WHERE digest = %s", (digest,))
-
-
-def prune_suspects(engine: Pool) -> int:
-    """Forget messages not seen for a day."""
-    with transaction(engine) as connection:
-        return connection.execute("DELETE FROM suspects WHERE seen_at < now() - interval '1 day'").rowcount

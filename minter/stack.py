@@ -15,7 +15,7 @@ from typing import Self
 
 import kombu
 
-from minter import database, keys, migrations, settings, wiring
+from minter import catalogue, database, keys, migrations, settings, wiring
 from minter.amqp import declare
 from minter.embedded import Postgres, Valkey
 from minter.keystore import new_master_key
@@ -129,14 +129,14 @@ def create_key(service: wiring.Service, vo: str, algorithm: keys.Algorithm, acto
     """Make, seal and store a signing key; return its kid and state."""
     signer = keys.generate(algorithm)
     sealed = service.keystore.seal(vo, signer)
-    state = database.add_key(service.pool, vo, signer.kid, algorithm, signer.public_jwk, sealed, actor)
+    state = catalogue.add_key(service.pool, vo, signer.kid, algorithm, signer.public_jwk, sealed, actor)
     return signer.kid, state
 
 
 def add_client(service: wiring.Service, name: str, vo: str, actor: str) -> Client:
     """Register a client with a fresh `sub` and no limits of its own."""
     client = Client(client_id=0, name=name, vo=vo, sub=str(wiring.new_uuid7()))
-    database.add_client(service.pool, client, actor)
+    catalogue.add_client(service.pool, client, actor)
     return client
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import uuid_utils
 
-from minter import database, settings
+from minter import catalogue, database, housekeeping, settings
 from minter.errors import SettingsError
 from minter.keystore import Keystore, MasterKey, read_master_key
 from minter.mint import Engine, Observed
@@ -71,12 +71,12 @@ class Service:
 
     def prepare(self) -> None:
         """Bring settings into rows and make partitions: at start, and by beat ever after."""
-        database.sync_catalogue(self.pool, self.loaded.issuers, self.loaded.catalogue())
+        catalogue.sync_catalogue(self.pool, self.loaded.issuers, self.loaded.catalogue())
         self.make_partitions()
 
     def make_partitions(self) -> list[str]:
         """Make the missing partitions; return their names."""
-        return database.make_partitions(
+        return housekeeping.make_partitions(
             self.pool, self.clock().date(), self.loaded.settings.database.retention_days
         )
 

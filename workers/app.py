@@ -13,7 +13,7 @@ from celery.signals import worker_init
 from celery.worker.consumer import Consumer
 from kombu import compression
 
-from minter import contract, database, wiring
+from minter import contract, housekeeping, wiring
 from minter.amqp import Publisher, declare, queues
 from minter.errors import InvalidRequest, MinterError
 from minter.settings import Loaded
@@ -136,8 +136,8 @@ def _start(**_: Any) -> None:
         service.engine,
         Publisher(app.connection_for_write()),
         Suspects(
-            lambda digest: database.suspect(service.pool, digest),
-            lambda digest: database.acquit(service.pool, digest),
+            lambda digest: housekeeping.suspect(service.pool, digest),
+            lambda digest: housekeeping.acquit(service.pool, digest),
         ),
         service.clock,
         lambda stage: on_stage(stage),  # noqa: PLW0108 - looked up at each call: tests replace it

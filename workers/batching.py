@@ -81,7 +81,7 @@ class Pending(Struct, eq=False):
 
 
 class Suspects(Struct, eq=False):
-    """How often messages that came again were tried (`database.suspect`, `database.acquit`)."""
+    """How often messages that came again were tried (`housekeeping.suspect`, `housekeeping.acquit`)."""
 
     count: Callable[[bytes], int]
     acquit: Callable[[bytes], None]

@@ -6,7 +6,7 @@ from typing import Any
 
 from celery import Task
 
-from minter import contract, database
+from minter import contract, housekeeping
 from minter.errors import InvalidRequest, ServerError
 from workers.app import app
 
@@ -61,5 +61,5 @@ def fill_job(_request: dict[str, Any]) -> None:
 def maintain() -> None:
     """Make partitions ahead and forget old suspects; beat sends it every hour."""
     made = app.service.make_partitions()
-    pruned = database.prune_suspects(app.service.pool)
+    pruned = housekeeping.prune_suspects(app.service.pool)
     logger.info("maintained: %d partitions made, %d suspects forgotten", len(made), pruned)

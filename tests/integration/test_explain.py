@@ -71,7 +71,7 @@ def test_one_indexed_probe_for_each_partition_in_the_time_asked_for(million, by)
         (value,) = tx.execute(f"SELECT {columns[by]} FROM tokens OFFSET 500000 LIMIT 1").fetchone()
     since = (wiring.now() - timedelta(days=1)).replace(hour=0, minute=0, second=0, microsecond=0)
     until = since + timedelta(days=4)  # the days that hold rows: an empty partition is read, not searched
-    bounds = {"first": database._floor(since), "last": database._floor(until), "limit": 100}
+    bounds = {"first": database.floor(since), "last": database.floor(until), "limit": 100}
     found = scans(plan(million, database.find_query(by), {"value": value, **bounds}))
     assert found
     assert not [kind for _, kind in found if "Seq" in kind]
@@ -80,8 +80,8 @@ def test_one_indexed_probe_for_each_partition_in_the_time_asked_for(million, by)
         assert len(found) == 1
     narrow = {
         **bounds,
-        "first": database._floor(wiring.now()),
-        "last": database._floor(wiring.now() + timedelta(hours=1)),
+        "first": database.floor(wiring.now()),
+        "last": database.floor(wiring.now() + timedelta(hours=1)),
     }
     assert len(scans(plan(million, database.find_query(by), {"value": value, **narrow}))) <= 2
 

@@ -9,7 +9,7 @@ import psycopg
 import pytest
 from msgspec import structs
 
-from minter import database, keys, stack, wiring
+from minter import catalogue, database, keys, stack, wiring
 from minter.errors import Unavailable
 from minter.keystore import new_master_key
 from minter.mint import Submission, fts_token_id
@@ -115,10 +115,10 @@ def test_asked_twice_same_bytes_also_in_one_batch_from_another_process_and_later
 
 
 def test_rs256_too(service):
-    with database.controlling(service.pool, "test", "retire", "alpen", {}) as tx:
+    with catalogue.controlling(service.pool, "test", "retire", "alpen", {}) as tx:
         tx.execute("UPDATE signing_keys SET state = 'old', retired_at = now()")
     signer = keys.generate("RS256")
-    with database.controlling(service.pool, "test", "key", "alpen", {}) as tx:
+    with catalogue.controlling(service.pool, "test", "key", "alpen", {}) as tx:
         tx.execute(
             "INSERT INTO signing_keys (vo, kid, algorithm, state, public_jwk, private_key, activated_at)"
             " VALUES ('alpen', %s, 'RS256', 'active', %s, %s, now())",
@@ -197,14 +197,14 @@ def test_a_token_that_no_longer_covers_the_need_is_expired_with_an_offer(service
 def test_an_old_key_resigns_for_a_day_and_a_revoked_one_never(service):
     asked = submission("a")
     (first,) = mint(service, asked)
-    with database.controlling(service.pool, "test", "retire", "alpen", {}) as tx:
+    with catalogue.controlling(service.pool, "test", "retire", "alpen", {}) as tx:
         tx.execute("UPDATE signing_keys SET state = 'old', retired_at = now() - interval '23 hours'")
     stack.create_key(service, "alpen", "ES256", "tests")
     assert tokens(mint(service, asked)[0]) == tokens(first)
-    with database.controlling(service.pool, "test", "retire", "alpen", {}) as tx:
+    with catalogue.controlling(service.pool, "test", "retire", "alpen", {}) as tx:
         tx.execute("UPDATE signing_keys SET retired_at = now() - interval '25 hours' WHERE state = 'old'")
     assert mint(service, asked)[0].error.reason == "expired"
-    with database.controlling(service.pool, "test", "revoke", "alpen", {}) as tx:
+    with catalogue.controlling(service.pool, "test", "revoke", "alpen", {}) as tx:
         tx.execute(
             "UPDATE signing_keys SET state = 'revoked', revoked_at = now(), private_key = NULL WHERE state = 'old'"
         )
@@ -239,14 +239,14 @@ def test_unknown_and_disabled_clients_and_a_body_that_lies(service):
     lying = submission("a")
     lying = Submission(structs.replace(lying.request, client="dirac"), "rucio-alpen")
     assert mint(service, lying)[0].error.reason == "client_mismatch"
-    with database.controlling(service.pool, "test", "disable", "rucio-alpen", {}) as tx:
+    with catalogue.controlling(service.pool, "test", "disable", "rucio-alpen", {}) as tx:
         tx.execute("UPDATE clients SET disabled_at = now()")
     assert mint(service, submission("a"))[0].error.reason == "unknown_client"
     assert count(service, "requests") == 0
 
 
 def ban(service, kind, value):
-    with database.controlling(service.pool, "test", "ban", value, {}) as tx:
+    with catalogue.controlling(service.pool, "test", "ban", value, {}) as tx:
         tx.execute("INSERT INTO bans (kind, value, reason) VALUES (%s, %s, 'test')", (kind, value))
 
 
@@ -280,13 +280,13 @@ def test_a_ban_waits_for_a_recording_under_way_and_binds_all_after_it(service, d
 
 
 def test_no_usable_key_is_told_and_not_recorded(service):
-    with database.controlling(service.pool, "test", "revoke", "alpen", {}) as tx:
+    with catalogue.controlling(service.pool, "test", "revoke", "alpen", {}) as tx:
         tx.execute("UPDATE signing_keys SET state = 'revoked', revoked_at = now(), private_key = NULL")
     asked = submission("a")
     assert mint(service, asked)[0].error.reason == "no_usable_key"
     assert count(service, "requests") == 0
     # A key makes the same request good: nothing was final.
-    with database.controlling(service.pool, "test", "delete", "alpen", {}) as tx:
+    with catalogue.controlling(service.pool, "test", "delete", "alpen", {}) as tx:
         tx.execute("DELETE FROM signing_keys")
     stack.create_key(service, "alpen", "ES256", "tests")
     assert mint(service, asked)[0].issued
@@ -414,13 +414,13 @@ def test_a_batch_of_any_size_costs_the_same_statements(service, monkeypatch):
 def test_a_settings_file_that_lost_a_storage_keeps_its_row(service):
     before = rows(service, "SELECT count(*) FROM storages WHERE retired_at IS NULL")[0][0]
     storages = {k: v for k, v in service.loaded.catalogue().items() if k[1] != "TUNDRA-T3_DATADISK"}
-    database.sync_catalogue(service.pool, service.loaded.issuers, storages)
+    catalogue.sync_catalogue(service.pool, service.loaded.issuers, storages)
     assert rows(service, "SELECT name FROM storages WHERE retired_at IS NOT NULL") == [
         ("TUNDRA-T3_DATADISK",)
     ]
-    assert database.sync_catalogue(service.pool, service.loaded.issuers, storages) == 0
+    assert catalogue.sync_catalogue(service.pool, service.loaded.issuers, storages) == 0
     with pytest.raises(Unavailable, match="cannot become"):
-        database.sync_catalogue(service.pool, {"alpen": "https://other.example.org/"}, storages)
+        catalogue.sync_catalogue(service.pool, {"alpen": "https://other.example.org/"}, storages)
     assert before == 24  # 22 RSEs and two FTS
 
 

@@ -17,6 +17,7 @@ ROWS = [
     {"mint"},
     {"answers"},
     {"database", "keystore", "embedded", "settings", "amqp", "migrations", "rabbitmq"},
+    {"catalogue", "housekeeping"},
     {"wiring", "client"},
     {"stack"},
     {"demo"},

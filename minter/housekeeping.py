@@ -1,0 +1,81 @@
+"""Housekeeping: partitions made ahead, and messages that came again after a worker died with them."""
+
+from datetime import UTC, date, datetime, timedelta
+
+from sqlalchemy.engine import Engine as Pool
+
+from minter.database import floor, one, transaction
+
+DAYS_AHEAD = 7
+PARTITIONED = ("requests", "tokens")
+_PARTITION_LOCK = 0x6D696E75
+
+
+def make_partitions(engine: Pool, today: date, retention_days: int) -> list[str]:
+    """Make the missing daily partitions, a week ahead and back to the oldest request_id taken."""
+    made = []
+    with transaction(engine) as connection:
+        connection.execute("SELECT pg_advisory_xact_lock(%s)", (_PARTITION_LOCK,))
+        known = {
+            name
+            for (name,) in connection.execute(
+                "SELECT c.relname FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid"
+                " JOIN pg_class p ON p.oid = i.inhparent WHERE p.relname = ANY(%s)",
+                (list(PARTITIONED),),
+            ).fetchall()
+        }
+        for table in PARTITIONED:
+            back = retention_days + 1 if table == "requests" else 1
+            for offset in range(-back, DAYS_AHEAD + 1):
+                day = today + timedelta(days=offset)
+                name = f"{table}_{day:%Y%m%d}"
+                if name in known:
+                    continue
+                start = datetime(day.year, day.month, day.day, tzinfo=UTC)
+                connection.execute(
+                    f"CREATE TABLE {name} PARTITION OF {table} FOR VALUES FROM ('{floor(start)}')"
+                    f" TO ('{floor(start + timedelta(days=1))}')"
+                )
+                made.append(name)
+    return made
+
+
+def partitions_ahead(engine: Pool, today: date) -> int:
+    """Return for how many days after `today` tokens have a partition already."""
+    with transaction(engine) as connection:
+        rows = connection.execute(
+            "SELECT c.relname FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid"
+            " JOIN pg_class p ON p.oid = i.inhparent WHERE p.relname = 'tokens'"
+            " AND c.relname > %s",
+            (f"tokens_{today:%Y%m%d}",),
+        ).fetchall()
+    return len(rows)
+
+
+# ── suspects ─────────────────────────────────────────────────────────────────────────────────
+
+
+def suspect(engine: Pool, digest: bytes) -> int:
+    """Count one more try of a message that came again; committed before the try."""
+    with transaction(engine) as connection:
+        row = one(
+            connection.execute(
+                "INSERT INTO suspects (digest, attempts) VALUES (%s, 1) ON CONFLICT (digest)"
+                " DO UPDATE SET attempts = suspects.attempts + 1, seen_at = now()"
+                " RETURNING attempts",
+                (digest,),
+            )
+        )
+    return int(row[0])
+
+
+def acquit(engine: Pool, digest: bytes) -> None:
+    """Forget a message that was served, or dead-lettered."""
+    with transaction(engine) as connection:
+        connection.execute("DELETE FROM suspects WHERE digest = %s", (digest,))
+
+
+def prune_suspects(engine: Pool) -> int:
+    """Forget messages not seen for a day."""
+    with transaction(engine) as connection:
+        return connection.execute("DELETE FROM suspects WHERE seen_at < now() - interval '1 day'").rowcount
