@@ -76,7 +76,7 @@ class RabbitMQ(Server):
     def start(self) -> None:
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [PROGRAMS / "rabbitmq-server"], env=self.environ, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                [PROGRAMS / "rabbitmq-server"], cwd=self.folder, env=self.environ, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )  # fmt: skip
         self.wait()
 
