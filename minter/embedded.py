@@ -12,6 +12,7 @@ import socket
 import subprocess
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,7 +31,7 @@ def _package(name: str) -> Path:
     return Path(spec.origin).parent
 
 
-class Server:
+class Server(ABC):
     """One child process that listens on a unix socket in a short, private folder."""
 
     def __init__(self, folder: Path, socket_folder: Path | None = None) -> None:
@@ -62,9 +63,9 @@ class Server:
                 raise SettingsError(f"{type(self).__name__} did not start; its log ends:\n{tail}")
             time.sleep(0.02)
 
+    @abstractmethod
     def ready(self) -> bool:
         """Say whether the server answers."""
-        raise NotImplementedError
 
     def stop(self, number: signal.Signals = signal.SIGINT) -> None:
         """Stop the server and remove its socket folder; `SIGKILL` leaves the folder for a restart."""

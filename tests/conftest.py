@@ -33,12 +33,7 @@ def template(postgres_dsn):
     """A database with the schema, the settings' catalogue and one key: copied for each test."""
     name = f"minter_template_{uuid.uuid4().hex[:8]}"
     _admin(postgres_dsn, f"CREATE DATABASE {name}")
-    service = wiring.Service(load_settings(_dsn(postgres_dsn, name)))
-    migrations.upgrade(service.pool)
-    service.prepare()
-    stack.create_key(service, "alpen", "ES256", "tests")
-    stack.add_client(service, "rucio-alpen", "alpen", "tests")
-    service.pool.dispose()
+    prepare(_dsn(postgres_dsn, name))
     yield name
     _admin(postgres_dsn, f"DROP DATABASE {name} WITH (FORCE)")
 
@@ -81,6 +76,16 @@ def load_settings(dsn: str, **environ: str) -> settings.Loaded:
         EXAMPLES / "settings.toml",
         {"MINTER_DSN": dsn, "MINTER_MASTER_KEY_ALPEN": MASTER_KEY, **environ},
     )
+
+
+def prepare(dsn: str) -> None:
+    """Give a new database the schema, the settings' catalogue, one key and one client."""
+    service = wiring.Service(load_settings(dsn))
+    migrations.upgrade(service.pool)
+    service.prepare()
+    stack.create_key(service, "alpen", "ES256", "tests")
+    stack.add_client(service, "rucio-alpen", "alpen", "tests")
+    service.pool.dispose()
 
 
 def _admin(dsn: str, statement: str) -> None:

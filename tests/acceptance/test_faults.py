@@ -12,7 +12,7 @@ from pathlib import Path
 import kombu
 import pytest
 
-from minter import contract, migrations, stack, wiring
+from minter import contract
 from minter.amqp import declare
 from minter.client import FileRequest, new_request_id
 from minter.embedded import Postgres, Valkey
@@ -21,7 +21,7 @@ from minter.mint import fts_token_id
 from minter.requests import MintRequest
 from tests.acceptance.conftest import Running
 from tests.acceptance.test_workers import OTHER, SE
-from tests.conftest import EXAMPLES, load_settings
+from tests.conftest import EXAMPLES, prepare
 from tests.servers import RabbitMQ, installed
 
 pytestmark = pytest.mark.slow
@@ -43,12 +43,7 @@ def servers(request, tmp_path_factory):
     with kombu.Connection(broker.url) as connection:
         declare(connection)
     declared = time.monotonic()
-    service = wiring.Service(load_settings(postgres.dsn))
-    migrations.upgrade(service.pool)
-    service.prepare()
-    stack.create_key(service, "alpen", "ES256", "tests")
-    stack.add_client(service, "rucio-alpen", "alpen", "tests")
-    service.pool.dispose()
+    prepare(postgres.dsn)
     time.sleep(max(0, 2.5 - (time.monotonic() - declared)))
     yield postgres, broker, folder
     broker.stop()
@@ -265,12 +260,7 @@ def test_a_full_disk_only_delays(tmp_path, servers):
     engine = None
     try:
         postgres.start()
-        service = wiring.Service(load_settings(postgres.dsn))
-        migrations.upgrade(service.pool)
-        service.prepare()
-        stack.create_key(service, "alpen", "ES256", "tests")
-        stack.add_client(service, "rucio-alpen", "alpen", "tests")
-        service.pool.dispose()
+        prepare(postgres.dsn)
         engine = Running(broker, postgres.dsn, tmp_path, app="tests.acceptance.fault_app")
         engine.start_worker()
         with engine.client() as client:
