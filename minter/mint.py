@@ -309,7 +309,7 @@ class Engine:
         """Answer a repeated request_id from what was recorded (I4)."""
         outcome = work.outcome
         outcome.issued, outcome.refusals, outcome.repeated = [], row.refusals, True
-        outcome.client = work.client
+        outcome.client, outcome.decision = work.client, work.decision
         outcome.error = from_dict(row.error) if row.error else None
         if row.digest != outcome.submission.request.digest:
             outcome.refusals = []

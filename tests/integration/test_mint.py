@@ -438,6 +438,8 @@ def test_a_filled_job_is_answered_the_same_way_twice(service):
     first, again = (answers.answer(mint(service, asked, now=now)[0], now) for _ in range(2))
     assert first == again
     assert first.job["params"]["max_time_in_queue"] == 168
+    twins = [answers.answer(o, now) for o in mint(service, asked, asked, now=now)]
+    assert twins == [first, first]
     later = now + timedelta(hours=5)
     assert answers.answer(mint(service, asked, now=later)[0], later).job["params"]["max_time_in_queue"] == 163
 
