@@ -15,6 +15,7 @@ from uuid import UUID
 
 import msgspec
 import psycopg
+from psycopg import sql
 from sqlalchemy import create_engine
 from sqlalchemy.engine import Engine as Pool
 
@@ -25,8 +26,15 @@ from minter.policy import Ban, Bans, Client
 
 CONTROL_LOCK = 0x6D696E74  # "mint": recording holds it shared, changes of the control tables alone
 
-COPY_ROWS = 100
-"""Rows sent to Postgres at once, which takes them in while the next ones are signed."""
+COPY_ROWS = 16
+"""Rows sent to Postgres at once, which takes them in while the next ones are signed: few, so that
+little is left to wait for at the end."""
+
+# Each statement of the string takes its own snapshot, so `version` is read under the lock.
+_BEGIN_RECORDING = sql.SQL(
+    "BEGIN; SET LOCAL synchronous_commit TO on; SELECT pg_advisory_xact_lock_shared({});"
+    " SELECT version, clock_timestamp() FROM control"
+).format(CONTROL_LOCK)
 
 _PASSING = (psycopg.OperationalError, psycopg.InterfaceError, psycopg.errors.ReadOnlySqlTransaction)
 
@@ -72,6 +80,8 @@ def transaction(engine: Pool) -> Iterator["psycopg.Connection[Any]"]:
             driver.rollback()
         raise
     finally:
+        if not driver.closed:
+            driver.autocommit = False
         pooled.close()
 
 
@@ -97,11 +107,12 @@ class Store:
 
     def control(self, connection: "psycopg.Connection[Any]") -> tuple[Control, float]:
         """Read the control tables under the shared lock; equal versions are read once."""
-        with connection.pipeline(), connection.cursor() as cursor:
-            connection.execute("SET LOCAL synchronous_commit TO on")
-            connection.execute("SELECT pg_advisory_xact_lock_shared(%s)", (CONTROL_LOCK,))
-            cursor.execute("SELECT version, clock_timestamp() FROM control")
-            version, database_now = one(cursor)
+        # One round trip: psycopg would send its own BEGIN first, hence autocommit for this moment.
+        connection.autocommit = True
+        cursor = connection.execute(_BEGIN_RECORDING)
+        while cursor.nextset():
+            pass
+        version, database_now = one(cursor)
         skew = (self._clock() - database_now).total_seconds()
         if version != self._version or self._control is None:
             self._control = read_control(connection)

@@ -118,7 +118,7 @@ class Plan(Struct, frozen=True, eq=False):
     steps: tuple[Step, ...]
 
 
-class Lifetime(NamedTuple):
+class Lifetime(Struct, frozen=True, gc=False):
     """How long a token lives: `seconds` from iat to exp, and what it was made of.
 
     A derived need of `wanted` seconds beyond the cap is clipped. `fixed` is the part for transfer,

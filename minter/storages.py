@@ -8,7 +8,6 @@ every storage's namespace; all else that is odd in the part after the base path 
 import re
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
-from typing import NamedTuple
 
 from msgspec import Struct
 
@@ -92,13 +91,6 @@ class Area(Struct, frozen=True, eq=False):
         return directory != prefix and path_contains(prefix, directory)
 
 
-class Location(NamedTuple):
-    """Where an URL points: an area and the decoded, VO-relative path of the file."""
-
-    area: Area
-    path: str
-
-
 def squash(path: str) -> str:
     """Return `path` absolute, with runs of slashes as one and none at the end (but `/` itself)."""
     squashed = _SLASHES.sub("/", "/" + path)
@@ -177,8 +169,8 @@ class Directory:
         """Return every area, in no particular order."""
         return [area for areas in self._areas.values() for area in areas]
 
-    def locate(self, url: str) -> Location:
-        """Find the storage and path that an unencoded URL names.
+    def locate(self, url: str) -> tuple[Area, str]:
+        """Return the area that an unencoded URL lies in, and the decoded, VO-relative path there.
 
         Raises EndpointTakesNoToken, UnknownStorage, PathNotAllowed or InvalidPath. A trailing
         `?copy_mode=push` or `?copy_mode=pull`, which Rucio adds to sources, is dropped.
@@ -207,7 +199,7 @@ class Directory:
                 f"{shown(url)!r} names the whole of storage {area.storage!r}, expected a file below it",
                 storage=area.storage,
             )
-        return Location(area, check_path(area.relative(path)))
+        return area, check_path(area.relative(path))
 
     def _unknown(self, host: str, port: int) -> UnknownStorage:
         known = [f"{h}:{p}" for h, p in self._areas]

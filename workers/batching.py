@@ -18,7 +18,7 @@ import msgspec
 from msgspec import Raw, Struct
 
 from minter import answers, contract
-from minter.amqp import Outgoing, Publisher
+from minter.amqp import Outgoing, Publisher, acknowledge
 from minter.errors import (
     ClockSkew,
     InvalidRequest,
@@ -303,8 +303,7 @@ class Batcher:
         if gone:
             logger.info("%d answers reached nobody: the callers are gone", len(gone))
         self.on_stage("confirmed")
-        for pending, _ in done:
-            pending.message.ack_log_error(logger, self.publisher.errors)
+        acknowledge([pending.message for pending, _ in done], self.publisher.errors)
 
 
 def _take(waiting: Sequence[Pending], most: int) -> list[Pending]:

@@ -38,7 +38,7 @@ def test_no_grant_is_wider_than_the_dialects_expansion_of_what_was_asked(data):
     for grant in decision.grants:
         route, area = grant.plan.route, grant.plan.area
         assert area.storage in {s.name for s in made}
-        path = Directory([s for s in made if s.name == area.storage]).locate(grant.need.url).path
+        path = Directory([s for s in made if s.name == area.storage]).locate(grant.need.url)[1]
         operations = set(grant.need.operations)
         if grant.need.side == "destination":
             operations |= {"retry"} if route.cleanup else set()

@@ -32,7 +32,7 @@ PREFIX = "davs://door.example.org/eos/vo/disk"
     ],
 )
 def test_rucios_urls_as_they_are(url, path):
-    assert DIRECTORY.locate(url).path == path
+    assert DIRECTORY.locate(url)[1] == path
 
 
 @pytest.mark.parametrize(
@@ -77,8 +77,8 @@ def test_the_longest_prefix_wins_and_two_claims_on_one_must_agree():
         base_path="/",
         endpoints=(Endpoint("door.example.org", 443, "/eos/vo/disk/group/g"),),
     )
-    assert Directory([DISK, inner]).locate(f"{PREFIX}/group/g/f").area.storage == "INNER"
-    assert Directory([DISK, inner]).locate(f"{PREFIX}/group/gg").area.storage == "DISK"
+    assert Directory([DISK, inner]).locate(f"{PREFIX}/group/g/f")[0].storage == "INNER"
+    assert Directory([DISK, inner]).locate(f"{PREFIX}/group/gg")[0].storage == "DISK"
     other = Storage(vo="vo", name="OTHER", base_path="/eos", endpoints=DISK.endpoints)
     with pytest.raises(SettingsError, match="share"):
         Directory([DISK, other])
@@ -151,9 +151,9 @@ def test_ours_is_inside_what_rucio_asks_for(storage):
         return
     rse_wide = {s.path for s in parse_scopes(_repaired(asked["scope"])) if s.path}
     for door in storage.endpoints:
-        location = directory.locate(f"davs://{door.host}:{door.port}{door.prefix}/scope/name")
-        assert location.area.audience[0] in hosts
-        assert any(path_contains(wide, location.path) for wide in rse_wide)
+        area, path = directory.locate(f"davs://{door.host}:{door.port}{door.prefix}/scope/name")
+        assert area.audience[0] in hosts
+        assert any(path_contains(wide, path) for wide in rse_wide)
 
 
 def _repaired(scope):
@@ -182,7 +182,7 @@ def test_a_base_path_that_only_looks_like_a_prefix_is_not_cut():
            "attributes": {"oidc_base_path": "/a/data", "oidc_support": True}}  # fmt: skip
     (storage,), warnings = storages_from_export({"rses": {"X": rse}}, "vo")
     assert storage.base_path == "/"
-    assert Directory([storage]).locate("davs://h/a/data2/f").path == "/a/data2/f"
+    assert Directory([storage]).locate("davs://h/a/data2/f")[1] == "/a/data2/f"
     assert any("does not hold the prefix" in w for w in warnings)
 
 
