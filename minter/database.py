@@ -26,7 +26,7 @@ from minter.policy import Ban, Bans, Client
 
 CONTROL_LOCK = 0x6D696E74  # "mint": recording holds it shared, changes of the control tables alone
 
-COPY_ROWS = 16
+COPY_ROWS = 64
 """Rows sent to Postgres at once, which takes them in while the next ones are signed: few, so that
 little is left to wait for at the end."""
 
