@@ -10,30 +10,20 @@ errors are of the tree in `minter.errors`: one file's refusal is in `result.refu
 refused as a whole raises.
 """
 
-import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from itertools import islice
 from typing import Any, Self
-from urllib.parse import unquote, urlsplit
 
-import kombu
-import msgspec
 import uuid_utils
-from msgspec import Struct, structs
+from msgspec import Struct
 
-from minter.amqp import Outgoing, Publisher
-from minter.contract import (
-    FILL_JOB,
-    MINT,
-    REQUEST_EXCHANGE,
-    REQUEST_QUEUE,
-    reply_prefix,
-)
-from minter.errors import InvalidRequest, MinterError, Unavailable, from_dict
+from minter.contract import CANCEL, FETCH, FILL_JOB, MINT, RENEW, REPORT
+from minter.errors import InvalidRequest, MinterError, from_dict
+from minter.followups import CancelRequest, FetchRequest, FileReport, JobReport, RenewRequest, ReportRequest
 from minter.requests import (
     MAX_FILES,
+    Alive,
     Answer,
     FileOperation,
     FileRequest,
@@ -41,17 +31,14 @@ from minter.requests import (
     MintRequest,
     TokenAnswer,
 )
+from minter.transport import AmqpTransport
 
 __all__ = [
-    "FileOperation", "FileRequest", "FilledJob", "MintResult", "MinterClient", "MinterError",
-    "Refusal", "Token", "new_request_id",
+    "Alive", "Changed", "FileOperation", "FileReport", "FileRequest", "FilledJob", "JobReport",
+    "MintResult", "MinterClient", "MinterError", "Refusal", "Token", "new_request_id",
 ]  # fmt: skip
 
 DEFAULT_TIMEOUT_SECONDS = 60.0
-RECONNECT_SECONDS = 0.5
-FIRST_RESEND_SECONDS = 5.0
-"""The embedded broker loses the message that it was handing to a worker as that was killed, so
-there what has no answer is sent again after this time, then after twice as long, and so on."""
 
 
 def new_request_id() -> uuid.UUID:
@@ -117,6 +104,18 @@ class FilledJob(Struct, frozen=True):
         return f"<FilledJob {self.request_id}: {files} files, {len(self.refused)} refused>"
 
 
+class Changed(Struct, frozen=True):
+    """What a report or a cancellation did.
+
+    `tokens` counts those changed, `unknown` has the places that named nothing known, `alive` the
+    cancelled tokens that work until they expire.
+    """
+
+    tokens: int
+    unknown: tuple[str, ...]
+    alive: tuple[Alive, ...]
+
+
 Progress = Callable[[int, int], None]
 
 
@@ -135,20 +134,10 @@ class MinterClient:
         ssl: Mapping[str, Any] | bool = False,
         window: int = 64,
     ) -> None:
-        user = unquote(urlsplit(broker_url).username or "")
-        self.client = client or user
-        if not self.client:
-            raise InvalidRequest("no client: name it, or put the AMQP user into the broker URL")
-        self.timeout_seconds = timeout_seconds
-        self.window = window
-        self._user_id = user or None
-        self._connection = kombu.Connection(broker_url, ssl=ssl, connect_timeout=5)
-        self._publisher = Publisher(self._connection)
-        self._consumer: kombu.Consumer | None = None
-        self._reply_to = ""
-        self._parts: dict[str, dict[int, Answer]] = {}
-        self._answers: dict[str, Answer] = {}
-        self._expected: set[str] = set()
+        self._transport = AmqpTransport(
+            broker_url, client, timeout_seconds=timeout_seconds, ssl=ssl, window=window
+        )
+        self.client = self._transport.client
 
     def __repr__(self) -> str:
         """Name the client; the URL may hold a password."""
@@ -164,11 +153,11 @@ class MinterClient:
 
     def close(self) -> None:
         """Close the connection; the reply queue goes with it."""
-        if self._consumer is not None:
-            with suppress(*self._publisher.errors):  # the queue goes with the connection anyway
-                self._consumer.cancel()
-        self._consumer = None
-        self._publisher.close()
+        self._transport.close()
+
+    def ask(self, task: str, requests: Sequence[Struct]) -> Iterator[Answer]:
+        """Send requests of the contract's form, several under way at once; yield answers in order."""
+        return self._transport.ask(task, requests)
 
     # ── requests ─────────────────────────────────────────────────────────────────────────────
 
@@ -266,114 +255,65 @@ class MinterClient:
                 progress(len(filled), len(requests))
         return filled
 
-    # ── the wire ─────────────────────────────────────────────────────────────────────────────
+    # ── what became of it ────────────────────────────────────────────────────────────────────
 
-    def ask(self, task: str, requests: Sequence[MintRequest | FillRequest]) -> Iterator[Answer]:
-        """Send requests, `window` of them under way at once, and yield their answers in order.
+    def renew(
+        self,
+        renews: uuid.UUID,
+        *,
+        files: Sequence[int] = (),
+        wait_seconds: int | None = None,
+        request_id: uuid.UUID | None = None,
+    ) -> MintResult:
+        """Return new tokens for a resubmission of what request `renews` was granted.
 
-        A lost connection is made again and what has no answer is sent again, under the same ids.
-        Raises Unavailable when nothing arrived for `timeout_seconds`.
+        `files` are their numbers in that request, all if none. Everything is decided again, with
+        the life of the old tokens, or `wait_seconds`, to wait.
         """
-        waiting: dict[str, Outgoing] = {}
-        numbered = [(str(number), request) for number, request in enumerate(requests)]
-        salt = uuid.uuid4().hex
-        unsent = iter(numbered)
-        for number, _ in numbered:
-            correlation_id = f"{salt}.{number}"
-            last_news = time.monotonic()
-            resend_after = FIRST_RESEND_SECONDS
-            while correlation_id not in self._answers:
-                try:
-                    self._connect(waiting)
-                    fresh = [
-                        self._message(task, f"{salt}.{n}", r)
-                        for n, r in islice(unsent, max(0, self.window - len(waiting)))
-                    ]
-                    self._expected.update(str(m.properties["correlation_id"]) for m in fresh)
-                    waiting |= {str(m.properties["correlation_id"]): m for m in fresh}
-                    if fresh and (lost := self._publisher.publish(fresh)):
-                        raise Unavailable(
-                            f"the broker has no queue behind {lost[0].exchange}; is the engine set up?"
-                        )
-                    if not self._publisher.confirms and time.monotonic() - last_news > resend_after:
-                        resend_after *= 2
-                        self._publisher.publish(waiting.values())
-                    before = len(self._answers)
-                    if correlation_id not in self._answers:
-                        self._connection.drain_events(timeout=1.0)
-                    if len(self._answers) != before:
-                        last_news = time.monotonic()
-                        resend_after = FIRST_RESEND_SECONDS
-                except TimeoutError:
-                    pass
-                except self._publisher.errors as error:
-                    self._consumer = None
-                    self._publisher.close()
-                    self._check_time(last_news, error)
-                    time.sleep(RECONNECT_SECONDS)
-                self._check_time(last_news, None)
-                for answered in [c for c in waiting if c in self._answers]:
-                    del waiting[answered]
-            self._expected.discard(correlation_id)
-            yield self._answers.pop(correlation_id)
+        request = RenewRequest(
+            request_id=request_id or new_request_id(),
+            renews=renews,
+            files=tuple(files),
+            wait_seconds=wait_seconds,
+        )
+        return _minted(request.request_id, self._one(RENEW, request))
 
-    def _check_time(self, since: float, error: Exception | None) -> None:
-        if time.monotonic() - since > self.timeout_seconds:
-            raise Unavailable(
-                f"no answer within {self.timeout_seconds:.0f} s; the same request_id may be sent again"
-            ) from error
+    def fetch(self, request_id: uuid.UUID) -> MintResult:
+        """Return what a request was granted before: the same bytes, while they are of use.
 
-    def _connect(self, waiting: Mapping[str, Outgoing]) -> None:
-        """Make sure that there is a reply queue; after a loss, send again what has no answer."""
-        if self._consumer is not None and self._connection.connected:
-            return
-        self._publisher.close()
-        self._connection.connect()
-        self._reply_to = f"{reply_prefix(self.client)}{uuid.uuid4().hex}"
-        channel = self._connection.channel()
-        queue = kombu.Queue(self._reply_to, channel=channel, durable=False, exclusive=True, auto_delete=True)
-        consumer = kombu.Consumer(channel, [queue], on_message=self._receive, no_ack=True)
-        consumer.consume()
-        self._consumer = consumer
-        again = list(waiting.values())
-        for message in again:
-            message.properties = {**message.properties, "reply_to": self._reply_to}
-        if again:
-            self._publisher.publish(again)
+        Raises UnknownRequest, or Expired with an offer to renew.
+        """
+        return _minted(request_id, self._one(FETCH, FetchRequest(request_id)))
 
-    def _message(self, task: str, correlation_id: str, request: MintRequest | FillRequest) -> Outgoing:
-        properties = {"reply_to": self._reply_to, "correlation_id": correlation_id}
-        if self._user_id:
-            properties["user_id"] = self._user_id
-        body = msgspec.json.encode([[request], {}, {}])
-        headers = {"task": task, "id": correlation_id, "lang": "py", "argsrepr": "", "kwargsrepr": ""}
-        return Outgoing(body, REQUEST_QUEUE, REQUEST_EXCHANGE, properties, headers, persistent=True)
+    def report(self, files: Sequence[FileReport] = (), *, jobs: Sequence[JobReport] = ()) -> Changed:
+        """Tell what became of files, and which FTS jobs were submitted; may be repeated."""
+        changed, unknown = 0, []
+        for start in range(0, max(len(files), len(jobs), 1), MAX_FILES):
+            end = start + MAX_FILES
+            answer = self._one(REPORT, ReportRequest(tuple(jobs[start:end]), tuple(files[start:end])))
+            changed += answer.changed
+            unknown += [_shifted(where, start) for where in answer.unknown]
+        return Changed(changed, tuple(unknown), ())
 
-    def _receive(self, message: Any) -> None:
-        body = message.body if isinstance(message.body, bytes) else message.body.encode()
-        correlation_id = message.properties.get("correlation_id") or ""
-        if correlation_id not in self._expected:
-            return  # a second answer to what was sent twice
-        answer = _envelope.decode(body).result
-        if answer.parts > 1:
-            arrived = self._parts.setdefault(correlation_id, {})
-            arrived[answer.part] = answer
-            if len(arrived) < answer.parts:
-                return
-            del self._parts[correlation_id]
-            answer = structs.replace(
-                answer,
-                tokens=[t for a in arrived.values() for t in a.tokens],
-                refusals=[r for a in arrived.values() for r in a.refusals],
-            )
-        self._answers[correlation_id] = answer
+    def cancel(
+        self,
+        request_id: uuid.UUID | None = None,
+        *,
+        files: Sequence[int] = (),
+        external_ids: Sequence[str] = (),
+    ) -> Changed:
+        """Cancel tokens of a request, or of files by external_id, that are not needed any more.
 
+        They are not given again; `alive` lists those that work until they expire.
+        """
+        answer = self._one(CANCEL, CancelRequest(request_id, tuple(files), tuple(external_ids)))
+        return Changed(answer.changed, tuple(answer.unknown), tuple(answer.alive))
 
-class _Envelope(Struct):
-    result: Answer
-
-
-_envelope = msgspec.json.Decoder(_Envelope)
+    def _one(self, task: str, request: Struct) -> Answer:
+        (answer,) = self.ask(task, [request])
+        if answer.error is not None:
+            raise from_dict(answer.error)
+        return answer
 
 
 def _chunks(files: Iterable[FileRequest], size: int) -> Iterator[tuple[FileRequest, ...]]:
@@ -396,3 +336,15 @@ def _result(requests: Sequence[MintRequest], answers: Sequence[Answer], *, whole
         refusals += [Refusal(r.file + first, r.side, r.index, from_dict(r.error)) for r in answer.refusals]
         first += len(request.files)
     return MintResult(tuple(r.request_id for r in requests), tuple(tokens), tuple(refusals))
+
+
+def _minted(request_id: uuid.UUID, answer: Answer) -> MintResult:
+    tokens = sorted(map(Token, answer.tokens), key=lambda t: (t.file, t.side, t.index))
+    refusals = [Refusal(r.file, r.side, r.index, from_dict(r.error)) for r in answer.refusals]
+    return MintResult((request_id,), tuple(tokens), tuple(refusals))
+
+
+def _shifted(where: str, start: int) -> str:
+    """Return the place `files[3]` of a later chunk as a place in the whole."""
+    name, _, number = where.rstrip("]").partition("[")
+    return f"{name}[{int(number) + start}]"

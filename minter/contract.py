@@ -5,7 +5,20 @@ Clients may write to REQUEST_EXCHANGE and read queues below their own reply pref
 
 MINT = "minter.mint"
 FILL_JOB = "minter.fill_job"
-PUBLIC_TASKS = (MINT, FILL_JOB)
+RENEW = "minter.renew"
+FETCH = "minter.fetch"
+REPORT = "minter.report"
+CANCEL = "minter.cancel"
+SCHEMAS = {
+    MINT: "mint-request.json",
+    FILL_JOB: "fill-request.json",
+    RENEW: "renew-request.json",
+    FETCH: "fetch-request.json",
+    REPORT: "report-request.json",
+    CANCEL: "cancel-request.json",
+}
+"""The schema of each public task's argument; schemas/answer.json is that of every answer."""
+PUBLIC_TASKS = tuple(SCHEMAS)
 
 REQUEST_EXCHANGE = "minter.requests"
 REQUEST_QUEUE = "minter.requests"

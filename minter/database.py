@@ -22,7 +22,7 @@ from sqlalchemy.engine import Engine as Pool
 from minter.errors import Unavailable
 from minter.keys import Key
 from minter.mint import Control, RequestRow, TokenRow
-from minter.policy import Ban, Bans, Client
+from minter.policy import Ban, Bans, Client, Plan
 
 CONTROL_LOCK = 0x6D696E74  # "mint": recording holds it shared, changes of the control tables alone
 
@@ -98,12 +98,15 @@ class Store:
         self._control: Control | None = None
         self._storage_ids: dict[tuple[str, str], int] = {}
         self._vo_of: dict[int, str] = {}
+        self._rules: dict[bytes, int] = {}
 
     @contextmanager
     def recording(self) -> Iterator["Recording"]:
         """Open the recording transaction; leaving it without an error commits it durably."""
         with transaction(self.engine) as connection:
-            yield Recording(self, connection)
+            recording = Recording(self, connection)
+            yield recording
+        self._rules |= recording.new_rules  # only now are they there for every later transaction
 
     def control(self, connection: "psycopg.Connection[Any]") -> tuple[Control, float]:
         """Read the control tables under the shared lock; equal versions are read once."""
@@ -122,6 +125,10 @@ class Store:
             self._version = version
         return self._control, skew
 
+    def rule_id(self, plan: Plan) -> int | None:
+        """Return the number of a rule whose row is committed, None if that is not known here."""
+        return self._rules.get(plan.digest)
+
     def storage_id(self, client_id: int, name: str) -> int:
         """Return the row of a client's storage or FTS."""
         return self._storage_ids[self._vo_of[client_id], name]
@@ -133,10 +140,27 @@ class Recording:
     def __init__(self, store: Store, connection: "psycopg.Connection[Any]") -> None:
         self._store = store
         self._connection = connection
+        self.new_rules: dict[bytes, int] = {}
 
     def control(self) -> tuple[Control, float]:
         """Read the control tables and the skew of our clock, in seconds."""
         return self._store.control(self._connection)
+
+    def rules(self, plans: Iterable[Plan]) -> dict[Plan, int]:
+        """Return the numbers of plans; new ones are recorded, in an order that cannot deadlock."""
+        known = {plan: self._store.rule_id(plan) for plan in plans}
+        new = sorted({p.digest: p for p, number in known.items() if number is None}.items())
+        if new:
+            self._connection.cursor().executemany(
+                "INSERT INTO rules (digest, route, storage, operations, steps)"
+                " VALUES (%s, %s, %s, %s, %s) ON CONFLICT DO NOTHING",
+                [(d, p.rule, p.area.storage, list(p.operations), _json(p.steps)) for d, p in new],
+            )
+            found = self._connection.execute(
+                "SELECT digest, rule_id FROM rules WHERE digest = ANY(%s)", ([d for d, _ in new],)
+            ).fetchall()
+            self.new_rules = {bytes(digest): number for digest, number in found}
+        return {p: self.new_rules[p.digest] if n is None else n for p, n in known.items()}
 
     def insert_requests(self, rows: Sequence[RequestRow]) -> set[tuple[UUID, int]]:
         """Insert what is not there yet; return the keys of what was new."""
@@ -145,11 +169,12 @@ class Recording:
         found = self._connection.execute(
             """
             INSERT INTO requests (request_id, client_id, first_jti, received_at, tokens, digest,
-                                  kind, activity, on_behalf_of, error, refusals)
-            SELECT r, c, f, at, t, d, k, a, o, e::jsonb, x::jsonb
+                                  kind, activity, on_behalf_of, error, refusals, renews)
+            SELECT r, c, f, at, t, d, k, a, o, e::jsonb, x::jsonb, n
             FROM unnest(%s::uuid[], %s::int[], %s::uuid[], %s::timestamptz[], %s::int[],
-                        %s::bytea[], %s::text[], %s::text[], %s::text[], %s::text[], %s::text[])
-                 AS new (r, c, f, at, t, d, k, a, o, e, x)
+                        %s::bytea[], %s::text[], %s::text[], %s::text[], %s::text[], %s::text[],
+                        %s::uuid[])
+                 AS new (r, c, f, at, t, d, k, a, o, e, x, n)
             ON CONFLICT DO NOTHING RETURNING request_id, client_id
             """,
             (
@@ -164,6 +189,7 @@ class Recording:
                 [_text(r.on_behalf_of) for r in rows],
                 [_json(r.error) if r.error else None for r in rows],
                 [_json(r.refusals) if r.refusals else None for r in rows],
+                [r.renews for r in rows],
             ),
         ).fetchall()
         return set(found)
@@ -180,8 +206,8 @@ class Recording:
         storage_ids: dict[tuple[int, str], int] = {}
         with self._connection.cursor().copy(
             "COPY tokens (jti, request_id, expires_at, path_hash, fts_token_id, client_id,"
-            " storage_id, key_id, state, mode, side, file, position, external_id, payload)"
-            " FROM STDIN"
+            " storage_id, key_id, state, mode, side, file, position, external_id, payload,"
+            " rule_id) FROM STDIN"
         ) as copy:
             lines = []
             instants: dict[int, datetime] = {}
@@ -198,7 +224,7 @@ class Recording:
                     f"{t.jti}\t{t.request_id.int:032x}\t{instants[t.expires_at]}"
                     f"\t{path_hash(t.path)}\t{t.fts_token_id}\t{t.client_id}\t{storage_id}\t{t.key_id}"
                     f"\tissued\tmint\t{t.side}\t{t.file}\t{t.index}\t{_copy(t.external_id)}"
-                    f"\t{payload}\n"
+                    f"\t{payload}\t{t.rule_id}\n"
                 )
                 if len(lines) >= COPY_ROWS:
                     copy.write("".join(lines).encode())
@@ -264,12 +290,13 @@ def one(cursor: "psycopg.Cursor[Any]") -> Any:
 
 _REQUEST = (
     "r.request_id, r.client_id, r.digest, r.kind, r.activity, r.on_behalf_of, r.first_jti,"
-    " r.tokens, r.refusals, r.error, r.received_at"
+    " r.tokens, r.refusals, r.error, r.received_at, r.renews"
 )
 _COLUMNS = (
     "t.jti::text, t.request_id, t.client_id, coalesce(s.name, ''), t.key_id,"
     " extract(epoch FROM t.expires_at)::bigint, '', t.fts_token_id, t.file, t.side::text,"
-    " t.position, t.external_id, t.payload"
+    " t.position, t.external_id, t.payload, coalesce(t.rule_id, 0),"
+    " coalesce((SELECT l.state::text FROM token_states l WHERE l.jti = t.jti), t.state::text)"
 )
 
 
@@ -322,6 +349,38 @@ def read_control(connection: "psycopg.Connection[Any]") -> Control:
     )
 
 
+class Rule(msgspec.Struct, frozen=True):
+    """What decided a token, beyond its file."""
+
+    route: str
+    storage: str
+    operations: list[Any]
+    steps: list[tuple[str, str]]
+
+
+def find_rules(connection: "psycopg.Connection[Any]", numbers: Iterable[int]) -> dict[int, Rule]:
+    """Return rules by rule_id."""
+    rows = connection.execute(
+        "SELECT rule_id, route, storage, operations, steps FROM rules WHERE rule_id = ANY(%s)",
+        (list(numbers),),
+    ).fetchall()
+    return {number: Rule(*fields) for number, *fields in rows}
+
+
+def read_request(
+    connection: "psycopg.Connection[Any]", request_id: UUID, client_id: int
+) -> tuple[RequestRow, list[TokenRow]] | None:
+    """Return one client's request with its tokens, None if there is none."""
+    row = connection.execute(
+        f"SELECT {_REQUEST} FROM requests r WHERE (r.request_id, r.client_id) = (%s, %s)",
+        (request_id, client_id),
+    ).fetchone()
+    if row is None:
+        return None
+    request = _request_row(row)
+    return request, tokens_of(connection, request)
+
+
 def read_keys(connection: "psycopg.Connection[Any]") -> list[Key]:
     """Return every key of every issuer, without private halves, oldest first."""
     rows = connection.execute(
@@ -341,7 +400,7 @@ def read_private_key(engine: Pool, key_id: int) -> bytes | None:
 
 
 _FOUND = f"""
-    SELECT {_COLUMNS}, t.state::text, t.mode::text, c.name, c.vo, k.kid
+    SELECT {_COLUMNS}, t.mode::text, c.name, c.vo, k.kid
     FROM tokens t
     LEFT JOIN storages s USING (storage_id)
     LEFT JOIN clients c USING (client_id)
@@ -354,6 +413,7 @@ FIND = {
     "jti": "t.jti = %(value)s",
     "path": "t.path_hash = %(value)s",
     "fts_token_id": "t.fts_token_id = %(value)s",
+    "external_id": "t.external_id = %(value)s AND t.external_id <> ''",
 }
 """The questions that one index answers; each is bounded in time by the jti."""
 
@@ -362,7 +422,6 @@ class Found(msgspec.Struct, frozen=True):
     """One token found, with the names around it."""
 
     token: TokenRow
-    state: str
     mode: str
     client: str
     vo: str
@@ -377,7 +436,7 @@ def find_query(by: str) -> str:
 def find_tokens(
     engine: Pool, by: str, value: object, since: datetime, until: datetime, limit: int = 100
 ) -> list[Found]:
-    """Find tokens by jti (UUID), path (decoded, VO-relative) or FTS token id, newest first."""
+    """Find tokens by jti (UUID), path (decoded, VO-relative), FTS token id or external_id, newest first."""
     if by == "path":
         value = path_hash(str(value))
     with transaction(engine) as connection:

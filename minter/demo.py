@@ -304,7 +304,7 @@ def trace_table(found: Sequence[database.Found]) -> Table:
         table.add_row(
             datetime.fromtimestamp((UUID(t.jti).int >> 80) / 1000, UTC).isoformat(" ", "seconds"),
             t.jti, f.client, t.storage, t.side, claims["scope"],
-            datetime.fromtimestamp(t.expires_at, UTC).isoformat(" ", "seconds"), f.state,
+            datetime.fromtimestamp(t.expires_at, UTC).isoformat(" ", "seconds"), t.state,
             f"{t.fts_token_id & (1 << 64) - 1:016x}",
         )  # fmt: skip
     return table

@@ -17,7 +17,8 @@
     │   ├── ReplyNotAllowed          the answer would go to a queue that is not the caller's
     │   ├── NeighbourRefused         refused because another file of an all-or-nothing request was
     │   ├── Conflict                 this request_id was used with other content
-    │   ├── Expired                  its tokens no longer cover the need: ask again with a new id
+    │   ├── UnknownRequest           no request of this client has that id, or its retention is over
+    │   ├── Expired                  its tokens no longer cover the need: renew them
     │   └── Undeliverable            it stopped the worker each time; kept on the dead-letter queue
     ├── Unavailable                  nothing was recorded; the same request may be sent again
     │   ├── NoUsableKey              the issuer has no key that may sign now
@@ -145,8 +146,12 @@ class Conflict(RequestError):
     """The request_id was used before with other content."""
 
 
+class UnknownRequest(RequestError):
+    """No request of this client has that id."""
+
+
 class Expired(RequestError):
-    """The recorded tokens no longer cover the need; a new request_id renews them."""
+    """The recorded tokens no longer cover the need, or were cancelled; a renewal gives new ones."""
 
 
 class Undeliverable(RequestError):

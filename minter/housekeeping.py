@@ -7,7 +7,7 @@ from sqlalchemy.engine import Engine as Pool
 from minter.database import floor, one, transaction
 
 DAYS_AHEAD = 7
-PARTITIONED = ("requests", "tokens")
+PARTITIONED = ("requests", "tokens", "token_states")
 _PARTITION_LOCK = 0x6D696E75
 
 
@@ -25,7 +25,7 @@ def make_partitions(engine: Pool, today: date, retention_days: int) -> list[str]
             ).fetchall()
         }
         for table in PARTITIONED:
-            back = retention_days + 1 if table == "requests" else 1
+            back = 1 if table == "tokens" else retention_days + 1
             for offset in range(-back, DAYS_AHEAD + 1):
                 day = today + timedelta(days=offset)
                 name = f"{table}_{day:%Y%m%d}"

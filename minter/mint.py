@@ -28,6 +28,7 @@ from msgspec import Struct, structs
 from minter import keys
 from minter.claims import build_claims, check_token, unverified_claims
 from minter.errors import (
+    Banned,
     ClientMismatch,
     ClockSkew,
     Conflict,
@@ -36,10 +37,11 @@ from minter.errors import (
     NoUsableKey,
     RequestError,
     UnknownClient,
+    UnknownRequest,
     from_dict,
 )
 from minter.keys import Key, RotationPolicy, Signer
-from minter.policy import BACKDATE_SECONDS, Bans, Client, Decision, Grant, Policy, check_reply_queue
+from minter.policy import BACKDATE_SECONDS, Bans, Client, Decision, Grant, Plan, Policy, check_reply_queue
 from minter.requests import Request, Side, check_request_id
 from minter.scopes import parse_scopes
 
@@ -85,6 +87,7 @@ class RequestRow(Struct, frozen=True):
     refusals: list[dict[str, Any]]
     error: dict[str, Any] | None
     received_at: datetime
+    renews: UUID | None = None
 
 
 class TokenRow(Struct, frozen=True, gc=False):
@@ -103,6 +106,8 @@ class TokenRow(Struct, frozen=True, gc=False):
     index: int
     external_id: str
     payload: str
+    rule_id: int
+    state: str = "issued"
 
 
 class Recording(Protocol):
@@ -110,6 +115,10 @@ class Recording(Protocol):
 
     def control(self) -> tuple[Control, float]:
         """Read the control tables under a shared lock; also the clock's skew to the database's."""
+        ...
+
+    def rules(self, plans: Iterable[Plan]) -> dict[Plan, int]:
+        """Return the numbers of plans, which are recorded if they are new (I8)."""
         ...
 
     def insert_requests(self, rows: Sequence[RequestRow]) -> set[tuple[UUID, int]]:
@@ -216,11 +225,12 @@ class Engine:
                 self._begin(outcome, control, now, works, twins)
             self._observe("decided", outcomes, now)
             ready = [w for w in works.values() if self._ready(w, control, now)]
+            rules = tx.rules({g.plan for w in ready for g in w.decision.grants})
             new = tx.insert_requests([w.row for w in ready])
             self._observe("inserted", outcomes, now)
             fresh = [w for w in ready if w.key in new]
             # The rows stream into COPY while the next ones are signed.
-            tx.copy_tokens(row for w in fresh for row in self._sign(w, control, now))
+            tx.copy_tokens(row for w in fresh for row in self._sign(w, control, rules, now))
             self._observe("copied", outcomes, now)
             known = [w for w in works.values() if w.key not in new]
             recorded = tx.recorded([w.key for w in known]) if known else {}
@@ -267,9 +277,9 @@ class Engine:
         request, client, grants = work.outcome.submission.request, work.client, work.decision.grants
         base = self.new_jti().int & ~_JTI_NUMBERS
         work.row = RequestRow(
-            request.request_id, client.client_id, request.digest, request.kind, request.activity,
+            request.request_id, client.client_id, request.digest, request.kind, _activity(request),
             request.on_behalf_of, UUID(int=base), len(grants), work.outcome.refusals,
-            work.decision.error.as_dict() if work.decision.error else None, now,
+            work.decision.error.as_dict() if work.decision.error else None, now, request.renews,
         )  # fmt: skip
         if not grants:
             return True
@@ -281,7 +291,9 @@ class Engine:
             return False
         return True
 
-    def _sign(self, work: "_Work", control: Control, now: datetime) -> Iterator[TokenRow]:
+    def _sign(
+        self, work: "_Work", control: Control, rules: Mapping[Plan, int], now: datetime
+    ) -> Iterator[TokenRow]:
         """Build, sign and check every token of one new request; yield their rows."""
         key, client = work.signing_key, work.client
         if key is None:
@@ -294,7 +306,7 @@ class Engine:
             payload = build_claims(grant, issuer, client.sub, client.name, seconds, jti)
             token = signer.sign(payload)
             check_token(token, grant, issuer, client.sub, client.name, seconds, jti, key.kid, key.algorithm)
-            row = work.add(grant, jti, payload, token, key, seconds)
+            row = work.add(grant, rules[grant.plan], jti, payload, token, key, seconds)
             if row.fts_token_id % _SAMPLE == 0:
                 keys.verify(token, key.public_jwk)
             yield row
@@ -308,47 +320,78 @@ class Engine:
         now: datetime,
     ) -> None:
         """Answer a repeated request_id from what was recorded (I4)."""
+        try:
+            self._answer_again(work, row, tokens, control, now)
+        except (RequestError, NoUsableKey) as error:
+            work.outcome.issued, work.outcome.refusals, work.outcome.error = [], [], error
+
+    def _answer_again(
+        self, work: "_Work", row: RequestRow, tokens: Sequence[TokenRow], control: Control, now: datetime
+    ) -> None:
         outcome = work.outcome
         outcome.issued, outcome.refusals, outcome.repeated = [], row.refusals, True
         outcome.client, outcome.decision = work.client, work.decision
         outcome.error = from_dict(row.error) if row.error else None
         if row.digest != outcome.submission.request.digest:
-            outcome.refusals = []
-            outcome.error = Conflict(
-                f"request_id {row.request_id} was used before with other content; make a new one"
-            )
-            return
-        try:
-            self._check_bans(work, row, tokens, control.bans)
-            check_reply_queue(outcome.submission.request.reply_queue, work.client)
-            if outcome.error is None:
-                outcome.issued = [self.reissue(t, control, now) for t in tokens]
-        except (RequestError, NoUsableKey) as error:
-            outcome.issued, outcome.refusals, outcome.error = [], [], error
+            raise Conflict(f"request_id {row.request_id} was used before with other content; make a new one")
+        for file in outcome.submission.request.files:
+            control.bans.check(work.client.vo, activity=file.activity)
+        check_reply_queue(outcome.submission.request.reply_queue, work.client)
+        if outcome.error is None:
+            outcome.issued = self._reissue_all(row, tokens, work.client, control, now)
 
-    def _check_bans(self, work: "_Work", row: RequestRow, tokens: Sequence[TokenRow], bans: Bans) -> None:
-        """Raise Banned if a ban made since covers anything that was recorded (I9).
+    def fetch(self, request_id: UUID, name: str, now: datetime) -> Outcome:
+        """Give again what a request was granted, known by its id alone (I3, I4).
 
-        The request is withheld whole: half of a chain, or a copy without its source, helps nobody.
+        Raises UnknownRequest if this client made none, Expired and Banned as a repetition would be
+        refused, and the request's own error if it was refused whole.
         """
-        vo = work.client.vo
-        bans.check(vo, vo=vo, client=work.client.name, activity=row.activity, on_behalf_of=row.on_behalf_of)
-        for file in work.outcome.submission.request.files:
-            bans.check(vo, activity=file.activity)
+        with self.store.recording() as tx:
+            control, skew = tx.control()
+            check_clock(skew)
+            client = known_client(control, name)
+            found = tx.recorded([(request_id, client.client_id)])
+        if not found:
+            raise UnknownRequest(f"client {name!r} has made no request {request_id} that is still kept")
+        ((row, tokens),) = found.values()
+        if row.error:
+            raise from_dict(row.error)
+        if not row.activity and control.bans.has("activity", client.vo):
+            raise Banned(
+                "an activity of this VO is banned, and the request did not name one for all its files; "
+                "repeat it instead",
+                kind="activity",
+            )
+        request = Request(request_id, "mint", row.digest, ())  # a job's content is not recorded
+        issued = self._reissue_all(row, tokens, client, control, now)
+        return Outcome(Submission(request, name), issued, row.refusals, repeated=True, client=client)
+
+    def _reissue_all(
+        self, row: RequestRow, tokens: Sequence[TokenRow], client: Client, control: Control, now: datetime
+    ) -> list[Issued]:
+        """Sign the tokens of a request again; raises Banned for what was banned since (I9).
+
+        A request is withheld whole: half of a chain, or a copy without its source, helps nobody.
+        """
+        bans, vo = control.bans, client.vo
+        bans.check(vo, vo=vo, client=client.name, activity=row.activity, on_behalf_of=row.on_behalf_of)
         for token in tokens:
             bans.check(vo, storage=token.storage)
             for scope in parse_scopes(str(json.loads(token.payload)["scope"])):
                 if scope.path is not None:
                     bans.check_path(vo, scope.path)
+        return [self.reissue(t, control, now) for t in tokens]
 
     def reissue(self, row: TokenRow, control: Control, now: datetime) -> Issued:
         """Sign a recorded token again, byte for byte; raises Expired if it is of no use any more."""
+        if row.state == "cancelled":
+            raise Expired(f"token {row.jti} was cancelled; renew it under a new request_id", renew=True)
         key = next((k for k in control.ring if k.key_id == row.key_id), None)
         left = row.expires_at - now.timestamp()
         if key is None or not keys.may_resign(key, now, self.rotation) or left < COVER_SECONDS:
             raise Expired(
                 f"token {row.jti} cannot be given again ({max(0, int(left))} s of life left, key "
-                f"{key.state if key else 'gone'}); send the request again under a new request_id",
+                f"{key.state if key else 'gone'}); renew it under a new request_id",
                 renew=True,
             )
         token = self.unlock(key).sign(row.payload.encode())
@@ -376,7 +419,9 @@ class _Work:
         """Return an equal id of the same batch, to be answered from the row."""
         return _Work(outcome, self.client, self.decision)
 
-    def add(self, grant: Grant, jti: str, payload: bytes, token: bytes, key: Key, now: int) -> TokenRow:
+    def add(
+        self, grant: Grant, rule_id: int, jti: str, payload: bytes, token: bytes, key: Key, now: int
+    ) -> TokenRow:
         """Note a token for handing out, and return its row."""
         need, storage = grant.need, grant.plan.area.storage
         exp = now - BACKDATE_SECONDS + grant.lifetime.seconds
@@ -385,7 +430,7 @@ class _Work:
         return TokenRow(
             jti, self.row.request_id, self.client.client_id, storage, key.key_id, exp,
             grant.path, fts_token_id(token), need.file, need.side, need.index,
-            grant.external_id, payload.decode(),
+            grant.external_id, payload.decode(), rule_id,
         )  # fmt: skip
 
 
@@ -403,10 +448,22 @@ def check_clock(skew: float) -> None:
         )
 
 
-def _client(control: Control, request: Request, name: str) -> Client:
+def known_client(control: Control, name: str) -> Client:
+    """Return a client that may ask; raises UnknownClient."""
     client = control.clients.get(name)
     if client is None or client.disabled:
         raise UnknownClient(f"client {name!r} is not registered, or disabled; run: minter clients add")
+    return client
+
+
+def _activity(request: Request) -> str:
+    """Return the activity that a request has as a whole, empty if its files differ."""
+    activities = {file.activity or request.activity for file in request.files}
+    return activities.pop() if len(activities) == 1 else request.activity
+
+
+def _client(control: Control, request: Request, name: str) -> Client:
+    client = known_client(control, name)
     if request.client is not None and request.client != name:
         raise ClientMismatch(
             f"the request names client {request.client!r}, but the broker authenticated {name!r}"
@@ -431,5 +488,5 @@ def _share(outcome: Outcome, work: _Work) -> None:
 
 __all__ = [
     "Control", "Engine", "Issued", "Observed", "Outcome", "Recording", "RequestRow",
-    "Store", "Submission", "TokenRow", "check_clock", "fts_token_id",
+    "Store", "Submission", "TokenRow", "check_clock", "fts_token_id", "known_client",
 ]  # fmt: skip

@@ -9,10 +9,12 @@ quirk or the route's rule that added it.
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from hashlib import sha256
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
-from msgspec import Struct
+import msgspec
+from msgspec import Struct, structs
 
 from minter.dialects import DIALECTS, Needed, Operation, scopes_needed
 from minter.errors import (
@@ -87,6 +89,10 @@ class Bans:
             if banned and ((vo, value) in banned or (None, value) in banned):
                 raise Banned(f"{kind} {value!r} is banned by an operator", kind=kind)
 
+    def has(self, kind: str, vo: str) -> bool:
+        """Say whether anything of this kind is banned in this VO."""
+        return any(ban_vo in (None, vo) for ban_vo, _ in self._values.get(kind, ()))
+
     def touches(self, vo: str, path: str) -> bool:
         """Say whether `path`, or the wide grant it stands for, touches a banned prefix."""
         return any(
@@ -112,10 +118,22 @@ class Plan(Struct, frozen=True, eq=False):
 
     route: Route | None
     area: Area
+    operations: tuple[Operation, ...]
     needed: tuple[Needed, ...]
     cap_seconds: int
     cap_rule: str
     steps: tuple[Step, ...]
+    digest: bytes = b""
+    """By which equal plans of all processes are one row."""
+
+    def __post_init__(self) -> None:
+        text = msgspec.json.encode([self.rule, self.area.storage, self.operations, self.steps])
+        structs.force_setattr(self, "digest", sha256(text).digest())
+
+    @property
+    def rule(self) -> str:
+        """The name of the rule that made it."""
+        return self.route.name if self.route else self.cap_rule
 
 
 class Lifetime(Struct, frozen=True, gc=False):
@@ -326,6 +344,10 @@ class Policy:
             f"for client {client.name!r}; add a route or correct the request"
         )
 
+    def fts_url(self, vo: str, name: str) -> str:
+        """Return an URL that means the FTS `name`, empty (the VO's first) if it left the settings."""
+        return next((f"https://{h}" for h, p in self.fts[vo].items() if p.area.storage == name), "")
+
     def _service(self, need: Need, vo: str) -> Grant:
         services = self.fts[vo]
         first = next(iter(services.values()), None)
@@ -372,7 +394,7 @@ def _services(vo: str, fts: Sequence[FTS]) -> dict[str, Plan]:
                 DIALECTS["profile"], "exact", False, True,
             )  # fmt: skip
             step = Step("fts", f"token for submitting to {service.name}, scope fts")
-            found[host] = Plan(None, area, (), service.lifetime_seconds, "fts", (step,))
+            found[host] = Plan(None, area, (), (), service.lifetime_seconds, "fts", (step,))
     return found
 
 
@@ -412,7 +434,7 @@ def _make_plan(route: Route, client: Client, via_fts: bool, area: Area, need: Ne
     ]
     cap, rule, why = _cap(route, client, via_fts, area, needed)
     steps.append(Step(rule, why))
-    return Plan(route, area, needed, cap, rule, tuple(steps))
+    return Plan(route, area, asked, needed, cap, rule, tuple(steps))
 
 
 def _cap(
@@ -472,7 +494,7 @@ def _scope(plan: Plan, path: str, client: Client, bans: Bans) -> str:
             continue
         words.append(f"{needed.scope}:{write(directory)}")
     if not words:
-        rules = f"route {plan.route.name}" if plan.route else plan.cap_rule
+        rules = f"route {plan.rule}" if plan.route else plan.rule
         raise OperationNotAllowed(
             f"nothing of the operation is left on {path!r} after what {rules} forbids and what "
             f"client {client.name!r} may reach"

@@ -116,7 +116,7 @@ class Request(Struct, frozen=True):
     """One submission, native or an FTS job, in the form that is decided on."""
 
     request_id: UUID
-    kind: Literal["mint", "fill_job"]
+    kind: Literal["mint", "fill_job", "renew"]
     digest: bytes
     files: tuple[File, ...]
     vo: str | None = None
@@ -129,6 +129,7 @@ class Request(Struct, frozen=True):
     service: Need | None = None
     via_fts: bool = False
     job: Mapping[str, Any] | None = None
+    renews: UUID | None = None
 
     @property
     def unix_time(self) -> float:
@@ -142,15 +143,16 @@ _fill_decoder = msgspec.json.Decoder(FillRequest)
 
 def decode_mint(body: bytes | msgspec.Raw) -> Request:
     """Decode a `minter.mint` argument; raises InvalidRequest with the place of the fault."""
-    return from_mint(_decode(_mint_decoder, body))
+    return from_mint(decode(_mint_decoder, body))
 
 
 def decode_fill(body: bytes | msgspec.Raw) -> Request:
     """Decode a `minter.fill_job` argument; raises InvalidRequest with the place of the fault."""
-    return from_fill(_decode(_fill_decoder, body))
+    return from_fill(decode(_fill_decoder, body))
 
 
-def _decode(decoder: "msgspec.json.Decoder[Any]", body: bytes | msgspec.Raw) -> Any:
+def decode(decoder: "msgspec.json.Decoder[Any]", body: bytes | msgspec.Raw) -> Any:
+    """Decode what a client sent; raises InvalidRequest with the place of the fault."""
     if len(body) > MAX_BODY_BYTES:
         raise InvalidRequest(
             f"request of {len(body)} bytes is too large, expected at most {MAX_BODY_BYTES}; split it"
@@ -162,7 +164,8 @@ def _decode(decoder: "msgspec.json.Decoder[Any]", body: bytes | msgspec.Raw) -> 
         raise InvalidRequest(f"request does not follow its schema: {error}"[:400]) from None
 
 
-def _digest(request: Struct) -> bytes:
+def content_digest(request: Struct) -> bytes:
+    """Return the digest by which an equal request is known again (I4)."""
     return sha256(msgspec.json.encode(request, order="deterministic")).digest()
 
 
@@ -190,7 +193,7 @@ def from_mint(wire: MintRequest) -> Request:
     return Request(
         request_id=wire.request_id,
         kind="mint",
-        digest=_digest(wire),
+        digest=content_digest(wire),
         files=tuple(_native_file(i, f) for i, f in enumerate(wire.files)),
         vo=wire.vo,
         client=wire.client,
@@ -286,7 +289,7 @@ def from_fill(wire: FillRequest) -> Request:
     return Request(
         request_id=wire.request_id,
         kind="fill_job",
-        digest=_digest(wire),
+        digest=content_digest(wire),
         files=tuple(_job_file(i, f, params, len(job.files)) for i, f in enumerate(job.files)),
         vo=wire.vo,
         client=wire.client,
@@ -411,11 +414,21 @@ class RefusedNeed(Struct, frozen=True):
     error: dict[str, Any]
 
 
+class Alive(Struct, frozen=True):
+    """A cancelled token that works until it expires; `exp` is a NumericDate."""
+
+    jti: str
+    storage: str
+    exp: int
+
+
 class Answer(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """The answer to either task (schemas/answer.json).
+    """The answer to every task (schemas/answer.json).
 
     `error` is set when the whole request is refused. `job`, `refused` and `bearer` come with a
-    filled job. A large answer comes in `parts` messages, numbered from 0 by `part`.
+    filled job. `changed` counts the tokens that a report or a cancellation changed, `unknown` has
+    the places of what it named and nobody knows, `alive` what works on. A large answer comes in
+    `parts` messages, numbered from 0 by `part`.
     """
 
     request_id: str | None = None
@@ -426,6 +439,9 @@ class Answer(Struct, frozen=True, kw_only=True, omit_defaults=True):
     refused: list[dict[str, Any]] = []
     dropped_sources: list[dict[str, Any]] = []
     bearer: TokenAnswer | None = None
+    changed: int = 0
+    unknown: list[str] = []
+    alive: list[Alive] = []
     part: int = 0
     parts: int = 1
 

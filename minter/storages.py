@@ -6,7 +6,7 @@ every storage's namespace; all else that is odd in the part after the base path 
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from difflib import get_close_matches
 
 from msgspec import Struct
@@ -168,6 +168,18 @@ class Directory:
     def areas(self) -> list[Area]:
         """Return every area, in no particular order."""
         return [area for areas in self._areas.values() for area in areas]
+
+    def url(self, storage: str, path: str, audience: Collection[str]) -> str | None:
+        """Return an URL of a VO-relative path at the door of `storage` that has this audience, if any."""
+        for (host, port), areas in self._areas.items():
+            for area in areas:
+                full = squash(f"{area.base_path}/{path}")
+                if (area.storage, set(area.audience)) == (storage, set(audience)) and path_contains(
+                    area.prefix, full
+                ):
+                    # A wide poll token names the whole area: any file there means it again.
+                    return f"davs://{host}:{port}{full}" + ("/any" if full == area.prefix else "")
+        return None
 
     def locate(self, url: str) -> tuple[Area, str]:
         """Return the area that an unencoded URL lies in, and the decoded, VO-relative path there.

@@ -6,7 +6,9 @@ from typing import Any
 
 import msgspec
 
+from minter import contract
 from minter.errors import BY_REASON
+from minter.followups import CancelRequest, FetchRequest, RenewRequest, ReportRequest
 from minter.policy import MAX_CLAIM_CHARACTERS
 from minter.requests import Answer, FillRequest, MintRequest
 from minter.routes import HARD_MAX_SECONDS
@@ -53,10 +55,18 @@ TOKEN = {
 
 def generate() -> dict[str, dict[str, Any]]:
     """Return every schema by its file name."""
-    structs = {"mint-request": MintRequest, "fill-request": FillRequest, "answer": Answer}
+    structs = {
+        contract.MINT: MintRequest,
+        contract.FILL_JOB: FillRequest,
+        contract.RENEW: RenewRequest,
+        contract.FETCH: FetchRequest,
+        contract.REPORT: ReportRequest,
+        contract.CANCEL: CancelRequest,
+    }
+    files: dict[str, type] = {contract.SCHEMAS[task]: struct for task, struct in structs.items()}
     made = {
-        f"{name}.json": {"$schema": _DIALECT, **msgspec.json.schema(struct)}
-        for name, struct in structs.items()
+        name: {"$schema": _DIALECT, **msgspec.json.schema(struct)}
+        for name, struct in (files | {"answer.json": Answer}).items()
     }
     return {**made, "error.json": ERROR, "token.json": TOKEN}
 

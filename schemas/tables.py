@@ -42,6 +42,7 @@ metadata = MetaData(
 TOKEN_STATES = ("queued", "issued", "active", "finished", "cancelled", "failed")
 KEY_STATES = ("prepared", "active", "old", "revoked")
 MODES = ("mint", "exchange", "client_credentials")
+REQUEST_KINDS = ("mint", "fill_job", "renew")
 SIDES = ("source", "destination", "operation", "service")
 BAN_KINDS = ("client", "on_behalf_of", "vo", "activity", "storage", "path")
 
@@ -100,9 +101,12 @@ clients = Table(
     Column("secret_hash", LargeBinary),
     _now("created_at"),
     Column("disabled_at", Instant),
+    Column("old_secret_hash", LargeBinary),
+    Column("old_secret_until", Instant),
     CheckConstraint("name ~ '^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$'", name="name"),
     CheckConstraint("octet_length(sub) BETWEEN 1 AND 255 AND sub ~ '^[ -~]+$'", name="sub"),
     CheckConstraint("max_lifetime_seconds > 0", name="max_lifetime_seconds"),
+    CheckConstraint("(old_secret_hash IS NULL) = (old_secret_until IS NULL)", name="old_secret"),
 )
 
 signing_keys = Table(
@@ -175,6 +179,34 @@ suspects = Table(
     _now("seen_at"),
 )
 
+# What decided a token, beyond its file: once for each combination, named by every token row (I8).
+rules = Table(
+    "rules",
+    metadata,
+    Column("rule_id", Integer, Identity(always=True), primary_key=True),
+    Column("digest", LargeBinary, nullable=False, unique=True),
+    Column("route", Text, nullable=False),
+    Column("storage", Text, nullable=False),
+    Column("operations", ARRAY(Text), nullable=False),
+    Column("steps", JSONB, nullable=False),
+    _now("created_at"),
+    CheckConstraint("octet_length(digest) = 32", name="digest"),
+)
+
+# Which request an FTS job was filled by, so that FTS's ids lead to tokens. `files` has, for each
+# file of the job as submitted, its number in the request; `file_ids` FTS's ids of them.
+jobs = Table(
+    "jobs",
+    metadata,
+    Column("job_id", UUID(as_uuid=True), primary_key=True),
+    Column("request_id", UUID(as_uuid=True), nullable=False),
+    Column("client_id", Integer, nullable=False),
+    Column("files", ARRAY(SmallInteger), nullable=False),
+    Column("file_ids", ARRAY(BigInteger), nullable=False, server_default=text("'{}'")),
+    _now("reported_at"),
+    Index("jobs_reported_at_idx", "reported_at"),
+)
+
 # tokens of a request have the jtis first_jti, first_jti + 1, …: no index from request to token.
 requests = Table(
     "requests",
@@ -190,9 +222,11 @@ requests = Table(
     Column("on_behalf_of", Text, nullable=False),
     Column("error", JSONB),
     Column("refusals", JSONB),
+    Column("renews", UUID(as_uuid=True)),
     CheckConstraint("octet_length(digest) = 32", name="digest"),
     CheckConstraint("tokens >= 0 AND (error IS NULL OR tokens = 0)", name="tokens"),
-    CheckConstraint("kind IN ('mint', 'fill_job')", name="kind"),
+    CheckConstraint(f"kind IN {REQUEST_KINDS!r}", name="kind"),
+    CheckConstraint("(kind = 'renew') = (renews IS NOT NULL)", name="renews"),
     postgresql_partition_by="RANGE (request_id)",
 )
 
@@ -215,6 +249,7 @@ tokens = Table(
     Column("position", SmallInteger, nullable=False),
     Column("external_id", Text, nullable=False),
     Column("payload", Text),
+    Column("rule_id", Integer),
     CheckConstraint(
         "mode <> 'mint' OR (key_id IS NOT NULL AND payload IS NOT NULL AND fts_token_id IS NOT NULL)",
         name="minted",
@@ -222,6 +257,25 @@ tokens = Table(
     CheckConstraint("mode <> 'mint' OR state NOT IN ('queued', 'failed')", name="mint_state"),
     Index("tokens_path_hash_idx", "path_hash"),
     Index("tokens_fts_token_id_idx", "fts_token_id"),
+    Index("tokens_external_id_idx", "external_id", postgresql_where=text("external_id <> ''")),
+    postgresql_partition_by="RANGE (jti)",
+)
+
+# A token without a row here is as it was recorded. Apart from it, because a new version of the
+# wide token row, with its index entries, would cost ten times as much (docs/adr/0007).
+token_states = Table(
+    "token_states",
+    metadata,
+    Column("jti", UUID(as_uuid=True), primary_key=True),
+    Column("active_at", Instant),
+    Column("ended_at", Instant),
+    Column("state", token_state, nullable=False),
+    CheckConstraint(
+        "CASE state WHEN 'active' THEN active_at IS NOT NULL AND ended_at IS NULL"
+        " WHEN 'finished' THEN ended_at IS NOT NULL WHEN 'cancelled' THEN ended_at IS NOT NULL"
+        " ELSE false END",
+        name="state",
+    ),
     postgresql_partition_by="RANGE (jti)",
 )
 

@@ -16,6 +16,7 @@ from kombu import compression
 from minter import contract, housekeeping, wiring
 from minter.amqp import Publisher, declare, queues
 from minter.errors import InvalidRequest, MinterError
+from minter.lives import Lives
 from minter.settings import Loaded
 from workers.batching import Batcher, Suspects
 
@@ -134,6 +135,7 @@ def _start(**_: Any) -> None:
         declare(connection)
     app.batcher = Batcher(
         service.engine,
+        Lives(service.engine, service.pool),
         Publisher(app.connection_for_write()),
         Suspects(
             lambda digest: housekeeping.suspect(service.pool, digest),

@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 from msgspec import Raw, Struct
 
-from minter import answers, contract
+from minter import answers, contract, followups
 from minter.amqp import Outgoing, Publisher, acknowledge
 from minter.errors import (
     ClockSkew,
@@ -30,6 +30,7 @@ from minter.errors import (
     Undeliverable,
     UnknownClient,
 )
+from minter.lives import Lives
 from minter.mint import Engine, Submission
 from minter.requests import MAX_BODY_BYTES, Answer, Request, decode_fill, decode_mint
 from workers import replies
@@ -43,7 +44,7 @@ MAX_DELAY_SECONDS = 10.0
 MAX_EXTENSIONS = 16
 """How often the batch's time may be extended while messages keep coming."""
 
-_DECODERS: dict[str, Callable[[Raw], Request]] = {
+_NEW: dict[str, Callable[[Raw], Request]] = {
     contract.MINT: decode_mint,
     contract.FILL_JOB: decode_fill,
 }
@@ -93,6 +94,7 @@ class Batcher:
     def __init__(
         self,
         engine: Engine,
+        lives: Lives,
         publisher: Publisher,
         suspects: Suspects,
         clock: Callable[[], datetime],
@@ -104,6 +106,7 @@ class Batcher:
         local_client: str | None = None,
     ) -> None:
         self.engine = engine
+        self.lives = lives
         self.publisher = publisher
         self.suspects = suspects
         self.clock = clock
@@ -234,9 +237,14 @@ class Batcher:
         decoded: list[tuple[Pending, Submission]] = []
         for pending in batch:
             try:
-                decoded.append((pending, self._decode(pending)))
-            except RequestError as error:
+                made = self._decode(pending)
+            except (RequestError, NoUsableKey, ClockSkew) as error:
                 done.append((pending, answers.failure(_request_id(pending.body), error)))
+                continue
+            if isinstance(made, Submission):
+                decoded.append((pending, made))
+            else:
+                done.append((pending, made))
         if decoded:
             now = self.clock()
             outcomes = self.engine.mint_many([s for _, s in decoded], now)
@@ -251,7 +259,8 @@ class Batcher:
                 done.append((pending, answer))
         return done
 
-    def _decode(self, pending: Pending) -> Submission:
+    def _decode(self, pending: Pending) -> Submission | Answer:
+        """Return what a message submits, or the answer where it is about an earlier request."""
         body = pending.body
         if len(body) > MAX_BODY_BYTES:
             raise InvalidRequest(
@@ -270,10 +279,25 @@ class Batcher:
         values = [*args, *kwargs.values()]
         if len(values) != 1:
             raise InvalidRequest(f"{pending.task} takes one argument, the request; got {len(values)}")
-        request = _DECODERS[pending.task](values[0])
+        client, (argument,) = pending.client, values
+        if pending.task in _NEW:
+            request = _NEW[pending.task](argument)
+        elif pending.task == contract.RENEW:
+            request = self.lives.renewal(client, followups.decode_renew(argument))
+        else:
+            replies.check_reply_to(pending.message.properties.get("reply_to"), client)
+            return self._follow_up(pending.task, client, argument)
         if request.reply_queue is None:
-            replies.check_reply_to(pending.message.properties.get("reply_to"), pending.client)
-        return Submission(request, pending.client)
+            replies.check_reply_to(pending.message.properties.get("reply_to"), client)
+        return Submission(request, client)
+
+    def _follow_up(self, task: str, client: str, argument: Raw) -> Answer:
+        now = self.clock()
+        if task == contract.FETCH:
+            return self.lives.fetch(client, followups.decode_fetch(argument), now)
+        if task == contract.REPORT:
+            return self.lives.report(client, followups.decode_report(argument), now)
+        return self.lives.cancel(client, followups.decode_cancel(argument), now)
 
     def _finish(
         self, done: Sequence[tuple[Pending, Answer]], dead: dict[int, MinterError] | None = None

@@ -1,4 +1,4 @@
-"""The tasks. The public two are served in batches and never run as Celery tasks."""
+"""The tasks. The public ones are served in batches and never run as Celery tasks."""
 
 import logging
 from collections.abc import Callable
@@ -45,16 +45,18 @@ class InternalTask(Task):
         return take
 
 
-@app.task(name=contract.MINT, base=BatchedTask)
-def mint(_request: dict[str, Any]) -> None:
-    """Mint a request (schemas/mint-request.json); answered with schemas/answer.json."""
-    raise ServerError("minter.mint is served in batches, not called")
+def _public(name: str, schema: str) -> None:
+    """Register a public task: its argument follows schemas/`schema`, its answer schemas/answer.json."""
+
+    @app.task(name=name, base=BatchedTask)
+    def serve(_argument: dict[str, Any]) -> None:
+        raise ServerError(f"{name} is served in batches, not called")
+
+    serve.__doc__ = f"{name}: schemas/{schema} in, schemas/answer.json out."
 
 
-@app.task(name=contract.FILL_JOB, base=BatchedTask)
-def fill_job(_request: dict[str, Any]) -> None:
-    """Fill an FTS job (schemas/fill-request.json); answered with schemas/answer.json."""
-    raise ServerError("minter.fill_job is served in batches, not called")
+for _name in contract.PUBLIC_TASKS:
+    _public(_name, contract.SCHEMAS[_name])
 
 
 @app.task(name="minter.maintain", base=InternalTask)

@@ -12,7 +12,7 @@ from pathlib import Path
 import kombu
 import pytest
 
-from minter import wiring
+from minter import contract, wiring
 from minter.amqp import declare
 from minter.client import MinterClient
 from minter.embedded import Valkey
@@ -157,3 +157,63 @@ def running(broker, database_dsn, tmp_path_factory):
 def client(running):
     with running.client() as made:
         yield made
+
+
+class Raw:
+    """A client that sends what it likes and reads its own reply queue."""
+
+    def __init__(self, running, name="rucio-alpen"):
+        self.running, self.name = running, name
+        self.connection = kombu.Connection(running.url(name))
+        self.reply_to = f"{contract.reply_prefix(name)}{uuid.uuid4().hex}"
+        self.channel = self.connection.channel()
+        self.replies = []
+        queue = kombu.Queue(
+            self.reply_to, channel=self.channel, durable=False, exclusive=True, auto_delete=True
+        )
+        kombu.Consumer(self.channel, [queue], on_message=self.replies.append, no_ack=True).consume()
+
+    def send(
+        self,
+        body,
+        task=contract.MINT,
+        headers=None,
+        exchange=contract.REQUEST_EXCHANGE,
+        key=contract.REQUEST_QUEUE,
+        **properties,
+    ):
+        if isinstance(body, dict):
+            body = json.dumps([[body], {}, {}])
+        correlation = uuid.uuid4().hex
+        user = {"user_id": self.name} if self.running.on_rabbitmq else {}
+        properties = {"reply_to": self.reply_to, "correlation_id": correlation, **user, **properties}
+        message = self.channel.prepare_message(
+            body, content_type="application/json", content_encoding="utf-8",
+            headers={"task": task, "id": correlation} if headers is None else headers,
+            properties={k: v for k, v in properties.items() if v is not None},
+        )  # fmt: skip
+        self.channel.basic_publish(message, exchange=exchange, routing_key=key)
+        return correlation
+
+    def receive(self, correlation, seconds=20):
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            for reply in self.replies:
+                if reply.properties.get("correlation_id") == correlation:
+                    body = reply.body if isinstance(reply.body, bytes) else reply.body.encode()
+                    return json.loads(body)["result"]
+            try:
+                self.connection.drain_events(timeout=0.5)
+            except TimeoutError:
+                continue
+        raise AssertionError("no answer")
+
+    def ask(self, body, **options):
+        return self.receive(self.send(body, **options))
+
+
+@pytest.fixture
+def raw(running):
+    made = Raw(running)
+    yield made
+    made.connection.release()

@@ -10,7 +10,8 @@ from minter import contract, database
 from minter.client import FileRequest, FilledJob
 from minter.demo import read_jobs
 from minter.embedded import _postgres_programs
-from tests.acceptance.test_workers import BROKEN, OTHER, SE, Raw, request
+from tests.acceptance.conftest import Raw
+from tests.acceptance.test_workers import BROKEN, OTHER, SE, request
 from tests.conftest import EXAMPLES, MASTER_KEY
 
 WINDOW = 20

@@ -1,0 +1,202 @@
+"""The life of tokens after they were issued: fetched, renewed, reported, cancelled.
+
+A client reaches its own tokens only; what it names and has not is counted as unknown, so that one
+client cannot learn of another's. Each call is one transaction, and may be repeated.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from datetime import datetime, timedelta
+from typing import Any
+from uuid import UUID
+
+import psycopg
+from sqlalchemy.engine import Engine as Pool
+
+from minter import answers
+from minter.database import find_rules, floor, read_control, read_request, transaction
+from minter.errors import UnknownRequest
+from minter.followups import CancelRequest, FetchRequest, FileReport, JobReport, RenewRequest, ReportRequest
+from minter.mint import Engine, known_client
+from minter.renewals import renewal
+from minter.requests import Alive, Answer, Request
+from minter.routes import HARD_MAX_SECONDS
+
+LONGEST = timedelta(seconds=HARD_MAX_SECONDS) + timedelta(days=1)
+"""How far back reports and cancellations look for tokens: all older ones have expired."""
+
+
+class Lives:
+    """The four operations, with everything but client, request and time bound to them."""
+
+    def __init__(self, engine: Engine, pool: Pool) -> None:
+        self.engine = engine
+        self.pool = pool
+
+    def fetch(self, name: str, wire: FetchRequest, now: datetime) -> Answer:
+        """Return what a request was granted, the same bytes; raises as `Engine.fetch`."""
+        return answers.answer(self.engine.fetch(wire.request_id, name, now), now)
+
+    def renewal(self, name: str, wire: RenewRequest) -> Request:
+        """Return the request that renews another; raises UnknownRequest, UnknownStorage."""
+        with transaction(self.pool) as connection:
+            client = known_client(read_control(connection), name)
+            found = read_request(connection, wire.renews, client.client_id)
+            if found is None:
+                raise UnknownRequest(
+                    f"client {name!r} has made no request {wire.renews} that is still kept; ask anew"
+                )
+            row, tokens = found
+            rules = find_rules(connection, {t.rule_id for t in tokens})
+        operations = {number: rule.operations for number, rule in rules.items()}
+        return renewal(wire, row, tokens, operations, client.vo, self.engine.policy)
+
+    def report(self, name: str, wire: ReportRequest, now: datetime) -> Answer:
+        """Note submitted jobs, and files that became active or finished; returns what changed."""
+        with transaction(self.pool) as connection:
+            client_id = known_client(read_control(connection), name).client_id
+            unknown = _note_jobs(connection, client_id, wire.jobs)
+            found = _named(connection, client_id, wire.files, now)
+            changed = sum(
+                _change(connection, (jti for n, jti in found if wire.files[n].state == state), state, now)
+                for state in ("active", "finished")
+            )
+            known = {number for number, _ in found}
+            unknown += [f"files[{n}]" for n in range(len(wire.files)) if n not in known]
+        return Answer(changed=changed, unknown=unknown)
+
+    def cancel(self, name: str, wire: CancelRequest, now: datetime) -> Answer:
+        """Cancel tokens that are not finished; returns those that work until they expire."""
+        with transaction(self.pool) as connection:
+            client_id = known_client(read_control(connection), name).client_id
+            if wire.request_id is not None:
+                found = read_request(connection, wire.request_id, client_id)
+                if found is None:
+                    raise UnknownRequest(f"client {name!r} has made no request {wire.request_id}")
+                jtis = [UUID(t.jti) for t in found[1] if not wire.files or t.file in wire.files]
+                known = {t.file for t in found[1]}
+                unknown = [f"files[{n}]" for n, file in enumerate(wire.files) if file not in known]
+            else:
+                by_id = _by_external_id(connection, client_id, wire.external_ids, now)
+                jtis = [jti for _, jti in by_id]
+                known_ids = {external_id for external_id, _ in by_id}
+                unknown = [
+                    f"external_ids[{n}]" for n, e in enumerate(wire.external_ids) if e not in known_ids
+                ]
+            changed = _change(connection, jtis, "cancelled", now)
+            alive = connection.execute(
+                "SELECT t.jti::text, s.name, extract(epoch FROM t.expires_at)::bigint FROM tokens t"
+                " JOIN storages s USING (storage_id) WHERE t.jti = ANY(%s) AND t.expires_at > %s"
+                " ORDER BY t.jti",
+                (jtis, now),
+            ).fetchall()
+        return Answer(changed=changed, unknown=unknown, alive=[Alive(*row) for row in alive])
+
+
+def _note_jobs(connection: "psycopg.Connection[Any]", client_id: int, jobs: Sequence[JobReport]) -> list[str]:
+    unknown = []
+    for number, job in enumerate(jobs):
+        noted = connection.execute(
+            "INSERT INTO jobs (job_id, request_id, client_id, files, file_ids)"
+            " SELECT %s, request_id, client_id, %s, %s FROM requests"
+            " WHERE request_id = %s AND client_id = %s"
+            " ON CONFLICT (job_id) DO UPDATE SET file_ids = excluded.file_ids"
+            " WHERE jobs.client_id = excluded.client_id",
+            (job.job_id, list(job.files), list(job.file_ids), job.request_id, client_id),
+        ).rowcount
+        if not noted:
+            unknown.append(f"jobs[{number}]")
+    return unknown
+
+
+def _by_external_id(
+    connection: "psycopg.Connection[Any]", client_id: int, ids: Iterable[str], now: datetime
+) -> list[tuple[str, UUID]]:
+    return connection.execute(
+        "SELECT external_id, jti FROM tokens WHERE client_id = %s AND external_id = ANY(%s)"
+        " AND external_id <> '' AND jti >= %s",
+        (client_id, list(ids), floor(now - LONGEST)),
+    ).fetchall()
+
+
+def _named(
+    connection: "psycopg.Connection[Any]", client_id: int, reports: Sequence[FileReport], now: datetime
+) -> set[tuple[int, UUID]]:
+    """Return the tokens that reports name, as (place of the report, jti)."""
+    by_id: dict[str, list[int]] = defaultdict(list)
+    by_jti: dict[UUID, list[int]] = defaultdict(list)
+    by_file: dict[tuple[UUID, int], list[int]] = defaultdict(list)
+    files_of = _files_of_jobs(connection, client_id, {r.job_id for r in reports if r.job_id is not None})
+    for number, report in enumerate(reports):
+        if report.external_id is not None:
+            by_id[report.external_id].append(number)
+        elif report.jti is not None:
+            by_jti[report.jti].append(number)
+        elif report.request_id is not None and report.file is not None:
+            by_file[report.request_id, report.file].append(number)
+        elif report.job_id in files_of:
+            request_id, by_place, by_file_id = files_of[report.job_id]
+            file = by_file_id.get(report.file_id) if report.file is None else by_place.get(report.file)
+            if file is not None:
+                by_file[request_id, file].append(number)
+    found = [
+        (number, jti)
+        for external_id, jti in _by_external_id(connection, client_id, by_id, now)
+        for number in by_id[external_id]
+    ]
+    found += [(number, jti) for jti in _own(connection, client_id, by_jti) for number in by_jti[jti]]
+    found += [
+        (number, jti)
+        for where, jti in _by_file(connection, client_id, {request_id for request_id, _ in by_file})
+        for number in by_file.get(where, ())
+    ]
+    return set(found)
+
+
+def _own(connection: "psycopg.Connection[Any]", client_id: int, jtis: Iterable[UUID]) -> list[UUID]:
+    rows = connection.execute(
+        "SELECT jti FROM tokens WHERE jti = ANY(%s) AND client_id = %s", (list(jtis), client_id)
+    ).fetchall()
+    return [jti for (jti,) in rows]
+
+
+def _by_file(
+    connection: "psycopg.Connection[Any]", client_id: int, requests: Iterable[UUID]
+) -> list[tuple[tuple[UUID, int], UUID]]:
+    """Return ((request_id, file), jti) of all tokens of these requests."""
+    ranges = connection.execute(
+        "SELECT request_id, first_jti, tokens FROM requests WHERE request_id = ANY(%s) AND client_id = %s",
+        (list(requests), client_id),
+    ).fetchall()
+    request_of = {UUID(int=first.int + n): request for request, first, count in ranges for n in range(count)}
+    rows = connection.execute(
+        "SELECT jti, file FROM tokens WHERE jti = ANY(%s)", (list(request_of),)
+    ).fetchall()
+    return [((request_of[jti], file), jti) for jti, file in rows]
+
+
+def _files_of_jobs(
+    connection: "psycopg.Connection[Any]", client_id: int, jobs: Iterable[UUID]
+) -> dict[UUID | None, tuple[UUID, dict[int | None, int], dict[int | None, int]]]:
+    """Return of each job its request, and the files' numbers there by place and by FTS's file_id."""
+    rows = connection.execute(
+        "SELECT job_id, request_id, files, file_ids FROM jobs WHERE job_id = ANY(%s) AND client_id = %s",
+        (list(jobs), client_id),
+    ).fetchall()
+    return {
+        job: (request, dict(enumerate(files)), dict(zip(ids, files, strict=False)))
+        for job, request, files, ids in rows
+    }
+
+
+def _change(connection: "psycopg.Connection[Any]", jtis: Iterable[UUID], state: str, now: datetime) -> int:
+    """Bring tokens into a state, sorted so that two calls cannot deadlock; what has ended stays."""
+    active, ended = (now, None) if state == "active" else (None, now)
+    return connection.execute(
+        "INSERT INTO token_states (jti, active_at, ended_at, state)"
+        " SELECT jti, %s::timestamptz, %s::timestamptz, %s::token_state FROM unnest(%s::uuid[]) AS j (jti)"
+        " ON CONFLICT (jti) DO UPDATE SET state = excluded.state, ended_at = excluded.ended_at,"
+        " active_at = coalesce(token_states.active_at, excluded.active_at)"
+        " WHERE token_states.ended_at IS NULL AND token_states.state <> excluded.state",
+        (active, ended, state, sorted(set(jtis))),
+    ).rowcount

@@ -1,0 +1,88 @@
+"""Renewals: the new request that a resubmission makes of what was granted before.
+
+Nothing is copied from the old decision but what was asked: every token is decided again, with the
+bans, routes and limits of now.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+
+from minter.dialects import Operation
+from minter.errors import UnknownRequest, UnknownStorage
+from minter.followups import RenewRequest
+from minter.mint import RequestRow, TokenRow
+from minter.policy import Policy
+from minter.requests import File, Need, Request, content_digest
+from minter.scopes import parse_scopes
+
+
+def renewal(
+    wire: RenewRequest,
+    row: RequestRow,
+    tokens: Sequence[TokenRow],
+    operations: Mapping[int, Sequence[Operation]],
+    vo: str,
+    policy: Policy,
+) -> Request:
+    """Return the request that renews `tokens`, all of one request; `operations` are by rule_id.
+
+    A need's `wait_seconds` is the wire's, or the whole life that the old token had. Raises
+    UnknownRequest if nothing is left to renew, UnknownStorage for one that left the settings.
+    """
+    chosen = [t for t in tokens if t.side != "service" and (not wire.files or t.file in wire.files)]
+    if not chosen:
+        raise UnknownRequest(f"request {wire.renews} was granted no token for these files; ask anew")
+    service = next((t for t in tokens if t.side == "service"), None)
+    files: dict[int, list[TokenRow]] = {}
+    for token in chosen:
+        files.setdefault(token.file, []).append(token)
+    return Request(
+        request_id=wire.request_id,
+        kind="renew",
+        digest=content_digest(wire),
+        files=tuple(
+            File(
+                tuple(_need(t, wire, operations, vo, policy, via_fts=service is not None) for t in group),
+                activity=row.activity,
+                external_id=group[0].external_id,
+            )
+            for _, group in sorted(files.items())
+        ),
+        on_behalf_of=row.on_behalf_of,
+        activity=row.activity,
+        reply_queue=wire.reply_queue,
+        service=Need(-1, "service", 0, policy.fts_url(vo, service.storage), ()) if service else None,
+        via_fts=service is not None,
+        renews=wire.renews,
+    )
+
+
+def _need(
+    token: TokenRow,
+    wire: RenewRequest,
+    operations: Mapping[int, Sequence[Operation]],
+    vo: str,
+    policy: Policy,
+    *,
+    via_fts: bool,
+) -> Need:
+    claims = json.loads(token.payload)
+    audience = [claims["aud"]] if isinstance(claims["aud"], str) else claims["aud"]
+    # The narrowest scope names what was asked for; the others are its directory.
+    path = max((s.path or "" for s in parse_scopes(claims["scope"])), key=len)
+    url = policy.directories[vo].url(token.storage, path, audience) if vo in policy.directories else None
+    if url is None:
+        raise UnknownStorage(
+            f"storage {token.storage!r} has no door for token {token.jti} any more; ask with new URLs",
+            storage=token.storage,
+        )
+    life = claims["exp"] - claims["iat"]
+    return Need(
+        token.file,
+        token.side,
+        token.index,
+        url,
+        tuple(operations[token.rule_id]),
+        life if wire.wait_seconds is None else wire.wait_seconds,
+        one_token=via_fts,
+    )

@@ -1,0 +1,178 @@
+"""Requests over AMQP and their answers: the client's way to the engine.
+
+One connection, a reply queue of its own that goes with it, and confirms that do not wait for each
+other. A lost connection is made again, and what has no answer is sent again under the same ids.
+"""
+
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from itertools import islice
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import kombu
+import msgspec
+from msgspec import Struct, structs
+
+from minter.amqp import Outgoing, Publisher
+from minter.contract import REQUEST_EXCHANGE, REQUEST_QUEUE, reply_prefix
+from minter.errors import InvalidRequest, Unavailable
+from minter.requests import Answer
+
+RECONNECT_SECONDS = 0.5
+FIRST_RESEND_SECONDS = 5.0
+"""The embedded broker loses the message that it was handing to a worker as that was killed, so
+there what has no answer is sent again after this time, then after twice as long, and so on."""
+
+
+class AmqpTransport:
+    """A connection to the engine's broker; not for use by several threads at once.
+
+    `client` is the name that the operators registered; on RabbitMQ it is the AMQP user of the URL.
+    `window` requests are under way at once.
+    """
+
+    def __init__(
+        self,
+        broker_url: str,
+        client: str | None = None,
+        *,
+        timeout_seconds: float,
+        ssl: Mapping[str, Any] | bool = False,
+        window: int = 64,
+    ) -> None:
+        user = unquote(urlsplit(broker_url).username or "")
+        self.client = client or user
+        if not self.client:
+            raise InvalidRequest("no client: name it, or put the AMQP user into the broker URL")
+        self.timeout_seconds = timeout_seconds
+        self.window = window
+        self._user_id = user or None
+        self._connection = kombu.Connection(broker_url, ssl=ssl, connect_timeout=5)
+        self._publisher = Publisher(self._connection)
+        self._consumer: kombu.Consumer | None = None
+        self._reply_to = ""
+        self._parts: dict[str, dict[int, Answer]] = {}
+        self._answers: dict[str, Answer] = {}
+        self._expected: set[str] = set()
+
+    def __repr__(self) -> str:
+        """Name the client; the URL may hold a password."""
+        return f"<AmqpTransport of {self.client}>"
+
+    def close(self) -> None:
+        """Close the connection; the reply queue goes with it."""
+        if self._consumer is not None:
+            with suppress(*self._publisher.errors):  # the queue goes with the connection anyway
+                self._consumer.cancel()
+        self._consumer = None
+        self._publisher.close()
+
+    def ask(self, task: str, requests: Sequence[Struct]) -> Iterator[Answer]:
+        """Send requests, `window` of them under way at once, and yield their answers in order.
+
+        A lost connection is made again and what has no answer is sent again, under the same ids.
+        Raises Unavailable when nothing arrived for `timeout_seconds`.
+        """
+        waiting: dict[str, Outgoing] = {}
+        numbered = [(str(number), request) for number, request in enumerate(requests)]
+        salt = uuid.uuid4().hex
+        unsent = iter(numbered)
+        for number, _ in numbered:
+            correlation_id = f"{salt}.{number}"
+            last_news = time.monotonic()
+            resend_after = FIRST_RESEND_SECONDS
+            while correlation_id not in self._answers:
+                try:
+                    self._connect(waiting)
+                    fresh = [
+                        self._message(task, f"{salt}.{n}", r)
+                        for n, r in islice(unsent, max(0, self.window - len(waiting)))
+                    ]
+                    self._expected.update(str(m.properties["correlation_id"]) for m in fresh)
+                    waiting |= {str(m.properties["correlation_id"]): m for m in fresh}
+                    if fresh and (lost := self._publisher.publish(fresh)):
+                        raise Unavailable(
+                            f"the broker has no queue behind {lost[0].exchange}; is the engine set up?"
+                        )
+                    if not self._publisher.confirms and time.monotonic() - last_news > resend_after:
+                        resend_after *= 2
+                        self._publisher.publish(waiting.values())
+                    before = len(self._answers)
+                    if correlation_id not in self._answers:
+                        self._connection.drain_events(timeout=1.0)
+                    if len(self._answers) != before:
+                        last_news = time.monotonic()
+                        resend_after = FIRST_RESEND_SECONDS
+                except TimeoutError:
+                    pass
+                except self._publisher.errors as error:
+                    self._consumer = None
+                    self._publisher.close()
+                    self._check_time(last_news, error)
+                    time.sleep(RECONNECT_SECONDS)
+                self._check_time(last_news, None)
+                for answered in [c for c in waiting if c in self._answers]:
+                    del waiting[answered]
+            self._expected.discard(correlation_id)
+            yield self._answers.pop(correlation_id)
+
+    def _check_time(self, since: float, error: Exception | None) -> None:
+        if time.monotonic() - since > self.timeout_seconds:
+            raise Unavailable(
+                f"no answer within {self.timeout_seconds:.0f} s; the same request_id may be sent again"
+            ) from error
+
+    def _connect(self, waiting: Mapping[str, Outgoing]) -> None:
+        """Make sure that there is a reply queue; after a loss, send again what has no answer."""
+        if self._consumer is not None and self._connection.connected:
+            return
+        self._publisher.close()
+        self._connection.connect()
+        self._reply_to = f"{reply_prefix(self.client)}{uuid.uuid4().hex}"
+        channel = self._connection.channel()
+        queue = kombu.Queue(self._reply_to, channel=channel, durable=False, exclusive=True, auto_delete=True)
+        consumer = kombu.Consumer(channel, [queue], on_message=self._receive, no_ack=True)
+        consumer.consume()
+        self._consumer = consumer
+        again = list(waiting.values())
+        for message in again:
+            message.properties = {**message.properties, "reply_to": self._reply_to}
+        if again:
+            self._publisher.publish(again)
+
+    def _message(self, task: str, correlation_id: str, request: Struct) -> Outgoing:
+        properties = {"reply_to": self._reply_to, "correlation_id": correlation_id}
+        if self._user_id:
+            properties["user_id"] = self._user_id
+        body = msgspec.json.encode([[request], {}, {}])
+        headers = {"task": task, "id": correlation_id, "lang": "py", "argsrepr": "", "kwargsrepr": ""}
+        return Outgoing(body, REQUEST_QUEUE, REQUEST_EXCHANGE, properties, headers, persistent=True)
+
+    def _receive(self, message: Any) -> None:
+        body = message.body if isinstance(message.body, bytes) else message.body.encode()
+        correlation_id = message.properties.get("correlation_id") or ""
+        if correlation_id not in self._expected:
+            return  # a second answer to what was sent twice
+        answer = _envelope.decode(body).result
+        if answer.parts > 1:
+            arrived = self._parts.setdefault(correlation_id, {})
+            arrived[answer.part] = answer
+            if len(arrived) < answer.parts:
+                return
+            del self._parts[correlation_id]
+            answer = structs.replace(
+                answer,
+                tokens=[t for a in arrived.values() for t in a.tokens],
+                refusals=[r for a in arrived.values() for r in a.refusals],
+            )
+        self._answers[correlation_id] = answer
+
+
+class _Envelope(Struct):
+    result: Answer
+
+
+_envelope = msgspec.json.Decoder(_Envelope)

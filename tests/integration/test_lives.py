@@ -1,0 +1,342 @@
+"""What happens to tokens after they were issued: renewed, fetched, reported, cancelled."""
+
+import json
+import time
+from datetime import timedelta
+from uuid import UUID
+
+import pytest
+
+from minter import catalogue, stack, wiring
+from minter.errors import Banned, Expired, InvalidRequest, UnknownClient, UnknownRequest, UnknownStorage
+from minter.followups import (
+    CancelRequest,
+    FetchRequest,
+    FileReport,
+    JobReport,
+    RenewRequest,
+    ReportRequest,
+    decode_cancel,
+    decode_renew,
+    decode_report,
+)
+from minter.lives import Lives
+from minter.mint import Submission
+from minter.policy import asked_scopes
+from minter.requests import FileOperation, FileRequest, FillRequest, MintRequest, from_fill, from_mint
+from tests.conftest import EXAMPLES, rows
+from tests.integration.test_mint import OTHER, SE, mint, submission, tokens
+
+ME = "rucio-alpen"
+
+
+@pytest.fixture
+def lives(service):
+    return Lives(service.engine, service.pool)
+
+
+def renewed(service, lives, **wire):
+    request = lives.renewal(ME, RenewRequest(request_id=wiring.new_uuid7(), **wire))
+    (outcome,) = mint(service, Submission(request, ME))
+    return outcome
+
+
+def states(service):
+    found = rows(
+        service,
+        "SELECT t.external_id, t.side, coalesce(s.state, t.state)::text FROM tokens t"
+        " LEFT JOIN token_states s USING (jti) ORDER BY t.jti",
+    )
+    return {(name, side): state for name, side, state in found}
+
+
+# ── fetch ────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_fetch_gives_the_same_bytes_and_refusals(service, lives):
+    bad = FileRequest(sources=(SE + "x",), destinations=("davs://nowhere.example.org/f",))
+    good = FileRequest(sources=(SE + "a",), destinations=(OTHER + "a",), size=10**9)
+    made = from_mint(MintRequest(request_id=wiring.new_uuid7(), files=(good, bad)))
+    (outcome,) = mint(service, Submission(made, ME))
+    answer = lives.fetch(ME, FetchRequest(made.request_id), wiring.now())
+    assert [t.token.encode() for t in answer.tokens] == tokens(outcome) != []
+    assert [r.error["reason"] for r in answer.refusals] == [r["error"]["reason"] for r in outcome.refusals]
+
+
+def test_a_filled_jobs_tokens_can_be_fetched(service, lives):
+    job = json.loads(min((EXAMPLES / "rucio-41.5/jobs").glob("*.json")).read_text())
+    made = from_fill(FillRequest(request_id=wiring.new_uuid7(), job=job))
+    (outcome,) = mint(service, Submission(made, ME))
+    answer = lives.fetch(ME, FetchRequest(made.request_id), wiring.now())
+    assert [t.token.encode() for t in answer.tokens] == tokens(outcome)
+    assert answer.job is None
+
+
+def test_nobody_fetches_what_another_client_was_granted(service, lives):
+    stack.add_client(service, "dirac", "alpen", "tests")
+    one = submission("a")
+    mint(service, one)
+    with pytest.raises(UnknownRequest, match="has made no request"):
+        lives.fetch("dirac", FetchRequest(one.request.request_id), wiring.now())
+    with pytest.raises(UnknownClient):
+        lives.fetch("mallory", FetchRequest(one.request.request_id), wiring.now())
+
+
+def test_a_fetch_after_a_ban_gives_nothing(service, lives):
+    one = submission("a", activity="Production Input")
+    mint(service, one)
+    with catalogue.controlling(service.pool, "tests", "ban", "x", {}) as tx:
+        tx.execute("INSERT INTO bans (kind, value, reason) VALUES ('activity', 'Production Input', 'test')")
+    with pytest.raises(Banned):
+        lives.fetch(ME, FetchRequest(one.request.request_id), wiring.now())
+
+
+# ── renew ────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_renewal_grants_the_same_scopes_anew(service, lives):
+    first = submission("a", "b c", "d")
+    later = wiring.now() + timedelta(minutes=10)
+    (old,) = mint(service, first)
+    request = lives.renewal(ME, RenewRequest(request_id=wiring.new_uuid7(), renews=first.request.request_id))
+    (new,) = mint(service, Submission(request, ME), now=later)
+    assert [(i.need, i.storage, i.scope) for i in new.issued] == [
+        (i.need, i.storage, i.scope) for i in old.issued
+    ]
+    assert {i.jti for i in new.issued}.isdisjoint(i.jti for i in old.issued)
+    assert all(n.exp >= o.exp for n, o in zip(new.issued, old.issued, strict=True))
+    assert rows(service, "SELECT renews FROM requests WHERE kind = 'renew'") == [(first.request.request_id,)]
+    assert rows(service, "SELECT DISTINCT external_id FROM tokens ORDER BY 1") == [("a",), ("b c",), ("d",)]
+
+
+def test_a_renewal_sent_twice_gives_the_same_tokens(service, lives):
+    first = submission("a")
+    mint(service, first)
+    wire = RenewRequest(request_id=wiring.new_uuid7(), renews=first.request.request_id)
+    (one,) = mint(service, Submission(lives.renewal(ME, wire), ME))
+    (two,) = mint(service, Submission(lives.renewal(ME, wire), ME))
+    assert tokens(one) == tokens(two) != []
+
+
+def test_only_the_files_named_are_renewed_and_a_renewal_can_be_renewed(service, lives):
+    first = submission("a", "b", "c")
+    mint(service, first)
+    once = renewed(service, lives, renews=first.request.request_id, files=(1,))
+    again = renewed(service, lives, renews=once.submission.request.request_id)
+    assert {i.need[0] for i in once.issued} == {i.need[0] for i in again.issued} == {1}
+    assert [i.scope for i in once.issued] == [i.scope for i in again.issued]
+
+
+def test_every_filled_job_of_rucios_can_be_renewed_with_equal_scopes(service, lives):
+    for path in sorted((EXAMPLES / "rucio-41.5/jobs").glob("*.json"))[::9]:
+        made = from_fill(FillRequest(request_id=wiring.new_uuid7(), job=json.loads(path.read_text())))
+        (old,) = mint(service, Submission(made, ME))
+        if not old.issued:
+            continue
+        new = renewed(service, lives, renews=made.request_id)
+        assert new.error is None
+        assert not new.refusals
+        assert [(i.need, i.scope) for i in new.issued] == [(i.need, i.scope) for i in old.issued]
+        assert all(asked_scopes(g) for g in new.decision.grants)
+
+
+def test_operations_outside_a_copy_are_renewed(service, lives):
+    operations = tuple(FileOperation(o, OTHER + "a") for o in ("delete", "upload", "download", "stat"))
+    made = from_mint(MintRequest(request_id=wiring.new_uuid7(), files=(FileRequest(operations=operations),)))
+    (old,) = mint(service, Submission(made, ME))
+    new = renewed(service, lives, renews=made.request_id)
+    assert len(old.issued) == 4
+    assert [(i.need, i.scope) for i in new.issued] == [(i.need, i.scope) for i in old.issued]
+
+
+def test_what_cannot_be_renewed_is_refused(service, lives):
+    first = submission("a")
+    mint(service, first)
+    with pytest.raises(UnknownRequest, match="ask anew"):
+        renewed(service, lives, renews=wiring.new_uuid7())
+    with pytest.raises(UnknownRequest, match="no token for these files"):
+        renewed(service, lives, renews=first.request.request_id, files=(7,))
+    directory = service.engine.policy.directories["alpen"]
+    areas, directory._areas = directory._areas, {}
+    with pytest.raises(UnknownStorage, match="has no door"):
+        renewed(service, lives, renews=first.request.request_id)
+    directory._areas = areas
+    with catalogue.controlling(service.pool, "tests", "ban", "x", {}) as tx:
+        tx.execute("INSERT INTO bans (kind, value, reason) VALUES ('client', %s, 'test')", (ME,))
+    assert isinstance(renewed(service, lives, renews=first.request.request_id).error, Banned)
+
+
+def test_a_renewal_that_renews_itself_is_refused():
+    same = str(wiring.new_uuid7())
+    with pytest.raises(InvalidRequest, match="needs a new request_id"):
+        decode_renew(json.dumps({"request_id": same, "renews": same}).encode())
+
+
+# ── report ───────────────────────────────────────────────────────────────────────────────────
+
+
+def test_files_are_reported_by_any_of_their_names(service, lives):
+    one, two = submission("a", "b", "c"), submission("d", "e")
+    (first, _) = mint(service, one, two)
+    job = wiring.new_uuid7()
+    (jti,) = [UUID(i.jti) for i in first.issued if i.need == (2, "source", 0)]
+    wire = ReportRequest(
+        (JobReport(job, two.request.request_id, (1, 0), (501, 502)),),
+        (
+            FileReport(state="active", external_id="a"),
+            FileReport(state="finished", request_id=one.request.request_id, file=1),
+            FileReport(state="active", jti=jti),
+            FileReport(state="finished", job_id=job, file_id=501),
+            FileReport(state="active", job_id=job, file=1),
+        ),
+    )
+    answer = lives.report(ME, wire, wiring.now())
+    assert (answer.changed, answer.unknown) == (9, [])
+    assert states(service) == {
+        ("a", "source"): "active", ("a", "destination"): "active",
+        ("b", "source"): "finished", ("b", "destination"): "finished",
+        ("c", "source"): "active", ("c", "destination"): "issued",
+        ("d", "source"): "active", ("d", "destination"): "active",
+        ("e", "source"): "finished", ("e", "destination"): "finished",
+    }  # fmt: skip
+    assert lives.report(ME, wire, wiring.now()).changed == 0  # once more changes nothing
+
+
+def test_states_go_forward_only(service, lives):
+    mint(service, submission("a", "b"))
+    for state, expected in (("active", "active"), ("finished", "finished"), ("active", "finished")):
+        lives.report(ME, ReportRequest(files=(FileReport(state=state, external_id="a"),)), wiring.now())
+        assert states(service)["a", "source"] == expected
+    lives.cancel(ME, CancelRequest(external_ids=("a", "b")), wiring.now())
+    lives.report(ME, ReportRequest(files=(FileReport(state="finished", external_id="b"),)), wiring.now())
+    assert states(service)["a", "source"] == "finished"
+    assert states(service)["b", "source"] == "cancelled"
+
+
+def test_active_and_finished_in_one_report_keep_both_instants(service, lives):
+    mint(service, submission("a"))
+    wire = ReportRequest(
+        files=(FileReport(state="finished", external_id="a"), FileReport(state="active", external_id="a"))
+    )
+    assert lives.report(ME, wire, wiring.now()).changed == 4
+    assert rows(
+        service, "SELECT DISTINCT state::text, active_at IS NOT NULL, ended_at IS NOT NULL FROM token_states"
+    ) == [("finished", True, True)]
+
+
+def test_what_a_report_names_and_nobody_knows_is_said(service, lives):
+    stack.add_client(service, "dirac", "alpen", "tests")
+    mint(service, submission("a", client="rucio-alpen"))
+    unknown = wiring.new_uuid7()
+    wire = ReportRequest(
+        (JobReport(unknown, unknown, (0,)),),
+        (
+            FileReport(state="active", external_id="a"),
+            FileReport(state="active", jti=unknown),
+            FileReport(state="active", job_id=unknown, file=0),
+        ),
+    )
+    answer = lives.report("dirac", wire, wiring.now())  # the other client's file is unknown to it
+    assert (answer.changed, answer.unknown) == (0, ["jobs[0]", "files[0]", "files[1]", "files[2]"])
+    assert states(service)["a", "source"] == "issued"
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ({"state": "active"}, "named by nothing"),
+        ({"state": "active", "external_id": "a", "file": 1}, "named by external_id, file"),
+        ({"state": "active", "job_id": "01a20118-9ddb-7538-9909-d9caefa00001"}, "named by job_id"),
+        ({"state": "lost", "external_id": "a"}, "Invalid enum value 'lost'"),
+        ({"state": "active", "external_id": ""}, "length >= 1"),
+    ],
+)
+def test_a_report_without_a_clear_name_is_refused(file, message):
+    with pytest.raises(InvalidRequest, match=message):
+        decode_report(json.dumps({"files": [file]}).encode())
+
+
+def test_a_job_with_other_numbers_of_ids_is_refused():
+    job = {
+        "job_id": str(wiring.new_uuid7()),
+        "request_id": str(wiring.new_uuid7()),
+        "files": [0, 1],
+        "file_ids": [7],
+    }
+    with pytest.raises(InvalidRequest, match=r"file_ids has 1 entries and files 2.*jobs\[0\]"):
+        decode_report(json.dumps({"jobs": [job]}).encode())
+
+
+@pytest.mark.slow
+def test_a_thousand_files_are_reported_and_cancelled_in_a_few_statements(service, lives):
+    """Issue A2 asks for under 100 ms; what it takes is in benchmarks/, this only holds the order of it."""
+    names = [f"f{n}" for n in range(1000)]
+    mint(service, submission(*names))
+    for state in ("active", "finished"):
+        wire = ReportRequest(files=tuple(FileReport(state=state, external_id=n) for n in names))
+        started = time.perf_counter()
+        assert lives.report(ME, wire, wiring.now()).changed == 2000
+        assert time.perf_counter() - started < 5
+
+
+# ── cancel ───────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_cancelled_file_is_not_given_again_and_what_works_on_is_listed(service, lives):
+    one = submission("a", "b")
+    (outcome,) = mint(service, one)
+    answer = lives.cancel(ME, CancelRequest(one.request.request_id, (1,)), wiring.now())
+    assert answer.changed == 2
+    assert {a.jti for a in answer.alive} == {i.jti for i in outcome.issued if i.need[0] == 1}
+    with pytest.raises(Expired, match="was cancelled"):
+        lives.fetch(ME, FetchRequest(one.request.request_id), wiring.now())
+    (again,) = mint(service, one)
+    assert isinstance(again.error, Expired)
+    assert again.issued == []
+    assert lives.cancel(ME, CancelRequest(one.request.request_id, (1, 5)), wiring.now()).unknown == [
+        "files[1]"
+    ]
+
+
+def test_cancelling_what_nobody_knows_is_said(service, lives):
+    with pytest.raises(UnknownRequest):
+        lives.cancel(ME, CancelRequest(wiring.new_uuid7()), wiring.now())
+    answer = lives.cancel(ME, CancelRequest(external_ids=("nothing",)), wiring.now())
+    assert (answer.changed, answer.unknown, answer.alive) == (0, ["external_ids[0]"], [])
+
+
+@pytest.mark.parametrize(
+    "wire",
+    [{}, {"request_id": "01a20118-9ddb-7538-9909-d9caefa00001", "external_ids": ["a"]}, {"files": [1]}],
+)
+def test_a_cancellation_names_one_thing(wire):
+    with pytest.raises(InvalidRequest, match="expected either request_id"):
+        decode_cancel(json.dumps(wire).encode())
+
+
+# ── rules (I8) ───────────────────────────────────────────────────────────────────────────────
+
+
+def test_every_token_names_the_rule_that_made_it(service):
+    mint(service, submission("a", "b"), submission("c"))
+    found = rows(
+        service,
+        "SELECT t.side::text, r.route, r.storage, r.operations, r.steps FROM tokens t JOIN rules r USING (rule_id)"
+        " GROUP BY 1, 2, 3, 4, 5 ORDER BY 1 DESC",
+    )
+    assert [(side, operations) for side, _, _, operations, _ in found] == [
+        ("source", ["read"]), ("destination", ["write"]),
+    ]  # fmt: skip
+    assert all(any(rule.startswith("route") for rule, _ in steps) for *_, steps in found)
+    assert rows(service, "SELECT count(*) FROM rules") == [(2,)]
+
+
+def test_two_processes_agree_on_a_rule(service, dsn):
+    from tests.conftest import load_settings
+
+    other = wiring.Service(load_settings(dsn))
+    mint(service, submission("a"))
+    mint(other, submission("b"))
+    mint(service, submission("c"))
+    assert rows(service, "SELECT count(*) FROM rules") == [(2,)]
+    other.pool.dispose()
