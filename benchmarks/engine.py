@@ -82,7 +82,7 @@ class Bench:
         self.service = wiring.Service(settings.load(path, self.environ))
         migrations.upgrade(self.service.pool)
         self.service.prepare()
-        stack.create_key(self.service, "vo", "ES256", "bench")
+        self.service.create_key("vo", "ES256", "bench")
         stack.add_client(
             self.service, "guest" if isinstance(self.broker, RabbitMQ) else "load", "vo", "bench"
         )

@@ -1,7 +1,8 @@
-"""What settings and operators change: issuers, storages, clients, keys; alone, and audited (I8, I9)."""
+"""What settings and operators change: issuers, storages, clients, bans; alone, and audited (I8, I9)."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import psycopg
@@ -9,8 +10,8 @@ from psycopg.types.json import Jsonb
 from sqlalchemy.engine import Engine as Pool
 
 from minter.database import CONTROL_LOCK, one, transaction
-from minter.errors import Unavailable, UnknownClient
-from minter.policy import Client
+from minter.errors import InvalidRequest, Unavailable, UnknownClient, UnknownVO
+from minter.policy import Ban, Client
 
 
 @contextmanager
@@ -95,29 +96,85 @@ def add_client(engine: Pool, client: Client, actor: str) -> int:
     return int(row[0]) if row else 0
 
 
-def add_key(
-    engine: Pool,
-    vo: str,
-    kid: str,
-    algorithm: str,
-    jwk: Mapping[str, str],
-    encrypted: bytes,
-    actor: str,
-) -> str:
-    """Store a new key and return its state: an issuer's first key is active at once (I6)."""
-    with controlling(engine, actor, "key.create", kid, {"vo": vo, "algorithm": algorithm}) as tx:
-        row = tx.execute(
-            """
-            INSERT INTO signing_keys (vo, kid, algorithm, state, public_jwk, private_key, activated_at)
-            SELECT %(vo)s, %(kid)s, %(algorithm)s, first.state, %(jwk)s, %(encrypted)s,
-                   CASE first.state WHEN 'active' THEN now() END
-            FROM (SELECT (CASE WHEN EXISTS (SELECT FROM signing_keys WHERE vo = %(vo)s)
-                          THEN 'prepared' ELSE 'active' END)::key_state AS state) AS first
-            RETURNING state::text
-            """,
-            {
-                "vo": vo, "kid": kid, "algorithm": algorithm, "jwk": Jsonb(dict(jwk)),
-                "encrypted": encrypted,
-            },
-        ).fetchone()  # fmt: skip
-    return str(row[0]) if row else ""
+def change_client(engine: Pool, name: str, changes: Mapping[str, Any], actor: str) -> None:
+    """Change a client's limits, queues or key; `changes` are columns of `clients`."""
+    shown = {k: bool(v) if k == "jwe_key" else v for k, v in changes.items()}
+    with controlling(engine, actor, "client.change", name, shown) as tx:
+        for column, value in changes.items():
+            _update(tx, name, f"{column} = %s", Jsonb(value) if column == "jwe_key" and value else value)
+
+
+def disable_client(engine: Pool, name: str, actor: str, *, disabled: bool) -> None:
+    """Refuse all that a client asks, from the next transaction on, or take it back."""
+    with controlling(engine, actor, "client.disable" if disabled else "client.enable", name, {}) as tx:
+        _update(tx, name, "disabled_at = CASE WHEN %s THEN now() END", disabled)
+
+
+def set_secret(engine: Pool, name: str, hashed: bytes, keep_old: timedelta, actor: str) -> None:
+    """Give a client a new secret; the one before is taken for `keep_old` more."""
+    with controlling(
+        engine, actor, "client.secret", name, {"keep_old_seconds": keep_old.total_seconds()}
+    ) as tx:
+        _update(
+            tx,
+            name,
+            "old_secret_until = CASE WHEN secret_hash IS NOT NULL THEN now() + %s END,"
+            " old_secret_hash = secret_hash, secret_hash = %s",
+            keep_old,
+            hashed,
+        )
+
+
+def secrets_key(engine: Pool, vo: str, fresh: bytes) -> bytes:
+    """Return the encrypted key that hashes a VO's client secrets; `fresh` becomes it if there is none."""
+    with transaction(engine) as connection:
+        connection.execute(
+            "UPDATE issuers SET secrets_key = %s WHERE vo = %s AND secrets_key IS NULL", (fresh, vo)
+        )
+        row = connection.execute("SELECT secrets_key FROM issuers WHERE vo = %s", (vo,)).fetchone()
+    if row is None:
+        raise UnknownClient(f"VO {vo!r} has no issuer in the database")
+    return bytes(row[0])
+
+
+def _update(tx: "psycopg.Connection[Any]", name: str, change: str, *values: object) -> None:
+    try:
+        changed = tx.execute(f"UPDATE clients SET {change} WHERE name = %s", (*values, name)).rowcount
+    except psycopg.errors.CheckViolation as error:
+        raise InvalidRequest(f"client {name!r} cannot be changed: {error.diag.constraint_name}") from error
+    if not changed:
+        raise UnknownClient(f"client {name!r} is not registered; run: minter clients list")
+
+
+def add_ban(engine: Pool, ban: Ban, reason: str, actor: str) -> None:
+    """Ban, from the next transaction on; raises InvalidRequest if it is in force already."""
+    details = {"kind": ban.kind, "value": ban.value, "vo": ban.vo, "reason": reason}
+    try:
+        with controlling(engine, actor, "ban", ban.value, details) as tx:
+            tx.execute("INSERT INTO bans (kind, value, vo, reason) VALUES (%s, %s, %s, %s)", (*ban, reason))
+    except psycopg.errors.UniqueViolation as error:
+        raise InvalidRequest(f"{ban.kind} {ban.value!r} is banned already") from error
+    except psycopg.errors.ForeignKeyViolation as error:
+        raise UnknownVO(f"VO {ban.vo!r} has no issuer in the database") from error
+
+
+def lift_ban(engine: Pool, ban: Ban, actor: str) -> None:
+    """Lift a ban; raises InvalidRequest if there is none."""
+    with controlling(engine, actor, "unban", ban.value, {"kind": ban.kind, "vo": ban.vo}) as tx:
+        lifted = tx.execute(
+            "UPDATE bans SET lifted_at = now() WHERE (kind, value) = (%s, %s)"
+            " AND vo IS NOT DISTINCT FROM %s AND lifted_at IS NULL",
+            ban,
+        ).rowcount
+        if not lifted:
+            raise InvalidRequest(f"{ban.kind} {ban.value!r} is not banned; run: minter bans")
+
+
+def list_bans(engine: Pool) -> list[dict[str, Any]]:
+    """Return the bans in force, newest first."""
+    with transaction(engine) as connection:
+        rows = connection.execute(
+            "SELECT kind, value, vo, reason, created_at FROM bans WHERE lifted_at IS NULL"
+            " ORDER BY ban_id DESC"
+        ).fetchall()
+    return [dict(zip(("kind", "value", "vo", "reason", "since"), row, strict=True)) for row in rows]

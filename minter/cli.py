@@ -3,28 +3,23 @@
 Exit codes: 0 done · 1 refused, or a check failed · 2 usage or settings · 3 try again later.
 """
 
-import getpass
 import json
 import os
 import signal
 import sys
 import threading
 import uuid
-from collections.abc import Callable
 from datetime import timedelta
-from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
 
 import kombu
-import msgspec
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from minter import (
-    catalogue,
     claims,
+    cli_control,
     database,
     demo,
     housekeeping,
@@ -37,91 +32,25 @@ from minter import (
 )
 from minter.amqp import declare
 from minter.client import MinterClient, new_request_id
-from minter.dialects import OPERATIONS
-from minter.errors import (
-    InvalidRequest,
-    MinterError,
-    SettingsError,
-    TokenRejected,
-    Unavailable,
-)
-from minter.keystore import new_master_key
-from minter.policy import Client
+from minter.console import AsJson, SettingsPath, console, guarded, open_service, read_object, show
+from minter.errors import InvalidRequest, TokenRejected, Unavailable
 from minter.requests import FillRequest, from_fill
-from minter.scopes import check_path
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
-clients_app = typer.Typer(no_args_is_help=True, help="Register and list clients.")
-keys_app = typer.Typer(no_args_is_help=True, help="Make and list signing keys.")
 db_app = typer.Typer(no_args_is_help=True, help="The database.")
 broker_app = typer.Typer(no_args_is_help=True, help="The broker.")
-for name, group in (("clients", clients_app), ("keys", keys_app), ("db", db_app), ("broker", broker_app)):
+for name, group in (("db", db_app), ("broker", broker_app)):
     app.add_typer(group, name=name)
+cli_control.register(app)
 
-console = Console()
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
-SettingsPath = Annotated[
-    Path, typer.Option("--settings", envvar="MINTER_SETTINGS", help="The settings file (TOML).")
-]
 JobFile = Annotated[Path, typer.Option("--job", help="An FTS job as JSON, - for standard input.")]
-
-
-def _guarded(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Turn errors of the tree into one line on standard error and an exit code."""
-
-    @wraps(command)
-    def run(*args: Any, **kwargs: Any) -> None:
-        try:
-            command(*args, **kwargs)
-        except MinterError as error:
-            if kwargs.get("as_json"):
-                typer.echo(json.dumps(error.as_dict()), err=True)
-            else:
-                typer.echo(f"minter: {error.reason}: {error}", err=True)
-            raise typer.Exit(_exit_code(error)) from None
-
-    return run
-
-
-def _exit_code(error: MinterError) -> int:
-    if isinstance(error, SettingsError):
-        return 2
-    return 3 if isinstance(error, Unavailable) else 1
-
-
-def _print(as_json: bool, data: Any, text: Callable[[], Any]) -> None:
-    if as_json:
-        typer.echo(msgspec.json.encode(data).decode())
-    else:
-        shown = text()
-        if isinstance(shown, str):
-            typer.echo(shown)
-        else:
-            console.print(shown)
-
-
-def _table(title: str, headings: tuple[str, ...], rows: list[tuple[Any, ...]]) -> Table:
-    table = Table(title=title)
-    for heading in headings:
-        table.add_column(heading, overflow="fold")
-    for row in rows:
-        table.add_row(*("" if v is None else str(v) for v in row))
-    return table
-
-
-def _service() -> wiring.Service:
-    return wiring.Service(wiring.load_settings())
-
-
-def _actor() -> str:
-    return os.environ.get("SUDO_USER") or getpass.getuser()
 
 
 # ── running ──────────────────────────────────────────────────────────────────────────────────
 
 
 @app.command()
-@_guarded
+@guarded
 def up(
     settings: SettingsPath,
     state: Annotated[Path, typer.Option(help="Where the embedded servers keep their data.")] = Path(
@@ -137,7 +66,7 @@ def up(
     with stack.Stack(settings, state, workers) as running:
         names = ("MINTER_SETTINGS", "MINTER_DSN", "MINTER_BROKER_URL")
         environ = {name: running.environ[name] for name in names}
-        _print(
+        show(
             as_json,
             environ,
             lambda: (
@@ -150,7 +79,7 @@ def up(
 
 
 @app.command("demo")
-@_guarded
+@guarded
 def demo_command(
     examples: Annotated[Path, typer.Option(help="The folder with settings and jobs.")] = Path("examples"),
     as_json: AsJson = False,
@@ -175,7 +104,7 @@ def demo_command(
 
 
 @app.command()
-@_guarded
+@guarded
 def check(settings: SettingsPath, as_json: AsJson = False) -> None:
     """Check the settings as a whole; with a database, also its schema, keys and partitions."""
     os.environ["MINTER_SETTINGS"] = str(settings)
@@ -196,7 +125,7 @@ def check(settings: SettingsPath, as_json: AsJson = False) -> None:
         "routes": len(loaded.settings.routes),
         "warnings": warnings,
     }
-    _print(
+    show(
         as_json,
         facts,
         lambda: (
@@ -228,19 +157,8 @@ def _check_database(service: wiring.Service) -> list[str]:
 # ── tokens ───────────────────────────────────────────────────────────────────────────────────
 
 
-def _read_object(path: Path, what: str) -> dict[str, Any]:
-    try:
-        text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
-        job = json.loads(text)
-    except (OSError, ValueError) as error:
-        raise InvalidRequest(f"{what} {path} cannot be read as JSON: {error}") from error
-    if not isinstance(job, dict):
-        raise InvalidRequest(f"{what} {path} is not a JSON object")
-    return job
-
-
 @app.command("mint")
-@_guarded
+@guarded
 def mint_command(
     job: JobFile,
     client: Annotated[str | None, typer.Option(help="The client, where the broker URL has no user.")] = None,
@@ -254,7 +172,7 @@ def mint_command(
     loaded = wiring.load_settings()
     name = client or loaded.settings.broker.local_client or None
     with MinterClient(loaded.broker_url, name, timeout_seconds=timeout) as minter:
-        filled = minter.fill_job(_read_object(job, "job"), request_id=request_id, fts=fts)
+        filled = minter.fill_job(read_object(job, "job"), request_id=request_id, fts=fts)
     if output is not None and filled.job is not None:
         with os.fdopen(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
             json.dump(filled.job, file)
@@ -266,7 +184,7 @@ def mint_command(
         "dropped_sources": filled.dropped_sources,
         "output": str(output) if output and filled.job else None,
     }
-    _print(
+    show(
         as_json,
         facts,
         lambda: (
@@ -280,15 +198,15 @@ def mint_command(
 
 
 @app.command()
-@_guarded
+@guarded
 def explain(
     job: JobFile,
     client: Annotated[str | None, typer.Option(help="The registered client that would ask.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show every step of the decision on an FTS job, without minting."""
-    service = _service()
-    request = from_fill(FillRequest(request_id=new_request_id(), job=_read_object(job, "job")))
+    service = open_service()
+    request = from_fill(FillRequest(request_id=new_request_id(), job=read_object(job, "job")))
     with database.transaction(service.pool) as connection:
         control = database.read_control(connection)
     name = client or service.loaded.settings.broker.local_client
@@ -296,19 +214,19 @@ def explain(
         raise InvalidRequest(f"client {name!r} is not registered, expected one of {sorted(control.clients)}")
     decision = service.loaded.policy.decide(request, control.clients[name], control.bans)
     lines = policy.explain(decision)
-    _print(as_json, lines, lambda: "\n".join(lines))
+    show(as_json, lines, lambda: "\n".join(lines))
     if decision.refused:
         raise typer.Exit(1)
 
 
 @app.command()
-@_guarded
+@guarded
 def verify(
     token: Annotated[str, typer.Argument(help="The token, or - to read it from standard input.")],
     as_json: AsJson = False,
 ) -> None:
     """Verify a token's signature, times and row, and show its claims."""
-    service = _service()
+    service = open_service()
     text = (sys.stdin.read() if token == "-" else token).strip()  # noqa: S105 - not a secret
     header, unverified = claims.unverified_claims(text.encode())
     with database.transaction(service.pool) as connection:
@@ -329,13 +247,13 @@ def verify(
     if not found or json.loads(found[0].token.payload) != unverified:
         problems.append("no row records it")
     facts = {"valid": not problems, "problems": problems, "header": header, "claims": unverified}
-    _print(as_json, facts, lambda: json.dumps(facts, indent=2))
+    show(as_json, facts, lambda: json.dumps(facts, indent=2))
     if problems:
         raise typer.Exit(1)
 
 
 @app.command()
-@_guarded
+@guarded
 def trace(
     jti: Annotated[uuid.UUID | None, typer.Option(help="A token's jti.")] = None,
     path: Annotated[str | None, typer.Option(help="A file's path in the VO's area of its storage.")] = None,
@@ -345,7 +263,7 @@ def trace(
     as_json: AsJson = False,
 ) -> None:
     """Find tokens, with who asked for them and what they allowed."""
-    service = _service()
+    service = open_service()
     if sum(v is not None for v in (jti, path, request, fts_token_id)) != 1:
         raise InvalidRequest("expected exactly one of --jti, --path, --request, --fts-token-id")
     since, until = service.since(days), service.clock() + timedelta(days=1)
@@ -361,7 +279,7 @@ def trace(
     else:
         by, value = ("jti", jti) if jti is not None else ("path", path)
         found = database.find_tokens(service.pool, by, value, since, until)
-    _print(
+    show(
         as_json,
         {"tokens": found, "refusals": refusals},
         lambda: demo.trace_table(found),
@@ -382,139 +300,18 @@ def _fts_token_id(text: str) -> int:
     return int.from_bytes(raw, signed=True)
 
 
-# ── clients, keys, database, broker ──────────────────────────────────────────────────────────
-
-
-@clients_app.command("add")
-@_guarded
-def clients_add(
-    name: str,
-    vo: Annotated[str, typer.Option()],
-    operation: Annotated[list[str] | None, typer.Option(help="Allowed operation; all if none.")] = None,
-    path: Annotated[list[str] | None, typer.Option(help="Allowed path prefix; all if none.")] = None,
-    max_lifetime: Annotated[int | None, typer.Option(help="Longest token, in seconds.")] = None,
-    reply_queue: Annotated[
-        list[str] | None, typer.Option(help="Durable queue that answers may go to.")
-    ] = None,
-    jwe_key: Annotated[
-        Path | None, typer.Option(help="Public JWK that answers on durable queues are encrypted to.")
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Register a client: the AMQP user that it will connect as."""
-    unknown = set(operation or ()) - set(OPERATIONS)
-    if unknown:
-        raise InvalidRequest(f"unknown operations {sorted(unknown)}, expected {', '.join(OPERATIONS)}")
-    if reserved := [q for q in reply_queue or () if q.startswith("minter.")]:
-        raise InvalidRequest(f"queues {reserved} have the engine's own prefix; choose other names")
-    key = keys.check_jwe_key(_read_object(jwe_key, "key")) if jwe_key else None
-    service = _service()
-    service.prepare()
-    client = Client(
-        client_id=0, name=name, vo=vo, sub=str(wiring.new_uuid7()),
-        operations=frozenset(operation or ()), paths=tuple(check_path(p) for p in path or ()),
-        max_lifetime_seconds=max_lifetime, reply_queues=tuple(reply_queue or ()), jwe_key=key,
-    )  # fmt: skip
-    catalogue.add_client(service.pool, client, _actor())
-    _print(
-        as_json,
-        {"name": name, "vo": vo, "sub": client.sub},
-        lambda: f"client {name} of VO {vo}: sub {client.sub}",
-    )
-
-
-@clients_app.command("list")
-@_guarded
-def clients_list(as_json: AsJson = False) -> None:
-    """List clients and their limits."""
-    service = _service()
-    with database.transaction(service.pool) as connection:
-        found = list(database.read_control(connection).clients.values())
-    _print(
-        as_json,
-        found,
-        lambda: _table(
-            "Clients",
-            ("name", "vo", "sub", "operations", "paths", "max lifetime s", "disabled"),
-            [
-                (
-                    c.name,
-                    c.vo,
-                    c.sub,
-                    ", ".join(sorted(c.operations)) or "all",
-                    ", ".join(c.paths) or "all",
-                    c.max_lifetime_seconds,
-                    c.disabled or None,
-                )
-                for c in found
-            ],
-        ),
-    )
-
-
-@keys_app.command("master")
-@_guarded
-def keys_master() -> None:
-    """Print a fresh master key, to be kept where only the workers can read it."""
-    typer.echo(new_master_key())
-
-
-@keys_app.command("create")
-@_guarded
-def keys_create(vo: Annotated[str, typer.Option()], as_json: AsJson = False) -> None:
-    """Make a signing key: an issuer's first is active at once, a later one stands by."""
-    service = _service()
-    service.prepare()
-    if vo not in service.loaded.settings.issuers:
-        raise SettingsError(f"no [issuers.{vo}] in the settings")
-    algorithm = service.loaded.settings.issuers[vo].algorithm
-    kid, state = stack.create_key(service, vo, algorithm, _actor())
-    _print(
-        as_json,
-        {"kid": kid, "state": state, "algorithm": algorithm},
-        lambda: f"key {kid} ({algorithm}) of VO {vo} is {state}",
-    )
-
-
-@keys_app.command("list")
-@_guarded
-def keys_list(as_json: AsJson = False) -> None:
-    """List keys with their states and instants."""
-    service = _service()
-    rotation = service.loaded.settings.rotation
-    with database.transaction(service.pool) as connection:
-        ring = database.read_keys(connection)
-    _print(
-        as_json,
-        ring,
-        lambda: _table(
-            "Signing keys",
-            ("kid", "vo", "algorithm", "state", "published", "may sign from", "signs until"),
-            [
-                (
-                    k.kid,
-                    k.vo,
-                    k.algorithm,
-                    k.state,
-                    k.published_at,
-                    k.activated_at or keys.may_sign_from(k, rotation),
-                    keys.signs_until(k, rotation),
-                )
-                for k in ring
-            ],
-        ),
-    )
+# ── database, broker ─────────────────────────────────────────────────────────────────────────
 
 
 @db_app.command("upgrade")
-@_guarded
+@guarded
 def db_upgrade(as_json: AsJson = False) -> None:
     """Bring the database to this release's schema, and make partitions."""
-    service = _service()
+    service = open_service()
     migrations.upgrade(service.pool)
     service.prepare()
     ahead = housekeeping.partitions_ahead(service.pool, service.clock().date())
-    _print(
+    show(
         as_json,
         {"partitions_ahead": ahead},
         lambda: f"database is up to date, {ahead} days of partitions ahead",
@@ -522,7 +319,7 @@ def db_upgrade(as_json: AsJson = False) -> None:
 
 
 @broker_app.command("setup")
-@_guarded
+@guarded
 def broker_setup(
     clients: Annotated[
         bool, typer.Option(help="Also make RabbitMQ users and permissions for every client.")
@@ -546,7 +343,7 @@ def broker_setup(
         with kombu.Connection(loaded.broker_url) as connection:
             declare(connection, [q for listed in queues.values() for q in listed])
         made = rabbitmq.setup_users(queues, loaded.broker_url, rabbitmqctl, passwords)
-    _print(as_json, {"users": made}, lambda: f"exchanges and queues declared; {len(made)} users made")
+    show(as_json, {"users": made}, lambda: f"exchanges and queues declared; {len(made)} users made")
 
 
 def main() -> None:

@@ -463,3 +463,8 @@ def find_requests(engine: Pool, request_id: UUID) -> list[tuple[RequestRow, list
 def floor(instant: datetime) -> UUID:
     """Return the smallest UUIDv7 of an instant (milliseconds, RFC 9562 §5.7)."""
     return UUID(int=int(instant.timestamp() * 1000) << 80)
+
+
+def instant(numeric_date: int) -> datetime:
+    """Return a NumericDate (RFC 7519 §2) as an aware datetime."""
+    return datetime.fromtimestamp(numeric_date, UTC)

@@ -24,6 +24,7 @@
     │   ├── NoUsableKey              the issuer has no key that may sign now
     │   └── ClockSkew                this process and Postgres disagree about the time
     ├── TokenRejected                a finished token failed its check: it never leaves the engine
+    ├── UnknownKey                   no key has that kid, or it is revoked
     ├── SettingsError                the settings file cannot be used
     └── ServerError                  anything else, seen from a client: opaque
 
@@ -174,6 +175,12 @@ class ClockSkew(Unavailable):
 
 class TokenRejected(MinterError):
     """A finished token failed its check and was destroyed."""
+
+
+class UnknownKey(MinterError):
+    """No signing key has that kid, or nothing more can be done with it."""
+
+    code = "invalid_request"
 
 
 class SettingsError(MinterError):

@@ -20,12 +20,15 @@ from jwt.algorithms import ECAlgorithm, RSAAlgorithm
 from jwt.utils import base64url_encode
 from msgspec import Struct, structs
 
-from minter.errors import InvalidRequest, NoUsableKey, TokenRejected
+from minter.errors import InvalidRequest, NoUsableKey, TokenRejected, UnknownKey
 
 Algorithm = Literal["ES256", "RS256"]
 KeyState = Literal["prepared", "active", "old", "revoked"]
 
 RSA_BITS = 2048
+HARD_MAX_SECONDS = 192 * 3600
+"""Longest token of any route: Rucio lets FTS queue for 168 h, and a transfer takes its time. A key
+that signs no more stays public for as long (I6)."""
 _P256_BYTES = 32
 
 # RFC 6979: the same payload and key give the same signature, so a row gives its token again (I4).
@@ -226,15 +229,44 @@ def _after_rotation(key: Key, successor: Key, now: datetime) -> Key:
     if key is successor:
         return structs.replace(key, state="active", activated_at=now)
     if key.vo == successor.vo and key.state == "active":
-        return structs.replace(key, state="old", retired_at=now)
+        last_exp = now + timedelta(seconds=HARD_MAX_SECONDS)
+        return structs.replace(key, state="old", retired_at=now, last_exp=last_exp)
     return key
 
 
 def revoke(ring: Sequence[Key], kid: str, now: datetime, policy: RotationPolicy) -> list[Key]:
-    """Return the ring without the key `kid`; a ready standby takes over in the same step (I6)."""
+    """Return the ring without the key `kid`; a ready standby takes over in the same step (I6).
+
+    A policy whose `publish_seconds` is 0 lets a standby take over that verifiers may not know yet.
+    """
     revoked = next((k for k in ring if k.kid == kid), None)
     if revoked is None:
-        raise NoUsableKey(f"no key has the kid {kid!r}")
+        raise UnknownKey(f"no key has the kid {kid!r}; run: minter keys list")
+    if revoked.state == "revoked":
+        raise UnknownKey(f"key {kid} is revoked already")
     if revoked.state == "active":
         ring = rotate(ring, revoked.vo, now, policy)
     return [structs.replace(k, state="revoked") if k.kid == kid else k for k in ring]
+
+
+def due(
+    ring: Iterable[Key], vo: str, now: datetime, policy: RotationPolicy
+) -> Literal["create", "rotate"] | None:
+    """Return what an issuer's ring needs: a standby, or its standby in the active key's place.
+
+    An issuer without an active key is the operators' to begin, or to begin again.
+    """
+    own = [key for key in ring if key.vo == vo]
+    until = next((signs_until(k, policy) for k in own if k.state == "active"), None)
+    if until is None:
+        return None
+    standby = [k for k in own if k.state == "prepared"]
+    if not standby:
+        return "create"
+    ready = any(may_sign_from(k, policy) <= now for k in standby)
+    return "rotate" if ready and until <= now else None
+
+
+def spent(ring: Iterable[Key], now: datetime, policy: RotationPolicy) -> list[Key]:
+    """Return the old keys whose private halves are to be destroyed: they re-sign nothing more."""
+    return [key for key in ring if key.state == "old" and not may_resign(key, now, policy)]

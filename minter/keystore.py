@@ -5,9 +5,11 @@ The associated data names the row, so a ciphertext moved to another row does not
 """
 
 import base64
+import hmac
 import os
 import secrets
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from cryptography.exceptions import InvalidTag
@@ -19,45 +21,49 @@ from minter import keys
 from minter.errors import NoUsableKey, SettingsError
 
 MASTER_KEY_BYTES = 32
+SIGNING_KEY, PEPPER = "signing_key", "secrets_key"
+"""The purposes that keys are derived for, and associated data begins with."""
 _NONCE_BYTES = 12
 _VERSION = b"\x01"
 
 
 class MasterKey:
-    """One issuer's master key; its `repr` shows the VO only."""
+    """One issuer's master keys: the first encrypts, every one decrypts; `repr` shows the VO only.
 
-    def __init__(self, vo: str, material: bytes) -> None:
-        if len(material) != MASTER_KEY_BYTES:
-            raise SettingsError(
-                f"master key of VO {vo!r} has {len(material)} bytes, expected {MASTER_KEY_BYTES} "
-                "in base64url; make one with: minter keys master"
-            )
+    More than one is there only while the master key is changed (`minter keys rewrap`).
+    """
+
+    def __init__(self, vo: str, *materials: bytes) -> None:
+        for material in materials:
+            if len(material) != MASTER_KEY_BYTES:
+                raise SettingsError(
+                    f"master key of VO {vo!r} has {len(material)} bytes, expected {MASTER_KEY_BYTES} "
+                    "in base64url; make one with: minter keys master"
+                )
         self.vo = vo
-        self._material = material
+        self._materials = materials
 
     def __repr__(self) -> str:
         """Name the VO, never show the key."""
         return f"MasterKey({self.vo})"
 
-    def _cipher(self, purpose: str) -> AESGCM:
+    def _cipher(self, purpose: str, material: bytes) -> AESGCM:
         info = f"minter {purpose} {self.vo}".encode()
-        return AESGCM(HKDF(SHA256(), 32, salt=None, info=info).derive(self._material))
+        return AESGCM(HKDF(SHA256(), 32, salt=None, info=info).derive(material))
 
     def encrypt(self, purpose: str, row: str, secret: bytes) -> bytes:
         """Encrypt `secret` for one row of one purpose."""
         nonce = os.urandom(_NONCE_BYTES)
-        sealed = self._cipher(purpose).encrypt(nonce, secret, f"{purpose}:{row}".encode())
-        return _VERSION + nonce + sealed
+        cipher = self._cipher(purpose, self._materials[0])
+        return _VERSION + nonce + cipher.encrypt(nonce, secret, f"{purpose}:{row}".encode())
 
     def decrypt(self, purpose: str, row: str, sealed: bytes) -> bytes:
         """Decrypt what `encrypt` made for the same row; raises NoUsableKey otherwise."""
         nonce, body = sealed[1 : 1 + _NONCE_BYTES], sealed[1 + _NONCE_BYTES :]
-        try:
-            return self._cipher(purpose).decrypt(nonce, body, f"{purpose}:{row}".encode())
-        except InvalidTag as error:
-            raise NoUsableKey(
-                f"{purpose} {row} of VO {self.vo!r} does not open with this master key"
-            ) from error
+        for material in self._materials:
+            with suppress(InvalidTag):
+                return self._cipher(purpose, material).decrypt(nonce, body, f"{purpose}:{row}".encode())
+        raise NoUsableKey(f"{purpose} {row} of VO {self.vo!r} does not open with this master key")
 
 
 def new_master_key() -> str:
@@ -66,7 +72,10 @@ def new_master_key() -> str:
 
 
 def read_master_key(vo: str, *, text: str | None, path: Path | None) -> MasterKey:
-    """Read a master key from the environment's text or from a file that only its owner may read."""
+    """Read master keys from the environment's text, or from a file that only its owner may read.
+
+    Several are separated by commas or white space, the new one first.
+    """
     if text is None and path is not None:
         try:
             if path.stat().st_mode & 0o077:
@@ -76,12 +85,11 @@ def read_master_key(vo: str, *, text: str | None, path: Path | None) -> MasterKe
             raise SettingsError(f"master key file {path} cannot be read: {error.strerror}") from error
     if text is None:
         raise SettingsError(f"VO {vo!r} has no master key; set its environment variable or file")
-    stripped = text.strip()
+    words = text.replace(",", " ").split() or [""]
     try:
-        material = base64.urlsafe_b64decode(stripped + "=" * (-len(stripped) % 4))
+        return MasterKey(vo, *(base64.urlsafe_b64decode(w + "=" * (-len(w) % 4)) for w in words))
     except ValueError:
         raise SettingsError(f"master key of VO {vo!r} is not base64url") from None
-    return MasterKey(vo, material)
 
 
 class Keystore:
@@ -97,7 +105,21 @@ class Keystore:
 
     def seal(self, vo: str, signer: keys.Signer) -> bytes:
         """Return a new key's private half, encrypted for its row."""
-        return self._master(vo).encrypt("signing_key", signer.kid, signer.private_pem())
+        return self._master(vo).encrypt(SIGNING_KEY, signer.kid, signer.private_pem())
+
+    def reseal(self, vo: str, purpose: str, row: str, sealed: bytes) -> bytes:
+        """Return a secret encrypted anew, under the first master key; raises NoUsableKey."""
+        master = self._master(vo)
+        return master.encrypt(purpose, row, master.decrypt(purpose, row, sealed))
+
+    def seal_pepper(self, vo: str) -> bytes:
+        """Return a fresh key for hashing a VO's client secrets, encrypted for its row."""
+        return self._master(vo).encrypt(PEPPER, vo, os.urandom(MASTER_KEY_BYTES))
+
+    def hash_secret(self, vo: str, sealed_pepper: bytes, secret: str) -> bytes:
+        """Return the keyed hash of a client secret (HMAC-SHA-256): it is checked on every call."""
+        pepper = self._master(vo).decrypt(PEPPER, vo, sealed_pepper)
+        return hmac.digest(pepper, secret.encode(), "sha256")
 
     def unlock(self, key: keys.Key) -> keys.Signer:
         """Return the signer of a key; raises NoUsableKey if it is destroyed or does not open."""
@@ -106,7 +128,7 @@ class Keystore:
             sealed = self._read(key.key_id)
             if sealed is None:
                 raise NoUsableKey(f"private half of key {key.kid} was destroyed")
-            pem = self._master(key.vo).decrypt("signing_key", key.kid, sealed)
+            pem = self._master(key.vo).decrypt(SIGNING_KEY, key.kid, sealed)
             signer = self._open[key.key_id] = keys.load_signer(pem, key.algorithm)
         return signer
 

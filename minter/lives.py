@@ -17,10 +17,10 @@ from minter import answers
 from minter.database import find_rules, floor, read_control, read_request, transaction
 from minter.errors import UnknownRequest
 from minter.followups import CancelRequest, FetchRequest, FileReport, JobReport, RenewRequest, ReportRequest
+from minter.keys import HARD_MAX_SECONDS
 from minter.mint import Engine, known_client
 from minter.renewals import renewal
 from minter.requests import Alive, Answer, Request
-from minter.routes import HARD_MAX_SECONDS
 
 LONGEST = timedelta(seconds=HARD_MAX_SECONDS) + timedelta(days=1)
 """How far back reports and cancellations look for tokens: all older ones have expired."""

@@ -10,13 +10,12 @@ from msgspec import Struct
 
 from minter.dialects import Operation
 from minter.errors import SettingsError
+from minter.keys import HARD_MAX_SECONDS
 
 PROFILE_MIN_SECONDS = 15 * 60
 """Shortest access token (WLCG §4.3.1)."""
 PROFILE_MAX_SECONDS = 6 * 3600
 """Longest access token without an agreed mitigation (WLCG §4.3.1)."""
-HARD_MAX_SECONDS = 192 * 3600
-"""Longest token of any route: Rucio lets FTS queue for 168 h, and a transfer takes its time."""
 
 Mitigation = Literal["narrow_write", "narrow_read", "one_storage", "no_modify", "fts_only", "pull_mode"]
 

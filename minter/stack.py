@@ -15,7 +15,7 @@ from typing import Self
 
 import kombu
 
-from minter import catalogue, database, keys, migrations, settings, wiring
+from minter import catalogue, database, migrations, settings, wiring
 from minter.amqp import declare
 from minter.embedded import Postgres, Valkey
 from minter.keystore import new_master_key
@@ -87,7 +87,7 @@ class Stack:
             control = database.read_control(connection)
         for vo, issuer in loaded.settings.issuers.items():
             if not any(k.vo == vo for k in control.ring):
-                create_key(self.service, vo, issuer.algorithm, "up")
+                self.service.create_key(vo, issuer.algorithm, "up")
         local = loaded.settings.broker.local_client
         if local and local not in control.clients:
             vo = next(iter(loaded.settings.issuers))
@@ -123,14 +123,6 @@ class Stack:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-
-
-def create_key(service: wiring.Service, vo: str, algorithm: keys.Algorithm, actor: str) -> tuple[str, str]:
-    """Make, seal and store a signing key; return its kid and state."""
-    signer = keys.generate(algorithm)
-    sealed = service.keystore.seal(vo, signer)
-    state = catalogue.add_key(service.pool, vo, signer.kid, algorithm, signer.public_jwk, sealed, actor)
-    return signer.kid, state
 
 
 def add_client(service: wiring.Service, name: str, vo: str, actor: str) -> Client:

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import secrets
 import uuid
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -9,10 +10,12 @@ from pathlib import Path
 
 import uuid_utils
 
-from minter import catalogue, database, housekeeping, settings
+from minter import catalogue, database, housekeeping, keyring, keys, settings
 from minter.errors import SettingsError
+from minter.keys import Algorithm
 from minter.keystore import Keystore, MasterKey, read_master_key
 from minter.mint import Engine, Observed
+from minter.policy import Client
 
 _GC_ALLOCATIONS = 20_000
 
@@ -73,6 +76,33 @@ class Service:
         """Bring settings into rows and make partitions: at start, and by beat ever after."""
         catalogue.sync_catalogue(self.pool, self.loaded.issuers, self.loaded.catalogue())
         self.make_partitions()
+
+    def create_key(self, vo: str, algorithm: Algorithm, actor: str) -> tuple[str, str]:
+        """Make a signing key; return its kid and state."""
+        return keyring.create(self.pool, self.keystore, vo, algorithm, actor)
+
+    def maintain_keys(self, actor: str) -> list[str]:
+        """Make missing standbys, rotate what is due, destroy what is spent; say what was done (I6)."""
+        done, now, policy = [], self.clock(), self.engine.rotation
+        with database.transaction(self.pool) as connection:
+            ring = database.read_keys(connection)
+        for vo, issuer in self.loaded.settings.issuers.items():
+            due = keys.due(ring, vo, now, policy)
+            if due == "create":
+                kid, state = self.create_key(vo, issuer.algorithm, actor)
+                done.append(f"{vo}: key {kid} made, {state}")
+            elif due == "rotate":
+                done.append(f"{vo}: key {keyring.rotate(self.pool, vo, now, policy, actor).kid} signs now")
+        spent = keyring.destroy_spent(self.pool, now, policy, actor)
+        return done + [f"private half of key {kid} destroyed" for kid in spent]
+
+    def new_secret(self, client: Client, actor: str, keep_old: timedelta = timedelta()) -> str:
+        """Give a client a fresh secret (256 bits); only its keyed hash is kept."""
+        secret = secrets.token_urlsafe(32)
+        pepper = catalogue.secrets_key(self.pool, client.vo, self.keystore.seal_pepper(client.vo))
+        hashed = self.keystore.hash_secret(client.vo, pepper, secret)
+        catalogue.set_secret(self.pool, client.name, hashed, keep_old, actor)
+        return secret
 
     def make_partitions(self) -> list[str]:
         """Make the missing partitions; return their names."""

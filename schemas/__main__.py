@@ -9,9 +9,9 @@ import msgspec
 from minter import contract
 from minter.errors import BY_REASON
 from minter.followups import CancelRequest, FetchRequest, RenewRequest, ReportRequest
+from minter.keys import HARD_MAX_SECONDS
 from minter.policy import MAX_CLAIM_CHARACTERS
 from minter.requests import Answer, FillRequest, MintRequest
-from minter.routes import HARD_MAX_SECONDS
 
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"
 

@@ -71,6 +71,7 @@ issuers = Table(
     Column("vo", Text, primary_key=True),
     Column("iss", Text, nullable=False, unique=True),
     _now("created_at"),
+    Column("secrets_key", LargeBinary),
     CheckConstraint("iss ~ '^https://.+/$'", name="iss"),
 )
 

@@ -83,7 +83,7 @@ def prepare(dsn: str) -> None:
     service = wiring.Service(load_settings(dsn))
     migrations.upgrade(service.pool)
     service.prepare()
-    stack.create_key(service, "alpen", "ES256", "tests")
+    service.create_key("alpen", "ES256", "tests")
     stack.add_client(service, "rucio-alpen", "alpen", "tests")
     service.pool.dispose()
 

@@ -6,9 +6,10 @@ from string import ascii_lowercase
 from hypothesis import strategies as st
 
 from minter.dialects import DIALECTS, OPERATIONS
+from minter.keys import HARD_MAX_SECONDS
 from minter.policy import Client
 from minter.requests import FileOperation, FileRequest, MintRequest
-from minter.routes import HARD_MAX_SECONDS, PROFILE_MAX_SECONDS, Route
+from minter.routes import PROFILE_MAX_SECONDS, Route
 from minter.storages import Endpoint, Storage
 
 REQUEST_ID = uuid.UUID("01a20000-0000-7000-8000-000000000000")

@@ -149,3 +149,82 @@ def test_exit_codes_for_settings_and_outages(environ, tmp_path):
     )
     assert gone.returncode == 3
     assert "Traceback" not in gone.stderr
+
+
+# ── control at run time ──────────────────────────────────────────────────────────────────────
+
+
+def ask(environ, *arguments, code=0):
+    done = minter(environ, *arguments, "--json")
+    assert done.returncode == code, done.stderr
+    return json.loads(done.stdout if code == 0 or done.stdout else done.stderr)
+
+
+def test_clients_are_added_changed_rotated_and_disabled(environ, tmp_path):
+    secret, key = tmp_path / "secret", tmp_path / "key.json"
+    ask(environ, "clients", "add", "fts-alpen", "--vo", "alpen", "--path", "/atlasdatadisk", "--reply-queue", "fts-alpen.jobs",
+        "--new-jwe-key", key, "--secret-file", secret)  # fmt: skip
+    private = json.loads(key.read_text())
+    assert key.stat().st_mode & 0o777 == secret.stat().st_mode & 0o777 == 0o600
+    assert "d" in private
+    (made,) = [c for c in ask(environ, "clients", "list") if c["name"] == "fts-alpen"]
+    assert made["jwe_key"] == {k: v for k, v in private.items() if k != "d"}
+    ask(environ, "clients", "change", "fts-alpen", "--operation", "read", "--max-lifetime", "3600")
+    ask(environ, "clients", "change", "fts-alpen", "--unlimited", "paths")
+    (made,) = [c for c in ask(environ, "clients", "list") if c["name"] == "fts-alpen"]
+    assert (made["operations"], made["paths"], made["max_lifetime_seconds"]) == (["read"], [], 3600)
+    again = minter(environ, "clients", "rotate", "fts-alpen", "--secret-file", secret)
+    assert (again.returncode, "exists already" in again.stderr) == (1, True)
+    ask(environ, "clients", "rotate", "fts-alpen", "--secret-file", tmp_path / "new")
+    assert (tmp_path / "new").read_text() != secret.read_text()
+    assert ask(environ, "clients", "disable", "fts-alpen")["alive"] == []
+    (made,) = [c for c in ask(environ, "clients", "list") if c["name"] == "fts-alpen"]
+    assert made["disabled"]
+    ask(environ, "clients", "enable", "fts-alpen")
+    assert ask(environ, "clients", "change", "fts-alpen", code=1)["reason"] == "invalid_request"
+    assert (
+        ask(environ, "clients", "rotate", "nobody", "--secret-file", tmp_path / "x", code=1)["reason"]
+        == "unknown_client"
+    )
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_ban_lists_what_works_and_can_be_lifted(environ, tmp_path):
+    ask(environ, "mint", "--job", JOB, "--output", tmp_path / "filled.json")
+    found = ask(environ, "ban", "path", "/", "--reason", "test")
+    assert found["alive"]
+    assert sum(found["storages"].values()) == len(found["alive"])
+    refused = minter(environ, "mint", "--job", JOB, "--json")
+    assert refused.returncode == 1
+    assert "banned" in refused.stdout + refused.stderr
+    assert [b["value"] for b in ask(environ, "bans")] == ["/"]
+    assert len(ask(environ, "bans", "--kind", "path", "--value", "/")["alive"]) == len(found["alive"])
+    ask(environ, "unban", "path", "/")
+    assert ask(environ, "bans") == []
+    ask(environ, "mint", "--job", JOB)
+    shown = minter(environ, "bans", "--kind", "client", "--value", "rucio-alpen")
+    assert "tell the sites" in " ".join(shown.stdout.split())
+
+
+def test_keys_are_rotated_and_revoked_only_when_safe(environ):
+    (active,) = [k["kid"] for k in ask(environ, "keys", "list") if k["state"] == "active"]
+    if len(ask(environ, "keys", "list")) == 1:
+        ask(environ, "keys", "create", "--vo", "alpen")
+    early = minter(environ, "keys", "rotate", "--vo", "alpen", "--json")
+    assert early.returncode == 3
+    assert json.loads(early.stderr)["reason"] == "no_usable_key"
+    warned = minter(environ, "keys", "revoke", active, "--reason", "leaked")
+    assert warned.returncode == 1
+    assert "repeat with --yes" in " ".join(warned.stdout.split())
+    assert "XRootD 10 min" in " ".join(warned.stdout.split())
+    assert (
+        ask(environ, "keys", "revoke", active, "--reason", "leaked", "--yes", code=3)["reason"]
+        == "no_usable_key"
+    )
+    killed = ask(environ, "keys", "revoke", active, "--reason", "leaked", "--yes", "--force")
+    assert killed["alive"]
+    states = {k["kid"]: k["state"] for k in ask(environ, "keys", "list")}
+    assert states[active] == "revoked"
+    assert sorted(states.values()) == ["active", "prepared", "revoked"]
+    ask(environ, "mint", "--job", JOB)
+    assert ask(environ, "keys", "rewrap", "--vo", "alpen")["secrets"] >= 2

@@ -28,7 +28,7 @@ from minter.errors import (
     from_dict,
 )
 from tests.acceptance.conftest import Raw
-from tests.conftest import EXAMPLES, stack
+from tests.conftest import EXAMPLES
 
 SE = "davs://se01.boreas.example.org:443/atlas/atlasdatadisk/rucio/data/"
 OTHER = "davs://webdav1.fjord.example.org/data/atlas/datadisk/rucio/data/"
@@ -376,7 +376,7 @@ def test_bans_and_keys_bind_running_workers_at_once(running, client):
         tx.execute("DELETE FROM tokens")
         tx.execute("DELETE FROM requests")
         tx.execute("DELETE FROM signing_keys")
-    stack.create_key(running.service, "alpen", "ES256", "test")
+    running.service.create_key("alpen", "ES256", "test")
     assert client.mint(files(1)).tokens
 
 

@@ -199,7 +199,7 @@ def test_an_old_key_resigns_for_a_day_and_a_revoked_one_never(service):
     (first,) = mint(service, asked)
     with catalogue.controlling(service.pool, "test", "retire", "alpen", {}) as tx:
         tx.execute("UPDATE signing_keys SET state = 'old', retired_at = now() - interval '23 hours'")
-    stack.create_key(service, "alpen", "ES256", "tests")
+    service.create_key("alpen", "ES256", "tests")
     assert tokens(mint(service, asked)[0]) == tokens(first)
     with catalogue.controlling(service.pool, "test", "retire", "alpen", {}) as tx:
         tx.execute("UPDATE signing_keys SET retired_at = now() - interval '25 hours' WHERE state = 'old'")
@@ -288,7 +288,7 @@ def test_no_usable_key_is_told_and_not_recorded(service):
     # A key makes the same request good: nothing was final.
     with catalogue.controlling(service.pool, "test", "delete", "alpen", {}) as tx:
         tx.execute("DELETE FROM signing_keys")
-    stack.create_key(service, "alpen", "ES256", "tests")
+    service.create_key("alpen", "ES256", "tests")
     assert mint(service, asked)[0].issued
 
 

@@ -17,11 +17,14 @@ ROWS = [
     {"mint"},
     {"answers", "renewals"},
     {"database", "keystore", "embedded", "settings", "amqp", "migrations", "rabbitmq"},
-    {"catalogue", "housekeeping", "lives"},
+    {"catalogue", "housekeeping", "lives", "alive"},
+    {"keyring"},
     {"transport"},
     {"wiring", "client"},
     {"stack"},
     {"demo"},
+    {"console"},
+    {"cli_control"},
     {"cli"},
 ]
 PURE = set().union(*ROWS[:8])

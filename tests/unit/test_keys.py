@@ -9,8 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from minter import keys
 from minter.errors import NoUsableKey
-from minter.keys import Key, RotationPolicy
-from minter.routes import HARD_MAX_SECONDS
+from minter.keys import HARD_MAX_SECONDS, Key, RotationPolicy
 
 POLICY = RotationPolicy()
 START = datetime(2026, 11, 22, tzinfo=UTC)
@@ -85,21 +84,10 @@ class Rotation(RuleBasedStateMachine):
 
     @rule()
     def rotate(self):
-        before = [k.kid for k in self.ring if k.state == "active"]
         try:
             self.ring = keys.rotate(self.ring, "vo", self.now, POLICY)
         except NoUsableKey:
             return
-        self.retire(before)
-
-    def retire(self, kids):
-        """What the database does beside the pure step: note when the last token ends."""
-        self.ring = [
-            keys.structs.replace(k, last_exp=self.now + timedelta(seconds=HARD_MAX_SECONDS))
-            if k.kid in kids and k.state == "old"
-            else k
-            for k in self.ring
-        ]
 
     @precondition(lambda self: any(k.state != "revoked" for k in self.ring))
     @rule(data=st.data())

@@ -1,3 +1,4 @@
+ALTER TABLE issuers ADD COLUMN secrets_key bytea;
 ALTER TABLE clients ADD COLUMN old_secret_hash bytea, ADD COLUMN old_secret_until timestamptz;
 ALTER TABLE clients ADD CONSTRAINT clients_old_secret_check
     CHECK ((old_secret_hash IS NULL) = (old_secret_until IS NULL));

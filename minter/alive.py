@@ -1,0 +1,77 @@
+"""What still works: the tokens alive under a ban, of a client or of a key, for sites to be told (I9).
+
+These are an operator's questions, asked once: each reads the partitions that can hold living
+tokens, one after the other, and takes its time.
+"""
+
+import json
+from collections.abc import Iterator
+from datetime import datetime, timedelta
+
+from msgspec import Struct
+from sqlalchemy.engine import Engine as Pool
+
+from minter.database import floor, transaction
+from minter.errors import InvalidRequest
+from minter.keys import HARD_MAX_SECONDS
+from minter.policy import Ban, Bans
+from minter.scopes import encode_path, parse_scopes
+
+FETCH_ROWS = 5_000
+VERIFIER_CACHES = "XRootD 10 min, FTS and DIRAC 24 h, Rucio 12 h"
+"""How long verifiers go on trusting a key that left the JWKS (facts of the real software)."""
+
+
+class Living(Struct, frozen=True):
+    """One token that works; `exp` is a NumericDate."""
+
+    jti: str
+    client: str
+    storage: str
+    scope: str
+    exp: int
+
+
+_CONDITIONS = {
+    "client": "c.name = %(value)s",
+    "vo": "c.vo = %(value)s",
+    "storage": "s.name = %(value)s",
+    "key": "k.kid = %(value)s",
+    "on_behalf_of": "r.on_behalf_of = %(value)s",
+    # The files of an FTS job may have several activities; then the request names none.
+    "activity": "(r.activity = %(value)s OR (r.kind = 'fill_job' AND r.activity = ''))",
+    "path": "strpos(t.payload, %(raw)s) > 0 OR strpos(t.payload, %(encoded)s) > 0",
+}
+_ALIVE = """
+    SELECT t.jti::text, c.name, s.name, t.payload
+    FROM tokens t JOIN clients c USING (client_id) JOIN storages s USING (storage_id)
+    JOIN signing_keys k USING (key_id)
+    LEFT JOIN requests r ON (r.request_id, r.client_id) = (t.request_id, t.client_id)
+    WHERE t.jti >= %(first)s AND t.expires_at > %(now)s AND k.state <> 'revoked'
+        AND (%(vo)s::text IS NULL OR c.vo = %(vo)s) AND ({condition})
+"""
+
+
+def under(engine: Pool, kind: str, value: str, vo: str | None, now: datetime) -> Iterator[Living]:
+    """Yield the living tokens under a ban's kind and value, or signed by the key of a kid (`key`)."""
+    if kind not in _CONDITIONS:
+        raise InvalidRequest(f"unknown kind {kind!r}, expected one of {', '.join(sorted(_CONDITIONS))}")
+    first = floor(now - timedelta(seconds=HARD_MAX_SECONDS) - timedelta(days=1))
+    bans = Bans([Ban("path", value)]) if kind == "path" else None
+    # A prefix and what holds it both count, so only the first segment narrows the search.
+    start = "/" + value.lstrip("/").partition("/")[0]
+    values = {
+        "first": first, "now": now, "vo": vo, "value": value,
+        "raw": f":{start}", "encoded": f":{encode_path(start)}",
+    }  # fmt: skip
+    with transaction(engine) as connection, connection.cursor("alive") as cursor:
+        cursor.itersize = FETCH_ROWS
+        cursor.execute(_ALIVE.format(condition=_CONDITIONS[kind]), values)
+        for jti, client, storage, payload in cursor:
+            claims = json.loads(payload)
+            if bans is None or _touches(bans, str(claims["scope"])):
+                yield Living(jti, client, storage, claims["scope"], claims["exp"])
+
+
+def _touches(bans: Bans, scope: str) -> bool:
+    return any(bans.touches("", s.path) for s in parse_scopes(scope) if s.path is not None)

@@ -1,0 +1,91 @@
+"""What the commands share: errors as exit codes, tables or JSON, the service and who is asking."""
+
+import getpass
+import json
+import os
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from minter import wiring
+from minter.errors import InvalidRequest, MinterError, SettingsError, Unavailable
+
+console = Console()
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+SettingsPath = Annotated[
+    Path, typer.Option("--settings", envvar="MINTER_SETTINGS", help="The settings file (TOML).")
+]
+
+
+def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Turn errors of the tree into one line on standard error and an exit code."""
+
+    @wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except MinterError as error:
+            if kwargs.get("as_json"):
+                typer.echo(json.dumps(error.as_dict()), err=True)
+            else:
+                typer.echo(f"minter: {error.reason}: {error}", err=True)
+            raise typer.Exit(_exit_code(error)) from None
+
+    return run
+
+
+def _exit_code(error: MinterError) -> int:
+    if isinstance(error, SettingsError):
+        return 2
+    return 3 if isinstance(error, Unavailable) else 1
+
+
+def show(as_json: bool, data: Any, text: Callable[[], Any]) -> None:
+    """Print `data` as JSON, or what `text` makes of it for people."""
+    if as_json:
+        typer.echo(msgspec.json.encode(data).decode())
+    else:
+        shown = text()
+        if isinstance(shown, str):
+            typer.echo(shown)
+        else:
+            console.print(shown)
+
+
+def as_table(title: str, headings: tuple[str, ...], rows: list[tuple[Any, ...]]) -> Table:
+    """Return a table for a terminal; None is an empty cell."""
+    table = Table(title=title)
+    for heading in headings:
+        table.add_column(heading, overflow="fold")
+    for row in rows:
+        table.add_row(*("" if v is None else str(v) for v in row))
+    return table
+
+
+def open_service() -> wiring.Service:
+    """Return the engine that MINTER_SETTINGS describes."""
+    return wiring.Service(wiring.load_settings())
+
+
+def whoami() -> str:
+    """Return who is asking, for the audit."""
+    return os.environ.get("SUDO_USER") or getpass.getuser()
+
+
+def read_object(path: Path, what: str) -> dict[str, Any]:
+    """Read a JSON object from a file, - for standard input; raises InvalidRequest."""
+    try:
+        text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
+        job = json.loads(text)
+    except (OSError, ValueError) as error:
+        raise InvalidRequest(f"{what} {path} cannot be read as JSON: {error}") from error
+    if not isinstance(job, dict):
+        raise InvalidRequest(f"{what} {path} is not a JSON object")
+    return job

@@ -1,0 +1,123 @@
+"""Signing keys in the database: made, rotated, revoked, destroyed, re-encrypted.
+
+Each change is one transaction that holds the control lock alone, so every worker's next recording
+sees it whole (I6), and is audited in it (I8). What a change is, `minter.keys` decides.
+"""
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+import psycopg
+from msgspec import structs
+from psycopg.types.json import Jsonb
+from sqlalchemy.engine import Engine as Pool
+
+from minter import keys
+from minter.catalogue import controlling
+from minter.database import read_keys, transaction
+from minter.keys import Key, RotationPolicy
+from minter.keystore import PEPPER, SIGNING_KEY, Keystore
+
+
+def create(
+    engine: Pool, keystore: Keystore, vo: str, algorithm: keys.Algorithm, actor: str
+) -> tuple[str, str]:
+    """Make, seal and store a key; return its kid and state: an issuer's first is active at once."""
+    signer = keys.generate(algorithm)
+    sealed = keystore.seal(vo, signer)
+    with controlling(engine, actor, "key.create", signer.kid, {"vo": vo, "algorithm": algorithm}) as tx:
+        row = tx.execute(
+            """
+            INSERT INTO signing_keys (vo, kid, algorithm, state, public_jwk, private_key, activated_at)
+            SELECT %(vo)s, %(kid)s, %(algorithm)s, first.state, %(jwk)s, %(sealed)s,
+                   CASE first.state WHEN 'active' THEN now() END
+            FROM (SELECT (CASE WHEN EXISTS (SELECT FROM signing_keys WHERE vo = %(vo)s)
+                          THEN 'prepared' ELSE 'active' END)::key_state AS state) AS first
+            RETURNING state::text
+            """,
+            {
+                "vo": vo, "kid": signer.kid, "algorithm": algorithm,
+                "jwk": Jsonb(signer.public_jwk), "sealed": sealed,
+            },
+        ).fetchone()  # fmt: skip
+    return signer.kid, str(row[0]) if row else ""
+
+
+def rotate(engine: Pool, vo: str, now: datetime, policy: RotationPolicy, actor: str) -> Key:
+    """Put the standby in the active key's place; return the key that signs now. Raises NoUsableKey."""
+    details: dict[str, object] = {}
+    with controlling(engine, actor, "key.rotate", vo, details) as tx:
+        ring = read_keys(tx)
+        after = keys.rotate(ring, vo, now, policy)
+        details |= _save(tx, ring, after, now)
+    return keys.active(after, vo)
+
+
+def revoke(
+    engine: Pool, kid: str, now: datetime, policy: RotationPolicy, actor: str, reason: str
+) -> list[Key]:
+    """Revoke a key and destroy its private half; return the ring as it is then.
+
+    A ready standby takes an active key's place in the same transaction; without one this raises
+    NoUsableKey, and nothing has changed. Raises UnknownKey.
+    """
+    details: dict[str, object] = {"reason": reason}
+    with controlling(engine, actor, "key.revoke", kid, details) as tx:
+        ring = read_keys(tx)
+        after = keys.revoke(ring, kid, now, policy)
+        details |= _save(tx, ring, after, now)
+    return after
+
+
+def destroy_spent(engine: Pool, now: datetime, policy: RotationPolicy, actor: str) -> list[str]:
+    """Destroy the private halves of old keys that re-sign no more; return their kids."""
+    with transaction(engine) as connection:
+        held = connection.execute("SELECT kid FROM signing_keys WHERE private_key IS NOT NULL").fetchall()
+        spent = {k.kid for k in keys.spent(read_keys(connection), now, policy)} & {kid for (kid,) in held}
+    for kid in sorted(spent):
+        with controlling(engine, actor, "key.destroy", kid, {}) as tx:
+            tx.execute("UPDATE signing_keys SET private_key = NULL WHERE kid = %s", (kid,))
+    return sorted(spent)
+
+
+def rewrap(engine: Pool, keystore: Keystore, vo: str, actor: str) -> int:
+    """Encrypt a VO's secrets anew under the first of its master keys; return how many there are."""
+    details: dict[str, object] = {}
+    with controlling(engine, actor, "master_key.rewrap", vo, details) as tx:
+        held = tx.execute(
+            "SELECT kid, private_key FROM signing_keys WHERE vo = %s AND private_key IS NOT NULL", (vo,)
+        ).fetchall()
+        for kid, sealed in held:
+            tx.execute(
+                "UPDATE signing_keys SET private_key = %s WHERE kid = %s",
+                (keystore.reseal(vo, SIGNING_KEY, kid, bytes(sealed)), kid),
+            )
+        peppers = tx.execute(
+            "SELECT secrets_key FROM issuers WHERE vo = %s AND secrets_key IS NOT NULL", (vo,)
+        ).fetchall()
+        for (sealed,) in peppers:
+            tx.execute(
+                "UPDATE issuers SET secrets_key = %s WHERE vo = %s",
+                (keystore.reseal(vo, PEPPER, vo, bytes(sealed)), vo),
+            )
+        details["secrets"] = len(held) + len(peppers)
+    return len(held) + len(peppers)
+
+
+def _save(
+    tx: "psycopg.Connection[Any]", before: Sequence[Key], after: Sequence[Key], now: datetime
+) -> dict[str, object]:
+    """Write what changed; the key that becomes active last, for there is only one."""
+    changed = [a for b, a in zip(before, after, strict=True) if structs.asdict(a) != structs.asdict(b)]
+    for key in sorted(changed, key=lambda k: k.state == "active"):
+        revoked = key.state == "revoked"
+        tx.execute(
+            "UPDATE signing_keys SET state = %s, activated_at = %s, retired_at = %s, last_exp = %s,"
+            " revoked_at = %s, private_key = CASE WHEN %s THEN NULL ELSE private_key END WHERE kid = %s",
+            (
+                key.state, key.activated_at, key.retired_at, key.last_exp,
+                now if revoked else None, revoked, key.kid,
+            ),
+        )  # fmt: skip
+    return {"states": {key.kid: key.state for key in changed}}
