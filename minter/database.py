@@ -7,7 +7,7 @@ leave here as `Unavailable`, and nothing of the transaction stays.
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from itertools import chain
 from typing import Any
@@ -20,7 +20,7 @@ from sqlalchemy import create_engine
 from sqlalchemy.engine import Engine as Pool
 
 from minter.errors import Unavailable
-from minter.keys import Key
+from minter.keys import HARD_MAX_SECONDS, Key
 from minter.mint import Control, RequestRow, TokenRow
 from minter.policy import Ban, Bans, Client, Plan
 
@@ -397,6 +397,30 @@ def read_private_key(engine: Pool, key_id: int) -> bytes | None:
             "SELECT private_key FROM signing_keys WHERE key_id = %s", (key_id,)
         ).fetchone()
     return None if row is None or row[0] is None else bytes(row[0])
+
+
+_LARGE_ROWS = 1_000_000
+"""Above this, living tokens are counted in a sample of 1 %."""
+
+
+def count_living(engine: Pool, now: datetime, soon: timedelta) -> dict[str, tuple[int, int]]:
+    """Count, by VO, the tokens that have not expired, and those that do so `soon`."""
+    with transaction(engine) as connection:
+        (size,) = one(
+            connection.execute(
+                "SELECT coalesce(sum(c.reltuples), 0) FROM pg_inherits i"
+                " JOIN pg_class c ON c.oid = i.inhrelid"
+                " WHERE i.inhparent = 'tokens'::regclass AND c.reltuples > 0"
+            )
+        )
+        sample, factor = ("TABLESAMPLE SYSTEM (1)", 100) if size > _LARGE_ROWS else ("", 1)
+        rows = connection.execute(
+            "SELECT c.vo, count(*), count(*) FILTER (WHERE t.expires_at <= %(soon)s)"
+            f" FROM tokens t {sample} JOIN clients c USING (client_id)"
+            " WHERE t.expires_at > %(now)s AND t.jti >= %(first)s GROUP BY c.vo",
+            {"now": now, "soon": now + soon, "first": floor(now - timedelta(seconds=HARD_MAX_SECONDS))},
+        ).fetchall()
+    return {vo: (factor * alive, factor * expiring) for vo, alive, expiring in rows}
 
 
 _FOUND = f"""

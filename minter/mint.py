@@ -174,7 +174,7 @@ class Outcome(Struct, eq=False):
 class Observed(Struct, frozen=True):
     """One record for `observe`: metrics, logs and audit lines are made from it, never secrets."""
 
-    stage: Literal["received", "decided", "inserted", "copied", "committed"]
+    stage: Literal["received", "decided", "inserted", "copied", "committed", "answered"]
     outcomes: Sequence[Outcome]
     at: datetime
 
@@ -243,6 +243,7 @@ class Engine:
                 self._repeat(work.twin(outcome), *recorded[work.key], control, now)
             else:
                 _share(outcome, work)
+        self._observe("answered", outcomes, now)
         return outcomes
 
     # ── the steps ────────────────────────────────────────────────────────────────────────────

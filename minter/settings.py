@@ -46,6 +46,14 @@ class BrokerSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     visibility_seconds: Positive = 60
 
 
+class MetricsSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Where Prometheus finds each process: the first free port of a range; 0 is off."""
+
+    listen: str = "127.0.0.1"
+    first_port: Annotated[int, Meta(ge=0, le=65_535)] = 0
+    ports: Positive = 16
+
+
 class WorkerSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """How a worker batches: by time, by messages, by bytes; whichever comes first."""
 
@@ -79,6 +87,7 @@ class Settings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     database: DatabaseSettings = DatabaseSettings()
     broker: BrokerSettings = BrokerSettings()
     worker: WorkerSettings = WorkerSettings()
+    metrics: MetricsSettings = MetricsSettings()
     rotation: RotationPolicy = RotationPolicy()
     storages: tuple[Storage, ...] = ()
     rucio: tuple[RucioSettings, ...] = ()

@@ -2,7 +2,7 @@
 
 import msgspec
 
-from minter import dialects, settings
+from minter import dialects, metrics, settings
 from minter.keys import RotationPolicy
 from minter.routes import FTS, Route
 from minter.rucio import RSERule
@@ -49,6 +49,7 @@ PARTS = {
     "[database]": settings.DatabaseSettings,
     "[broker]": settings.BrokerSettings,
     "[worker]": settings.WorkerSettings,
+    "[metrics]": settings.MetricsSettings,
     "[rotation]": RotationPolicy,
     "[issuers.VO]": settings.IssuerSettings,
     "[[storages]]": Storage,
@@ -99,7 +100,24 @@ def _toml(value: object) -> str:
     return f"`{msgspec.json.encode(value).decode()}`"
 
 
-PAGES = {"dialects.md": dialects_page, "settings.md": settings_page}
+def metrics_page() -> str:
+    lines = [
+        "# Metrics",
+        "",
+        "Written from `minter/metrics.py` by `python -m tests.write_docs`; a test compares. Workers and beat each serve theirs at",
+        "`/metrics` on the first free port of `[metrics]`; counters end in `_total`. Durations are in seconds. Labels are bounded:",
+        "none holds a sub, a jti, a path or a request_id.",
+        "",
+        "| metric | type | labels | what it says |",
+        "|---|---|---|---|",
+    ]
+    for spec in metrics.SPECS:
+        name = spec.name + ("_total" if spec.kind == "counter" else "")
+        lines.append(f"| `{name}` | {spec.kind} | {', '.join(spec.labels) or '–'} | {spec.help} |")
+    return "\n".join(lines) + "\n"
+
+
+PAGES = {"dialects.md": dialects_page, "metrics.md": metrics_page, "settings.md": settings_page}
 
 if __name__ == "__main__":
     for name, page in PAGES.items():

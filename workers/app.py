@@ -4,21 +4,27 @@ Only the tasks of `workers.tasks` can be run, and only from their own queues: wh
 is answered with a typed error and dead-lettered. Bodies are never logged.
 """
 
+import logging
 import os
 from collections.abc import Callable
 from typing import Any
 
 from celery import Celery
-from celery.signals import worker_init
+from celery.signals import beat_init, setup_logging, worker_init
 from celery.worker.consumer import Consumer
 from kombu import compression
+from prometheus_client import CollectorRegistry
 
-from minter import contract, housekeeping, wiring
+from minter import contract, housekeeping, logs, wiring
 from minter.amqp import Publisher, declare, queues
 from minter.errors import InvalidRequest, MinterError
 from minter.lives import Lives
+from minter.metrics import Metrics, StateCollector, serve
+from minter.mint import Observed
 from minter.settings import Loaded
 from workers.batching import Batcher, Suspects
+
+logger = logging.getLogger("minter.app")
 
 MAINTAIN_SECONDS = 3600.0
 
@@ -98,7 +104,6 @@ def create_app(loaded: Loaded) -> App:
         worker_consumer="workers.app:RequestConsumer",
         worker_enable_remote_control=False,
         worker_send_task_events=False,
-        worker_hijack_root_logger=True,
         worker_prefetch_multiplier=loaded.settings.worker.prefetch,
         worker_cancel_long_running_tasks_on_connection_loss=False,
         broker_connection_retry_on_startup=True,
@@ -127,7 +132,8 @@ def _transport_options(loaded: Loaded) -> dict[str, float]:
 @worker_init.connect
 def _start(**_: Any) -> None:
     """Open the engine in the worker process, before it consumes."""
-    app.service = service = wiring.Service(app.loaded, lambda o: on_stage(o.stage))
+    metrics = Metrics()
+    app.service = service = wiring.Service(app.loaded, _observe(metrics))
     service.prepare()
     wiring.calm_collector()
     settings = app.loaded.settings
@@ -143,11 +149,46 @@ def _start(**_: Any) -> None:
         ),
         service.clock,
         lambda stage: on_stage(stage),  # noqa: PLW0108 - looked up at each call: tests replace it
+        metrics.follow_up,
         batch_seconds=settings.worker.batch_seconds,
         batch_messages=settings.worker.batch_messages,
         batch_bytes=settings.worker.batch_bytes,
         local_client=_local_client(app.loaded),
     )
+    _serve_metrics(metrics.registry)
+
+
+@beat_init.connect
+def _start_beat(**_: Any) -> None:
+    """Tell Prometheus of the database and the queues: once, by the one process that is alone."""
+    service = wiring.Service(app.loaded)
+    registry = CollectorRegistry()
+    waiting = (contract.REQUEST_QUEUE, contract.INTERNAL_QUEUE, contract.DEAD_LETTER_QUEUE)
+    registry.register(
+        StateCollector(service.pool, app.loaded.broker_url, waiting, service.engine.rotation, service.clock)
+    )
+    _serve_metrics(registry)
+
+
+def _serve_metrics(registry: CollectorRegistry) -> None:
+    wanted = app.loaded.settings.metrics
+    if wanted.first_port:
+        port = serve(registry, wanted.listen, wanted.first_port, wanted.ports)
+        logger.info("metrics are on port %d", port)
+
+
+def _observe(metrics: Metrics) -> Callable[[Observed], None]:
+    def observe(observed: Observed) -> None:
+        on_stage(observed.stage)
+        metrics.observe(observed)
+
+    return observe
+
+
+@setup_logging.connect
+def _set_up_logging(loglevel: int = logging.INFO, **_: Any) -> None:
+    """Take logging from Celery: its format is text, and it knows nothing of secrets."""
+    logs.configure(loglevel)
 
 
 def _local_client(loaded: Loaded) -> str | None:

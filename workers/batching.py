@@ -9,6 +9,7 @@ alone, and the one that fails alone goes to the dead-letter queue with its reaso
 
 import logging
 import random
+import re
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from hashlib import sha256
@@ -17,7 +18,7 @@ from typing import Any
 import msgspec
 from msgspec import Raw, Struct
 
-from minter import answers, contract, followups
+from minter import answers, contract, followups, logs
 from minter.amqp import Outgoing, Publisher, acknowledge
 from minter.errors import (
     ClockSkew,
@@ -31,7 +32,7 @@ from minter.errors import (
     UnknownClient,
 )
 from minter.lives import Lives
-from minter.mint import Engine, Submission
+from minter.mint import Engine, Outcome, Submission
 from minter.requests import MAX_BODY_BYTES, Answer, Request, decode_fill, decode_mint
 from workers import replies
 
@@ -99,6 +100,7 @@ class Batcher:
         suspects: Suspects,
         clock: Callable[[], datetime],
         on_stage: Callable[[str], None] = lambda _: None,
+        on_follow_up: Callable[[str, str], None] = lambda *_: None,
         *,
         batch_seconds: float = 0.002,
         batch_messages: int = 64,
@@ -111,6 +113,7 @@ class Batcher:
         self.suspects = suspects
         self.clock = clock
         self.on_stage = on_stage
+        self.on_follow_up = on_follow_up
         self.batch_seconds = batch_seconds
         self.batch_messages = batch_messages
         self.batch_bytes = batch_bytes
@@ -240,11 +243,13 @@ class Batcher:
                 made = self._decode(pending)
             except (RequestError, NoUsableKey, ClockSkew) as error:
                 done.append((pending, answers.failure(_request_id(pending.body), error)))
+                self._note(pending, done[-1][1])
                 continue
             if isinstance(made, Submission):
                 decoded.append((pending, made))
             else:
                 done.append((pending, made))
+                self._note(pending, made)
         if decoded:
             now = self.clock()
             outcomes = self.engine.mint_many([s for _, s in decoded], now)
@@ -252,12 +257,34 @@ class Batcher:
                 if isinstance(outcome.error, NoUsableKey | ClockSkew):
                     logger.error("request not served: %s", outcome.error)
                 answer = answers.answer(outcome, now)
+                self._note(pending, answer, outcome)
                 client, queue = outcome.client, outcome.submission.request.reply_queue
                 if queue and client and client.jwe_key and queue in client.reply_queues:
                     pending.queued = replies.queued(answer, queue, pending.correlation_id, client.jwe_key)
                     answer = Answer(request_id=answer.request_id, error=answer.error)
                 done.append((pending, answer))
         return done
+
+    def _note(self, pending: Pending, answer: Answer, outcome: Outcome | None = None) -> None:
+        """Log the one event of a request, and count what is about an earlier one."""
+        reason = answer.error["reason"] if answer.error else None
+        done = "refused" if reason else "repeated" if outcome and outcome.repeated else "served"
+        if outcome is None:
+            self.on_follow_up(pending.task if pending.task in contract.PUBLIC_TASKS else "", done)
+        logs.event(
+            logs.requests_logger,
+            "request",
+            task=pending.task,
+            client=pending.client,
+            vo=outcome.client.vo if outcome and outcome.client else None,
+            request_id=answer.request_id,
+            trace_id=_trace_id(pending, answer),
+            outcome=done,
+            reason=reason,
+            tokens=len(outcome.issued) if outcome else None,
+            refused=len(outcome.refusals) if outcome else None,
+            changed=answer.changed or None,
+        )
 
     def _decode(self, pending: Pending) -> Submission | Answer:
         """Return what a message submits, or the answer where it is about an earlier request."""
@@ -343,6 +370,17 @@ class _Identified(Struct):
 
 
 _identified = msgspec.json.Decoder(tuple[list[_Identified], Raw, Raw])
+
+
+_TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
+
+
+def _trace_id(pending: Pending, answer: Answer) -> str | None:
+    """Return the caller's trace id (W3C Trace Context §3.2), else the request_id as one."""
+    given = _TRACEPARENT.fullmatch(str(pending.headers.get("traceparent", "")))
+    if given:
+        return given[1]
+    return answer.request_id.replace("-", "")[:32] if answer.request_id else None
 
 
 def _request_id(body: bytes) -> str | None:

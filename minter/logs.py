@@ -1,0 +1,75 @@
+"""Logs of the services: one JSON object a line, one event for each request, and no secret.
+
+Nothing of the engine logs a token. The redaction here is the last line of defence, for what
+libraries and tracebacks may say: whatever looks like a token, a private key or a password in an
+URL is cut out of every line.
+"""
+
+import logging
+import re
+import sys
+from datetime import UTC, datetime
+from typing import Any
+
+import msgspec
+
+requests_logger = logging.getLogger("minter.requests")
+
+_SECRETS = (
+    # A JWS or JWE, whole or cut off: its header is base64url of a JSON object.
+    (re.compile(r"eyJ[\w-]{8,}(?:\.[\w-]*)*"), "[token]"),
+    (
+        re.compile(
+            r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.DOTALL
+        ),
+        "[key]",
+    ),
+    (
+        re.compile(
+            r"((?:authorization|password|client_secret|refresh_token)\W{1,4}(?:basic |bearer )?)[^\s\"',}]+",
+            re.IGNORECASE,
+        ),
+        r"\1[secret]",
+    ),
+    (re.compile(r"(\w://[^\s/:@]*):[^\s/@]+@"), r"\1:[password]@"),
+)  # fmt: skip
+
+
+def redact(text: str) -> str:
+    """Return `text` without whatever looks like a secret."""
+    for pattern, instead in _SECRETS:
+        text = pattern.sub(instead, text)
+    return text
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line: time (UTC), level, logger, message, and the fields of an event."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line; it cannot fail for what a field holds."""
+        line: dict[str, Any] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": redact(record.getMessage()),
+        }
+        if record.exc_info:
+            line["traceback"] = redact(self.formatException(record.exc_info))
+        for name, value in getattr(record, "event", {}).items():
+            line[name] = redact(value) if isinstance(value, str) else value
+        return msgspec.json.encode(line, enc_hook=str).decode()
+
+
+def configure(level: int | str) -> None:
+    """Send every logger's lines to standard error, as JSON."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter())
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(level)
+
+
+def event(logger: logging.Logger, message: str, **fields: Any) -> None:
+    """Log one event with its fields; None is left out."""
+    if logger.isEnabledFor(logging.INFO):
+        logger.info(message, extra={"event": {k: v for k, v in fields.items() if v is not None}})

@@ -1,0 +1,223 @@
+"""Every metric of every process, made from what the engine observes (docs/metrics.md lists them).
+
+Labels are bounded: VOs, storages and operations come from the settings, reasons and stages from
+closed lists. No sub, jti, path or request_id is ever a label.
+"""
+
+import logging
+import time
+from collections import Counter as Tally
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from datetime import datetime, timedelta
+from typing import Literal, NamedTuple
+
+import kombu
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, start_http_server
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+from sqlalchemy.engine import Engine as Pool
+
+from minter import housekeeping, keys
+from minter.database import count_living, read_keys, transaction
+from minter.errors import SettingsError, Unavailable
+from minter.keys import RotationPolicy
+from minter.mint import Observed, Outcome
+
+logger = logging.getLogger(__name__)
+
+
+class Spec(NamedTuple):
+    """One metric: what docs/metrics.md says of it."""
+
+    kind: Literal["counter", "histogram", "gauge"]
+    name: str
+    labels: tuple[str, ...]
+    help: str
+
+
+TOKENS = Spec(
+    "counter", "minter_tokens", ("vo", "mode", "operation", "storage", "outcome"),
+    "Tokens handed out: issued anew, or repeated from their rows.",
+)  # fmt: skip
+REQUESTS = Spec(
+    "counter", "minter_requests", ("vo", "kind", "outcome"),
+    "Requests served: granted, refused as a whole, repeated.",
+)  # fmt: skip
+REFUSALS = Spec("counter", "minter_refusals", ("vo", "reason"), "Needs and requests refused, by error.")
+FOLLOW_UPS = Spec("counter", "minter_follow_ups", ("task", "outcome"), "Fetches, reports, cancellations.")
+STAGE = Spec(
+    "histogram", "minter_stage_seconds", ("stage",),
+    "Time of a batch from the stage before to this one; the first, received, begins it.",
+)  # fmt: skip
+BATCH = Spec("histogram", "minter_batch_requests", (), "Requests that were decided and recorded together.")
+AGE = Spec(
+    "histogram", "minter_request_age_seconds", (),
+    "Age of a request when it is taken up, by its request_id: how long it waited in the queue.",
+)  # fmt: skip
+QUEUE = Spec("gauge", "minter_queue_messages", ("queue",), "Messages that wait in a queue (beat).")
+LIVING = Spec(
+    "gauge", "minter_tokens_alive", ("vo",),
+    "Tokens that have not expired; estimated from a sample where there are many (beat).",
+)  # fmt: skip
+EXPIRING = Spec("gauge", "minter_tokens_expiring", ("vo",), "Tokens that expire within an hour (beat).")
+SIGNS_UNTIL = Spec(
+    "gauge", "minter_key_signs_until_timestamp_seconds", ("vo",),
+    "When the active key is due to be replaced, in seconds since the epoch (beat).",
+)  # fmt: skip
+STANDBY = Spec(
+    "gauge", "minter_key_standby_ready_timestamp_seconds", ("vo",),
+    "When the standby key may sign; no value means that there is none (beat).",
+)  # fmt: skip
+PARTITIONS = Spec("gauge", "minter_partitions_ahead_days", (), "Days that have partitions already (beat).")
+
+SPECS = (
+    TOKENS, REQUESTS, REFUSALS, FOLLOW_UPS, STAGE, BATCH, AGE,
+    QUEUE, LIVING, EXPIRING, SIGNS_UNTIL, STANDBY, PARTITIONS,
+)  # fmt: skip
+
+_STAGE_BUCKETS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
+_AGE_BUCKETS = (0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 10, 60, 300, 1800, 7200)
+_BATCH_BUCKETS = (1, 2, 5, 10, 20, 50, 100, 200)
+
+COLLECT_SECONDS = 15.0
+"""What the database and the broker are asked for is this old at most."""
+
+
+class Metrics:
+    """The metrics of one worker; `observe` is called at every stage of every batch."""
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.registry = CollectorRegistry()
+        self._clock = clock
+        self._since = 0.0
+        self._tokens = self._counter(TOKENS)
+        self._requests = self._counter(REQUESTS)
+        self._refusals = self._counter(REFUSALS)
+        self._follow_ups = self._counter(FOLLOW_UPS)
+        self._stage = self._histogram(STAGE, _STAGE_BUCKETS)
+        self._batch = self._histogram(BATCH, _BATCH_BUCKETS)
+        self._age = self._histogram(AGE, _AGE_BUCKETS)
+        ProcessCollector(registry=self.registry)
+
+    def _counter(self, spec: Spec) -> Counter:
+        return Counter(spec.name, spec.help, spec.labels, registry=self.registry)
+
+    def _histogram(self, spec: Spec, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(spec.name, spec.help, spec.labels, buckets=buckets, registry=self.registry)
+
+    def observe(self, observed: Observed) -> None:
+        """Count one stage of one batch."""
+        now = self._clock()
+        if observed.stage == "received":
+            self._batch.observe(len(observed.outcomes))
+            for outcome in observed.outcomes:
+                age = observed.at.timestamp() - outcome.submission.request.unix_time
+                self._age.observe(max(0.0, age))
+        else:
+            self._stage.labels(observed.stage).observe(now - self._since)
+        self._since = now
+        if observed.stage == "answered":
+            for outcome in observed.outcomes:
+                self._count(outcome)
+
+    def follow_up(self, task: str, outcome: str) -> None:
+        """Count one message about an earlier request."""
+        self._follow_ups.labels(task, outcome).inc()
+
+    def _count(self, outcome: Outcome) -> None:
+        vo = outcome.client.vo if outcome.client else ""
+        kind = outcome.submission.request.kind
+        if outcome.error is not None:
+            self._requests.labels(vo, kind, "refused").inc()
+            self._refusals.labels(vo, outcome.error.reason).inc()
+            return
+        self._requests.labels(vo, kind, "repeated" if outcome.repeated else "granted").inc()
+        for reason, count in Tally(r["error"]["reason"] for r in outcome.refusals).items():
+            self._refusals.labels(vo, reason).inc(count)
+        grants = outcome.decision.grants if outcome.decision else ()
+        what = "repeated" if outcome.repeated else "issued"
+        for plan, count in Tally(grant.plan for grant in grants).items():
+            operation = "+".join(plan.operations) or plan.rule
+            self._tokens.labels(vo, "mint", operation, plan.area.storage, what).inc(count)
+
+
+class StateCollector(Collector):
+    """What beat tells of the database and the broker, asked anew at most every 15 s."""
+
+    def __init__(
+        self, pool: Pool, broker_url: str, queues: Iterable[str], rotation: RotationPolicy,
+        now: Callable[[], datetime],
+    ) -> None:  # fmt: skip
+        self._pool = pool
+        self._broker_url = broker_url
+        self._queues = tuple(queues)
+        self._rotation = rotation
+        self._now = now
+        self._last: list[Metric] = []
+        self._at = float("-inf")
+
+    def describe(self) -> Iterator[Metric]:
+        """Name the metrics without asking anybody."""
+        for spec in SPECS:
+            if spec.kind == "gauge":
+                yield GaugeMetricFamily(spec.name, spec.help, labels=spec.labels)
+
+    def collect(self) -> Iterator[Metric]:
+        """Return the gauges."""
+        if time.monotonic() - self._at > COLLECT_SECONDS:
+            self._last = [*_what_answers(self._of_database), *_what_answers(self._of_broker)]
+            self._at = time.monotonic()
+        yield from self._last
+
+    def _of_database(self) -> Iterator[Metric]:
+        now = self._now()
+        with transaction(self._pool) as connection:
+            ring = read_keys(connection)
+        living = count_living(self._pool, now, timedelta(hours=1))
+        active = {k.vo: keys.signs_until(k, self._rotation) for k in ring if k.state == "active"}
+        standby = {k.vo: keys.may_sign_from(k, self._rotation) for k in ring if k.state == "prepared"}
+        yield _gauge(LIVING, {(vo,): alive for vo, (alive, _) in living.items()})
+        yield _gauge(EXPIRING, {(vo,): expiring for vo, (_, expiring) in living.items()})
+        yield _gauge(SIGNS_UNTIL, {(vo,): at.timestamp() for vo, at in active.items() if at})
+        yield _gauge(STANDBY, {(vo,): at.timestamp() for vo, at in standby.items()})
+        yield _gauge(PARTITIONS, {(): housekeeping.partitions_ahead(self._pool, now.date())})
+
+    def _of_broker(self) -> Iterator[Metric]:
+        waiting: dict[tuple[str, ...], float] = {}
+        with kombu.Connection(self._broker_url, connect_timeout=5) as connection:
+            for queue in self._queues:
+                try:
+                    declared = connection.channel().queue_declare(queue, passive=True)
+                    waiting[queue,] = declared.message_count
+                except connection.channel_errors:
+                    waiting[queue,] = 0  # Valkey has no empty queues
+        yield _gauge(QUEUE, waiting)
+
+
+def _what_answers(ask: Callable[[], Iterator[Metric]]) -> list[Metric]:
+    """Return what a server says; nothing, and a line in the log, while it is away."""
+    try:
+        return list(ask())
+    except (Unavailable, OSError) as error:
+        logger.warning("metrics: %s", error)
+        return []
+
+
+def _gauge(spec: Spec, values: Mapping[tuple[str, ...], float]) -> GaugeMetricFamily:
+    family = GaugeMetricFamily(spec.name, spec.help, labels=spec.labels)
+    for labels, value in values.items():
+        family.add_metric(labels, value)
+    return family
+
+
+def serve(registry: CollectorRegistry, host: str, first_port: int, ports: int) -> int:
+    """Serve a registry on the first free port of a range; return the port. Raises SettingsError."""
+    for port in range(first_port, first_port + ports):
+        try:
+            start_http_server(port, host, registry)
+        except OSError:
+            continue  # another process of this machine has it
+        return port
+    raise SettingsError(
+        f"no free port for metrics in {first_port} to {first_port + ports - 1}; give [metrics] more ports"
+    )

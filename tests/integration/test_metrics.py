@@ -1,0 +1,96 @@
+"""Metrics are made from what the engine observes, with bounded labels."""
+
+import urllib.request
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from minter import metrics, wiring
+from minter.errors import SettingsError
+from minter.mint import Submission
+from minter.requests import FileRequest, MintRequest, from_mint
+from tests.conftest import load_settings
+from tests.integration.test_mint import SE, mint, submission
+
+
+def scrape(port):
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
+        return {
+            (s.name, *sorted(s.labels.items())): s.value
+            for family in text_string_to_metric_families(answer.read().decode())
+            for s in family.samples
+        }
+
+
+@pytest.fixture
+def observed(dsn):
+    made = metrics.Metrics()
+    service = wiring.Service(load_settings(dsn), made.observe)
+    yield service, made
+    service.pool.dispose()
+
+
+def test_tokens_requests_and_refusals_are_counted(observed):
+    service, made = observed
+    bad = FileRequest(sources=(SE + "x",), destinations=("davs://nowhere.example.org/f",))
+    half = Submission(from_mint(MintRequest(request_id=wiring.new_uuid7(), files=(bad,))), "rucio-alpen")
+    one = submission("a", "b")
+    mint(service, one, half)
+    mint(service, one, submission("c", client="nobody"))
+    port = metrics.serve(made.registry, "127.0.0.1", 21_400, 100)
+    seen = scrape(port)
+
+    def value(name, **labels):
+        return seen[(name, *sorted(labels.items()))]
+
+    source = {"vo": "alpen", "mode": "mint", "operation": "read", "storage": "BOREAS-T2_DATADISK"}
+    assert value("minter_tokens_total", outcome="issued", **source) == 2
+    assert value("minter_tokens_total", outcome="repeated", **source) == 2
+    assert value("minter_requests_total", vo="alpen", kind="mint", outcome="granted") == 2
+    assert value("minter_requests_total", vo="alpen", kind="mint", outcome="repeated") == 1
+    assert value("minter_requests_total", vo="", kind="mint", outcome="refused") == 1
+    assert value("minter_refusals_total", vo="alpen", reason="unknown_storage") == 1
+    assert value("minter_refusals_total", vo="", reason="unknown_client") == 1
+    assert value("minter_batch_requests_count") == 2
+    assert value("minter_request_age_seconds_count") == 4
+    for stage in ("decided", "inserted", "copied", "committed", "answered"):
+        assert value("minter_stage_seconds_count", stage=stage) == 2
+    names = {name for name, *_ in seen}
+    assert {s.name + "_total" for s in metrics.SPECS if s.kind == "counter"} - {
+        "minter_follow_ups_total"
+    } <= names
+    assert not any(word in str(seen) for word in ("jti", "sub", "01a"))
+
+
+def test_beat_tells_of_keys_partitions_living_tokens_and_queues(service, tmp_path):
+    import kombu
+
+    from minter.amqp import declare
+    from minter.embedded import Valkey
+
+    mint(service, submission("a", "b", lifetime_seconds=3000))
+    broker = Valkey(tmp_path / "valkey")
+    broker.start()
+    try:
+        with kombu.Connection(broker.url) as connection:
+            declare(connection)
+        collector = metrics.StateCollector(
+            service.pool, broker.url, ["minter.requests"], service.engine.rotation, service.clock
+        )
+        found = {(s.name, *s.labels.values()): s.value for f in collector.collect() for s in f.samples}
+        assert found["minter_tokens_alive", "alpen"] == found["minter_tokens_expiring", "alpen"] == 4
+        assert found["minter_queue_messages", "minter.requests"] == 0
+        assert found[("minter_partitions_ahead_days",)] == 7
+        assert found["minter_key_signs_until_timestamp_seconds", "alpen"] > service.clock().timestamp()
+        assert ("minter_key_standby_ready_timestamp_seconds", "alpen") not in found
+        assert {f.name for f in collector.describe()} == {s.name for s in metrics.SPECS if s.kind == "gauge"}
+    finally:
+        broker.stop()
+
+
+def test_each_process_takes_a_port_of_its_own(observed):
+    _, made = observed
+    first = metrics.serve(made.registry, "127.0.0.1", 21_500, 100)
+    assert metrics.serve(made.registry, "127.0.0.1", first, 100) > first
+    with pytest.raises(SettingsError, match="no free port"):
+        metrics.serve(made.registry, "127.0.0.1", first, 1)

@@ -1,0 +1,60 @@
+"""The last line of defence: whatever looks like a secret is cut out of every log line."""
+
+import json
+import logging
+
+import pytest
+
+from minter import logs
+
+TOKEN = "eyJhbGciOiJFUzI1NiJ9.eyJzdWIiOiJ4IiwiZXhwIjoxfQ.c2lnbmF0dXJlLXNpZ25hdHVyZQ"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        (f"sent {TOKEN} away", "sent [token] away"),
+        (f"sent {TOKEN[:40]}", "sent [token]"),
+        (f'{{"source_tokens":["{TOKEN}","{TOKEN}"]}}', '{"source_tokens":["[token]","[token]"]}'),
+        ("amqps://rucio:s3cret@broker/v", "amqps://rucio:[password]@broker/v"),
+        ("-----BEGIN PRIVATE KEY-----\nMIGH\n-----END PRIVATE KEY-----\nend", "[key]\nend"),
+        ("-----BEGIN EC PRIVATE KEY-----\nMIGH", "[key]"),
+        ("Authorization: Basic cnVjaW86c2VjcmV0", "Authorization: Basic [secret]"),
+        ("{'client_secret': 'abc'}", "{'client_secret': '[secret]'}"),
+        ("davs://se01.example.org:443/atlas/eyes", "davs://se01.example.org:443/atlas/eyes"),
+        ("nothing to hide", "nothing to hide"),
+    ],
+)
+def test_secrets_are_cut_out(text, shown):
+    assert logs.redact(text) == shown
+
+
+def line(message, *arguments, error=None, **event):
+    record = logging.LogRecord("minter", logging.INFO, "f", 1, message, arguments, error)
+    record.event = event
+    return json.loads(logs.JsonFormatter().format(record))
+
+
+def test_a_line_is_one_json_object_with_its_event():
+    made = line("request %s", "x", client="rucio", tokens=2, reason="eyJhbGciOiJIUzI1NiJ9.x.y")
+    assert (made["message"], made["client"], made["tokens"], made["reason"]) == (
+        "request x",
+        "rucio",
+        2,
+        "[token]",
+    )
+    assert made["level"] == "info"
+    assert made["time"].endswith("+00:00")
+
+
+def test_tracebacks_and_arguments_are_redacted():
+    try:
+        int(f"bad {TOKEN}")
+    except ValueError as error:
+        made = line("failed: %r", [TOKEN], error=(type(error), error, error.__traceback__))
+    assert TOKEN[:20] not in json.dumps(made)
+    assert "bad [token]" in made["traceback"]
+
+
+def test_what_json_has_no_form_for_is_still_logged():
+    assert line("x", what=object())["what"].startswith("<object")
