@@ -1,0 +1,96 @@
+"""A real Prometheus (Debian) scrapes workers and beat."""
+
+import json
+import os
+import shutil
+import subprocess
+import time
+import urllib.parse
+import urllib.request
+
+import pytest
+
+from minter import metrics
+from tests.acceptance.conftest import Running
+from tests.acceptance.test_workers import files
+from tests.conftest import EXAMPLES
+from tests.servers import free_ports
+
+pytestmark = pytest.mark.slow
+PORTS = 8
+
+
+@pytest.fixture
+def scraped(broker, database_dsn, tmp_path):
+    """An engine with metrics on, and a Prometheus that scrapes it."""
+    if shutil.which("prometheus") is None:
+        reason = "Prometheus is not installed (apt-get install prometheus)"
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
+    first, port = 24_000 + os.getpid() % 1000 * 10, free_ports(1)[0]
+    text = (EXAMPLES / "settings.toml").read_text()
+    text = text.replace('export = "', f'export = "{EXAMPLES}/')
+    path = tmp_path / "settings.toml"
+    path.write_text(f"{text}\n[metrics]\nfirst_port = {first}\nports = {PORTS}\n")
+    engine = Running(broker, database_dsn, tmp_path, settings=path)
+    engine.start_worker()
+    engine.start_worker()
+    beat = engine.start_beat()
+    targets = [f"127.0.0.1:{first + n}" for n in range(PORTS)]
+    config = {
+        "scrape_configs": [
+            {"job_name": "minter", "scrape_interval": "1s", "static_configs": [{"targets": targets}]}
+        ]
+    }
+    (tmp_path / "prometheus.yml").write_text(json.dumps(config))  # JSON is YAML
+    with (tmp_path / "prometheus.out").open("wb") as out:
+        prometheus = subprocess.Popen(
+            ["prometheus", f"--config.file={tmp_path}/prometheus.yml", f"--storage.tsdb.path={tmp_path}/tsdb",
+             f"--web.listen-address=127.0.0.1:{port}"], stdout=out, stderr=out,
+        )  # fmt: skip
+    yield engine, port
+    for process in (prometheus, beat):
+        process.terminate()
+        process.wait(30)
+    engine.close()
+
+
+def query(port, expression):
+    url = f"http://127.0.0.1:{port}/api/v1/query?{urllib.parse.urlencode({'query': expression})}"
+    with urllib.request.urlopen(url, timeout=5) as answer:
+        found = json.load(answer)["data"]["result"]
+    return {
+        tuple(v for k, v in sorted(r["metric"].items()) if k != "job"): float(r["value"][1]) for r in found
+    }
+
+
+def wait_for(port, expression, condition, seconds=40):
+    deadline = time.monotonic() + seconds
+    seen = None
+    while time.monotonic() < deadline:
+        try:
+            if condition(seen := query(port, expression)):
+                return seen
+        except OSError:
+            pass
+        time.sleep(0.5)
+    raise AssertionError(f"{expression}: {seen}")
+
+
+def test_prometheus_sees_the_rates_of_all_processes(scraped):
+    engine, port = scraped
+    with engine.client() as client:
+        made = client.mint(files(20, "prom"))
+        client.fetch(made.request_ids[0])
+    wait_for(port, "sum(minter_tokens_total)", lambda r: sum(r.values()) == 40)
+    wait_for(port, 'count(up{job="minter"} == 1)', lambda r: sum(r.values()) == 3)  # two workers and beat
+    by_storage = query(port, "sum by (storage, operation) (minter_tokens_total)")
+    assert by_storage == {("read", "BOREAS-T2_DATADISK"): 20, ("write", "FJORD-T1_DATADISK"): 20}
+    wait_for(port, "minter_tokens_alive", lambda r: sum(r.values()) >= 40)
+    assert wait_for(port, "minter_partitions_ahead_days", bool)
+    served = query(port, "sum by (__name__) ({__name__=~'minter_.*'})")
+    names = {name for (name,) in served}
+    for spec in metrics.SPECS:
+        if spec in (metrics.REFUSALS, metrics.STANDBY):
+            continue  # nothing was refused, and beat has not made a standby yet
+        suffix = {"counter": "_total", "histogram": "_count", "gauge": ""}[spec.kind]
+        assert spec.name + suffix in names
