@@ -55,7 +55,7 @@ def dead_letter_queue() -> Queue:
 
 def declare(connection: kombu.Connection, durable: Iterable[str] = ()) -> None:
     """Declare exchanges, queues and clients' `durable` ones; declaring again changes nothing."""
-    listed = [Queue(name, queue_arguments={"x-queue-type": "quorum"}) for name in durable]
+    listed = [Queue(name, queue_arguments=_QUORUM) for name in durable]
     with connection.channel() as channel:
         for queue in (dead_letter_queue(), *queues(), *listed):
             queue(channel).declare()

@@ -35,6 +35,7 @@ from minter.errors import (
     Expired,
     MinterError,
     NoUsableKey,
+    ReplyNotAllowed,
     RequestError,
     UnknownClient,
     UnknownRequest,
@@ -338,6 +339,8 @@ class Engine:
         for file in outcome.submission.request.files:
             control.bans.check(work.client.vo, activity=file.activity)
         check_reply_queue(outcome.submission.request.reply_queue, work.client)
+        if isinstance(work.decision.error, ReplyNotAllowed):
+            raise work.decision.error
         if outcome.error is None:
             outcome.issued = self._reissue_all(row, tokens, work.client, control, now)
 

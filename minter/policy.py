@@ -228,6 +228,10 @@ class Policy:
             grants = []
         if grants:
             grants += service
+        try:
+            _check_plaintext(request, client, grants)
+        except ReplyNotAllowed as error:
+            return Decision([], [Refused(None, error)], error)
         return Decision(grants, refused)
 
     def _admit(self, request: Request, client: Client, bans: Bans) -> None:
@@ -362,14 +366,18 @@ class Policy:
 
 
 def check_reply_queue(queue: str | None, client: Client) -> None:
-    """Raise ReplyNotAllowed unless the client may have answers on this durable queue (I5)."""
-    if queue is None:
-        return
-    if queue not in client.reply_queues:
+    """Raise ReplyNotAllowed unless the client may have answers on this durable queue."""
+    if queue is not None and queue not in client.reply_queues:
         raise ReplyNotAllowed(
             f"queue {queue!r} is not listed for client {client.name!r}; register it with the client"
         )
-    if client.jwe_key is None:
+
+
+def _check_plaintext(request: Request, client: Client, grants: Sequence[Grant]) -> None:
+    """Raise ReplyNotAllowed for tokens that would lie unencrypted on a durable queue (I5)."""
+    if request.reply_queue is None or client.jwe_key is not None:
+        return
+    if not all(g.plan.route is None or g.plan.route.plaintext_queue for g in grants):
         raise ReplyNotAllowed(
             f"client {client.name!r} has no key to encrypt to, and tokens lie on a durable queue only "
             "encrypted; register a public JWK with the client"

@@ -25,7 +25,8 @@ class Route(Struct, frozen=True, eq=False, forbid_unknown_fields=True, kw_only=T
 
     Patterns are shell globs. `via` says whether the tokens go into an FTS job. `cleanup` adds the
     right to remove a failed copy, `make_parents` that of making the directory, `poll_area` widens
-    a poll token to the storage's prefix, `forbid` names quirks that must not add scopes. A
+    a poll token to the storage's prefix, `forbid` names quirks that must not add scopes.
+    `plaintext_queue` lets its tokens lie unencrypted on a durable queue of a client without a key. A
     `max_lifetime_seconds` above the profile's 6 h needs `mitigations` and a `risk_assessment`.
     """
 
@@ -48,6 +49,7 @@ class Route(Struct, frozen=True, eq=False, forbid_unknown_fields=True, kw_only=T
     cleanup: bool = False
     make_parents: bool = False
     poll_area: bool = False
+    plaintext_queue: bool = False
     forbid: tuple[str, ...] = ()
     mitigations: tuple[Mitigation, ...] = ()
     risk_assessment: str = ""

@@ -180,6 +180,8 @@ class Loaded:
         for route in self.settings.routes:
             if route.risk_assessment == SHIPPED_RISK_ASSESSMENT:
                 yield f"route {route.name}: relies on Minter's own risk assessment; adopt or replace it"
+            if route.plaintext_queue:
+                yield f"route {route.name}: its tokens may lie unencrypted on durable queues"
         if not self.settings.fts:
             yield "no [[fts]]: FTS jobs cannot be filled"
 

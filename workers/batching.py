@@ -25,6 +25,7 @@ from minter.errors import (
     InvalidRequest,
     MinterError,
     NoUsableKey,
+    ReplyNotAllowed,
     RequestError,
     ServerError,
     Unavailable,
@@ -259,7 +260,8 @@ class Batcher:
                 answer = answers.answer(outcome, now)
                 self._note(pending, answer, outcome)
                 client, queue = outcome.client, outcome.submission.request.reply_queue
-                if queue and client and client.jwe_key and queue in client.reply_queues:
+                denied = isinstance(outcome.error, ReplyNotAllowed)
+                if queue and client and queue in client.reply_queues and not denied:
                     pending.queued = replies.queued(answer, queue, pending.correlation_id, client.jwe_key)
                     answer = Answer(request_id=answer.request_id, error=answer.error)
                 done.append((pending, answer))

@@ -10,12 +10,14 @@ import msgspec
 from joserfc import jwe, jwk
 
 from minter.amqp import Outgoing
-from minter.answers import parts
+from minter.answers import MAX_FILLED_BYTES, failure, parts
 from minter.contract import DEAD_LETTER_QUEUE, DIRECT_REPLY, REPLY_PREFIX, reply_prefix
-from minter.errors import MinterError, ReplyNotAllowed
+from minter.errors import InvalidRequest, MinterError, ReplyNotAllowed
 from minter.requests import Answer
 
 MAX_DEAD_LETTER_HEADER = 500
+MAX_ENCRYPTED_BYTES = MAX_FILLED_BYTES * 3 // 4
+"""A JWE is base64url, a third longer than its content, and a job cannot be divided."""
 
 
 def check_reply_to(reply_to: object, client: str | None) -> str:
@@ -49,22 +51,33 @@ def messages(answer: Answer, reply_to: str, correlation_id: str) -> list[Outgoin
     ]
 
 
-def queued(answer: Answer, queue: str, correlation_id: str, key: dict[str, str]) -> list[Outgoing]:
-    """Return the messages of one answer for a durable queue, each a JWE to the client's key (I5)."""
+def queued(answer: Answer, queue: str, correlation_id: str, key: dict[str, str] | None) -> list[Outgoing]:
+    """Return the messages of one answer for a durable queue, each a JWE to the client's key (I5).
+
+    Without a key they are plain: the policy has seen to it that every token's route allows that.
+    """
+    bodies = parts(answer)
+    if key is not None and max(map(len, bodies)) > MAX_ENCRYPTED_BYTES:
+        too_large = InvalidRequest(f"the job exceeds {MAX_ENCRYPTED_BYTES} bytes with its tokens; split it")
+        bodies = parts(failure(answer.request_id, too_large))
+    return [
+        Outgoing(
+            body if key is None else _encrypted(body, key),
+            queue,
+            properties={"correlation_id": correlation_id},
+            headers={"minter-client-key": str(key.get("kid", "")) if key else ""},
+            persistent=True,
+            content_type="application/json" if key is None else "application/jose",
+        )
+        for body in bodies
+    ]
+
+
+def _encrypted(body: bytes, key: dict[str, str]) -> bytes:
     algorithm = "ECDH-ES+A256KW" if key["kty"] == "EC" else "RSA-OAEP-256"
     header = {"alg": algorithm, "enc": "A256GCM", "cty": "application/json"}
     public = jwk.import_key(dict(key))
-    return [
-        Outgoing(
-            jwe.encrypt_compact(header, body, public, algorithms=[algorithm, "A256GCM"]).encode(),
-            queue,
-            properties={"correlation_id": correlation_id},
-            headers={"minter-client-key": str(key.get("kid", ""))},
-            persistent=True,
-            content_type="application/jose",
-        )
-        for body in parts(answer)
-    ]
+    return jwe.encrypt_compact(header, body, public, algorithms=[algorithm, "A256GCM"]).encode()
 
 
 def dead_letter(body: bytes, headers: dict[str, Any], client: str | None, why: MinterError) -> Outgoing:

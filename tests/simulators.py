@@ -1,0 +1,96 @@
+"""The other side, simulated to inject faults that a real one will not make on demand.
+
+`FakeFTS` follows what fts-rest-flask a8b49830c does on POST /jobs, GET /jobs/…/files and GET /whoami
+(facts/fts-and-rucio.md): deterministic ids, 409 for one that is taken, the checks of a token job. The
+real one cannot be had from a package registry.
+"""
+
+import json
+import threading
+import time
+import uuid
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from minter.demo import fts_objections
+from workers.fts import BASE_ID
+
+VO = "alpen"
+
+
+class FakeFTS:
+    """An FTS on a free port; `faults` are done to the next submissions, one each."""
+
+    def __init__(self):
+        self.jobs: dict[str, dict] = {}
+        self.faults: list[str] = []
+        self.posts = 0
+        self.bearers: set[str] = set()
+        self.port = 0
+        self.start()
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.port}"
+
+    def start(self):
+        """Listen, on the port of before if there was one."""
+        self.server = ThreadingHTTPServer(("127.0.0.1", self.port), _Handler)
+        self.server.fts = self
+        self.port = self.server.server_port
+        self.thread = threading.Thread(target=self.server.serve_forever, daemon=True)
+        self.thread.start()
+
+    def stop(self):
+        if self.thread.is_alive():
+            self.server.shutdown()
+            self.server.server_close()
+            self.thread.join()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    @property
+    def fts(self):
+        return self.server.fts
+
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        self.fts.bearers.add(self.headers["Authorization"])
+        if self.path == "/whoami":
+            return self.answer(200, {"vos": [VO]})
+        job = self.fts.jobs.get(self.path.split("/")[2])
+        if job is None:
+            return self.answer(404, {"message": "No job with that id"})
+        files = [
+            {"file_id": 1000 + n, "source_surl": f["sources"][0], "dest_surl": f["destinations"][0]}
+            for n, f in enumerate(job["files"])
+        ]
+        return self.answer(200, files)
+
+    def do_POST(self):
+        fts = self.fts
+        fts.posts += 1
+        fts.bearers.add(self.headers["Authorization"])
+        job = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        fault = fts.faults.pop(0) if fts.faults else ""
+        if fault.isdigit():
+            return self.answer(int(fault), {"message": "the fault that was asked for"})
+        if fault == "html":
+            return self.answer(200, None)
+        job_id = str(uuid.uuid5(uuid.uuid5(BASE_ID, VO), job["params"]["sid"]))
+        if job_id in fts.jobs:
+            return self.answer(409, {"message": "The sid provided by the user is duplicated"})
+        if objections := fts_objections(job, int(time.time())):
+            return self.answer(400, {"message": objections[0]})
+        fts.jobs[job_id] = job
+        if fault == "lost":  # the job is there, its answer is not
+            return self.connection.close()
+        return self.answer(200, {"job_id": job_id})
+
+    def answer(self, status, body):
+        raw = b"<html>proxy</html>" if body is None else json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(raw)))
+        self.end_headers()
+        self.wfile.write(raw)

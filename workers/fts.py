@@ -1,0 +1,297 @@
+"""The FTS consumer: takes filled jobs from a durable queue and submits them to FTS.
+
+    MINTER_BROKER_URL=amqps://rucio-prod:…@broker/minter \
+    python -m workers.fts --queue rucio-prod.jobs --key jwe.json --fts https://fts3.example.org:8446
+
+A message is acknowledged when FTS has the job, or has refused it for good, and the engine was told
+of it (`minter.report`, `minter.cancel`); until then it lies unacknowledged, so nothing is lost. FTS
+makes the job's id from the request_id, so a job that is sent again after a lost answer is found
+there (409) instead of being made twice. While FTS is away the consumer waits and tries again.
+"""
+
+import logging
+import os
+import random
+import signal
+import ssl
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import httpx
+import kombu
+import msgspec
+import typer
+from joserfc import jwe, jwk
+from joserfc.errors import JoseError
+from msgspec import Struct
+
+from minter import logs
+from minter.client import JobReport, MinterClient
+from minter.errors import InvalidRequest, MinterError, RequestError, SettingsError, Unavailable
+from minter.requests import Answer, TokenAnswer
+
+logger = logging.getLogger("minter.fts")
+
+BASE_ID = uuid.UUID("01874efb-4735-4595-bc9c-591aef8240c9")
+"""FTS's namespace of deterministic job ids: uuid5(uuid5(BASE_ID, VO), sid)."""
+FIRST_DELAY_SECONDS = 1.0
+MAX_DELAY_SECONDS = 60.0
+MAX_HOLD_SECONDS = 25 * 60.0
+"""RabbitMQ takes a message back that is not acknowledged within 30 minutes: we give it back before."""
+_PASSING = (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN, httpx.codes.TOO_MANY_REQUESTS)
+
+
+class _Registry(jwe.JWERegistry):
+    """joserfc's registry for messages as large as AMQP carries; its own limit is 64 kB."""
+
+    max_ciphertext_length = 16 * 1024 * 1024
+
+
+_registry = _Registry(algorithms=["ECDH-ES+A256KW", "RSA-OAEP-256", "A256GCM"])
+
+
+class Away(Unavailable):
+    """FTS does not answer, or says that it cannot now: try again."""
+
+
+class Refused(RequestError):
+    """FTS will never take this job as it is."""
+
+
+class Submitted(Struct, frozen=True):
+    """A job that FTS has; `file_ids` are FTS's, in the job's order, none if it would not say."""
+
+    job_id: uuid.UUID
+    file_ids: tuple[int, ...]
+
+
+class FTS:
+    """FTS's REST interface, as far as submitting goes."""
+
+    def __init__(self, url: str, *, ca: str | None = None, timeout_seconds: float = 60.0) -> None:
+        self._http = httpx.Client(base_url=url, verify=_trust(ca), timeout=timeout_seconds)
+        self._vo: str | None = None
+
+    def submit(self, job: Mapping[str, Any], bearer: TokenAnswer, request_id: str) -> Submitted:
+        """Submit a job; raises Away or Refused. A job that FTS has already is found, not made again."""
+        params = dict(job.get("params") or {})
+        if params.get("id_generator") != "deterministic" or not params.get("sid"):
+            params |= {"id_generator": "deterministic", "sid": request_id}
+        made = {**job, "params": params}
+        answer = self._call("POST", "/jobs", bearer, made)
+        if answer.status_code == httpx.codes.CONFLICT:
+            job_id = self._job_id(bearer, str(params["sid"]))
+            if not self._is_ours(job_id, bearer, made):
+                raise Refused(f"FTS has another job under the sid {params['sid']}; submit it under a new one")
+            logger.info("FTS has job %s already", job_id)
+        else:
+            job_id = uuid.UUID(str(_json(answer)["job_id"]))
+        return Submitted(job_id, self._file_ids(job_id, bearer, made))
+
+    def _job_id(self, bearer: TokenAnswer, sid: str) -> uuid.UUID:
+        if self._vo is None:
+            self._vo = str(_json(self._call("GET", "/whoami", bearer))["vos"][0])
+        return uuid.uuid5(uuid.uuid5(BASE_ID, self._vo), sid)
+
+    def _files(self, job_id: uuid.UUID, bearer: TokenAnswer) -> list[dict[str, Any]]:
+        return list(_json(self._call("GET", f"/jobs/{job_id}/files", bearer)))
+
+    def _is_ours(self, job_id: uuid.UUID, bearer: TokenAnswer, job: Mapping[str, Any]) -> bool:
+        theirs = {f.get("dest_surl") for f in self._files(job_id, bearer)}
+        return theirs == {url for file in job["files"] for url in file["destinations"]}
+
+    def _file_ids(self, job_id: uuid.UUID, bearer: TokenAnswer, job: Mapping[str, Any]) -> tuple[int, ...]:
+        """Return FTS's file ids in the job's order: a convenience, so its failure is none of ours."""
+        try:
+            by_url = {f["dest_surl"]: int(f["file_id"]) for f in self._files(job_id, bearer)}
+            return tuple(by_url[file["destinations"][0]] for file in job["files"])
+        except (Unavailable, RequestError, KeyError, TypeError, ValueError):
+            return ()
+
+    def _call(
+        self, method: str, path: str, bearer: TokenAnswer, body: object | None = None
+    ) -> httpx.Response:
+        headers = {"Authorization": f"Bearer {bearer.token}", "Content-Type": "application/json"}
+        content = None if body is None else msgspec.json.encode(body)
+        try:
+            answer = self._http.request(method, path, headers=headers, content=content)
+        except httpx.HTTPError as error:
+            raise Away(f"FTS cannot be reached ({type(error).__name__})") from None
+        if answer.is_success or answer.status_code == httpx.codes.CONFLICT:
+            return answer
+        # 401 and 403: FTS does not know our issuer, or not now; the token is checked to be alive.
+        if answer.status_code in _PASSING or answer.is_server_error:
+            raise Away(f"FTS answers {answer.status_code}", retry_after=answer.headers.get("retry-after"))
+        raise Refused(f"FTS refuses the job ({answer.status_code}): {logs.redact(answer.text)[:300]}")
+
+
+def _trust(ca: str | None) -> ssl.SSLContext | bool:
+    if ca is None:
+        return True
+    folder = Path(ca).is_dir()
+    return ssl.create_default_context(cafile=None if folder else ca, capath=ca if folder else None)
+
+
+def _json(answer: httpx.Response) -> Any:
+    try:
+        return msgspec.json.decode(answer.content)
+    except msgspec.DecodeError:
+        raise Away(f"FTS answers {answer.status_code} with what is no JSON") from None
+
+
+class Forwarder:
+    """Takes one answer of the engine's to FTS, and tells the engine of it."""
+
+    def __init__(
+        self, minter: MinterClient, fts: Mapping[str, FTS] | FTS, private_key: Mapping[str, Any] | None,
+        now: Callable[[], float] = time.time,
+    ) -> None:  # fmt: skip
+        self._minter = minter
+        self._fts = fts
+        self._key = jwk.import_key(dict(private_key)) if private_key else None
+        self._now = now
+
+    def open(self, body: bytes, content_type: str) -> Answer:
+        """Return the answer in a message; raises InvalidRequest for what is none."""
+        try:
+            if content_type == "application/jose":
+                if self._key is None:
+                    raise InvalidRequest("the message is encrypted, and no key was named with --key")
+                body = jwe.decrypt_compact(body.decode(), self._key, registry=_registry).plaintext or b""
+            return msgspec.json.decode(body, type=Answer)
+        except (JoseError, ValueError, msgspec.DecodeError) as error:
+            raise InvalidRequest(f"not an answer of the engine's ({type(error).__name__})") from None
+
+    def forward(self, answer: Answer) -> Submitted | None:
+        """Submit an answer's job and report it; None if there was none, or FTS refused it.
+
+        Raises Away, or Unavailable while the engine is away: then all of it may be done again.
+        """
+        request_id = answer.request_id
+        if answer.error is not None or answer.job is None or answer.bearer is None or request_id is None:
+            reason = answer.error["reason"] if answer.error else "no_job"
+            logs.event(logger, "nothing to submit", request_id=request_id, reason=reason)
+            return None
+        try:
+            submitted = self._service(answer.bearer).submit(answer.job, answer.bearer, request_id)
+        except Refused as error:
+            logs.event(logger, "job refused", request_id=request_id, reason="refused", error=str(error))
+            self._minter.cancel(uuid.UUID(request_id))
+            return None
+        left_out = {int(entry["index"]) for entry in answer.refused}
+        total = len(answer.job["files"]) + len(left_out)
+        numbers = tuple(n for n in range(total) if n not in left_out)
+        report = JobReport(submitted.job_id, uuid.UUID(request_id), numbers, submitted.file_ids)
+        self._minter.report(jobs=[report])
+        logs.event(
+            logger, "job submitted", request_id=request_id, job_id=str(submitted.job_id),
+            files=len(numbers), vo=None,
+        )  # fmt: skip
+        return submitted
+
+    def _service(self, bearer: TokenAnswer) -> FTS:
+        if bearer.exp <= self._now():
+            raise Refused("the token for FTS expired on the queue; renew the request")
+        if isinstance(self._fts, FTS):
+            return self._fts
+        if bearer.storage not in self._fts:
+            raise Refused(f"no URL of FTS {bearer.storage!r} was named with --fts")
+        return self._fts[bearer.storage]
+
+
+class Consumer:
+    """Consumes one durable queue, one message at a time; start more processes for more at once."""
+
+    def __init__(self, broker_url: str, queue: str, forwarder: Forwarder) -> None:
+        self._url = broker_url
+        self._queue = queue
+        self._forwarder = forwarder
+        self.stopped = False
+
+    def run(self) -> None:
+        """Consume until `stopped`; broken connections are made again."""
+        delay = FIRST_DELAY_SECONDS
+        while not self.stopped:
+            connection = kombu.Connection(self._url, connect_timeout=5)
+            try:
+                self._consume(connection)
+                delay = FIRST_DELAY_SECONDS
+            except (*connection.connection_errors, *connection.channel_errors) as error:
+                logger.warning("the broker is away (%s), trying again in %.0f s", type(error).__name__, delay)
+                delay = _wait(delay)
+            finally:
+                connection.release()
+
+    def _consume(self, connection: kombu.Connection) -> None:
+        channel = connection.channel()
+        channel.basic_qos(0, 1, False)
+        queue = kombu.Queue(self._queue, channel=channel, no_declare=True)
+        with kombu.Consumer(channel, [queue], on_message=self._take, accept=None):
+            while not self.stopped:
+                try:
+                    connection.drain_events(timeout=1.0)
+                except TimeoutError:
+                    continue
+
+    def _take(self, message: Any) -> None:
+        """Forward one message; it is acknowledged when nothing is left to be done for it."""
+        body = message.body if isinstance(message.body, bytes) else message.body.encode()
+        try:
+            answer = self._forwarder.open(body, str(message.content_type))
+        except InvalidRequest as error:
+            logger.warning("message rejected to the dead letters: %s", error)
+            message.reject()
+            return
+        started, delay = time.monotonic(), FIRST_DELAY_SECONDS
+        while not self.stopped:
+            try:
+                self._forwarder.forward(answer)
+            except Unavailable as error:
+                logger.warning("request %s: %s; trying again in %.0f s", answer.request_id, error, delay)
+                if time.monotonic() - started > MAX_HOLD_SECONDS:
+                    break
+                delay = _wait(delay)
+            except MinterError as error:
+                # The engine knows the request no more, or bans us: FTS has the job, or has refused it.
+                logger.warning("request %s cannot be reported: %s", answer.request_id, error)
+                message.ack()
+                return
+            else:
+                message.ack()
+                return
+        message.requeue()
+
+
+def _wait(delay: float) -> float:
+    time.sleep(delay * random.uniform(0.5, 1.5))  # noqa: S311 - jitter
+    return min(2 * delay, MAX_DELAY_SECONDS)
+
+
+def main(
+    queue: Annotated[str, typer.Option(help="The durable queue that answers go to.")],
+    fts: Annotated[list[str], typer.Option(help="FTS's REST URL, or NAME=URL for each of several.")],
+    key: Annotated[Path | None, typer.Option(help="The private JWK that answers are encrypted to.")] = None,
+    ca: Annotated[str | None, typer.Option(help="CA file or directory; the system's if none.")] = None,
+    client: Annotated[str | None, typer.Option(help="The client, where the broker URL has no user.")] = None,
+) -> None:
+    """Submit filled jobs from a durable queue to FTS."""
+    logs.configure(logging.INFO)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    url = os.environ.get("MINTER_BROKER_URL")
+    if not url:
+        raise SettingsError("MINTER_BROKER_URL is not set; it names the broker and this client's user")
+    private = msgspec.json.decode(key.read_bytes()) if key else None
+    named = dict(entry.split("=", 1) for entry in fts if "=" in entry.partition("://")[0])
+    services = {name: FTS(address, ca=ca) for name, address in named.items()} or FTS(fts[0], ca=ca)
+    with MinterClient(url, client) as minter:
+        consumer = Consumer(url, queue, Forwarder(minter, services, private))
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: setattr(consumer, "stopped", True))
+        consumer.run()
+
+
+if __name__ == "__main__":
+    typer.run(main)
