@@ -11,7 +11,7 @@ import threading
 import uuid
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import kombu
 import typer
@@ -20,6 +20,7 @@ from rich.console import Console
 from minter import (
     claims,
     cli_control,
+    cli_trace,
     database,
     demo,
     housekeeping,
@@ -28,6 +29,7 @@ from minter import (
     policy,
     rabbitmq,
     stack,
+    stories,
     wiring,
 )
 from minter.amqp import declare
@@ -42,6 +44,7 @@ broker_app = typer.Typer(no_args_is_help=True, help="The broker.")
 for name, group in (("db", db_app), ("broker", broker_app)):
     app.add_typer(group, name=name)
 cli_control.register(app)
+cli_trace.register(app)
 
 JobFile = Annotated[Path, typer.Option("--job", help="An FTS job as JSON, - for standard input.")]
 
@@ -241,63 +244,15 @@ def verify(
         problems.append(f"its key is {key.state} and not in the JWKS")
     if int(str(unverified["exp"])) <= now.timestamp():
         problems.append("it has expired")
-    found = database.find_tokens(
+    found = stories.find(
         service.pool, "jti", uuid.UUID(str(unverified["jti"])), service.since(400), now + timedelta(days=1)
     )
-    if not found or json.loads(found[0].token.payload) != unverified:
+    if not found or json.loads(found[0].payload) != unverified:
         problems.append("no row records it")
     facts = {"valid": not problems, "problems": problems, "header": header, "claims": unverified}
     show(as_json, facts, lambda: json.dumps(facts, indent=2))
     if problems:
         raise typer.Exit(1)
-
-
-@app.command()
-@guarded
-def trace(
-    jti: Annotated[uuid.UUID | None, typer.Option(help="A token's jti.")] = None,
-    path: Annotated[str | None, typer.Option(help="A file's path in the VO's area of its storage.")] = None,
-    request: Annotated[uuid.UUID | None, typer.Option(help="A request_id.")] = None,
-    fts_token_id: Annotated[str | None, typer.Option(help="FTS's token id: 16 hex digits.")] = None,
-    days: Annotated[int, typer.Option(help="How far back to look.", min=1, max=400)] = 30,
-    as_json: AsJson = False,
-) -> None:
-    """Find tokens, with who asked for them and what they allowed."""
-    service = open_service()
-    if sum(v is not None for v in (jti, path, request, fts_token_id)) != 1:
-        raise InvalidRequest("expected exactly one of --jti, --path, --request, --fts-token-id")
-    since, until = service.since(days), service.clock() + timedelta(days=1)
-    refusals: list[Any] = []
-    if request is not None:
-        found = []
-        for row, tokens, _ in database.find_requests(service.pool, request):
-            refusals += [row.error] if row.error else row.refusals
-            for token in tokens:
-                found += database.find_tokens(service.pool, "jti", token.jti, since, until)
-    elif fts_token_id is not None:
-        found = database.find_tokens(service.pool, "fts_token_id", _fts_token_id(fts_token_id), since, until)
-    else:
-        by, value = ("jti", jti) if jti is not None else ("path", path)
-        found = database.find_tokens(service.pool, by, value, since, until)
-    show(
-        as_json,
-        {"tokens": found, "refusals": refusals},
-        lambda: demo.trace_table(found),
-    )
-    if refusals and not as_json:
-        typer.echo("\n".join(json.dumps(r) for r in refusals))
-    if not found and not refusals:
-        raise typer.Exit(1)
-
-
-def _fts_token_id(text: str) -> int:
-    try:
-        raw = bytes.fromhex(text)
-    except ValueError:
-        raw = b""
-    if len(raw) != 8:  # noqa: PLR2004 - 16 hex digits
-        raise InvalidRequest(f"{text!r} is not an FTS token id, expected 16 hex digits")
-    return int.from_bytes(raw, signed=True)
 
 
 # ── database, broker ─────────────────────────────────────────────────────────────────────────

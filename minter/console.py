@@ -4,7 +4,7 @@ import getpass
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,6 +16,7 @@ from rich.table import Table
 
 from minter import wiring
 from minter.errors import InvalidRequest, MinterError, SettingsError, Unavailable
+from minter.stories import Story
 
 console = Console()
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
@@ -89,3 +90,41 @@ def read_object(path: Path, what: str) -> dict[str, Any]:
     if not isinstance(job, dict):
         raise InvalidRequest(f"{what} {path} is not a JSON object")
     return job
+
+
+def story_table(found: Sequence[Story]) -> Table:
+    """Return the stories of tokens for a person: who asked, why it was granted, what became of it."""
+    return as_table(
+        f"{len(found)} tokens",
+        (
+            "issued", "jti, FTS id", "who asked", "storage", "side", "scope", "rule", "expires",
+            "what became of it",
+        ),
+        [
+            (
+                f"{one.issued_at:%F %T}",
+                f"{one.jti}\n{one.fts_token_id}",
+                "\n".join(filter(None, (one.client, one.on_behalf_of, one.activity, one.external_id))),
+                one.storage,
+                f"{one.side}[{one.position}] of file {one.file}" if one.file >= 0 else one.side,
+                one.scope,
+                f"{one.route}: {', '.join(one.operations)}" if one.operations else one.route,
+                f"{one.expires_at:%F %T}",
+                _fate(one),
+            )
+            for one in found
+        ],
+    )  # fmt: skip
+
+
+def _fate(one: Story) -> str:
+    said = [one.state]
+    if one.active_at:
+        said.append(f"active {one.active_at:%F %T}")
+    if one.ended_at:
+        said.append(f"{one.state} {one.ended_at:%F %T}")
+    if one.job_id:
+        said.append(f"FTS job {one.job_id}")
+    if one.renews:
+        said.append(f"renews {one.renews}")
+    return "\n".join(said)

@@ -423,67 +423,6 @@ def count_living(engine: Pool, now: datetime, soon: timedelta) -> dict[str, tupl
     return {vo: (factor * alive, factor * expiring) for vo, alive, expiring in rows}
 
 
-_FOUND = f"""
-    SELECT {_COLUMNS}, t.mode::text, c.name, c.vo, k.kid
-    FROM tokens t
-    LEFT JOIN storages s USING (storage_id)
-    LEFT JOIN clients c USING (client_id)
-    LEFT JOIN signing_keys k USING (key_id)
-    WHERE {{condition}} AND t.jti >= %(first)s AND t.jti < %(last)s
-    ORDER BY t.jti DESC LIMIT %(limit)s
-"""
-
-FIND = {
-    "jti": "t.jti = %(value)s",
-    "path": "t.path_hash = %(value)s",
-    "fts_token_id": "t.fts_token_id = %(value)s",
-    "external_id": "t.external_id = %(value)s AND t.external_id <> ''",
-}
-"""The questions that one index answers; each is bounded in time by the jti."""
-
-
-class Found(msgspec.Struct, frozen=True):
-    """One token found, with the names around it."""
-
-    token: TokenRow
-    mode: str
-    client: str
-    vo: str
-    kid: str
-
-
-def find_query(by: str) -> str:
-    """Return the statement behind `find_tokens`, for EXPLAIN."""
-    return _FOUND.format(condition=FIND[by])
-
-
-def find_tokens(
-    engine: Pool, by: str, value: object, since: datetime, until: datetime, limit: int = 100
-) -> list[Found]:
-    """Find tokens by jti (UUID), path (decoded, VO-relative), FTS token id or external_id, newest first."""
-    if by == "path":
-        value = path_hash(str(value))
-    with transaction(engine) as connection:
-        rows = connection.execute(
-            find_query(by),
-            {"value": value, "first": floor(since), "last": floor(until), "limit": limit},
-        ).fetchall()
-    width = len(TokenRow.__struct_fields__)
-    return [Found(TokenRow(*row[:width]), *row[width:]) for row in rows]
-
-
-def find_requests(engine: Pool, request_id: UUID) -> list[tuple[RequestRow, list[TokenRow], str]]:
-    """Find a request, of whichever client, with its tokens and the client's name."""
-    with transaction(engine) as connection:
-        rows = connection.execute(
-            f"SELECT {_REQUEST}, c.name FROM requests r JOIN clients c USING (client_id)"
-            " WHERE r.request_id = %s",
-            (request_id,),
-        ).fetchall()
-        requests = [(_request_row(row[:-1]), row[-1]) for row in rows]
-        return [(row, tokens_of(connection, row), name) for row, name in requests]
-
-
 def floor(instant: datetime) -> UUID:
     """Return the smallest UUIDv7 of an instant (milliseconds, RFC 9562 §5.7)."""
     return UUID(int=int(instant.timestamp() * 1000) << 80)

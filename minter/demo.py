@@ -9,23 +9,24 @@ import json
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
-from uuid import UUID
 
 from joserfc import jwk, jws
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from minter import database, keys, mint, policy, wiring
+from minter import database, keys, policy, stories, wiring
 from minter.claims import unverified_claims
 from minter.client import FileRequest, FilledJob, MinterClient, Token
+from minter.console import story_table
 from minter.errors import MinterError
 from minter.requests import FillRequest, from_fill
 from minter.stack import Stack
+from minter.stories import Story
 
 FTS_CLAIM_CHARACTERS = 1024
 WARM_UP = FileRequest(sources=("davs://se01.boreas.example.org/atlas/atlasdatadisk/rucio/warm/up",))
@@ -103,10 +104,10 @@ class Verifier:
         claims: dict[str, Any] = json.loads(verified.payload)
         return claims
 
-    def rows(self, request_id: Any) -> dict[str, mint.TokenRow]:
+    def rows(self, request_id: Any) -> dict[str, Story]:
         """Return the recorded tokens of a request by jti."""
-        found = database.find_requests(self._service.pool, request_id)
-        return {t.jti: t for _, tokens, _ in found for t in tokens}
+        found, _ = stories.find_request(self._service.pool, request_id)
+        return {str(one.jti): one for one in found}
 
 
 class Demo:
@@ -119,7 +120,7 @@ class Demo:
         self.jobs = list(read_jobs(jobs_folder))
         self.failures: list[str] = []
         self.verified = 0
-        self.tokens: list[tuple[database.Found | mint.TokenRow, dict[str, Any]]] = []
+        self.tokens: list[tuple[Story, dict[str, Any]]] = []
 
     def run(self) -> int:
         """Run it; return 0 if every token and job stood every check."""
@@ -176,7 +177,6 @@ class Demo:
         areas = {a.storage: a for d in directory.values() for a in d.areas()}
         by_storage: dict[str, list[dict[str, Any]]] = {}
         for row, claims in self.tokens:
-            assert isinstance(row, mint.TokenRow)
             name = row.storage
             by_storage.setdefault(name, []).append(claims)
         table = Table(title="Tokens by storage")
@@ -254,8 +254,8 @@ class Demo:
         path = str(claims["scope"]).split(" ")[0].partition(":")[2]
         self.console.print(f"[bold]Trace: minter trace --path {path}[/bold]")
         now = self.service.clock()
-        self.console.print(trace_table(
-            database.find_tokens(
+        self.console.print(story_table(
+            stories.find(
                 self.service.pool, "path", path, self.service.since(1), now + timedelta(days=1)
             )
         ))  # fmt: skip
@@ -281,30 +281,3 @@ def _extras(claims: Mapping[str, Any]) -> Iterator[str]:
 
 def _hours(low: int, high: int) -> str:
     return f"{low / 3600:.1f} h" if low == high else f"{low / 3600:.1f}-{high / 3600:.1f} h"
-
-
-def trace_table(found: Sequence[database.Found]) -> Table:
-    """Return what was found as a table for a person."""
-    table = Table()
-    for heading in (
-        "issued",
-        "jti",
-        "client",
-        "storage",
-        "side",
-        "scope",
-        "expires",
-        "state",
-        "FTS token id",
-    ):
-        table.add_column(heading, overflow="fold")
-    for f in found:
-        t = f.token
-        claims = json.loads(t.payload)
-        table.add_row(
-            datetime.fromtimestamp((UUID(t.jti).int >> 80) / 1000, UTC).isoformat(" ", "seconds"),
-            t.jti, f.client, t.storage, t.side, claims["scope"],
-            datetime.fromtimestamp(t.expires_at, UTC).isoformat(" ", "seconds"), t.state,
-            f"{t.fts_token_id & (1 << 64) - 1:016x}",
-        )  # fmt: skip
-    return table

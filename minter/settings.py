@@ -28,11 +28,16 @@ Positive = Annotated[int, Meta(gt=0)]
 
 
 class DatabaseSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """`dsn` may hold a password, so it is better put into MINTER_DSN."""
+    """`dsn` may hold a password, so it is better put into MINTER_DSN.
+
+    Tokens that expired `retention_days` ago go to `archive_folder`, by `minter archive`; request_ids
+    older than that are refused.
+    """
 
     dsn: str = ""
     pool_size: Positive = 2
     retention_days: Annotated[int, Meta(ge=1, le=400)] = 30
+    archive_folder: str = ""
 
 
 class BrokerSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -130,6 +135,12 @@ class Loaded:
         file = self.settings.issuers[vo].master_key_file
         return self._environ.get(master_key_variable(vo)), self.folder / file if file else None
 
+    @property
+    def archive_folder(self) -> Path | None:
+        """Where days go that are over, None if the settings do not say."""
+        folder = self.settings.database.archive_folder
+        return self.folder / folder if folder else None
+
     def catalogue(self) -> dict[tuple[str, str], object]:
         """Return what is recorded of each storage and FTS, by (VO, name)."""
         named: dict[tuple[str, str], object] = {
@@ -178,12 +189,18 @@ class Loaded:
             if any("jwt/v1/any" in a for a in storage.audience):
                 yield f"{storage.name}: audience any opens every storage of the VO"
         for route in self.settings.routes:
-            if route.risk_assessment == SHIPPED_RISK_ASSESSMENT:
-                yield f"route {route.name}: relies on Minter's own risk assessment; adopt or replace it"
-            if route.plaintext_queue:
-                yield f"route {route.name}: its tokens may lie unencrypted on durable queues"
+            yield from _doubts_of(route)
+        if not self.settings.database.archive_folder:
+            yield "no database.archive_folder: days that are over stay in the database"
         if not self.settings.fts:
             yield "no [[fts]]: FTS jobs cannot be filled"
+
+
+def _doubts_of(route: Route) -> Iterator[str]:
+    if route.risk_assessment == SHIPPED_RISK_ASSESSMENT:
+        yield f"route {route.name}: relies on Minter's own risk assessment; adopt or replace it"
+    if route.plaintext_queue:
+        yield f"route {route.name}: its tokens may lie unencrypted on durable queues"
 
 
 def master_key_variable(vo: str) -> str:

@@ -206,6 +206,7 @@ jobs = Table(
     Column("file_ids", ARRAY(BigInteger), nullable=False, server_default=text("'{}'")),
     _now("reported_at"),
     Index("jobs_reported_at_idx", "reported_at"),
+    Index("jobs_request_id_idx", "request_id"),
 )
 
 # tokens of a request have the jtis first_jti, first_jti + 1, …: no index from request to token.
@@ -258,7 +259,12 @@ tokens = Table(
     CheckConstraint("mode <> 'mint' OR state NOT IN ('queued', 'failed')", name="mint_state"),
     Index("tokens_path_hash_idx", "path_hash"),
     Index("tokens_fts_token_id_idx", "fts_token_id"),
-    Index("tokens_external_id_idx", "external_id", postgresql_where=text("external_id <> ''")),
+    # 8 bytes instead of 33; who looks compares the text, too.
+    Index(
+        "tokens_external_id_idx",
+        text("hashtextextended(external_id, 0)"),
+        postgresql_where=text("external_id <> ''"),
+    ),
     postgresql_partition_by="RANGE (jti)",
 )
 

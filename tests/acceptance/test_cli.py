@@ -73,7 +73,7 @@ def test_mint_explain_verify_trace(environ, tmp_path):
         ("--path", verified["claims"]["scope"].split(":")[1]),
     ):
         found = json.loads(minter(environ, "trace", option, value, "--json").stdout)["tokens"]
-        assert jti in [f["token"]["jti"] for f in found]
+        assert jti in [f["jti"] for f in found]
     fts_id = f"{found[0]['token']['fts_token_id'] & (1 << 64) - 1:016x}"
     assert minter(environ, "trace", "--fts-token-id", fts_id).returncode == 0
     assert minter(environ, "trace", "--jti", "01a20118-9ddb-7538-9909-000000000000").returncode == 1

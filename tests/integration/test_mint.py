@@ -9,7 +9,7 @@ import psycopg
 import pytest
 from msgspec import structs
 
-from minter import catalogue, database, keys, stack, wiring
+from minter import catalogue, database, keys, stack, stories, wiring
 from minter.errors import Unavailable
 from minter.keystore import new_master_key
 from minter.mint import Submission, fts_token_id
@@ -322,19 +322,17 @@ def test_found_by_jti_path_request_and_ftss_token_id(service):
     since, until = service.since(1), wiring.now() + timedelta(days=1)
     path = "/atlas/atlasdatadisk/rucio/data/a"
     for by, value in (("jti", issued.jti), ("path", path), ("fts_token_id", fts_token_id(issued.token))):
-        (found,) = database.find_tokens(service.pool, by, value, since, until)
-        assert (found.token.jti, found.client, found.token.storage) == (
+        (found,) = stories.find(service.pool, by, value, since, until)
+        assert (str(found.jti), found.client, found.storage) == (
             issued.jti,
             "rucio-alpen",
             "BOREAS-T2_DATADISK",
         )
-    ((row, recorded, client),) = database.find_requests(service.pool, outcome.submission.request.request_id)
-    assert ([t.jti for t in recorded], client, row.kind) == (
-        [i.jti for i in outcome.issued],
-        "rucio-alpen",
-        "mint",
-    )
-    assert not database.find_tokens(service.pool, "jti", issued.jti, since - timedelta(days=9), since)
+    recorded, refused = stories.find_request(service.pool, outcome.submission.request.request_id)
+    assert [str(one.jti) for one in recorded] == [i.jti for i in outcome.issued]
+    assert {(one.client, one.kind) for one in recorded} == {("rucio-alpen", "mint")}
+    assert not refused
+    assert not stories.find(service.pool, "jti", issued.jti, since - timedelta(days=9), since)
 
 
 def test_changes_of_control_tables_are_audited(service):

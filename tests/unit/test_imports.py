@@ -17,14 +17,13 @@ ROWS = [
     {"mint"},
     {"answers", "renewals"},
     {"database", "keystore", "embedded", "settings", "amqp", "migrations", "rabbitmq", "logs"},
-    {"catalogue", "housekeeping", "lives", "alive"},
-    {"keyring", "metrics"},
+    {"catalogue", "housekeeping", "lives", "alive", "stories"},
+    {"keyring", "metrics", "archive"},
     {"transport"},
     {"wiring", "client"},
     {"stack"},
-    {"demo"},
     {"console"},
-    {"cli_control"},
+    {"demo", "cli_control", "cli_trace"},
     {"cli"},
 ]
 PURE = set().union(*ROWS[:8])

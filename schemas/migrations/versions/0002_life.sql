@@ -26,6 +26,7 @@ CREATE TABLE jobs (
     CONSTRAINT jobs_pkey PRIMARY KEY (job_id)
 );
 CREATE INDEX jobs_reported_at_idx ON jobs (reported_at);
+CREATE INDEX jobs_request_id_idx ON jobs (request_id);
 
 ALTER TABLE requests ADD COLUMN renews uuid;
 ALTER TABLE requests DROP CONSTRAINT requests_kind_check;
@@ -33,7 +34,7 @@ ALTER TABLE requests ADD CONSTRAINT requests_kind_check CHECK (kind IN ('mint', 
 ALTER TABLE requests ADD CONSTRAINT requests_renews_check CHECK ((kind = 'renew') = (renews IS NOT NULL));
 
 ALTER TABLE tokens ADD COLUMN rule_id integer;
-CREATE INDEX tokens_external_id_idx ON tokens (external_id) WHERE external_id <> '';
+CREATE INDEX tokens_external_id_idx ON tokens (hashtextextended(external_id, 0)) WHERE external_id <> '';
 
 CREATE TABLE token_states (
     jti uuid NOT NULL,

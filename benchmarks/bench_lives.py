@@ -1,0 +1,77 @@
+"""How long do follow-ups take? `python -m benchmarks.bench_lives`: reports and cancellations of 1 000 files in one request."""
+
+import json
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+import msgspec
+
+from benchmarks.engine import bench, versions
+from benchmarks.load import body
+from minter import wiring
+from minter.followups import CancelRequest, FetchRequest, FileReport, RenewRequest, ReportRequest
+from minter.lives import Lives
+from minter.mint import Submission
+from minter.requests import decode_mint
+
+FILES, ROUNDS = 1_000, 7
+
+
+def main() -> None:
+    took: dict[str, list[float]] = {}
+
+    def timed(name, call):
+        started = time.perf_counter()
+        result = call()
+        took.setdefault(name, []).append((time.perf_counter() - started) * 1000)
+        return result
+
+    with (
+        tempfile.TemporaryDirectory(prefix="minter-bench-") as folder,
+        bench(Path(folder), "embedded") as running,
+    ):
+        engine, client = running.service.engine, running.client
+        lives = Lives(engine, running.service.pool)
+        for number in range(ROUNDS):
+            raw = msgspec.json.decode(body(FILES, number, 200)[1])[0][0]
+            request = decode_mint(msgspec.json.encode(raw))
+            engine.mint_many([Submission(request, client)], wiring.now())
+            ids = [f["external_id"] for f in raw["files"]]
+            for state in ("active", "finished"):
+                wire = ReportRequest(files=tuple(FileReport(state=state, external_id=i) for i in ids))
+                assert (
+                    timed(f"report_{state}", lambda w=wire: lives.report(client, w, wiring.now())).changed
+                    == 2 * FILES
+                )
+            wire = ReportRequest(
+                files=tuple(
+                    FileReport(state="finished", request_id=request.request_id, file=n) for n in range(FILES)
+                )
+            )
+            assert (
+                timed("report_by_file_again", lambda w=wire: lives.report(client, w, wiring.now())).changed
+                == 0
+            )
+            again = RenewRequest(request_id=wiring.new_uuid7(), renews=request.request_id)
+            renewal = timed("renewal_decoded", lambda w=again: lives.renewal(client, w))
+            engine.mint_many([Submission(renewal, client)], wiring.now())
+            timed("fetch", lambda r=again: lives.fetch(client, FetchRequest(r.request_id), wiring.now()))
+            cancelled = timed(
+                "cancel", lambda r=again: lives.cancel(client, CancelRequest(r.request_id), wiring.now())
+            )
+            assert cancelled.changed == len(cancelled.alive) == 2 * FILES
+    print(
+        json.dumps(
+            {
+                "versions": versions(),
+                "files": FILES,
+                "median_ms": {n: round(median(t), 1) for n, t in took.items()},
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,201 @@
+"""Retention: days whose tokens have long expired leave the database as compressed files.
+
+A day is written whole, as JSON lines that need no database to be read, and on disk under its final
+name before its partitions are detached (CONCURRENTLY: nobody waits) and dropped. A crash at any
+point leaves something that the next run finishes: a half-written file is made anew, a partition
+that is still there is archived again, one that is detached is dropped.
+"""
+
+import gzip
+import os
+from collections.abc import Iterator
+from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
+from typing import Literal
+from uuid import UUID
+
+import msgspec
+import psycopg
+from sqlalchemy.engine import Engine as Pool
+
+from minter.database import floor, transaction
+from minter.errors import SettingsError, Unavailable
+from minter.keys import HARD_MAX_SECONDS
+from minter.stories import AROUND, COLUMNS, Refusals, Story, matches, story, wanted
+
+FETCH_ROWS = 5_000
+LAST_EXPIRY = timedelta(seconds=HARD_MAX_SECONDS) + timedelta(days=1)
+"""After its day, a partition may hold living tokens for this long."""
+
+
+Kind = Literal["tokens", "requests"]
+TABLES: dict[Kind, tuple[str, ...]] = {"tokens": ("tokens", "token_states"), "requests": ("requests",)}
+"""The partitions that leave with each kind of file."""
+
+_encode = msgspec.json.Encoder().encode
+_story = msgspec.json.Decoder(Story).decode
+_refused = msgspec.json.Decoder(Refusals).decode
+
+
+def due(engine: Pool, now: datetime, retention_days: int) -> list[tuple[Kind, date]]:
+    """Return what is due, oldest first: tokens that expired `retention_days` ago, and requests.
+
+    A request_id may be used for `retention_days`, and its request belongs to its tokens' stories,
+    so requests stay that much longer.
+    """
+    last: dict[Kind, date] = {
+        "tokens": (now - timedelta(days=retention_days) - LAST_EXPIRY).date(),
+        "requests": (now - timedelta(days=2 * retention_days) - LAST_EXPIRY).date(),
+    }
+    return sorted(
+        {(kind, day) for table, day, _ in _partitions(engine) for kind in _kinds(table) if day <= last[kind]},
+        key=lambda x: (x[1], x[0]),
+    )
+
+
+def archive_day(engine: Pool, folder: Path, kind: Kind, day: date) -> tuple[Path, int]:
+    """Write one day's file, then detach and drop its partitions; return the file and its lines.
+
+    Raises SettingsError if the folder cannot be written, Unavailable as the database does.
+    """
+    path = folder / f"{kind}-{day:%Y%m%d}.jsonl.gz"
+    present = {table: attached for table, that, attached in _partitions(engine) if that == day}
+    count = 0
+    if present.get(kind):
+        count = _write(engine, path, kind, day)
+    if kind == "requests":
+        with transaction(engine) as connection:
+            connection.execute("DELETE FROM jobs WHERE reported_at < %s", (_start(day),))
+    for table in TABLES[kind]:
+        if table in present:
+            _remove(engine, table, f"{table}_{day:%Y%m%d}", attached=present[table])
+    return path, count
+
+
+def find(
+    folder: Path, by: str, value: object, since: datetime, until: datetime, limit: int = 100
+) -> list[Story]:
+    """Find tokens in archives as `stories.find` does in the database, newest day first."""
+    held = wanted(by, value)
+    found: list[Story] = []
+    for path in reversed(_files(folder, "tokens", since, until)):
+        found += [one for one in map(_story, _lines(path)) if matches(one, by, held)]
+        if len(found) >= limit:
+            break
+    return found
+
+
+def find_request(folder: Path, request_id: UUID, until: datetime) -> tuple[list[Story], list[Refusals]]:
+    """Find a request in the archives of its day, and its tokens there or later: it may have come late."""
+    sent = datetime.fromtimestamp((request_id.int >> 80) / 1000, UTC)
+    refusals = [
+        one
+        for path in _files(folder, "requests", sent, sent)
+        for one in map(_refused, _lines(path))
+        if one.request_id == request_id
+    ]
+    found: list[Story] = []
+    for path in _files(folder, "tokens", sent, until):
+        more = [one for one in map(_story, _lines(path)) if one.request_id == request_id]
+        if found and not more:
+            break  # a request's tokens are of one moment
+        found += more
+    return found, refusals
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    with gzip.open(path, "rb") as lines:
+        yield from lines
+
+
+def _files(folder: Path, kind: Kind, since: datetime, until: datetime) -> list[Path]:
+    first, last = (f"{kind}-{day:%Y%m%d}.jsonl.gz" for day in (since, until))
+    return sorted(p for p in folder.glob(f"{kind}-*.jsonl.gz") if first <= p.name <= last)
+
+
+def _kinds(table: str) -> list[Kind]:
+    return [kind for kind, tables in TABLES.items() if table in tables]
+
+
+def _start(day: date) -> datetime:
+    return datetime(day.year, day.month, day.day, tzinfo=UTC)
+
+
+def _partitions(engine: Pool) -> list[tuple[str, date, bool]]:
+    """Return the daily partitions, attached or not, as (table, day, attached)."""
+    with transaction(engine) as connection:
+        rows = connection.execute(
+            "SELECT c.relname, EXISTS (SELECT FROM pg_inherits i"
+            " WHERE i.inhrelid = c.oid AND NOT i.inhdetachpending)"
+            " FROM pg_class c WHERE c.relkind = 'r' AND c.relnamespace = current_schema()::regnamespace"
+            " AND c.relname ~ '^(tokens|token_states|requests)_[0-9]{8}$'"
+        ).fetchall()
+    named = [(name.rpartition("_"), attached) for name, attached in rows]
+    return [
+        (table, datetime.strptime(day, "%Y%m%d").replace(tzinfo=UTC).date(), attached)
+        for (table, _, day), attached in named
+    ]
+
+
+def _write(engine: Pool, path: Path, kind: Kind, day: date) -> int:
+    """Write the file and bring it to the disk, under its name only when it is whole."""
+    partial = path.with_suffix(".partial")
+    bounds = (floor(_start(day)), floor(_start(day + timedelta(days=1))))
+    count = 0
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with (
+            os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o640), "wb") as file,
+            gzip.GzipFile(fileobj=file, mode="wb", mtime=0) as packed,
+            transaction(engine) as connection,
+        ):
+            # One snapshot: what is reported meanwhile is all in the file, or in none of it.
+            connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+            with connection.cursor("archive") as cursor:
+                cursor.itersize = FETCH_ROWS
+                cursor.execute(_QUERIES[kind], bounds)
+                for row in cursor:
+                    one = story(row) if kind == "tokens" else Refusals(*row)
+                    packed.write(_encode(one) + b"\n")
+                    count += 1
+            packed.close()
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise SettingsError(f"archive {path} cannot be written: {error.strerror}") from error
+    return count
+
+
+def _sync_folder(folder: Path) -> None:
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+_QUERIES: dict[Kind, str] = {
+    "tokens": f"SELECT {COLUMNS} FROM tokens t {AROUND} WHERE t.jti >= %s AND t.jti < %s ORDER BY t.jti",
+    "requests": "SELECT r.request_id, c.name, r.received_at, r.error, coalesce(r.refusals, '[]')"
+    " FROM requests r JOIN clients c USING (client_id) WHERE r.request_id >= %s AND r.request_id < %s"
+    " AND (r.error IS NOT NULL OR r.refusals IS NOT NULL) ORDER BY 1",
+}
+
+
+def _remove(engine: Pool, table: str, partition: str, *, attached: bool) -> None:
+    """Detach a partition without blocking anybody, then drop it."""
+    with transaction(engine) as connection:
+        connection.autocommit = True  # CONCURRENTLY runs in no transaction
+        pending = connection.execute(
+            "SELECT FROM pg_inherits WHERE inhrelid = %s::regclass AND inhdetachpending", (partition,)
+        ).fetchone()
+        try:
+            if pending is not None:
+                connection.execute(f"ALTER TABLE {table} DETACH PARTITION {partition} FINALIZE")
+            elif attached:
+                connection.execute(f"ALTER TABLE {table} DETACH PARTITION {partition} CONCURRENTLY")
+            connection.execute(f"DROP TABLE {partition}")
+        except psycopg.errors.LockNotAvailable as error:
+            raise Unavailable(f"partition {partition} is in use; the next run removes it") from error

@@ -1,0 +1,116 @@
+"""Commands that look back: `trace` tells the whole story of tokens, `archive` keeps it beyond retention."""
+
+import uuid
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from minter import archive as archives
+from minter import stories
+from minter.console import AsJson, as_table, guarded, open_service, show, story_table
+from minter.errors import InvalidRequest, SettingsError
+
+_FTS_ID_BYTES = 8
+Folder = Annotated[
+    Path | None, typer.Option("--archive", help="The archive folder, if it is not the settings' one.")
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add these commands to the whole."""
+    app.command("trace")(trace)
+    app.command("archive")(archive)
+
+
+@guarded
+def trace(
+    jti: Annotated[uuid.UUID | None, typer.Option(help="A token's jti.")] = None,
+    path: Annotated[str | None, typer.Option(help="A file's path in the VO's area of its storage.")] = None,
+    external_id: Annotated[str | None, typer.Option(help="The submitter's own id of a file.")] = None,
+    request: Annotated[uuid.UUID | None, typer.Option(help="A request_id.")] = None,
+    fts_token_id: Annotated[str | None, typer.Option(help="FTS's token id: 16 hex digits.")] = None,
+    client: Annotated[str | None, typer.Option(help="A client: its newest tokens.")] = None,
+    storage: Annotated[str | None, typer.Option(help="A storage: its newest tokens.")] = None,
+    key: Annotated[str | None, typer.Option(help="A key's kid: its newest tokens.")] = None,
+    days: Annotated[int, typer.Option(help="How far back to look.", min=1, max=4000)] = 30,
+    limit: Annotated[int, typer.Option(help="How many tokens at most.", min=1, max=100_000)] = 100,
+    folder: Folder = None,
+    as_json: AsJson = False,
+) -> None:
+    """Tell who asked for tokens, which rule granted them, what they allowed and what became of them.
+
+    Looks in the database and in archives; times are UTC.
+    """
+    service = open_service()
+    fts_id = None if fts_token_id is None else _fts_token_id(fts_token_id)
+    questions = {
+        "jti": jti, "path": path, "external_id": external_id, "request": request,
+        "fts_token_id": fts_id, "client": client, "storage": storage, "key": key,
+    }  # fmt: skip
+    asked = [(by, value) for by, value in questions.items() if value is not None]
+    if len(asked) != 1:
+        names = ", ".join("--" + by.replace("_", "-") for by in questions)
+        raise InvalidRequest(f"expected exactly one of {names}")
+    ((by, value),) = asked
+    since, until = service.since(days), service.clock() + timedelta(days=1)
+    folder = folder or service.loaded.archive_folder
+    refusals: list[stories.Refusals] = []
+    if isinstance(value, uuid.UUID) and by == "request":
+        found, refusals = stories.find_request(service.pool, value)
+        if folder is not None and not found:
+            found, archived = archives.find_request(folder, value, until)
+            refusals = refusals or archived
+    else:
+        found = stories.find(service.pool, by, value, since, until, limit)
+        if folder is not None and len(found) < limit:
+            found = stories.newest(found + archives.find(folder, by, value, since, until, limit), limit)
+    show(as_json, {"tokens": found, "refusals": refusals}, lambda: story_table(found))
+    if refusals and not as_json:
+        show(False, None, lambda: _refusals_table(refusals))
+    if not found and not refusals:
+        raise typer.Exit(1)
+
+
+def _refusals_table(refusals: list[stories.Refusals]) -> object:
+    rows = []
+    for one in refusals:
+        for refused in [{"error": one.error}] if one.error else one.refusals:
+            where = (
+                f"{refused['side']}[{refused['index']}] of file {refused['file']}"
+                if "side" in refused
+                else "all"
+            )
+            error = refused["error"]
+            rows.append((one.received_at, one.client, where, error["reason"], error["error_description"]))
+    return as_table("Refused", ("when", "client", "what", "reason", "why"), rows)
+
+
+def _fts_token_id(text: str) -> int:
+    try:
+        raw = bytes.fromhex(text)
+    except ValueError:
+        raw = b""
+    if len(raw) != _FTS_ID_BYTES:
+        raise InvalidRequest(f"{text!r} is not an FTS token id, expected 16 hex digits")
+    return int.from_bytes(raw, signed=True)
+
+
+@guarded
+def archive(folder: Folder = None, as_json: AsJson = False) -> None:
+    """Write days that are over as compressed files, and remove them from the database.
+
+    For a timer, once a day (deploy/minter-archive.timer); it may be stopped at any point.
+    """
+    service = open_service()
+    folder = folder or service.loaded.archive_folder
+    if folder is None:
+        raise SettingsError("no archive folder: set database.archive_folder, or name one with --archive")
+    days = archives.due(service.pool, service.clock(), service.loaded.settings.database.retention_days)
+    done = [archives.archive_day(service.pool, folder, kind, day) for kind, day in days]
+    show(
+        as_json,
+        [{"file": str(path), "lines": count} for path, count in done],
+        lambda: as_table("Archived", ("file", "lines"), list(done)),
+    )

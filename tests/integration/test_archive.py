@@ -1,0 +1,183 @@
+"""Retention: days that are over leave as files that a trace still reads; nothing is lost on the way."""
+
+import gzip
+import json
+from datetime import UTC, datetime, timedelta
+
+import psycopg
+import pytest
+
+from minter import archive, database, stories, wiring
+from minter.errors import SettingsError
+from minter.followups import FileReport, JobReport, ReportRequest
+from minter.lives import Lives
+from minter.mint import Submission, fts_token_id
+from minter.requests import FileRequest, MintRequest, from_mint
+from tests.conftest import load_settings, rows
+from tests.integration.test_mint import SE, mint, submission
+
+ME = "rucio-alpen"
+PATH = "/atlas/atlasdatadisk/rucio/data/"
+
+
+@pytest.fixture
+def later(service, dsn):
+    """The time when today is over: 39 days on for tokens, 69 for requests."""
+
+    def at(days):
+        return wiring.now() + timedelta(days=days)
+
+    return at
+
+
+def tables(service):
+    found = rows(
+        service,
+        "SELECT relname FROM pg_class WHERE relkind = 'r' AND relname ~ '^(tokens|token_states|requests)_[0-9]{8}$'",
+    )
+    return {name for (name,) in found}
+
+
+def run(service, folder, now):
+    return [
+        archive.archive_day(service.pool, folder, kind, day)
+        for kind, day in archive.due(service.pool, now, 30)
+    ]
+
+
+def stocked(service):
+    """A day with reported, refused and renewed things in it; return its outcomes."""
+    bad = FileRequest(sources=(SE + "x",), destinations=("davs://nowhere.example.org/f",))
+    half = Submission(
+        from_mint(MintRequest(request_id=wiring.new_uuid7(), files=(FileRequest(sources=(SE + "h",)), bad))),
+        ME,
+    )
+    one, two = mint(service, submission("a", "b", on_behalf_of="alice", activity="Production"), half)
+    job = wiring.new_uuid7()
+    Lives(service.engine, service.pool).report(
+        ME,
+        ReportRequest(
+            (JobReport(job, one.submission.request.request_id, (0, 1)),),
+            (FileReport(state="active", external_id="a"), FileReport(state="finished", external_id="a")),
+        ),
+        wiring.now(),
+    )
+    return one, two, job
+
+
+def questions(one):
+    issued = one.issued[0]
+    return {
+        "jti": wiring.uuid.UUID(issued.jti), "path": PATH + "a", "external_id": "a", "client": ME,
+        "fts_token_id": fts_token_id(issued.token), "storage": "BOREAS-T2_DATADISK",
+    }  # fmt: skip
+
+
+def test_what_is_archived_tells_the_same_story(service, tmp_path, later):
+    one, two, job = stocked(service)
+    since, until = wiring.now() - timedelta(days=1), wiring.now() + timedelta(days=1)
+    asked = questions(one)
+    before = {by: stories.find(service.pool, by, value, since, until) for by, value in asked.items()}
+    request_id = two.submission.request.request_id
+    tokens_before, refusals_before = stories.find_request(service.pool, request_id)
+    (first,) = [s for s in before["external_id"] if s.side == "source"]
+    assert (first.on_behalf_of, first.activity, first.state, first.job_id) == (
+        "alice",
+        "Production",
+        "finished",
+        job,
+    )
+    assert first.operations == ["read"]
+    assert first.active_at
+    assert first.ended_at
+
+    done = run(service, tmp_path, later(40))
+    assert [count for path, count in done if path.name.startswith("tokens") and count] == [5]
+    for by, value in asked.items():
+        assert stories.find(service.pool, by, value, since, until) == []
+        found = archive.find(tmp_path, by, value, since, until)
+        assert stories.newest(found, 100) == before[by] != []
+    run(service, tmp_path, later(70))
+    assert stories.find_request(service.pool, request_id) == ([], [])
+    tokens_after, refusals_after = archive.find_request(tmp_path, request_id, until)
+    assert (tokens_after, refusals_after) == (tokens_before, refusals_before)
+
+
+def test_only_days_that_are_over_go(service, tmp_path, later):
+    stocked(service)
+    before = tables(service)
+    assert archive.due(service.pool, later(0), 30) == []
+    run(service, tmp_path, later(38))
+    today = f"{wiring.now():%Y%m%d}"
+    assert {t for t in before if t.endswith(today)} <= tables(service)
+    run(service, tmp_path, later(40))
+    assert tables(service) & {f"tokens_{today}", f"token_states_{today}"} == set()
+    assert f"requests_{today}" in tables(service)  # its id may have been used for a token of 30 days later
+    run(service, tmp_path, later(70))
+    assert f"requests_{today}" not in tables(service)
+
+
+def test_a_crash_at_any_point_is_finished_by_the_next_run(service, tmp_path, later, monkeypatch):
+    stocked(service)
+    remove = archive._remove
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(archive, "_remove", killed)  # after the file, before the partitions
+    with pytest.raises(KeyboardInterrupt):
+        run(service, tmp_path, later(40))
+    monkeypatch.setattr(archive, "_remove", remove)
+    (tmp_path / "tokens-20200101.jsonl.partial").write_bytes(b"half")  # another run's, killed while writing
+    today = f"{wiring.now():%Y%m%d}"
+    with database.transaction(service.pool) as tx:  # and one killed between detach and drop
+        tx.execute(f"ALTER TABLE token_states DETACH PARTITION token_states_{today}")
+    run(service, tmp_path, later(40))
+    assert not {t for t in tables(service) if t.endswith(today) and t.startswith("token")}
+    since = wiring.now() - timedelta(days=1)
+    assert archive.find(tmp_path, "external_id", "a", since, since + timedelta(days=2))
+    assert run(service, tmp_path, later(40)) == []
+
+
+def test_a_reader_delays_the_removal_and_loses_nothing(service, tmp_path, later, dsn):
+    stocked(service)
+    with psycopg.connect(dsn) as reader:
+        reader.execute("SELECT count(*) FROM tokens")  # its transaction stays open
+        with database.transaction(service.pool) as tx:
+            tx.execute(
+                "ALTER DATABASE "
+                + service.pool.raw_connection().driver_connection.info.dbname
+                + " SET lock_timeout = '1s'"
+            )
+        hurried = wiring.Service(load_settings(dsn))
+        with pytest.raises(archive.Unavailable, match="in use"):
+            run(hurried, tmp_path, later(40))
+    run(hurried, tmp_path, later(40))
+    assert not {t for t in tables(service) if t == f"tokens_{wiring.now():%Y%m%d}"}
+    hurried.pool.dispose()
+
+
+def test_a_folder_that_cannot_be_written_changes_nothing(service, tmp_path, later):
+    stocked(service)
+    before = tables(service)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SettingsError, match="cannot be written"):
+        run(service, tmp_path / "file", later(40))
+    assert tables(service) == before
+
+
+def test_no_token_and_no_secret_is_in_an_archive(service, tmp_path, later):
+    one, _, _ = stocked(service)
+    run(service, tmp_path, later(40))
+    text = b"".join(gzip.decompress(p.read_bytes()) for p in tmp_path.glob("*.gz"))
+    assert text
+    assert all(json.loads(line) for line in text.splitlines())
+    for issued in one.issued:
+        assert issued.token.rpartition(b".")[2] not in text
+
+
+def test_files_are_looked_at_by_their_day(tmp_path):
+    for day in ("20261001", "20261002", "20261003"):
+        (tmp_path / f"tokens-{day}.jsonl.gz").write_bytes(b"")
+    since = datetime(2026, 10, 2, tzinfo=UTC)
+    assert [p.name for p in archive._files(tmp_path, "tokens", since, since)] == ["tokens-20261002.jsonl.gz"]
