@@ -22,7 +22,7 @@ FILES, ROUNDS = 1_000, 7
 def main() -> None:
     took: dict[str, list[float]] = {}
 
-    def timed(name, call):
+    def timed(name, call):  # noqa: ANN202 - what the call returns
         started = time.perf_counter()
         result = call()
         took.setdefault(name, []).append((time.perf_counter() - started) * 1000)

@@ -3,7 +3,7 @@
 Both forms are read: `GET /export/` (keyed by RSE name) and `export_data()` (keyed by RSE id).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -29,6 +29,11 @@ class RSERule(Struct, frozen=True, forbid_unknown_fields=True):
 _ANY = RSERule("*")
 
 
+def rule_of(name: str, rules: Sequence[RSERule]) -> RSERule:
+    """Return the first rule whose pattern the name matches, else one that says nothing."""
+    return next((r for r in rules if fnmatchcase(name, r.rse)), _ANY)
+
+
 def storages_from_export(
     export: Mapping[str, Any],
     vo: str,
@@ -45,7 +50,7 @@ def storages_from_export(
     warnings: list[str] = []
     for key, rse in export["rses"].items():
         name = rse.get("rse") or key
-        rule = next((r for r in rules if fnmatchcase(name, r.rse)), _ANY)
+        rule = rule_of(name, rules)
         storage = _storage(name, vo, rse, rule, audience_form, warnings)
         if storage is not None:
             storages.append(storage)

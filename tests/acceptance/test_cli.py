@@ -74,7 +74,7 @@ def test_mint_explain_verify_trace(environ, tmp_path):
     ):
         found = json.loads(minter(environ, "trace", option, value, "--json").stdout)["tokens"]
         assert jti in [f["jti"] for f in found]
-    fts_id = f"{found[0]['token']['fts_token_id'] & (1 << 64) - 1:016x}"
+    fts_id = found[0]["fts_token_id"]
     assert minter(environ, "trace", "--fts-token-id", fts_id).returncode == 0
     assert minter(environ, "trace", "--jti", "01a20118-9ddb-7538-9909-000000000000").returncode == 1
     assert minter(environ, "trace").returncode == 1
@@ -228,3 +228,69 @@ def test_keys_are_rotated_and_revoked_only_when_safe(environ):
     assert sorted(states.values()) == ["active", "prepared", "revoked"]
     ask(environ, "mint", "--job", JOB)
     assert ask(environ, "keys", "rewrap", "--vo", "alpen")["secrets"] >= 2
+
+
+# ── storages ─────────────────────────────────────────────────────────────────────────────────
+
+
+def test_storages_are_imported_listed_and_told_to_sites(environ, tmp_path):
+    export = EXAMPLES / "rucio-41.5/rses-export.json"
+    made = ask(
+        environ,
+        "storages",
+        "import-rucio",
+        export,
+        "--vo",
+        "alpen",
+        "--dialect",
+        "ALPEN-*=dcache",
+        "--output",
+        tmp_path / "s.toml",
+    )
+    assert len(made["storages"]) == 22
+    assert any("ends in /" in w for w in made["warnings"])
+    settings = tmp_path / "settings.toml"
+    settings.write_text(
+        '[issuers.alpen]\niss = "https://tokens.example.org/alpen/"\n' + (tmp_path / "s.toml").read_text()
+    )
+    own = {**environ, "MINTER_SETTINGS": str(settings)}
+    listed = ask(own, "storages", "list")
+    assert {row["storage"] for row in listed} <= {s["name"] for s in made["storages"]}
+    told = ask(own, "storages", "site-config", "--storage", "ALPEN-T1_DATADISK")["config"]
+    assert "gplazma.oidc.provider!alpen = https://tokens.example.org/alpen/" in told
+    assert ask(own, "storages", "site-config", "--storage", "NOWHERE", code=1)["reason"] == "invalid_request"
+    bad = ask(
+        environ, "storages", "import-rucio", export, "--vo", "alpen", "--dialect", "ALPEN-*=floppy", code=1
+    )
+    assert "PATTERN=DIALECT" in bad["error_description"]
+    cfg = tmp_path / "dirac.cfg"
+    cfg.write_text(
+        "StorageElements\n{\n  A\n  {\n    D\n    {\n      Protocol = https\n      Host = a.example.org\n      Path = /a\n    }\n  }\n}\n"
+    )
+    assert [
+        s["name"] for s in ask(environ, "storages", "import-dirac", cfg, "--vo", "alpen")["storages"]
+    ] == ["A"]
+    assert (
+        ask(environ, "storages", "import-dirac", export, "--vo", "alpen", code=2)["reason"]
+        == "settings_error"
+    )
+
+
+def test_trace_tells_the_story_by_every_name(environ, tmp_path):
+    out = tmp_path / "filled.json"
+    facts = ask(environ, "mint", "--job", JOB, "--output", out)
+    found = ask(environ, "trace", "--request", facts["request_id"])["tokens"]
+    one = next(t for t in found if t["side"] == "destination")
+    for option, value in (("jti", one["jti"]), ("fts-token-id", one["fts_token_id"]), ("client", one["client"]),
+                          ("storage", one["storage"]), ("key", one["kid"]), ("external-id", one["external_id"])):  # fmt: skip
+        tokens = ask(environ, "trace", f"--{option}", value)["tokens"]
+        assert one in tokens, option
+    assert one["route"]
+    assert one["operations"]
+    assert one["steps"]
+    shown = minter({**environ, "COLUMNS": "240"}, "trace", "--jti", one["jti"]).stdout
+    for said in (one["client"], one["storage"], one["route"], "issued"):
+        assert said in shown
+    assert minter(environ, "trace", "--jti", one["jti"], "--client", "x").returncode == 1
+    assert ask(environ, "archive", code=2)["reason"] == "settings_error"
+    assert ask(environ, "archive", "--archive", tmp_path / "archive") == []

@@ -11,7 +11,8 @@ ROWS = [
     {"errors"},
     {"scopes", "contract", "dialects"},
     {"keys", "storages"},
-    {"requests", "routes", "rucio"},
+    {"requests", "routes", "rucio", "sites"},
+    {"dirac"},
     {"policy", "followups"},
     {"claims"},
     {"mint"},
@@ -23,7 +24,7 @@ ROWS = [
     {"wiring", "client"},
     {"stack"},
     {"console"},
-    {"demo", "cli_control", "cli_trace"},
+    {"demo", "cli_control", "cli_storages", "cli_trace"},
     {"cli"},
 ]
 PURE = set().union(*ROWS[:8])

@@ -1,0 +1,168 @@
+"""Commands about storages: import them from Rucio or DIRAC, list them, and print what a site pastes."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import typer
+
+from minter.console import AsJson, as_table, guarded, read_object, show
+from minter.dialects import DIALECTS, AudienceForm
+from minter.dirac import storages_from_cfg
+from minter.errors import InvalidRequest, SettingsError
+from minter.rucio import RSERule, storages_from_export
+from minter.sites import site_config
+from minter.storages import Directory, Storage
+from minter.wiring import load_settings
+
+storages_app = typer.Typer(
+    no_args_is_help=True, help="Import storages, list them, print sites' configuration."
+)
+
+VO = Annotated[str, typer.Option(help="The VO that they are storages of.")]
+Dialects = Annotated[
+    list[str] | None,
+    typer.Option("--dialect", help="PATTERN=DIALECT for names that match; the first counts."),
+]
+Form = Annotated[AudienceForm | None, typer.Option(help="What the audience is made of.")]
+Output = Annotated[Path | None, typer.Option(help="Write [[storages]] for the settings file here.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add these commands to the whole."""
+    app.add_typer(storages_app, name="storages")
+
+
+@storages_app.command("import-rucio")
+@guarded
+def import_rucio(
+    export: Path,
+    vo: VO,
+    dialect: Dialects = None,
+    audience_form: Form = None,
+    output: Output = None,
+    as_json: AsJson = False,
+) -> None:
+    """Read Rucio's RSE export, in either form; - is standard input."""
+    found, warnings = storages_from_export(
+        read_object(export, "export"), vo, _rules(dialect), audience_form or "host"
+    )
+    _imported(found, warnings, output, as_json)
+
+
+@storages_app.command("import-dirac")
+@guarded
+def import_dirac(
+    cfg: Path,
+    vo: VO,
+    dialect: Dialects = None,
+    audience_form: Form = None,
+    output: Output = None,
+    as_json: AsJson = False,
+) -> None:
+    """Read the storage elements of a DIRAC configuration (CFG)."""
+    try:
+        text = cfg.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"configuration {cfg} cannot be read: {error}") from error
+    found, warnings = storages_from_cfg(text, vo, _rules(dialect), audience_form or "url_with_port")
+    _imported(found, warnings, output, as_json)
+
+
+def _rules(dialects: list[str] | None) -> tuple[RSERule, ...]:
+    rules = []
+    for entry in dialects or ():
+        pattern, equals, dialect = entry.partition("=")
+        if not equals or dialect not in DIALECTS:
+            raise InvalidRequest(f"{entry!r} is not PATTERN=DIALECT with one of {', '.join(DIALECTS)}")
+        rules.append(RSERule(pattern, dialect))
+    return tuple(rules)
+
+
+def _imported(found: list[Storage], warnings: list[str], output: Path | None, as_json: bool) -> None:
+    Directory(found)  # says what cannot stand beside each other
+    if output is not None:
+        try:
+            output.write_text(settings_text(found), encoding="utf-8")
+        except OSError as error:
+            raise InvalidRequest(f"{output} cannot be written: {error.strerror}") from error
+    show(
+        as_json,
+        {"storages": found, "warnings": warnings},
+        lambda: f"{len(found)} storages" + "".join(f"\nwarning: {w}" for w in warnings),
+    )
+
+
+def settings_text(found: list[Storage]) -> str:
+    """Return storages as the settings file has them; what is a default is left out."""
+    plain = Storage(vo="", name="", endpoints=())
+    lines = []
+    for storage in found:
+        lines.append("[[storages]]")
+        for field in storage.__struct_fields__:
+            value = getattr(storage, field)
+            if field == "endpoints":
+                doors = ", ".join(
+                    f"{{ host = {_toml(e.host)}, port = {e.port}, prefix = {_toml(e.prefix)} }}"
+                    for e in value
+                )
+                lines.append(f"endpoints = [{doors}]")
+            elif value != getattr(plain, field):
+                lines.append(f"{field} = {_toml(value)}")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _toml(value: Any) -> str:
+    """Return a string, a boolean or a list of strings: TOML writes them as JSON does."""
+    return msgspec.json.encode(value).decode()
+
+
+@storages_app.command("list")
+@guarded
+def storages_list(as_json: AsJson = False) -> None:
+    """List the settings' storages with what their tokens will say."""
+    loaded = load_settings()
+    areas = [a for directory in loaded.policy.directories.values() for a in directory.areas()]
+    headings = ("vo", "storage", "dialect", "prefix", "base path", "audience", "tokens")
+    rows = sorted(
+        (
+            a.vo,
+            a.storage,
+            a.dialect.name,
+            a.prefix,
+            a.base_path,
+            ", ".join(a.audience),
+            "yes" if a.tokens else "no",
+        )
+        for a in areas
+    )
+    show(
+        as_json,
+        [dict(zip(headings, row, strict=True)) for row in rows],
+        lambda: as_table("Storages", headings, rows),
+    )
+
+
+@storages_app.command("site-config")
+@guarded
+def storages_site_config(
+    storage: Annotated[str, typer.Option(help="The storage's name.")],
+    vo: Annotated[str | None, typer.Option(help="Its VO, if several have one of that name.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print what the site pastes so that its storage trusts this engine's tokens."""
+    loaded = load_settings()
+    named = [s for s in loaded.storages if s.name == storage and vo in (None, s.vo)]
+    if len(named) != 1:
+        raise InvalidRequest(
+            f"{len(named)} storages are named {storage!r}, expected one"
+            + ("; name its --vo" if named else "")
+        )
+    if not named[0].tokens:
+        raise SettingsError(f"storage {storage!r} takes no tokens (tokens = false)")
+    areas = [a for a in loaded.policy.directories[named[0].vo].areas() if a.storage == storage]
+    if not areas:
+        raise SettingsError(f"storage {storage!r} shares all its endpoints; ask for the one that answers")
+    text = site_config(named[0], areas, loaded.issuers[named[0].vo])
+    show(as_json, {"storage": storage, "config": text}, lambda: text)

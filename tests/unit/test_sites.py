@@ -1,0 +1,145 @@
+"""What a site pastes, and storages from DIRAC's configuration."""
+
+import tomllib
+
+import msgspec
+import pytest
+
+from minter.cli_storages import settings_text
+from minter.dirac import storages_from_cfg
+from minter.errors import SettingsError
+from minter.rucio import RSERule
+from minter.sites import site_config
+from minter.storages import Directory, Endpoint, Storage
+
+ISSUER = "https://tokens.example.org/vo/"
+CFG = """
+Resources
+{
+  StorageElementBases
+  {
+    CERN-EOS
+    {
+      BackendType = EOS
+      WLCGTokenBasePath = /eos/lhcb
+      GFAL2_HTTPS
+      {
+        Host = eoslhcb.cern.ch
+        Port = 8443
+        Protocol = https
+        Path = /eos/lhcb/grid/prod
+      }
+    }
+  }
+  StorageElements
+  {
+    CERN-DST
+    {
+      BaseSE = CERN-EOS
+      GFAL2_HTTPS
+      {
+        Path = /eos/lhcb/grid/prod/dst
+      }
+    }
+    CERN-TAPE
+    {
+      SEType = T1D0
+      HTTPS.1
+      {
+        Host = ctalhcb.cern.ch
+        Port = 0
+        Protocol = davs
+        Path = /eos/ctalhcb
+      }
+    }
+    OLD-SE
+    {
+      SRM
+      {
+        Host = srm.example.org
+        Port = 8446
+        Protocol = srm
+        Path = /old
+      }
+    }
+    ODD-SE
+    {
+      WLCGTokenBasePath = /elsewhere/
+      X
+      {
+        Host = odd.example.org
+        Port = many
+        Protocol = https
+        Path = /odd
+      }
+      Y
+      {
+        Host = odd.example.org
+        Port = 443
+        Protocol = https
+        Path = /odd
+      }
+    }
+  }
+}
+"""
+
+
+def test_diracs_storage_elements_become_storages():
+    found, warnings = storages_from_cfg(CFG, "lhcb", (RSERule("CERN-DST", "eos"), RSERule("CERN-*", "cta")))
+    by_name = {s.name: s for s in found}
+    assert by_name["CERN-DST"] == Storage(
+        vo="lhcb", name="CERN-DST", endpoints=(Endpoint("eoslhcb.cern.ch", 8443, "/eos/lhcb/grid/prod/dst"),),
+        dialect="eos", base_path="/eos/lhcb", audience_form="url_with_port",
+    )  # fmt: skip
+    assert by_name["CERN-TAPE"].tape
+    assert by_name["CERN-TAPE"].endpoints[0].port == 443
+    assert by_name["ODD-SE"].base_path == "/"
+    assert "OLD-SE" not in by_name
+    text = "\n".join(warnings)
+    for said in ("OLD-SE: no protocol", "CERN-TAPE: no WLCGTokenBasePath", "ODD-SE: X has no usable Host and Port",
+                 "ODD-SE: WLCGTokenBasePath '/elsewhere' does not hold", "ODD-SE: no dialect given"):  # fmt: skip
+        assert said in text
+    area, path = Directory(found).locate("https://eoslhcb.cern.ch:8443/eos/lhcb/grid/prod/dst/a")
+    assert (area.storage, path) == ("CERN-DST", "/grid/prod/dst/a")
+
+
+@pytest.mark.parametrize("text", ["", "StorageElements = 1", "{{{", "Resources\n{\n"])
+def test_what_is_no_dirac_configuration_is_refused(text):
+    with pytest.raises(SettingsError, match="not a DIRAC configuration"):
+        storages_from_cfg(text, "lhcb")
+
+
+def test_imported_storages_are_settings():
+    found, _ = storages_from_cfg(CFG, "lhcb")
+    read = tomllib.loads(settings_text(found))["storages"]
+    assert msgspec.convert(read, list[Storage]) == found
+
+
+def fragment(dialect, **more):
+    storage = Storage(
+        vo="vo", name="SE", endpoints=(Endpoint("se.example.org", 1094, "/data/vo"),), dialect=dialect, base_path="/data", **more
+    )  # fmt: skip
+    return site_config(storage, Directory([storage]).areas(), ISSUER)
+
+
+@pytest.mark.parametrize(
+    ("dialect", "lines"),
+    [
+        (
+            "xrootd",
+            ['audience_json = ["https://se.example.org:1094"]', f"issuer = {ISSUER}", "base_path = /data"],
+        ),
+        ("xrootd-5.5", ["ofs.authlib ++ libXrdAccSciTokens.so config=/etc/xrootd/scitokens.cfg"]),
+        ("dcache", [f"gplazma.oidc.provider!vo = {ISSUER} -profile=wlcg -prefix=/data"]),
+        ("storm", [f"orgs={ISSUER}", "wlcgScopeAuthzEnabled=true", f"      issuer: {ISSUER}"]),
+        ("eos", [f"issuer = {ISSUER}", "base_path = /data", "default_user = vo"]),
+        ("profile", [f"# issuer:    {ISSUER}"]),
+    ],
+)
+def test_a_fragment_says_issuer_audience_and_base_path(dialect, lines):
+    text = fragment(dialect)
+    assert set(lines) <= set(text.splitlines())
+    assert "se.example.org" in text
+    tried = dialect.startswith("xrootd")
+    assert ("not tried" in text.splitlines()[0]) == (not tried and dialect != "profile")
