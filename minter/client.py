@@ -19,7 +19,7 @@ import uuid_utils
 from msgspec import Struct
 
 from minter.contract import CANCEL, FETCH, FILL_JOB, MINT, RENEW, REPORT
-from minter.errors import InvalidRequest, MinterError, from_dict
+from minter.errors import InvalidRequest, MinterError, SettingsError, from_dict
 from minter.followups import CancelRequest, FetchRequest, FileReport, JobReport, RenewRequest, ReportRequest
 from minter.requests import (
     MAX_FILES,
@@ -31,7 +31,6 @@ from minter.requests import (
     MintRequest,
     TokenAnswer,
 )
-from minter.transport import AmqpTransport
 
 __all__ = [
     "Alive", "Changed", "FileOperation", "FileReport", "FileRequest", "FilledJob", "JobReport",
@@ -134,6 +133,10 @@ class MinterClient:
         ssl: Mapping[str, Any] | bool = False,
         window: int = 64,
     ) -> None:
+        try:
+            from minter.transport import AmqpTransport  # noqa: PLC0415 - kombu is an extra
+        except ImportError as error:
+            raise SettingsError("AMQP needs kombu; run: pip install 'minter[amqp]'") from error
         self._transport = AmqpTransport(
             broker_url, client, timeout_seconds=timeout_seconds, ssl=ssl, window=window
         )

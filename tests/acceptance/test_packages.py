@@ -1,0 +1,65 @@
+"""`pip install minter` is the client alone; it lives beside Rucio, whose pins the engine could not bear."""
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+
+pytestmark = pytest.mark.slow
+
+
+def environment(folder, *packages):
+    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    subprocess.run([folder / "bin/pip", "install", "--quiet", *packages], check=True)
+    return folder / "bin/python"
+
+
+def run(python, code):
+    return subprocess.run([python, "-c", code], capture_output=True, text=True, check=False, cwd="/")
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", folder, ROOT], check=True
+    )
+    (path,) = folder.glob("minter-*.whl")
+    return path
+
+
+def test_the_client_alone_needs_no_server(wheel, tmp_path):
+    python = environment(tmp_path / "env", wheel)
+    listed = subprocess.run(
+        [python, "-m", "pip", "list", "--format=freeze"], capture_output=True, text=True, check=True
+    ).stdout
+    for engine in ("celery", "SQLAlchemy", "psycopg", "cryptography", "kombu", "typer"):
+        assert engine.lower() not in listed.lower()
+    done = run(
+        python,
+        "import minter.client as c; print(c.new_request_id().version, c.FileRequest(sources=('davs://a/b',)).sources)",
+    )
+    assert done.stdout.split() == ["7", "('davs://a/b',)"], done.stderr
+    refused = run(python, "from minter.client import MinterClient; MinterClient('amqp://me@localhost//')")
+    assert "pip install 'minter[amqp]'" in refused.stderr
+
+
+def test_the_client_lives_beside_rucio(wheel, tmp_path):
+    python = environment(tmp_path / "env", "rucio==41.5.1", f"{wheel}[amqp]")
+    done = subprocess.run([python, "-m", "pip", "check"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    code = "import minter.client, minter.transport, rucio.common.constants, rucio; print(minter.client.MinterClient('amqp://me@localhost//'))"
+    done = run(python, code)
+    assert done.stdout.strip() == "<MinterClient me>", done.stderr
+
+
+def test_the_engine_is_installed_with_its_workers_and_migrations(wheel, tmp_path):
+    python = environment(tmp_path / "env", f"{wheel}[server]")
+    code = (
+        "import schemas, pathlib, workers.app, workers.fts, minter.cli;"
+        "print(len(list((pathlib.Path(schemas.__file__).parent / 'migrations/versions').glob('*.sql'))))"
+    )
+    done = run(python, code)
+    assert done.stdout.strip() == "2", done.stderr
