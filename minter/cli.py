@@ -20,6 +20,7 @@ from rich.console import Console
 from minter import (
     claims,
     cli_control,
+    cli_publish,
     cli_storages,
     cli_trace,
     database,
@@ -45,6 +46,7 @@ broker_app = typer.Typer(no_args_is_help=True, help="The broker.")
 for name, group in (("db", db_app), ("broker", broker_app)):
     app.add_typer(group, name=name)
 cli_control.register(app)
+cli_publish.register(app)
 cli_storages.register(app)
 cli_trace.register(app)
 

@@ -17,14 +17,14 @@ ROWS = [
     {"claims"},
     {"mint"},
     {"answers", "renewals"},
-    {"database", "keystore", "embedded", "settings", "amqp", "migrations", "rabbitmq", "logs"},
+    {"database", "keystore", "embedded", "settings", "amqp", "migrations", "rabbitmq", "logs", "publish"},
     {"catalogue", "housekeeping", "lives", "alive", "stories"},
     {"keyring", "metrics", "archive"},
     {"transport"},
     {"wiring", "client"},
     {"stack"},
     {"console"},
-    {"demo", "cli_control", "cli_storages", "cli_trace"},
+    {"demo", "cli_control", "cli_publish", "cli_storages", "cli_trace"},
     {"cli"},
 ]
 PURE = set().union(*ROWS[:8])

@@ -1,0 +1,50 @@
+"""The command `publish`: the issuer as files."""
+
+import threading
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from minter import database, wiring
+from minter import publish as files
+from minter.console import AsJson, guarded, open_service, show
+from minter.errors import Unavailable
+
+WATCH_SECONDS = 2.0
+
+
+def register(app: typer.Typer) -> None:
+    """Add this command to the whole."""
+    app.command("publish")(publish)
+
+
+@guarded
+def publish(
+    folder: Annotated[
+        Path, typer.Argument(help="What a web server serves as the root of the issuers' host.")
+    ],
+    watch: Annotated[
+        bool, typer.Option(help="Go on, and write within seconds of each change of the keys.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write every issuer's discovery document and JWKS as files (deploy/nginx.conf serves them)."""
+    service = open_service()
+    _write(service, folder, as_json)
+    while watch:
+        threading.Event().wait(WATCH_SECONDS)
+        try:
+            _write(service, folder, as_json, quiet=True)
+        except Unavailable as error:  # what is published stays as it is
+            typer.echo(f"minter: {error.reason}: {error}", err=True)
+
+
+def _write(service: wiring.Service, folder: Path, as_json: bool, *, quiet: bool = False) -> None:
+    with database.transaction(service.pool) as connection:
+        ring = database.read_keys(connection)
+    changed = [
+        str(p) for p in files.write(folder, files.documents(ring, service.loaded.issuers, service.clock()))
+    ]
+    if changed or not quiet:
+        show(as_json, {"changed": changed}, lambda: "\n".join(changed) or "nothing has changed")

@@ -1,0 +1,74 @@
+"""The static issuer: discovery and JWKS as files that any web server or CDN can serve (WLCG §4.2.1).
+
+Verification then survives our own outage. A file is replaced whole, by rename: XRootD keeps an empty
+or half-written key set for ten minutes and refuses everybody meanwhile. The JWKS is written before
+the discovery document that names it.
+"""
+
+import os
+from collections.abc import Iterable, Mapping
+from datetime import datetime
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import msgspec
+
+from minter import keys
+from minter.errors import NoUsableKey, SettingsError
+from minter.keys import Key
+
+DISCOVERY = ".well-known/openid-configuration"
+JWKS = "jwks.json"
+_encode = msgspec.json.Encoder(order="sorted").encode
+
+
+def documents(ring: Iterable[Key], issuers: Mapping[str, str], now: datetime) -> dict[str, bytes]:
+    """Return the files of every issuer by their path on the host, JWKS before discovery.
+
+    An issuer with a sub-path has its discovery document in both forms (RFC 8414 §3.1). Raises
+    NoUsableKey rather than publish an empty key set.
+    """
+    ring = tuple(ring)
+    found: dict[str, bytes] = {}
+    for vo, issuer in issuers.items():
+        public = keys.jwks((k for k in ring if k.vo == vo), now)
+        if not public["keys"]:
+            raise NoUsableKey(f"issuer of VO {vo!r} has no public key; run: minter keys create --vo {vo}")
+        path = urlsplit(issuer).path.strip("/")
+        below = f"{path}/" if path else ""
+        discovery = _encode(
+            {
+                "issuer": issuer,
+                "jwks_uri": f"{issuer}{JWKS}",
+                "id_token_signing_alg_values_supported": sorted({k["alg"] for k in public["keys"]}),
+            }
+        )
+        found[f"{below}{JWKS}"] = _encode(public)
+        found[f"{below}{DISCOVERY}"] = discovery
+        if path:
+            found[f"{DISCOVERY}/{path}"] = discovery
+    return found
+
+
+def write(folder: Path, files: Mapping[str, bytes]) -> list[Path]:
+    """Bring the files into a folder, each whole or not at all; return those that changed.
+
+    Raises SettingsError if the folder cannot be written.
+    """
+    changed = []
+    for name, content in files.items():
+        path = folder / name
+        try:
+            if path.is_file() and path.read_bytes() == content:
+                continue
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_name(f".{path.name}.partial")
+            with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        except OSError as error:
+            raise SettingsError(f"{path} cannot be written: {error.strerror}") from error
+        changed.append(path)
+    return changed

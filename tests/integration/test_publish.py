@@ -1,0 +1,88 @@
+"""The issuer as files: what verifiers fetch, replaced whole, through rotation and revocation."""
+
+import json
+from datetime import timedelta
+
+import pytest
+from joserfc import jwk, jws
+
+from minter import database, keyring, publish, wiring
+from minter.errors import NoUsableKey, SettingsError
+from tests.integration.test_mint import mint, submission
+
+ISSUERS = {"alpen": "https://tokens.vo-alpen.example.org/alpen/"}
+KEYS = "alpen/jwks.json"
+
+
+def ring(service):
+    with database.transaction(service.pool) as connection:
+        return database.read_keys(connection)
+
+
+def files(service, now=None):
+    return publish.documents(ring(service), ISSUERS, now or wiring.now())
+
+
+def test_both_forms_of_discovery_name_the_key_set(service, tmp_path):
+    made = files(service)
+    assert list(made) == [
+        KEYS,
+        "alpen/.well-known/openid-configuration",
+        ".well-known/openid-configuration/alpen",
+    ]
+    publish.write(tmp_path, made)
+    for name in list(made)[1:]:
+        document = json.loads((tmp_path / name).read_bytes())
+        assert document["issuer"] == ISSUERS["alpen"]
+        assert document["jwks_uri"] == "https://tokens.vo-alpen.example.org/alpen/jwks.json"
+    (outcome,) = mint(service, submission("a"))
+    published = jwk.KeySet.import_key_set(json.loads((tmp_path / KEYS).read_bytes()))
+    for issued in outcome.issued:
+        jws.deserialize_compact(issued.token, published, algorithms=["ES256"])
+    assert b'"d"' not in (tmp_path / KEYS).read_bytes()
+
+
+def test_an_issuer_at_the_root_of_its_host(service):
+    made = publish.documents(ring(service), {"alpen": "https://tokens.example.org/"}, wiring.now())
+    assert list(made) == ["jwks.json", ".well-known/openid-configuration"]
+
+
+def test_only_what_changed_is_written_and_never_half(service, tmp_path):
+    assert len(publish.write(tmp_path, files(service))) == 3
+    assert publish.write(tmp_path, files(service)) == []
+    service.maintain_keys("me")
+    assert publish.write(tmp_path, files(service)) == [tmp_path / KEYS]
+    assert (
+        len(json.loads((tmp_path / KEYS).read_bytes())["keys"]) == 2
+    )  # the standby is public before it signs
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_a_revoked_key_leaves_at_once_and_an_old_one_stays(service):
+    service.maintain_keys("me")
+    with database.transaction(service.pool) as tx:
+        tx.execute("UPDATE signing_keys SET published_at = published_at - interval '3 days'")
+    first, second = (k.kid for k in ring(service))
+    keyring.rotate(service.pool, "alpen", wiring.now(), service.engine.rotation, "me")
+    kids = {k["kid"] for k in json.loads(files(service)[KEYS])["keys"]}
+    assert kids == {first, second}
+    late = wiring.now() + timedelta(days=9)
+    assert {k["kid"] for k in json.loads(files(service, late)[KEYS])["keys"]} == {second}
+    keyring.revoke(service.pool, first, wiring.now(), service.engine.rotation, "me", "leak")
+    assert {k["kid"] for k in json.loads(files(service)[KEYS])["keys"]} == {second}
+
+
+def test_an_empty_key_set_is_never_published(service, tmp_path):
+    publish.write(tmp_path, files(service))
+    before = (tmp_path / KEYS).read_bytes()
+    with database.transaction(service.pool) as tx:
+        tx.execute("UPDATE signing_keys SET state = 'revoked', revoked_at = now(), private_key = NULL")
+    with pytest.raises(NoUsableKey, match="minter keys create"):
+        publish.write(tmp_path, files(service))
+    assert (tmp_path / KEYS).read_bytes() == before
+
+
+def test_a_folder_that_cannot_be_written(service, tmp_path):
+    (tmp_path / "alpen").write_text("a file where the folder should be")
+    with pytest.raises(SettingsError, match="cannot be written"):
+        publish.write(tmp_path, files(service))

@@ -1,0 +1,102 @@
+"""A database that is lost and restored from a dump: what came after it is unknown, and nothing wrong is minted."""
+
+import subprocess
+from datetime import timedelta
+
+import pytest
+
+from minter import catalogue, database, keyring, keys, migrations, stories, wiring
+from minter.embedded import _postgres_programs
+from minter.errors import UnknownRequest
+from minter.followups import FetchRequest, FileReport, ReportRequest
+from minter.lives import Lives
+from minter.policy import Ban
+from tests.conftest import _admin, load_settings, rows
+from tests.integration.test_mint import mint, submission, tokens
+
+ME = "rucio-alpen"
+
+
+@pytest.fixture
+def dump_and_lose(dsn, postgres_dsn, tmp_path):
+    """Return a function that dumps the database and one that loses it and restores the dump."""
+    file = tmp_path / "dump"
+    name = dict(word.split("=", 1) for word in dsn.split())["dbname"]
+
+    def dump():
+        subprocess.run([_postgres_programs() / "pg_dump", "--format=custom", "--file", file, dsn], check=True)
+
+    def lose_and_restore():
+        _admin(postgres_dsn, f"DROP DATABASE {name} WITH (FORCE)")
+        _admin(postgres_dsn, f"CREATE DATABASE {name}")
+        subprocess.run(
+            [_postgres_programs() / "pg_restore", "--exit-on-error", "--dbname", dsn, file], check=True
+        )
+
+    return dump, lose_and_restore
+
+
+def test_restored_from_a_dump(service, dsn, dump_and_lose):
+    dump, lose_and_restore = dump_and_lose
+    before, after = submission("before"), submission("after")
+    (known,) = mint(service, before)
+    service.maintain_keys("me")
+    dump()
+    (lost,) = mint(service, after)
+    service.pool.dispose()
+    lose_and_restore()
+
+    again = wiring.Service(load_settings(dsn))
+    migrations.upgrade(again.pool)
+    again.prepare()
+    lives = Lives(again.engine, again.pool)
+    now = wiring.now()
+    # What was before the dump is as it was: the same bytes under the same request_id.
+    assert tokens(mint(again, before)[0]) == tokens(known)
+    # What came after it is unknown, and said to be.
+    since, until = now - timedelta(days=1), now + timedelta(days=1)
+    assert stories.find(again.pool, "jti", lost.issued[0].jti, since, until) == []
+    assert lives.report(
+        ME,
+        ReportRequest(
+            files=(
+                FileReport(state="active", external_id="before"),
+                FileReport(state="active", external_id="after"),
+            )
+        ),
+        now,
+    ).unknown == ["files[1]"]
+    with pytest.raises(UnknownRequest):
+        lives.fetch(ME, FetchRequest(after.request.request_id), now)
+    # Asked again, it is granted anew: other tokens, each with its row, by a key that is public.
+    (renewed,) = mint(again, after)
+    assert {i.jti for i in renewed.issued}.isdisjoint(i.jti for i in lost.issued)
+    with database.transaction(again.pool) as connection:
+        ring = database.read_keys(connection)
+    public = {jwk["kid"]: jwk for jwk in keys.jwks(ring, now)["keys"]}
+    (kid,) = {k.kid for k in ring if k.state == "active"}
+    for issued in (*renewed.issued, *lost.issued):
+        keys.verify(issued.token, public[kid])
+    assert rows(again, "SELECT count(*) FROM tokens WHERE external_id = 'after'") == [(2,)]
+    again.pool.dispose()
+
+
+def test_what_operators_must_do_again_after_a_restore(service, dsn, dump_and_lose):
+    """docs/install.md: bans and revocations since the dump are gone until they are made again."""
+    dump, lose_and_restore = dump_and_lose
+    service.maintain_keys("me")
+    with database.transaction(service.pool) as tx:
+        tx.execute("UPDATE signing_keys SET published_at = published_at - interval '3 days'")
+        ((kid,),) = tx.execute("SELECT kid FROM signing_keys WHERE state = 'active'").fetchall()
+    dump()
+    catalogue.add_ban(service.pool, Ban("path", "/atlas"), "leak", "me")
+    keyring.revoke(service.pool, kid, wiring.now(), service.engine.rotation, "me", "leak")
+    service.pool.dispose()
+    lose_and_restore()
+    again = wiring.Service(load_settings(dsn))
+    assert catalogue.list_bans(again.pool) == []
+    keyring.revoke(again.pool, kid, wiring.now(), again.engine.rotation, "me", "leak, again")
+    with database.transaction(again.pool) as connection:
+        assert [k.state for k in database.read_keys(connection)] == ["revoked", "active"]
+    assert mint(again, submission("a"))[0].issued
+    again.pool.dispose()
