@@ -8,7 +8,9 @@ call returns.
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import kombu
 from kombu import Exchange, Queue
@@ -59,6 +61,25 @@ def declare(connection: kombu.Connection, durable: Iterable[str] = ()) -> None:
     with connection.channel() as channel:
         for queue in (dead_letter_queue(), *queues(), *listed):
             queue(channel).declare()
+
+
+def tls(broker_url: str, ca: str | None = None) -> dict[str, Any] | bool:
+    """Return kombu's `ssl` option for an URL: over amqps the broker's certificate is always verified.
+
+    kombu alone would take any certificate. `ca` is a file or a hashed directory, the system's if None.
+    """
+    if not broker_url.startswith("amqps"):
+        return False
+    trust: dict[str, Any] = {} if not ca else {"capath": ca} if Path(ca).is_dir() else {"cafile": ca}
+    return {
+        "context": {**trust, "check_hostname": True},
+        "server_hostname": urlsplit(broker_url).hostname or "",
+    }
+
+
+def connect(broker_url: str, ca: str | None = None) -> kombu.Connection:
+    """Return a connection to the broker, to be opened at first use."""
+    return kombu.Connection(broker_url, ssl=tls(broker_url, ca), connect_timeout=5)
 
 
 class Outgoing(Struct, eq=False):

@@ -13,7 +13,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Annotated
 
-import kombu
 import typer
 from rich.console import Console
 
@@ -34,7 +33,7 @@ from minter import (
     stories,
     wiring,
 )
-from minter.amqp import declare
+from minter.amqp import connect, declare
 from minter.client import MinterClient, new_request_id
 from minter.console import AsJson, SettingsPath, console, guarded, open_service, read_object, show
 from minter.errors import InvalidRequest, TokenRejected, Unavailable
@@ -178,7 +177,7 @@ def mint_command(
     """Fill an FTS job through the broker. Tokens are written only to --output."""
     loaded = wiring.load_settings()
     name = client or loaded.settings.broker.local_client or None
-    with MinterClient(loaded.broker_url, name, timeout_seconds=timeout) as minter:
+    with MinterClient(loaded.broker_url, name, timeout_seconds=timeout, ca=loaded.broker_ca) as minter:
         filled = minter.fill_job(read_object(job, "job"), request_id=request_id, fts=fts)
     if output is not None and filled.job is not None:
         with os.fdopen(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
@@ -290,7 +289,7 @@ def broker_setup(
     """Declare exchanges and quorum queues; on RabbitMQ also users and permissions."""
     loaded = wiring.load_settings()
     try:
-        with kombu.Connection(loaded.broker_url, connect_timeout=5) as connection:
+        with connect(loaded.broker_url, loaded.broker_ca) as connection:
             declare(connection)
     except OSError as error:
         raise Unavailable(f"the broker cannot be reached ({type(error).__name__})") from error
@@ -299,7 +298,7 @@ def broker_setup(
         with database.transaction(wiring.Service(loaded).pool) as connection:
             control = database.read_control(connection)
         queues = {c.name: c.reply_queues for c in control.clients.values() if not c.disabled}
-        with kombu.Connection(loaded.broker_url) as connection:
+        with connect(loaded.broker_url, loaded.broker_ca) as connection:
             declare(connection, [q for listed in queues.values() for q in listed])
         made = rabbitmq.setup_users(queues, loaded.broker_url, rabbitmqctl, passwords)
     show(as_json, {"users": made}, lambda: f"exchanges and queues declared; {len(made)} users made")

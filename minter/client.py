@@ -122,6 +122,8 @@ class MinterClient:
     """A connection to the engine's broker; not for use by several threads at once.
 
     `client` is the name that the operators registered; on RabbitMQ it is the AMQP user of the URL.
+    `ca` is the file or hashed directory (such as /etc/grid-security/certificates) that an amqps broker's
+    certificate is verified with, the system's if None. `window` requests are under way at once.
     """
 
     def __init__(
@@ -130,7 +132,7 @@ class MinterClient:
         client: str | None = None,
         *,
         timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS,
-        ssl: Mapping[str, Any] | bool = False,
+        ca: str | None = None,
         window: int = 64,
     ) -> None:
         try:
@@ -138,7 +140,7 @@ class MinterClient:
         except ImportError as error:
             raise SettingsError("AMQP needs kombu; run: pip install 'minter[amqp]'") from error
         self._transport = AmqpTransport(
-            broker_url, client, timeout_seconds=timeout_seconds, ssl=ssl, window=window
+            broker_url, client, timeout_seconds=timeout_seconds, ca=ca, window=window
         )
         self.client = self._transport.client
 

@@ -145,11 +145,11 @@ class StateCollector(Collector):
     """What beat tells of the database and the broker, asked anew at most every 15 s."""
 
     def __init__(
-        self, pool: Pool, broker_url: str, queues: Iterable[str], rotation: RotationPolicy,
-        now: Callable[[], datetime],
+        self, pool: Pool, broker: Callable[[], kombu.Connection], queues: Iterable[str],
+        rotation: RotationPolicy, now: Callable[[], datetime],
     ) -> None:  # fmt: skip
         self._pool = pool
-        self._broker_url = broker_url
+        self._broker = broker
         self._queues = tuple(queues)
         self._rotation = rotation
         self._now = now
@@ -184,7 +184,7 @@ class StateCollector(Collector):
 
     def _of_broker(self) -> Iterator[Metric]:
         waiting: dict[tuple[str, ...], float] = {}
-        with kombu.Connection(self._broker_url, connect_timeout=5) as connection:
+        with self._broker() as connection:
             for queue in self._queues:
                 try:
                     declared = connection.channel().queue_declare(queue, passive=True)

@@ -41,12 +41,15 @@ class DatabaseSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
 
 class BrokerSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """`local_client` names the one client of a broker that does not authenticate senders.
+    """`ca` is the file or directory that an amqps broker's certificate is verified with.
+
+    `local_client` names the one client of a broker that does not authenticate senders.
 
     There, a message of a dead worker comes again after `visibility_seconds`.
     """
 
     url: str = ""
+    ca: str = ""
     local_client: str = ""
     visibility_seconds: Positive = 60
 
@@ -134,6 +137,12 @@ class Loaded:
         """Return where one VO's master key is: the environment's text, or a file."""
         file = self.settings.issuers[vo].master_key_file
         return self._environ.get(master_key_variable(vo)), self.folder / file if file else None
+
+    @property
+    def broker_ca(self) -> str | None:
+        """What an amqps broker is verified with, None for the system's."""
+        ca = self.settings.broker.ca
+        return str(self.folder / ca) if ca else None
 
     @property
     def archive_folder(self) -> Path | None:

@@ -16,7 +16,7 @@ import kombu
 import msgspec
 from msgspec import Struct, structs
 
-from minter.amqp import Outgoing, Publisher
+from minter.amqp import Outgoing, Publisher, connect
 from minter.contract import REQUEST_EXCHANGE, REQUEST_QUEUE, reply_prefix
 from minter.errors import InvalidRequest, Unavailable
 from minter.requests import Answer
@@ -40,7 +40,7 @@ class AmqpTransport:
         client: str | None = None,
         *,
         timeout_seconds: float,
-        ssl: Mapping[str, Any] | bool = False,
+        ca: str | None = None,
         window: int = 64,
     ) -> None:
         user = unquote(urlsplit(broker_url).username or "")
@@ -50,7 +50,7 @@ class AmqpTransport:
         self.timeout_seconds = timeout_seconds
         self.window = window
         self._user_id = user or None
-        self._connection = kombu.Connection(broker_url, ssl=ssl, connect_timeout=5)
+        self._connection = connect(broker_url, ca)
         self._publisher = Publisher(self._connection)
         self._consumer: kombu.Consumer | None = None
         self._reply_to = ""

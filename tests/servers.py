@@ -30,6 +30,21 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
+def certificates(folder: Path) -> Path:
+    """Make a CA and a certificate for localhost (host.pem, host.key); return the CA's file."""
+    extension = folder / "extension"
+    extension.write_text("subjectAltName=DNS:localhost\n")
+    new = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"]
+    for command in (
+        ["req", "-x509", *new, "-days", "2", "-subj", "/CN=test CA", "-keyout", "ca.key", "-out", "ca.pem"],
+        ["req", *new, "-subj", "/CN=localhost", "-keyout", "host.key", "-out", "host.csr"],
+        ["x509", "-req", "-in", "host.csr", "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-days", "2",
+         "-extfile", "extension", "-out", "host.pem"],
+    ):  # fmt: skip
+        subprocess.run(["openssl", *command], cwd=folder, check=True, capture_output=True)
+    return folder / "ca.pem"
+
+
 class RabbitMQ(Server):
     """One node with its own epmd; `ctl` is a rabbitmqctl for it."""
 
@@ -37,8 +52,12 @@ class RabbitMQ(Server):
         super().__init__(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.port, self._dist, self._epmd = free_ports(3)
+        self.tls_port = free_ports(1)[0]
+        self.ca = certificates(folder)
         (folder / "rabbitmq.conf").write_text(
-            f"listeners.tcp.1 = 127.0.0.1:{self.port}\nvm_memory_high_watermark.absolute = 2GB\n"
+            f"listeners.tcp.1 = 127.0.0.1:{self.port}\nlisteners.ssl.1 = 127.0.0.1:{self.tls_port}\n"
+            f"ssl_options.cacertfile = {self.ca}\nssl_options.certfile = {folder}/host.pem\n"
+            f"ssl_options.keyfile = {folder}/host.key\nvm_memory_high_watermark.absolute = 2GB\n"
             "disk_free_limit.absolute = 50MB\nlog.file.level = warning\n"
         )
         self.environ = {

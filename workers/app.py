@@ -16,7 +16,7 @@ from kombu import compression
 from prometheus_client import CollectorRegistry
 
 from minter import contract, housekeeping, logs, wiring
-from minter.amqp import Publisher, declare, queues
+from minter.amqp import Publisher, connect, declare, queues, tls
 from minter.errors import InvalidRequest, MinterError
 from minter.lives import Lives
 from minter.metrics import Metrics, StateCollector, serve
@@ -106,6 +106,7 @@ def create_app(loaded: Loaded) -> App:
         worker_send_task_events=False,
         worker_prefetch_multiplier=loaded.settings.worker.prefetch,
         worker_cancel_long_running_tasks_on_connection_loss=False,
+        broker_use_ssl=tls(loaded.broker_url, loaded.broker_ca),
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
         broker_heartbeat=60,
@@ -165,7 +166,13 @@ def _start_beat(**_: Any) -> None:
     registry = CollectorRegistry()
     waiting = (contract.REQUEST_QUEUE, contract.INTERNAL_QUEUE, contract.DEAD_LETTER_QUEUE)
     registry.register(
-        StateCollector(service.pool, app.loaded.broker_url, waiting, service.engine.rotation, service.clock)
+        StateCollector(
+            service.pool,
+            lambda: connect(app.loaded.broker_url, app.loaded.broker_ca),
+            waiting,
+            service.engine.rotation,
+            service.clock,
+        )
     )
     _serve_metrics(registry)
 

@@ -29,6 +29,7 @@ from joserfc.errors import JoseError
 from msgspec import Struct
 
 from minter import logs
+from minter.amqp import connect
 from minter.client import JobReport, MinterClient
 from minter.errors import InvalidRequest, MinterError, RequestError, SettingsError, Unavailable
 from minter.requests import Answer, TokenAnswer
@@ -205,8 +206,9 @@ class Forwarder:
 class Consumer:
     """Consumes one durable queue, one message at a time; start more processes for more at once."""
 
-    def __init__(self, broker_url: str, queue: str, forwarder: Forwarder) -> None:
+    def __init__(self, broker_url: str, queue: str, forwarder: Forwarder, ca: str | None = None) -> None:
         self._url = broker_url
+        self._ca = ca
         self._queue = queue
         self._forwarder = forwarder
         self.stopped = False
@@ -215,7 +217,7 @@ class Consumer:
         """Consume until `stopped`; broken connections are made again."""
         delay = FIRST_DELAY_SECONDS
         while not self.stopped:
-            connection = kombu.Connection(self._url, connect_timeout=5)
+            connection = connect(self._url, self._ca)
             try:
                 self._consume(connection)
                 delay = FIRST_DELAY_SECONDS
@@ -286,8 +288,8 @@ def main(
     private = msgspec.json.decode(key.read_bytes()) if key else None
     named = dict(entry.split("=", 1) for entry in fts if "=" in entry.partition("://")[0])
     services = {name: FTS(address, ca=ca) for name, address in named.items()} or FTS(fts[0], ca=ca)
-    with MinterClient(url, client) as minter:
-        consumer = Consumer(url, queue, Forwarder(minter, services, private))
+    with MinterClient(url, client, ca=ca) as minter:
+        consumer = Consumer(url, queue, Forwarder(minter, services, private), ca)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: setattr(consumer, "stopped", True))
         consumer.run()

@@ -4,6 +4,7 @@ import base64
 import bz2
 import json
 import signal
+import subprocess
 import time
 import uuid
 
@@ -14,7 +15,7 @@ from joserfc import jwe, jwk
 
 from minter import catalogue, contract, database, wiring
 from minter.amqp import declare
-from minter.client import FileOperation, FileRequest, FilledJob, new_request_id
+from minter.client import FileOperation, FileRequest, FilledJob, MinterClient, new_request_id
 from minter.demo import fts_objections, read_jobs
 from minter.errors import (
     Banned,
@@ -471,6 +472,25 @@ def test_a_queue_that_is_not_the_clients_is_refused(running, raw, consumer):
         ).returncode
         == 1
     )
+
+
+def test_an_amqps_broker_is_verified(running):
+    if not running.on_rabbitmq:
+        pytest.skip("the embedded broker is a local socket")
+    url = (
+        running.url()
+        .replace("amqp://", "amqps://")
+        .replace(f"127.0.0.1:{running.broker.port}", f"localhost:{running.broker.tls_port}")
+    )
+    folder = running.folder / "ca"
+    folder.mkdir()
+    (folder / "ca.pem").write_text(running.broker.ca.read_text())
+    subprocess.run(["openssl", "rehash", folder], check=True)
+    for ca in (running.broker.ca, folder):
+        with MinterClient(url, ca=str(ca)) as trusting:
+            assert trusting.mint(files(1, "tls")).tokens
+    with MinterClient(url, timeout_seconds=2) as doubting, pytest.raises(Unavailable):
+        doubting.mint(files(1, "tls"))
 
 
 def test_the_maintenance_task_makes_the_missing_partition(running):

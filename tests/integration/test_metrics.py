@@ -75,7 +75,11 @@ def test_beat_tells_of_keys_partitions_living_tokens_and_queues(service, tmp_pat
         with kombu.Connection(broker.url) as connection:
             declare(connection)
         collector = metrics.StateCollector(
-            service.pool, broker.url, ["minter.requests"], service.engine.rotation, service.clock
+            service.pool,
+            lambda: kombu.Connection(broker.url),
+            ["minter.requests"],
+            service.engine.rotation,
+            service.clock,
         )
         found = {(s.name, *s.labels.values()): s.value for f in collector.collect() for s in f.samples}
         assert found["minter_tokens_alive", "alpen"] == found["minter_tokens_expiring", "alpen"] == 4
