@@ -14,6 +14,7 @@ from sqlalchemy.engine import Engine as Pool
 from minter.database import floor, transaction
 from minter.errors import InvalidRequest
 from minter.keys import HARD_MAX_SECONDS
+from minter.mint import SEVERAL
 from minter.policy import Ban, Bans
 from minter.scopes import encode_path, parse_scopes
 
@@ -38,8 +39,7 @@ _CONDITIONS = {
     "storage": "s.name = %(value)s",
     "key": "k.kid = %(value)s",
     "on_behalf_of": "r.on_behalf_of = %(value)s",
-    # The files of an FTS job may have several activities; then the request names none.
-    "activity": "(r.activity = %(value)s OR (r.kind = 'fill_job' AND r.activity = ''))",
+    "activity": f"r.activity IN (%(value)s, '{SEVERAL}')",
     "path": "strpos(t.payload, %(raw)s) > 0 OR strpos(t.payload, %(encoded)s) > 0",
 }
 _ALIVE = """
@@ -47,7 +47,7 @@ _ALIVE = """
     FROM tokens t JOIN clients c USING (client_id) JOIN storages s USING (storage_id)
     JOIN signing_keys k USING (key_id)
     LEFT JOIN requests r ON (r.request_id, r.client_id) = (t.request_id, t.client_id)
-    WHERE t.jti >= %(first)s AND t.expires_at > %(now)s AND k.state <> 'revoked'
+    WHERE t.jti >= %(first)s AND t.expires_at > %(now)s AND (k.state <> 'revoked' OR %(kind)s = 'key')
         AND (%(vo)s::text IS NULL OR c.vo = %(vo)s) AND ({condition})
 """
 
@@ -61,7 +61,7 @@ def under(engine: Pool, kind: str, value: str, vo: str | None, now: datetime) ->
     # A prefix and what holds it both count, so only the first segment narrows the search.
     start = "/" + value.lstrip("/").partition("/")[0]
     values = {
-        "first": first, "now": now, "vo": vo, "value": value,
+        "first": first, "now": now, "vo": vo, "value": value, "kind": kind,
         "raw": f":{start}", "encoded": f":{encode_path(start)}",
     }  # fmt: skip
     with transaction(engine) as connection, connection.cursor("alive") as cursor:

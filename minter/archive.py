@@ -6,9 +6,11 @@ point leaves something that the next run finishes: a half-written file is made a
 that is still there is archived again, one that is detached is dropped.
 """
 
+import fcntl
 import gzip
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Literal
@@ -18,7 +20,7 @@ import msgspec
 import psycopg
 from sqlalchemy.engine import Engine as Pool
 
-from minter.database import floor, transaction
+from minter.database import floor, one, transaction
 from minter.errors import SettingsError, Unavailable
 from minter.keys import HARD_MAX_SECONDS
 from minter.stories import AROUND, COLUMNS, Refusals, Story, matches, story, wanted
@@ -59,17 +61,50 @@ def archive_day(engine: Pool, folder: Path, kind: Kind, day: date) -> tuple[Path
     Raises SettingsError if the folder cannot be written, Unavailable as the database does.
     """
     path = folder / f"{kind}-{day:%Y%m%d}.jsonl.gz"
+    with _alone(folder):
+        return path, _archive(engine, path, kind, day)
+
+
+def _archive(engine: Pool, path: Path, kind: Kind, day: date) -> int:
     present = {table: attached for table, that, attached in _partitions(engine) if that == day}
-    count = 0
-    if present.get(kind):
-        count = _write(engine, path, kind, day)
+    held = sum(1 for _ in _lines(path)) if path.exists() else 0
+    if kind in present and all(present.get(table, True) for table in TABLES[kind]):
+        bounds = _bounds(day)
+        with transaction(engine) as connection:
+            (there,) = one(connection.execute(f"SELECT count(*) FROM ({_QUERIES[kind]}) AS x", bounds))
+        if held > there > 0:
+            raise Unavailable(f"archive {path} has {held} lines and the database {there}; move the file away")
+        count = held if held >= there and held else _write(engine, path, kind, day)
+    elif kind in present and not path.exists():  # somebody else detached it: what it holds is in no file
+        raise Unavailable(
+            f"a partition of {kind} of {day} is detached, and {path} is not there; attach it again"
+        )
+    else:
+        count = held
     if kind == "requests":
         with transaction(engine) as connection:
             connection.execute("DELETE FROM jobs WHERE reported_at < %s", (_start(day),))
     for table in TABLES[kind]:
         if table in present:
             _remove(engine, table, f"{table}_{day:%Y%m%d}", attached=present[table])
-    return path, count
+    return count
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep two runs from writing one file; raises SettingsError, or Unavailable while another runs."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o640)
+    except OSError as error:
+        raise SettingsError(f"archive folder {folder} cannot be written: {error.strerror}") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise Unavailable(f"another run archives to {folder}") from None
+    finally:
+        os.close(lock)
 
 
 def find(
@@ -121,6 +156,10 @@ def _start(day: date) -> datetime:
     return datetime(day.year, day.month, day.day, tzinfo=UTC)
 
 
+def _bounds(day: date) -> tuple[UUID, UUID]:
+    return floor(_start(day)), floor(_start(day + timedelta(days=1)))
+
+
 def _partitions(engine: Pool) -> list[tuple[str, date, bool]]:
     """Return the daily partitions, attached or not, as (table, day, attached)."""
     with transaction(engine) as connection:
@@ -140,10 +179,9 @@ def _partitions(engine: Pool) -> list[tuple[str, date, bool]]:
 def _write(engine: Pool, path: Path, kind: Kind, day: date) -> int:
     """Write the file and bring it to the disk, under its name only when it is whole."""
     partial = path.with_suffix(".partial")
-    bounds = (floor(_start(day)), floor(_start(day + timedelta(days=1))))
+    bounds = _bounds(day)
     count = 0
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with (
             os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o640), "wb") as file,
             gzip.GzipFile(fileobj=file, mode="wb", mtime=0) as packed,

@@ -170,6 +170,21 @@ def lift_ban(engine: Pool, ban: Ban, actor: str) -> None:
             raise InvalidRequest(f"{ban.kind} {ban.value!r} is not banned; run: minter bans")
 
 
+_NAMES = {
+    "client": "SELECT name FROM clients",
+    "storage": "SELECT name FROM storages",
+    "vo": "SELECT vo FROM issuers",
+}
+
+
+def names(engine: Pool, kind: str) -> set[str] | None:
+    """Return the names that a ban's kind can have, None where any will do."""
+    if kind not in _NAMES:
+        return None
+    with transaction(engine) as connection:
+        return {name for (name,) in connection.execute(_NAMES[kind]).fetchall()}
+
+
 def list_bans(engine: Pool) -> list[dict[str, Any]]:
     """Return the bans in force, newest first."""
     with transaction(engine) as connection:

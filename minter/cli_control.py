@@ -3,9 +3,11 @@
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,13 +21,14 @@ from minter.errors import InvalidRequest, SettingsError, UnknownClient
 from minter.keystore import new_master_key
 from minter.policy import Ban, Client
 from minter.scopes import check_path
+from minter.storages import squash
 
 clients_app = typer.Typer(no_args_is_help=True, help="Register, change and disable clients.")
 keys_app = typer.Typer(no_args_is_help=True, help="Make, rotate and revoke signing keys.")
 
 BanKind = Literal["client", "on_behalf_of", "vo", "activity", "storage", "path"]
-MOST_SHOWN = 20
-"""Living tokens on a terminal; --json has all."""
+MOST_SHOWN, MOST_LISTED = 20, 10_000
+"""Living tokens that are named on a terminal, and in JSON; the counts are of all."""
 
 Operations = Annotated[list[str] | None, typer.Option("--operation", help="Allowed operation; all if none.")]
 Paths = Annotated[list[str] | None, typer.Option("--path", help="Allowed path prefix; all if none.")]
@@ -53,8 +56,15 @@ def register(app: typer.Typer) -> None:
     app.command("bans")(bans)
 
 
-def _write_private(path: Path, text: str) -> None:
-    """Write a secret to a new file that only its owner can read; an existing one is not overwritten."""
+@contextmanager
+def _private_file(path: Path | None, text: str) -> Iterator[None]:
+    """Write a secret to a new file that only its owner can read, before what it is for is done.
+
+    An existing file is not overwritten; if what it is for fails, the file goes again.
+    """
+    if path is None:
+        yield
+        return
     try:
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             file.write(text)
@@ -62,6 +72,11 @@ def _write_private(path: Path, text: str) -> None:
         raise InvalidRequest(f"{path} exists already; name a new file") from None
     except OSError as error:
         raise InvalidRequest(f"{path} cannot be written: {error.strerror}") from error
+    try:
+        yield
+    except BaseException:
+        path.unlink()
+        raise
 
 
 # ── clients ──────────────────────────────────────────────────────────────────────────────────
@@ -77,6 +92,7 @@ class _Limits:
     reply_queues: list[str] | None
     jwe_key: Path | None
     new_jwe_key: Path | None
+    private_jwk: str = ""
 
     def columns(self) -> dict[str, Any]:
         """Return the columns that they set; raises InvalidRequest."""
@@ -98,7 +114,7 @@ class _Limits:
             raise InvalidRequest("--jwe-key and --new-jwe-key exclude each other")
         if self.new_jwe_key is not None:
             made = ECKey.generate_key("P-256", auto_kid=True)
-            _write_private(self.new_jwe_key, json.dumps(made.as_dict(private=True)))
+            self.private_jwk = json.dumps(made.as_dict(private=True))
             return dict(made.as_dict(private=False))
         return keys.check_jwe_key(read_object(self.jwe_key, "key")) if self.jwe_key else None
 
@@ -118,7 +134,8 @@ def clients_add(
     as_json: AsJson = False,
 ) -> None:
     """Register a client: the AMQP user that it will connect as."""
-    columns = _Limits(operation, path, max_lifetime, reply_queue, jwe_key, new_jwe_key).columns()
+    limits = _Limits(operation, path, max_lifetime, reply_queue, jwe_key, new_jwe_key)
+    columns = limits.columns()
     service = open_service()
     service.prepare()
     client = Client(
@@ -127,9 +144,11 @@ def clients_add(
         max_lifetime_seconds=max_lifetime, reply_queues=tuple(reply_queue or ()),
         jwe_key=columns.get("jwe_key"),
     )  # fmt: skip
-    catalogue.add_client(service.pool, client, whoami())
-    if secret_file is not None:
-        _write_private(secret_file, service.new_secret(client, whoami()))
+    secret = wiring.new_secret()
+    with _private_file(new_jwe_key, limits.private_jwk), _private_file(secret_file, secret):
+        catalogue.add_client(service.pool, client, whoami())
+        if secret_file is not None:
+            service.set_secret(client, secret, whoami())
     show(
         as_json,
         {"name": name, "vo": vo, "sub": client.sub},
@@ -156,11 +175,13 @@ def clients_change(
     dropped: dict[str, Any] = {"operations": [], "paths": [], "max_lifetime_seconds": None}
     if unknown := set(unlimited or ()) - dropped.keys():
         raise InvalidRequest(f"no limits {sorted(unknown)}, expected {', '.join(dropped)}")
-    columns = _Limits(operation, path, max_lifetime, reply_queue, jwe_key, new_jwe_key).columns()
+    limits = _Limits(operation, path, max_lifetime, reply_queue, jwe_key, new_jwe_key)
+    columns = limits.columns()
     columns |= {name: dropped[name] for name in unlimited or ()}
     if not columns:
         raise InvalidRequest("nothing to change; name a limit, a queue or a key")
-    catalogue.change_client(open_service().pool, name, columns, whoami())
+    with _private_file(new_jwe_key, limits.private_jwk):
+        catalogue.change_client(open_service().pool, name, columns, whoami())
     show(
         as_json,
         {"name": name, "changed": sorted(columns)},
@@ -183,7 +204,9 @@ def clients_rotate(
     client = _clients(service).get(name)
     if client is None:
         raise UnknownClient(f"client {name!r} is not registered; run: minter clients list")
-    _write_private(secret_file, service.new_secret(client, whoami(), timedelta(hours=keep_hours)))
+    secret = wiring.new_secret()
+    with _private_file(secret_file, secret):
+        service.set_secret(client, secret, whoami(), timedelta(hours=keep_hours))
     show(as_json, {"name": name}, lambda: f"client {name} has a new secret, in {secret_file}")
 
 
@@ -241,7 +264,17 @@ def _clients(service: wiring.Service) -> dict[str, Client]:
 
 
 def _ban(kind: str, value: str, vo: str | None) -> Ban:
-    return Ban(kind, check_path(value) if kind == "path" else value, vo)
+    if kind == "path":
+        value = check_path(squash(value))
+    return Ban(kind, value, vo)
+
+
+def _check_known(service: wiring.Service, ban: Ban) -> None:
+    """Raise InvalidRequest for a name that nothing has: a ban with a typing error bans nobody."""
+    known = catalogue.names(service.pool, ban.kind)
+    if known is not None and ban.value not in known:
+        near = ", ".join(get_close_matches(ban.value, known, 3)) or "none is near it"
+        raise InvalidRequest(f"no {ban.kind} is named {ban.value!r}; {near}")
 
 
 @guarded
@@ -255,6 +288,7 @@ def ban(
     """Refuse all that it covers from now on, and list what is out and works."""
     service = open_service()
     made = _ban(kind, value, vo)
+    _check_known(service, made)
     catalogue.add_ban(service.pool, made, reason, whoami())
     _show_living(
         as_json, f"{kind} {value} is banned", alive.under(service.pool, kind, made.value, vo, service.clock())
@@ -293,18 +327,25 @@ def bans(
 
 def _show_living(as_json: bool, done: str, living: Iterable[alive.Living]) -> None:
     """Say what was done and what still works: nothing but revoking its key stops a token (I9)."""
-    found = list(living)
-    storages = Counter(token.storage for token in found)
-    until = max((token.exp for token in found), default=None)
+    most = MOST_LISTED if as_json else MOST_SHOWN
+    storages: Counter[str] = Counter()
+    found: list[alive.Living] = []
+    until = 0
+    for token in living:
+        storages[token.storage] += 1
+        until = max(until, token.exp)
+        if len(found) < most:
+            found.append(token)
+    total = storages.total()
     show(
         as_json,
-        {"done": done, "alive": found, "storages": storages, "until": until},
+        {"done": done, "total": total, "storages": storages, "until": until or None, "alive": found},
         lambda: as_table(
-            f"{done}; {len(found)} tokens are out and work"
+            f"{done}; {total} tokens are out and work"
             + (f", the last until {database.instant(until):%F %T} UTC; tell the sites" if until else ""),
             ("storage", "jti", "scope", "until"),
-            [(t.storage, t.jti, t.scope, database.instant(t.exp)) for t in found[:MOST_SHOWN]]
-            + [(s, f"{n} in all", "", "") for s, n in storages.most_common() if len(found) > MOST_SHOWN],
+            [(t.storage, t.jti, t.scope, database.instant(t.exp)) for t in found]
+            + [(s, f"{n} in all", "", "") for s, n in storages.most_common() if total > len(found)],
         ),
     )
 
@@ -395,17 +436,20 @@ def keys_revoke(
 ) -> None:
     """Kill every token that a key signed: the only way to stop one, as fast as verifiers' caches."""
     service = open_service()
-    living = list(alive.under(service.pool, "key", kid, None, service.clock()))
     slow = f"verifiers go on trusting it for their caches' time: {alive.VERIFIER_CACHES}"
+    if yes:  # first the revocation, then the list: reading it takes its time
+        policy = service.engine.rotation
+        if force:
+            policy = keys.RotationPolicy(0, policy.lifetime_seconds, policy.resign_seconds)
+        keyring.revoke(service.pool, kid, service.clock(), policy, whoami(), reason)
+        for problem in service.maintain_keys(whoami()):
+            typer.echo(problem, err=True)
+        said = f"key {kid} is revoked; {slow}"
+    else:
+        said = f"revoking {kid} kills these ({slow}); repeat with --yes"
+    _show_living(as_json, said, alive.under(service.pool, "key", kid, None, service.clock()))
     if not yes:
-        _show_living(as_json, f"revoking {kid} kills these ({slow}); repeat with --yes", living)
         raise typer.Exit(1)
-    policy = service.engine.rotation
-    if force:
-        policy = keys.RotationPolicy(0, policy.lifetime_seconds, policy.resign_seconds)
-    keyring.revoke(service.pool, kid, service.clock(), policy, whoami(), reason)
-    service.maintain_keys(whoami())
-    _show_living(as_json, f"key {kid} is revoked; {slow}", living)
 
 
 @keys_app.command("rewrap")

@@ -1,7 +1,7 @@
 """Commands that look back: `trace` tells the whole story of tokens, `archive` keeps it beyond retention."""
 
 import uuid
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated
 
@@ -55,6 +55,8 @@ def trace(
         raise InvalidRequest(f"expected exactly one of {names}")
     ((by, value),) = asked
     since, until = service.since(days), service.clock() + timedelta(days=1)
+    if jti is not None:  # its own time is known
+        since = min(since, datetime.fromtimestamp((jti.int >> 80) / 1000, UTC) - timedelta(seconds=1))
     folder = folder or service.loaded.archive_folder
     refusals: list[stories.Refusals] = []
     if isinstance(value, uuid.UUID) and by == "request":

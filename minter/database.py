@@ -8,7 +8,6 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
-from hashlib import sha256
 from itertools import chain
 from typing import Any
 from uuid import UUID
@@ -21,7 +20,7 @@ from sqlalchemy.engine import Engine as Pool
 
 from minter.errors import Unavailable
 from minter.keys import HARD_MAX_SECONDS, Key
-from minter.mint import Control, RequestRow, TokenRow
+from minter.mint import Control, RequestRow, TokenRow, path_hash
 from minter.policy import Ban, Bans, Client, Plan
 
 CONTROL_LOCK = 0x6D696E74  # "mint": recording holds it shared, changes of the control tables alone
@@ -248,11 +247,6 @@ class Recording:
         }
 
 
-def path_hash(path: str) -> int:
-    """Return the indexed hash of a VO-relative path: 64 bits, signed."""
-    return int.from_bytes(sha256(path.encode()).digest()[:8], signed=True)
-
-
 _COPY_ESCAPES = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r", "\x00": ""})
 _copy_special = re.compile(r"[\\\t\n\r\x00]").search
 
@@ -296,7 +290,7 @@ _COLUMNS = (
     "t.jti::text, t.request_id, t.client_id, coalesce(s.name, ''), t.key_id,"
     " extract(epoch FROM t.expires_at)::bigint, '', t.fts_token_id, t.file, t.side::text,"
     " t.position, t.external_id, t.payload, coalesce(t.rule_id, 0),"
-    " coalesce((SELECT l.state::text FROM token_states l WHERE l.jti = t.jti), t.state::text)"
+    " coalesce((SELECT l.state::text FROM token_states l WHERE l.jti = t.jti), t.state::text), t.path_hash"
 )
 
 

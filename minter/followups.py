@@ -21,7 +21,7 @@ class RenewRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     """`minter.renew`: new tokens for a resubmission of what request `renews` was granted.
 
     `files` are numbers of its files, all if none. Everything is decided again; a token is asked for
-    with `wait_seconds`, or the life that the old one had, to wait.
+    with `wait_seconds` to wait, or else with the life that the old one had.
     """
 
     request_id: UUID

@@ -1,5 +1,6 @@
 """Housekeeping: partitions made ahead, and messages that came again after a worker died with them."""
 
+from collections.abc import Collection
 from datetime import UTC, date, datetime, timedelta
 
 from sqlalchemy.engine import Engine as Pool
@@ -15,6 +16,7 @@ def make_partitions(engine: Pool, today: date, retention_days: int) -> list[str]
     """Make the missing daily partitions, a week ahead and back to the oldest request_id taken."""
     made = []
     with transaction(engine) as connection:
+        connection.execute("SET LOCAL lock_timeout TO '5s'")  # better late partitions than late tokens
         connection.execute("SELECT pg_advisory_xact_lock(%s)", (_PARTITION_LOCK,))
         known = {
             name
@@ -24,20 +26,36 @@ def make_partitions(engine: Pool, today: date, retention_days: int) -> list[str]
                 (list(PARTITIONED),),
             ).fetchall()
         }
-        for table in PARTITIONED:
-            back = 1 if table == "tokens" else retention_days + 1
-            for offset in range(-back, DAYS_AHEAD + 1):
-                day = today + timedelta(days=offset)
-                name = f"{table}_{day:%Y%m%d}"
-                if name in known:
-                    continue
-                start = datetime(day.year, day.month, day.day, tzinfo=UTC)
-                connection.execute(
-                    f"CREATE TABLE {name} PARTITION OF {table} FOR VALUES FROM ('{floor(start)}')"
-                    f" TO ('{floor(start + timedelta(days=1))}')"
-                )
-                made.append(name)
+        wanted = {
+            f"{table}_{day:%Y%m%d}": (table, day)
+            for table in PARTITIONED
+            for day in _days(table, today, retention_days, known)
+        }
+        for name, (table, day) in wanted.items():
+            if name in known:
+                continue
+            start = datetime(day.year, day.month, day.day, tzinfo=UTC)
+            # Not PARTITION OF: it would wait for every reader of the table, and all minting for it.
+            connection.execute(f"CREATE TABLE {name} (LIKE {table} INCLUDING ALL)")
+            connection.execute(
+                f"ALTER TABLE {table} ATTACH PARTITION {name} FOR VALUES FROM ('{floor(start)}')"
+                f" TO ('{floor(start + timedelta(days=1))}')"
+            )
+            made.append(name)
     return made
+
+
+def _days(table: str, today: date, retention_days: int, known: Collection[str]) -> set[date]:
+    """Return the days that a table needs: `token_states` all that `tokens` has."""
+    back = 1 if table == "tokens" else retention_days + 1
+    days = {today + timedelta(days=n) for n in range(-back, DAYS_AHEAD + 1)}
+    if table == "token_states":
+        days |= {
+            datetime.strptime(name.removeprefix("tokens_"), "%Y%m%d").replace(tzinfo=UTC).date()
+            for name in known
+            if name.startswith("tokens_")
+        }
+    return days
 
 
 def partitions_ahead(engine: Pool, today: date) -> int:

@@ -15,7 +15,7 @@ from sqlalchemy.engine import Engine as Pool
 
 from minter import answers
 from minter.database import find_rules, floor, one, read_control, read_request, transaction
-from minter.errors import UnknownRequest
+from minter.errors import InvalidRequest, UnknownRequest
 from minter.followups import CancelRequest, FetchRequest, FileReport, JobReport, RenewRequest, ReportRequest
 from minter.keys import HARD_MAX_SECONDS
 from minter.mint import Engine, known_client
@@ -24,6 +24,10 @@ from minter.requests import Alive, Answer, Request
 
 LONGEST = timedelta(seconds=HARD_MAX_SECONDS) + timedelta(days=1)
 """How far back reports and cancellations look for tokens: all older ones have expired."""
+
+
+MAX_TOKENS = 100_000
+"""Tokens of all requests that one report may name by request and file."""
 
 
 class Lives:
@@ -112,7 +116,7 @@ def _note_jobs(connection: "psycopg.Connection[Any]", client_id: int, jobs: Sequ
 def _by_external_id(
     connection: "psycopg.Connection[Any]", client_id: int, ids: Iterable[str], now: datetime
 ) -> list[tuple[str, UUID]]:
-    wanted = list(ids)
+    wanted = [i.replace("\x00", "") for i in ids]  # as they were recorded: Postgres has no NUL
     # The index holds 8 bytes of each external_id, in Postgres's own hash.
     (hashes,) = one(
         connection.execute(
@@ -175,6 +179,10 @@ def _by_file(
         "SELECT request_id, first_jti, tokens FROM requests WHERE request_id = ANY(%s) AND client_id = %s",
         (list(requests), client_id),
     ).fetchall()
+    if sum(count for *_, count in ranges) > MAX_TOKENS:
+        raise InvalidRequest(
+            f"the requests named have more than {MAX_TOKENS} tokens together; report fewer at once"
+        )
     request_of = {UUID(int=first.int + n): request for request, first, count in ranges for n in range(count)}
     rows = connection.execute(
         "SELECT jti, file FROM tokens WHERE jti = ANY(%s)", (list(request_of),)

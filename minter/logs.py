@@ -24,14 +24,19 @@ _SECRETS = (
         ),
         "[key]",
     ),
+    # Private members of a JWK (RFC 7518 §6.2.2, §6.3.2, §6.4.1).
+    (re.compile(r"(\"(?:d|p|q|dp|dq|qi|k)\"\s*:\s*\")[\w-]{16,}"), r"\1[secret]"),
+    # A name that means a secret, and its value: quoted, or up to the next blank.
     (
         re.compile(
-            r"((?:authorization|password|client_secret|refresh_token)\W{1,4}(?:basic |bearer )?)[^\s\"',}]+",
+            r"((?:authorization|password|client_secret|refresh_token|master_key\w*)"
+            r"[\"']?\s?[=:]\s?(?:basic |bearer )?)"
+            r"(?:\"[^\"]*\"|'[^']*'|[^\s\"',}]+)",
             re.IGNORECASE,
         ),
         r"\1[secret]",
     ),
-    (re.compile(r"(\w://[^\s/:@]*):[^\s/@]+@"), r"\1:[password]@"),
+    (re.compile(r"(\w://[^\s/:@]*):\S+@"), r"\1:[password]@"),
 )  # fmt: skip
 
 

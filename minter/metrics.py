@@ -184,13 +184,18 @@ class StateCollector(Collector):
 
     def _of_broker(self) -> Iterator[Metric]:
         waiting: dict[tuple[str, ...], float] = {}
-        with self._broker() as connection:
+        connection = self._broker()
+        try:
             for queue in self._queues:
                 try:
                     declared = connection.channel().queue_declare(queue, passive=True)
                     waiting[queue,] = declared.message_count
                 except connection.channel_errors:
                     waiting[queue,] = 0  # Valkey has no empty queues
+        except connection.connection_errors as error:
+            raise Unavailable(f"the broker cannot be reached ({type(error).__name__})") from error
+        finally:
+            connection.release()
         yield _gauge(QUEUE, waiting)
 
 
@@ -198,7 +203,7 @@ def _what_answers(ask: Callable[[], Iterator[Metric]]) -> list[Metric]:
     """Return what a server says; nothing, and a line in the log, while it is away."""
     try:
         return list(ask())
-    except (Unavailable, OSError) as error:
+    except Unavailable as error:
         logger.warning("metrics: %s", error)
         return []
 

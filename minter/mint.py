@@ -53,6 +53,8 @@ COVER_SECONDS = 300
 _SAMPLE = 256
 """The signature of every such token, told by FTS's id of it, is verified; the claims of every one
 are checked."""
+SEVERAL = "(several)"
+"""The recorded activity of a request whose files have different ones."""
 _JTI_NUMBERS = (1 << 20) - 1
 """The bits, five hex digits, of a jti that count a request's tokens: no request has 2^20."""
 
@@ -109,6 +111,7 @@ class TokenRow(Struct, frozen=True, gc=False):
     payload: str
     rule_id: int
     state: str = "issued"
+    path_hash: int = 0
 
 
 class Recording(Protocol):
@@ -360,10 +363,9 @@ class Engine:
         ((row, tokens),) = found.values()
         if row.error:
             raise from_dict(row.error)
-        if not row.activity and control.bans.has("activity", client.vo):
+        if row.activity == SEVERAL and control.bans.has("activity", client.vo):
             raise Banned(
-                "an activity of this VO is banned, and the request did not name one for all its files; "
-                "repeat it instead",
+                "an activity of this VO is banned, and the request's files have several; repeat it instead",
                 kind="activity",
             )
         request = Request(request_id, "mint", row.digest, ())  # a job's content is not recorded
@@ -443,6 +445,11 @@ def fts_token_id(token: bytes) -> int:
     return int.from_bytes(hashlib.sha1(token, usedforsecurity=False).digest()[:8], signed=True)
 
 
+def path_hash(path: str) -> int:
+    """Return the indexed hash of a VO-relative path: 64 bits, signed."""
+    return int.from_bytes(hashlib.sha256(path.encode()).digest()[:8], signed=True)
+
+
 def check_clock(skew: float) -> None:
     """Raise ClockSkew if this process's clock and Postgres's differ by more than 5 s."""
     if abs(skew) > MAX_CLOCK_SKEW_SECONDS:
@@ -461,9 +468,9 @@ def known_client(control: Control, name: str) -> Client:
 
 
 def _activity(request: Request) -> str:
-    """Return the activity that a request has as a whole, empty if its files differ."""
+    """Return the activity that a request has as a whole, SEVERAL if its files differ."""
     activities = {file.activity or request.activity for file in request.files}
-    return activities.pop() if len(activities) == 1 else request.activity
+    return activities.pop() if len(activities) == 1 else SEVERAL
 
 
 def _client(control: Control, request: Request, name: str) -> Client:
@@ -493,4 +500,5 @@ def _share(outcome: Outcome, work: _Work) -> None:
 __all__ = [
     "Control", "Engine", "Issued", "Observed", "Outcome", "Recording", "RequestRow",
     "Store", "Submission", "TokenRow", "check_clock", "fts_token_id", "known_client",
+    "path_hash",
 ]  # fmt: skip

@@ -542,7 +542,8 @@ def _lifetime(plan: Plan, request: Request, file: File, need: Need) -> Lifetime:
                 expected=cap, got=wanted,
             )  # fmt: skip
     else:
-        wanted = max(fixed + wait, PROFILE_MIN_SECONDS)
+        derived = fixed + wait if need.life_seconds is None else need.life_seconds
+        wanted = max(derived, PROFILE_MIN_SECONDS)
     seconds = min(wanted, cap)
     queue = _FTS_QUEUE_SECONDS if need.one_token else 0
     least = BACKDATE_SECONDS + route.margin_seconds + queue

@@ -25,15 +25,15 @@ _encode = msgspec.json.Encoder(order="sorted").encode
 def documents(ring: Iterable[Key], issuers: Mapping[str, str], now: datetime) -> dict[str, bytes]:
     """Return the files of every issuer by their path on the host, JWKS before discovery.
 
-    An issuer with a sub-path has its discovery document in both forms (RFC 8414 §3.1). Raises
-    NoUsableKey rather than publish an empty key set.
+    An issuer with a sub-path has its discovery document in both forms (RFC 8414 §3.1). One without a
+    public key is left out, never published empty; raises NoUsableKey if none has any.
     """
     ring = tuple(ring)
     found: dict[str, bytes] = {}
     for vo, issuer in issuers.items():
         public = keys.jwks((k for k in ring if k.vo == vo), now)
         if not public["keys"]:
-            raise NoUsableKey(f"issuer of VO {vo!r} has no public key; run: minter keys create --vo {vo}")
+            continue
         path = urlsplit(issuer).path.strip("/")
         below = f"{path}/" if path else ""
         discovery = _encode(
@@ -47,6 +47,8 @@ def documents(ring: Iterable[Key], issuers: Mapping[str, str], now: datetime) ->
         found[f"{below}{DISCOVERY}"] = discovery
         if path:
             found[f"{DISCOVERY}/{path}"] = discovery
+    if not found:
+        raise NoUsableKey("no issuer has a public key; run: minter keys create --vo VO")
     return found
 
 

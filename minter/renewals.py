@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from minter.dialects import Operation
 from minter.errors import UnknownRequest, UnknownStorage
 from minter.followups import RenewRequest
-from minter.mint import RequestRow, TokenRow
+from minter.mint import SEVERAL, RequestRow, TokenRow, path_hash
 from minter.policy import Policy
 from minter.requests import File, Need, Request, content_digest
 from minter.scopes import parse_scopes
@@ -26,9 +26,12 @@ def renewal(
 ) -> Request:
     """Return the request that renews `tokens`, all of one request; `operations` are by rule_id.
 
-    A need's `wait_seconds` is the wire's, or the whole life that the old token had. Raises
-    UnknownRequest if nothing is left to renew, UnknownStorage for one that left the settings.
+    A token's life is again what it was, if the wire does not say how long the file may wait. Raises
+    UnknownRequest if nothing is left to renew, or what was asked for cannot be told from the record;
+    UnknownStorage for a storage that left the settings.
     """
+    if row.activity == SEVERAL:
+        raise UnknownRequest(f"the files of request {wire.renews} have several activities; ask anew")
     chosen = [t for t in tokens if t.side != "service" and (not wire.files or t.file in wire.files)]
     if not chosen:
         raise UnknownRequest(f"request {wire.renews} was granted no token for these files; ask anew")
@@ -68,21 +71,25 @@ def _need(
 ) -> Need:
     claims = json.loads(token.payload)
     audience = [claims["aud"]] if isinstance(claims["aud"], str) else claims["aud"]
-    # The narrowest scope names what was asked for; the others are its directory.
-    path = max((s.path or "" for s in parse_scopes(claims["scope"])), key=len)
+    paths = {s.path for s in parse_scopes(claims["scope"]) if s.path is not None}
+    path = next((p for p in paths if path_hash(p) == token.path_hash), None)
+    if path is None or token.rule_id not in operations:
+        raise UnknownRequest(
+            f"the record of token {token.jti} does not say what was asked for; ask anew", jti=token.jti
+        )
     url = policy.directories[vo].url(token.storage, path, audience) if vo in policy.directories else None
     if url is None:
         raise UnknownStorage(
             f"storage {token.storage!r} has no door for token {token.jti} any more; ask with new URLs",
             storage=token.storage,
         )
-    life = claims["exp"] - claims["iat"]
     return Need(
         token.file,
         token.side,
         token.index,
         url,
         tuple(operations[token.rule_id]),
-        life if wire.wait_seconds is None else wire.wait_seconds,
+        wire.wait_seconds,
         one_token=via_fts,
+        life_seconds=claims["exp"] - claims["iat"] if wire.wait_seconds is None else None,
     )

@@ -89,7 +89,10 @@ class FillRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
 
 
 class Need(Struct, frozen=True, gc=False):
-    """What one token is for. `one_token`: the grant cannot be split over several tokens."""
+    """What one token is for. `one_token`: the grant cannot be split over several tokens.
+
+    `life_seconds` is the life of the token that it renews, which is asked for again.
+    """
 
     file: int
     side: Side
@@ -99,6 +102,7 @@ class Need(Struct, frozen=True, gc=False):
     wait_seconds: int | None = None
     after_seconds: int = 0
     one_token: bool = False
+    life_seconds: int | None = None
 
 
 class File(Struct, frozen=True):

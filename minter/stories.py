@@ -12,7 +12,8 @@ from uuid import UUID
 from msgspec import Struct, json
 from sqlalchemy.engine import Engine as Pool
 
-from minter.database import floor, path_hash, transaction
+from minter.database import floor, transaction
+from minter.mint import path_hash
 
 
 class Story(Struct, frozen=True, kw_only=True):

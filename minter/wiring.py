@@ -11,7 +11,7 @@ from pathlib import Path
 import uuid_utils
 
 from minter import catalogue, database, housekeeping, keyring, keys, settings
-from minter.errors import SettingsError
+from minter.errors import NoUsableKey, SettingsError
 from minter.keys import Algorithm
 from minter.keystore import Keystore, MasterKey, read_master_key
 from minter.mint import Engine, Observed
@@ -28,6 +28,11 @@ def now() -> datetime:
 def new_uuid7() -> uuid.UUID:
     """Return a fresh UUIDv7 (RFC 9562 §5.7)."""
     return uuid.UUID(int=uuid_utils.uuid7().int)
+
+
+def new_secret() -> str:
+    """Return a fresh client secret (256 bits, unreserved characters)."""
+    return secrets.token_urlsafe(32)
 
 
 def calm_collector() -> None:
@@ -88,21 +93,23 @@ class Service:
             ring = database.read_keys(connection)
         for vo, issuer in self.loaded.settings.issuers.items():
             due = keys.due(ring, vo, now, policy)
-            if due == "create":
-                kid, state = self.create_key(vo, issuer.algorithm, actor)
-                done.append(f"{vo}: key {kid} made, {state}")
-            elif due == "rotate":
-                done.append(f"{vo}: key {keyring.rotate(self.pool, vo, now, policy, actor).kid} signs now")
+            try:
+                if due == "create":
+                    kid, state = self.create_key(vo, issuer.algorithm, actor)
+                    done.append(f"{vo}: key {kid} made, {state}")
+                elif due == "rotate":
+                    key = keyring.rotate(self.pool, vo, now, policy, actor)
+                    done.append(f"{vo}: key {key.kid} signs now")
+            except NoUsableKey as error:  # one VO's trouble is not the others'
+                done.append(f"{vo}: failed, {error}")
         spent = keyring.destroy_spent(self.pool, now, policy, actor)
         return done + [f"private half of key {kid} destroyed" for kid in spent]
 
-    def new_secret(self, client: Client, actor: str, keep_old: timedelta = timedelta()) -> str:
-        """Give a client a fresh secret (256 bits); only its keyed hash is kept."""
-        secret = secrets.token_urlsafe(32)
+    def set_secret(self, client: Client, secret: str, actor: str, keep_old: timedelta = timedelta()) -> None:
+        """Give a client a new secret; only its keyed hash is kept."""
         pepper = catalogue.secrets_key(self.pool, client.vo, self.keystore.seal_pepper(client.vo))
         hashed = self.keystore.hash_secret(client.vo, pepper, secret)
         catalogue.set_secret(self.pool, client.name, hashed, keep_old, actor)
-        return secret
 
     def make_partitions(self) -> list[str]:
         """Make the missing partitions; return their names."""

@@ -76,8 +76,8 @@ class _Handler(BaseHTTPRequestHandler):
         fault = fts.faults.pop(0) if fts.faults else ""
         if fault.isdigit():
             return self.answer(int(fault), {"message": "the fault that was asked for"})
-        if fault == "html":
-            return self.answer(200, None)
+        if fault in ("html", "odd"):
+            return self.answer(200, None if fault == "html" else {"what": "no job_id"})
         job_id = str(uuid.uuid5(uuid.uuid5(BASE_ID, VO), job["params"]["sid"]))
         if job_id in fts.jobs:
             return self.answer(409, {"message": "The sid provided by the user is duplicated"})

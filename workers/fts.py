@@ -42,7 +42,13 @@ FIRST_DELAY_SECONDS = 1.0
 MAX_DELAY_SECONDS = 60.0
 MAX_HOLD_SECONDS = 25 * 60.0
 """RabbitMQ takes a message back that is not acknowledged within 30 minutes: we give it back before."""
-_PASSING = (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN, httpx.codes.TOO_MANY_REQUESTS)
+_FINAL = (
+    httpx.codes.BAD_REQUEST,
+    httpx.codes.REQUEST_ENTITY_TOO_LARGE,
+    httpx.codes.UNPROCESSABLE_ENTITY,
+)
+"""With these FTS refuses a job for good. Anything else is a proxy's, or passes: 401 and 403 mean that
+FTS does not know our issuer, or not now."""
 
 
 class _Registry(jwe.JWERegistry):
@@ -60,6 +66,10 @@ class Away(Unavailable):
 
 class Refused(RequestError):
     """FTS will never take this job as it is."""
+
+
+class TooLate(Refused):
+    """The token for FTS has expired. An earlier try may have submitted the job, so nothing is undone."""
 
 
 class Submitted(Struct, frozen=True):
@@ -89,16 +99,19 @@ class FTS:
                 raise Refused(f"FTS has another job under the sid {params['sid']}; submit it under a new one")
             logger.info("FTS has job %s already", job_id)
         else:
-            job_id = uuid.UUID(str(_json(answer)["job_id"]))
+            job_id = uuid.UUID(_said(answer, "job_id"))
         return Submitted(job_id, self._file_ids(job_id, bearer, made))
 
     def _job_id(self, bearer: TokenAnswer, sid: str) -> uuid.UUID:
         if self._vo is None:
-            self._vo = str(_json(self._call("GET", "/whoami", bearer))["vos"][0])
+            self._vo = _said(self._call("GET", "/whoami", bearer), "vos", 0)
         return uuid.uuid5(uuid.uuid5(BASE_ID, self._vo), sid)
 
     def _files(self, job_id: uuid.UUID, bearer: TokenAnswer) -> list[dict[str, Any]]:
-        return list(_json(self._call("GET", f"/jobs/{job_id}/files", bearer)))
+        files = _json(self._call("GET", f"/jobs/{job_id}/files", bearer))
+        if not isinstance(files, list) or not all(isinstance(f, dict) for f in files):
+            raise Away("FTS lists a job's files in a form that is not its own")
+        return files
 
     def _is_ours(self, job_id: uuid.UUID, bearer: TokenAnswer, job: Mapping[str, Any]) -> bool:
         theirs = {f.get("dest_surl") for f in self._files(job_id, bearer)}
@@ -123,9 +136,8 @@ class FTS:
             raise Away(f"FTS cannot be reached ({type(error).__name__})") from None
         if answer.is_success or answer.status_code == httpx.codes.CONFLICT:
             return answer
-        # 401 and 403: FTS does not know our issuer, or not now; the token is checked to be alive.
-        if answer.status_code in _PASSING or answer.is_server_error:
-            raise Away(f"FTS answers {answer.status_code}", retry_after=answer.headers.get("retry-after"))
+        if answer.status_code not in _FINAL:
+            raise Away(f"FTS answers {answer.status_code}")
         raise Refused(f"FTS refuses the job ({answer.status_code}): {logs.redact(answer.text)[:300]}")
 
 
@@ -141,6 +153,17 @@ def _json(answer: httpx.Response) -> Any:
         return msgspec.json.decode(answer.content)
     except msgspec.DecodeError:
         raise Away(f"FTS answers {answer.status_code} with what is no JSON") from None
+
+
+def _said(answer: httpx.Response, *keys: str | int) -> str:
+    """Return one text of a JSON answer; raises Away for an answer that is not FTS's."""
+    value = _json(answer)
+    try:
+        for key in keys:
+            value = value[key]
+    except (KeyError, IndexError, TypeError):
+        raise Away(f"FTS answers without {'.'.join(map(str, keys))}") from None
+    return str(value)
 
 
 class Forwarder:
@@ -166,36 +189,41 @@ class Forwarder:
         except (JoseError, ValueError, msgspec.DecodeError) as error:
             raise InvalidRequest(f"not an answer of the engine's ({type(error).__name__})") from None
 
-    def forward(self, answer: Answer) -> Submitted | None:
-        """Submit an answer's job and report it; None if there was none, or FTS refused it.
+    def forward(self, answer: Answer, done: dict[str, Submitted] | None = None) -> Submitted | None:
+        """Submit an answer's job and report it; None if there is none. `done` remembers over tries.
 
-        Raises Away, or Unavailable while the engine is away: then all of it may be done again.
+        Raises Refused for a job that FTS will not have, Away, or Unavailable while the engine is
+        away: then all of it may be done again.
         """
         request_id = answer.request_id
         if answer.error is not None or answer.job is None or answer.bearer is None or request_id is None:
             reason = answer.error["reason"] if answer.error else "no_job"
             logs.event(logger, "nothing to submit", request_id=request_id, reason=reason)
             return None
-        try:
-            submitted = self._service(answer.bearer).submit(answer.job, answer.bearer, request_id)
-        except Refused as error:
-            logs.event(logger, "job refused", request_id=request_id, reason="refused", error=str(error))
-            self._minter.cancel(uuid.UUID(request_id))
-            return None
+        done = {} if done is None else done
+        if request_id not in done:
+            done[request_id] = self._service(answer.bearer).submit(answer.job, answer.bearer, request_id)
+        submitted = done[request_id]
         left_out = {int(entry["index"]) for entry in answer.refused}
         total = len(answer.job["files"]) + len(left_out)
         numbers = tuple(n for n in range(total) if n not in left_out)
-        report = JobReport(submitted.job_id, uuid.UUID(request_id), numbers, submitted.file_ids)
-        self._minter.report(jobs=[report])
+        self._minter.report(
+            jobs=[JobReport(submitted.job_id, uuid.UUID(request_id), numbers, submitted.file_ids)]
+        )
         logs.event(
-            logger, "job submitted", request_id=request_id, job_id=str(submitted.job_id),
-            files=len(numbers), vo=None,
-        )  # fmt: skip
+            logger, "job submitted", request_id=request_id, job_id=str(submitted.job_id), files=len(numbers)
+        )
         return submitted
+
+    def refused(self, answer: Answer, error: Refused) -> None:
+        """Tell the engine of a job that FTS will not have; an expired one may run there already."""
+        logs.event(logger, "job refused", request_id=answer.request_id, reason=error.reason, error=str(error))
+        if answer.request_id is not None and not isinstance(error, TooLate):
+            self._minter.cancel(uuid.UUID(answer.request_id))
 
     def _service(self, bearer: TokenAnswer) -> FTS:
         if bearer.exp <= self._now():
-            raise Refused("the token for FTS expired on the queue; renew the request")
+            raise TooLate("the token for FTS expired on the queue; renew the request")
         if isinstance(self._fts, FTS):
             return self._fts
         if bearer.storage not in self._fts:
@@ -248,23 +276,36 @@ class Consumer:
             message.reject()
             return
         started, delay = time.monotonic(), FIRST_DELAY_SECONDS
-        while not self.stopped:
+        done: dict[str, Submitted] = {}
+        while not self.stopped and time.monotonic() - started < MAX_HOLD_SECONDS:
             try:
-                self._forwarder.forward(answer)
+                self._settle(message, answer, done)
             except Unavailable as error:
                 logger.warning("request %s: %s; trying again in %.0f s", answer.request_id, error, delay)
-                if time.monotonic() - started > MAX_HOLD_SECONDS:
-                    break
                 delay = _wait(delay)
-            except MinterError as error:
-                # The engine knows the request no more, or bans us: FTS has the job, or has refused it.
-                logger.warning("request %s cannot be reported: %s", answer.request_id, error)
-                message.ack()
-                return
             else:
-                message.ack()
                 return
         message.requeue()
+
+    def _settle(self, message: Any, answer: Answer, done: dict[str, Submitted]) -> None:
+        """Bring one message to its end; raises Unavailable if it is to be tried again."""
+        try:
+            try:
+                self._forwarder.forward(answer, done)
+            except Refused as error:
+                self._forwarder.refused(answer, error)
+                message.reject()  # the operators may look at it, or send it again
+                return
+        except Unavailable:
+            raise
+        except MinterError as error:
+            # The engine knows the request no more, or has banned us: FTS has the job, or has refused it.
+            logger.warning("request %s cannot be reported: %s", answer.request_id, error)
+        except Exception:
+            logger.exception("request %s failed here, set aside with the dead letters", answer.request_id)
+            message.reject()
+            return
+        message.ack()
 
 
 def _wait(delay: float) -> float:

@@ -7,6 +7,7 @@ import sys
 import time
 import uuid
 
+import kombu
 import pytest
 
 from minter import contract
@@ -114,7 +115,7 @@ def test_rucios_jobs_reach_fts_complete_and_the_engine_knows_their_ids(running, 
     assert all(b.startswith("Bearer eyJ") for b in fts.bearers)
 
 
-@pytest.mark.parametrize("fault", ["503", "429", "401", "lost", "html"])
+@pytest.mark.parametrize("fault", ["503", "429", "401", "404", "302", "lost", "html", "odd"])
 def test_a_fault_of_fts_costs_a_retry_and_never_a_second_job(running, raw, fts, consume, fault):
     fts.faults = [fault]
     consume()
@@ -134,6 +135,16 @@ def test_a_job_that_fts_refuses_is_cancelled(running, raw, fts, consume):
     until(lambda: states(running, request_id) == {"cancelled"})
     assert fts.posts == 1
     assert not reported(running, request_id)
+    if running.on_rabbitmq:  # the message is kept, encrypted as it was
+        with kombu.Connection(f"amqp://guest:guest@127.0.0.1:{running.broker.port}//") as admin:
+            dead = []
+            until(
+                lambda: (
+                    dead.append(admin.channel().basic_get(contract.DEAD_LETTER_QUEUE, no_ack=True))
+                    or dead[-1]
+                )
+            )
+            assert dead[-1].properties["content_type"] == "application/jose"
 
 
 def test_refused_files_keep_their_numbers(running, raw, fts, consume):
@@ -186,8 +197,6 @@ def test_fts_down_and_back(running, raw, consume, fts):
 def test_what_is_no_answer_goes_to_the_dead_letters(running, raw, fts, consume):
     if not running.on_rabbitmq:
         pytest.skip("only RabbitMQ keeps dead letters")
-    import kombu
-
     consume()
     with kombu.Connection(f"amqp://guest:guest@127.0.0.1:{running.broker.port}//") as admin:
         channel = admin.channel()

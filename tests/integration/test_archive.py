@@ -121,8 +121,10 @@ def test_a_crash_at_any_point_is_finished_by_the_next_run(service, tmp_path, lat
     stocked(service)
     remove = archive._remove
 
-    def killed(*_, **__):
-        raise KeyboardInterrupt
+    def killed(pool, table, partition, *, attached):
+        if partition.endswith(f"{wiring.now():%Y%m%d}"):
+            raise KeyboardInterrupt
+        remove(pool, table, partition, attached=attached)
 
     monkeypatch.setattr(archive, "_remove", killed)  # after the file, before the partitions
     with pytest.raises(KeyboardInterrupt):
@@ -174,6 +176,33 @@ def test_no_token_and_no_secret_is_in_an_archive(service, tmp_path, later):
     assert all(json.loads(line) for line in text.splitlines())
     for issued in one.issued:
         assert issued.token.rpartition(b".")[2] not in text
+
+
+def test_what_somebody_else_detached_is_not_dropped(service, tmp_path, later):
+    stocked(service)
+    today = f"{wiring.now():%Y%m%d}"
+    with database.transaction(service.pool) as tx:
+        tx.execute(f"ALTER TABLE tokens DETACH PARTITION tokens_{today}")
+    with pytest.raises(archive.Unavailable, match="attach it again"):
+        run(service, tmp_path, later(40))
+    assert rows(service, f"SELECT count(*) FROM tokens_{today}") == [(5,)]
+
+
+def test_an_archived_day_that_comes_back_empty_keeps_its_file(service, tmp_path, later):
+    _, two, _ = stocked(service)
+    run(service, tmp_path, later(70))
+    today = f"{wiring.now():%Y%m%d}"
+    before = (tmp_path / f"requests-{today}.jsonl.gz").read_bytes()
+    assert service.make_partitions()  # as a longer retention would
+    run(service, tmp_path, later(70))
+    assert (tmp_path / f"requests-{today}.jsonl.gz").read_bytes() == before
+    assert archive.find_request(tmp_path, two.submission.request.request_id, later(1))[1]
+
+
+def test_two_runs_do_not_meet(service, tmp_path, later):
+    stocked(service)
+    with archive._alone(tmp_path), pytest.raises(archive.Unavailable, match="another run"):
+        run(service, tmp_path, later(40))
 
 
 def test_files_are_looked_at_by_their_day(tmp_path):

@@ -7,7 +7,8 @@ from uuid import UUID
 
 import pytest
 
-from minter import catalogue, stack, wiring
+from minter import catalogue, database, stack, wiring
+from minter.claims import unverified_claims
 from minter.errors import Banned, Expired, InvalidRequest, UnknownClient, UnknownRequest, UnknownStorage
 from minter.followups import (
     CancelRequest,
@@ -22,7 +23,7 @@ from minter.followups import (
 )
 from minter.lives import Lives
 from minter.mint import Submission
-from minter.policy import asked_scopes
+from minter.policy import Ban, asked_scopes
 from minter.requests import FileOperation, FileRequest, FillRequest, MintRequest, from_fill, from_mint
 from tests.conftest import EXAMPLES, rows
 from tests.integration.test_mint import OTHER, SE, mint, submission, tokens
@@ -104,7 +105,9 @@ def test_a_renewal_grants_the_same_scopes_anew(service, lives):
         (i.need, i.storage, i.scope) for i in old.issued
     ]
     assert {i.jti for i in new.issued}.isdisjoint(i.jti for i in old.issued)
-    assert all(n.exp >= o.exp for n, o in zip(new.issued, old.issued, strict=True))
+    assert all(
+        n.exp - o.exp == 600 for n, o in zip(new.issued, old.issued, strict=True)
+    )  # the same life, 10 min later
     assert rows(service, "SELECT renews FROM requests WHERE kind = 'renew'") == [(first.request.request_id,)]
     assert rows(service, "SELECT DISTINCT external_id FROM tokens ORDER BY 1") == [("a",), ("b c",), ("d",)]
 
@@ -147,6 +150,69 @@ def test_operations_outside_a_copy_are_renewed(service, lives):
     new = renewed(service, lives, renews=made.request_id)
     assert len(old.issued) == 4
     assert [(i.need, i.scope) for i in new.issued] == [(i.need, i.scope) for i in old.issued]
+
+
+def test_renewing_again_and_again_widens_nothing_and_lives_no_longer(service, lives):
+    first = submission("a", lifetime_seconds=1500)
+    (old,) = mint(service, first)
+    request_id = first.request.request_id
+    for _ in range(4):
+        new = renewed(service, lives, renews=request_id)
+        request_id = new.submission.request.request_id
+        assert [(i.need, i.scope) for i in new.issued] == [(i.need, i.scope) for i in old.issued]
+    lives_of = {exp - iat for exp, iat in _times(new)}
+    assert lives_of == {exp - iat for exp, iat in _times(old)} == {1500}
+
+
+def _times(outcome):
+    for issued in outcome.issued:
+        claims = unverified_claims(issued.token)[1]
+        yield claims["exp"], claims["iat"]
+
+
+def test_what_only_names_a_directory_is_not_renewed_by_guessing(service, lives):
+    operation = FileOperation("make_parents", "davs://granit.example.org/f")
+    area = next(
+        a for a in service.engine.policy.directories["alpen"].areas() if a.dialect.name == "xrootd-5.5"
+    )
+    url = service.engine.policy.directories["alpen"].url(
+        area.storage, area.relative(area.prefix) + "/run1/sub/f", area.audience
+    )
+    files = (FileRequest(operations=(FileOperation(operation.operation, url),)),)
+    made = from_mint(MintRequest(request_id=wiring.new_uuid7(), files=files))
+    (old,) = mint(service, Submission(made, ME))
+    assert old.issued
+    with pytest.raises(UnknownRequest, match="ask anew"):
+        renewed(service, lives, renews=made.request_id)
+
+
+def test_a_request_of_several_activities_is_not_renewed_past_a_ban(service, lives):
+    entries = [
+        {"sources": [SE + n], "destinations": [OTHER + n], "filesize": 10, "activity": n}
+        for n in ("Good", "Evil")
+    ]
+    made = from_fill(FillRequest(request_id=wiring.new_uuid7(), job={"files": entries}))
+    mint(service, Submission(made, ME))
+    with pytest.raises(UnknownRequest, match="several activities"):
+        renewed(service, lives, renews=made.request_id)
+    lives.fetch(ME, FetchRequest(made.request_id), wiring.now())
+    catalogue.add_ban(service.pool, Ban("activity", "Evil"), "test", "me")
+    with pytest.raises(Banned):
+        lives.fetch(ME, FetchRequest(made.request_id), wiring.now())
+
+
+def test_what_an_earlier_release_recorded_is_refused_not_broken(service, lives):
+    first = submission("a")
+    mint(service, first)
+    with database.transaction(service.pool) as tx:
+        tx.execute("UPDATE tokens SET rule_id = NULL")
+    with pytest.raises(UnknownRequest, match="ask anew"):
+        renewed(service, lives, renews=first.request.request_id)
+
+
+def test_odd_names_in_a_report_are_unknown_not_an_error(service, lives):
+    wire = ReportRequest(files=(FileReport(state="active", external_id="a\x00b"),))
+    assert lives.report(ME, wire, wiring.now()).unknown == ["files[0]"]
 
 
 def test_what_cannot_be_renewed_is_refused(service, lives):

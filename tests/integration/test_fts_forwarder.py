@@ -1,0 +1,88 @@
+"""The FTS consumer's judgement: what is tried again, what is final, and what is never undone."""
+
+import json
+import time
+import uuid
+
+import pytest
+
+from minter import wiring
+from minter.answers import answer
+from minter.errors import Unavailable
+from minter.mint import Submission
+from minter.requests import FillRequest, from_fill
+from tests.integration.test_mint import OTHER, SE, mint
+from tests.simulators import FakeFTS
+from workers.fts import FTS, Away, Forwarder, Refused, TooLate
+
+
+class Engine:
+    """What the forwarder tells the engine; `away` times it cannot."""
+
+    def __init__(self, away=0):
+        self.away, self.reports, self.cancelled = away, [], []
+
+    def report(self, *, jobs):
+        if self.away:
+            self.away -= 1
+            raise Unavailable("the engine is away")
+        self.reports += jobs
+
+    def cancel(self, request_id):
+        self.cancelled.append(request_id)
+
+
+@pytest.fixture
+def fts():
+    made = FakeFTS()
+    yield made
+    made.stop()
+
+
+@pytest.fixture
+def filled(service):
+    entries = [{"sources": [SE + n], "destinations": [OTHER + n], "filesize": 10} for n in ("a", "b")]
+    request = from_fill(FillRequest(request_id=wiring.new_uuid7(), job={"files": entries, "params": {}}))
+    (outcome,) = mint(service, Submission(request, "rucio-alpen"))
+    return answer(outcome, wiring.now())
+
+
+def test_a_job_that_is_submitted_is_never_undone(fts, filled):
+    """The engine is away after FTS took the job, for longer than the bearer token lives."""
+    engine, clock = Engine(away=1), [time.time()]
+    forwarder = Forwarder(engine, FTS(fts.url), None, lambda: clock[0])
+    done = {}
+    with pytest.raises(Unavailable):
+        forwarder.forward(filled, done)
+    clock[0] += 30 * 86400
+    assert forwarder.forward(filled, done).file_ids == (1000, 1001)
+    assert (fts.posts, len(engine.reports), engine.cancelled) == (1, 1, [])
+    # The same message, taken by another process: it cannot know, so it undoes nothing.
+    again = Forwarder(engine, FTS(fts.url), None, lambda: clock[0])
+    with pytest.raises(TooLate) as caught:
+        again.forward(filled)
+    again.refused(filled, caught.value)
+    assert engine.cancelled == []
+
+
+def test_only_fts_can_refuse_a_job(fts, filled):
+    engine = Engine()
+    forwarder = Forwarder(engine, FTS(fts.url), None)
+    for fault in ("404", "408", "500", "302", "html", "odd"):
+        fts.faults = [fault]
+        with pytest.raises(Away):
+            forwarder.forward(filled)
+    fts.faults = ["400"]
+    with pytest.raises(Refused, match="refuses the job") as caught:
+        forwarder.forward(filled)
+    forwarder.refused(filled, caught.value)
+    assert engine.cancelled == [uuid.UUID(filled.request_id)]
+
+
+def test_fts_is_told_the_token_and_keeps_the_jobs_own_params(fts, filled):
+    Forwarder(Engine(), FTS(fts.url), None).forward(filled)
+    (job,) = fts.jobs.values()
+    assert job["params"]["unmanaged_tokens"] is True
+    assert job["params"]["sid"] == filled.request_id
+    assert fts.bearers == {f"Bearer {filled.bearer.token}"}
+    assert json.dumps(job["files"]) == json.dumps(filled.job["files"])
