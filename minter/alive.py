@@ -11,11 +11,11 @@ from datetime import datetime, timedelta
 from msgspec import Struct
 from sqlalchemy.engine import Engine as Pool
 
+from minter.clients import Ban, Bans
 from minter.database import floor, transaction
 from minter.errors import InvalidRequest
 from minter.keys import HARD_MAX_SECONDS
 from minter.mint import SEVERAL
-from minter.policy import Ban, Bans
 from minter.scopes import encode_path, parse_scopes
 
 FETCH_ROWS = 5_000

@@ -15,11 +15,11 @@ import typer
 from joserfc.jwk import ECKey
 
 from minter import alive, catalogue, database, keyring, keys, wiring
+from minter.clients import Ban, Client
 from minter.console import AsJson, as_table, guarded, open_service, read_object, show, whoami
 from minter.dialects import OPERATIONS
 from minter.errors import InvalidRequest, SettingsError, UnknownClient
 from minter.keystore import new_master_key
-from minter.policy import Ban, Client
 from minter.scopes import check_path
 from minter.storages import squash
 

@@ -18,10 +18,11 @@ from psycopg import sql
 from sqlalchemy import create_engine
 from sqlalchemy.engine import Engine as Pool
 
+from minter.clients import Ban, Bans, Client
 from minter.errors import Unavailable
 from minter.keys import HARD_MAX_SECONDS, Key
 from minter.mint import Control, RequestRow, TokenRow, path_hash
-from minter.policy import Ban, Bans, Client, Plan
+from minter.policy import Plan
 
 CONTROL_LOCK = 0x6D696E74  # "mint": recording holds it shared, changes of the control tables alone
 

@@ -27,6 +27,7 @@ from msgspec import Struct, structs
 
 from minter import keys
 from minter.claims import build_claims, check_token, unverified_claims
+from minter.clients import Bans, Client
 from minter.errors import (
     Banned,
     ClientMismatch,
@@ -42,7 +43,7 @@ from minter.errors import (
     from_dict,
 )
 from minter.keys import Key, RotationPolicy, Signer
-from minter.policy import BACKDATE_SECONDS, Bans, Client, Decision, Grant, Plan, Policy, check_reply_queue
+from minter.policy import BACKDATE_SECONDS, Decision, Grant, Plan, Policy, check_reply_queue
 from minter.requests import Request, Side, check_request_id
 from minter.scopes import parse_scopes
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import uuid_utils
 
 from minter import catalogue, database, housekeeping, keyring, keys, settings
+from minter.clients import Client
 from minter.errors import NoUsableKey, SettingsError
 from minter.keys import Algorithm
 from minter.keystore import Keystore, MasterKey, read_master_key
 from minter.mint import Engine, Observed
-from minter.policy import Client
 
 _GC_ALLOCATIONS = 20_000
 

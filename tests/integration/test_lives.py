@@ -9,6 +9,7 @@ import pytest
 
 from minter import catalogue, database, stack, wiring
 from minter.claims import unverified_claims
+from minter.clients import Ban
 from minter.errors import Banned, Expired, InvalidRequest, UnknownClient, UnknownRequest, UnknownStorage
 from minter.followups import (
     CancelRequest,
@@ -23,7 +24,7 @@ from minter.followups import (
 )
 from minter.lives import Lives
 from minter.mint import Submission
-from minter.policy import Ban, asked_scopes
+from minter.policy import asked_scopes
 from minter.requests import FileOperation, FileRequest, FillRequest, MintRequest, from_fill, from_mint
 from tests.conftest import EXAMPLES, rows
 from tests.integration.test_mint import OTHER, SE, mint, submission, tokens

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[2]
 ROWS = [
     {"errors"},
     {"scopes", "contract", "dialects"},
-    {"keys", "storages"},
+    {"keys", "storages", "clients"},
     {"requests", "routes", "rucio", "sites"},
     {"dirac"},
     {"policy", "followups"},

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from msgspec import structs
 
 from minter import policy
+from minter.clients import Ban, Bans, Client
 from minter.dialects import DIALECTS, scopes_needed
 from minter.errors import SettingsError
-from minter.policy import Ban, Bans, Client, Policy, asked_scopes
+from minter.policy import Policy, asked_scopes
 from minter.requests import FileOperation, FileRequest, FillRequest, MintRequest, from_fill, from_mint
 from minter.routes import FTS, PROFILE_MAX_SECONDS, SHIPPED_ROUTES, Route
 from minter.scopes import parent, path_contains

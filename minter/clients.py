@@ -1,0 +1,66 @@
+"""Who asks, with its own limits, and what operators have banned."""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from msgspec import Struct
+
+from minter.errors import Banned
+from minter.scopes import path_contains
+
+
+class Client(Struct, frozen=True, eq=False, kw_only=True):
+    """A registered client and its own limits; empty limits mean the VO's."""
+
+    client_id: int
+    name: str
+    vo: str
+    sub: str
+    operations: frozenset[str] = frozenset()
+    paths: tuple[str, ...] = ()
+    max_lifetime_seconds: int | None = None
+    reply_queues: tuple[str, ...] = ()
+    jwe_key: dict[str, str] | None = None
+    disabled: bool = False
+
+
+class Ban(NamedTuple):
+    """One ban of an operator; `vo` is None for all VOs."""
+
+    kind: str
+    value: str
+    vo: str | None = None
+
+
+class Bans:
+    """The bans in force, indexed by kind."""
+
+    def __init__(self, bans: Iterable[Ban] = ()) -> None:
+        self._values: dict[str, set[tuple[str | None, str]]] = {}
+        for ban in bans:
+            self._values.setdefault(ban.kind, set()).add((ban.vo, ban.value))
+
+    def check(self, vo: str, /, **names: str) -> None:
+        """Raise Banned if any of the named things (client, storage, …) is banned in this VO."""
+        if not self._values:
+            return
+        for kind, value in names.items():
+            banned = self._values.get(kind)
+            if banned and ((vo, value) in banned or (None, value) in banned):
+                raise Banned(f"{kind} {value!r} is banned by an operator", kind=kind)
+
+    def has(self, kind: str, vo: str) -> bool:
+        """Say whether anything of this kind is banned in this VO."""
+        return any(ban_vo in (None, vo) for ban_vo, _ in self._values.get(kind, ()))
+
+    def touches(self, vo: str, path: str) -> bool:
+        """Say whether `path`, or the wide grant it stands for, touches a banned prefix."""
+        return any(
+            ban_vo in (None, vo) and (path_contains(prefix, path) or path_contains(path, prefix))
+            for ban_vo, prefix in self._values.get("path", ())
+        )
+
+    def check_path(self, vo: str, path: str) -> None:
+        """Raise Banned if `path` touches a banned prefix."""
+        if self.touches(vo, path):
+            raise Banned(f"path {path!r} is banned by an operator", kind="path")
