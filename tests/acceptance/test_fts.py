@@ -115,7 +115,16 @@ def test_rucios_jobs_reach_fts_complete_and_the_engine_knows_their_ids(running, 
     assert all(b.startswith("Bearer eyJ") for b in fts.bearers)
 
 
-@pytest.mark.parametrize("fault", ["503", "429", "401", "404", "302", "lost", "html", "odd"])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "lost",
+        *(
+            pytest.param(f, marks=pytest.mark.slow)
+            for f in ("503", "429", "401", "404", "302", "html", "odd")
+        ),
+    ],
+)
 def test_a_fault_of_fts_costs_a_retry_and_never_a_second_job(running, raw, fts, consume, fault):
     fts.faults = [fault]
     consume()
@@ -157,6 +166,7 @@ def test_refused_files_keep_their_numbers(running, raw, fts, consume):
     assert numbers == [0, 2]
 
 
+@pytest.mark.slow
 def test_a_sid_that_another_job_has_is_not_taken_for_ours(running, raw, fts, consume):
     consume()
     bodies = [job("sid-a"), job("sid-b")]
@@ -184,6 +194,7 @@ def test_a_killed_consumer_loses_nothing_and_sends_nothing_twice(running, raw, f
     assert len(fts.jobs) == 12
 
 
+@pytest.mark.slow
 def test_fts_down_and_back(running, raw, consume, fts):
     fts.stop()
     consume()
