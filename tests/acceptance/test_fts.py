@@ -146,14 +146,13 @@ def test_a_job_that_fts_refuses_is_cancelled(running, raw, fts, consume):
     assert not reported(running, request_id)
     if running.on_rabbitmq:  # the message is kept, encrypted as it was
         with kombu.Connection(f"amqp://guest:guest@127.0.0.1:{running.broker.port}//") as admin:
-            dead = []
-            until(
-                lambda: (
-                    dead.append(admin.channel().basic_get(contract.DEAD_LETTER_QUEUE, no_ack=True))
-                    or dead[-1]
-                )
-            )
-            assert dead[-1].properties["content_type"] == "application/jose"
+            channel = admin.channel()
+
+            def found():
+                dead = channel.basic_get(contract.DEAD_LETTER_QUEUE, no_ack=True)
+                return dead is not None and dead.properties["content_type"] == "application/jose"
+
+            until(found)
 
 
 def test_refused_files_keep_their_numbers(running, raw, fts, consume):
