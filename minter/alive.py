@@ -6,7 +6,7 @@ tokens, one after the other, and takes its time.
 
 import json
 from collections.abc import Iterator
-from datetime import datetime, timedelta
+from datetime import datetime
 
 from msgspec import Struct
 from sqlalchemy.engine import Engine as Pool
@@ -14,7 +14,7 @@ from sqlalchemy.engine import Engine as Pool
 from minter.clients import Ban, Bans
 from minter.database import floor, transaction
 from minter.errors import InvalidRequest
-from minter.keys import HARD_MAX_SECONDS
+from minter.keys import LAST_EXPIRY
 from minter.mint import SEVERAL
 from minter.scopes import encode_path, parse_scopes
 
@@ -56,7 +56,7 @@ def under(engine: Pool, kind: str, value: str, vo: str | None, now: datetime) ->
     """Yield the living tokens under a ban's kind and value, or signed by the key of a kid (`key`)."""
     if kind not in _CONDITIONS:
         raise InvalidRequest(f"unknown kind {kind!r}, expected one of {', '.join(sorted(_CONDITIONS))}")
-    first = floor(now - timedelta(seconds=HARD_MAX_SECONDS) - timedelta(days=1))
+    first = floor(now - LAST_EXPIRY)
     bans = Bans([Ban("path", value)]) if kind == "path" else None
     # A prefix and what holds it both count, so only the first segment narrows the search.
     start = "/" + value.lstrip("/").partition("/")[0]

@@ -63,6 +63,11 @@ def declare(connection: kombu.Connection, durable: Iterable[str] = ()) -> None:
             queue(channel).declare()
 
 
+def trust(ca: str | None) -> dict[str, Any]:
+    """Return what `ssl.create_default_context` is to trust: a file, a hashed directory, or the system's."""
+    return {} if not ca else {"capath": ca} if Path(ca).is_dir() else {"cafile": ca}
+
+
 def tls(broker_url: str, ca: str | None = None) -> dict[str, Any] | bool:
     """Return kombu's `ssl` option for an URL: over amqps the broker's certificate is always verified.
 
@@ -70,9 +75,8 @@ def tls(broker_url: str, ca: str | None = None) -> dict[str, Any] | bool:
     """
     if not broker_url.startswith("amqps"):
         return False
-    trust: dict[str, Any] = {} if not ca else {"capath": ca} if Path(ca).is_dir() else {"cafile": ca}
     return {
-        "context": {**trust, "check_hostname": True},
+        "context": {**trust(ca), "check_hostname": True},
         "server_hostname": urlsplit(broker_url).hostname or "",
     }
 

@@ -3,7 +3,7 @@
 A day is written whole, as JSON lines that need no database to be read, and on disk under its final
 name before its partitions are detached (CONCURRENTLY: nobody waits) and dropped. A crash at any
 point leaves something that the next run finishes: a half-written file is made anew, a partition
-that is still there is archived again, one that is detached is dropped.
+that its file holds already is not written again, one that is detached and in its file is dropped.
 """
 
 import fcntl
@@ -11,7 +11,7 @@ import gzip
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, date, datetime, timedelta
+from datetime import UTC, date, datetime, time, timedelta
 from pathlib import Path
 from typing import Literal
 from uuid import UUID
@@ -20,16 +20,14 @@ import msgspec
 import psycopg
 from sqlalchemy.engine import Engine as Pool
 
-from minter.database import floor, one, transaction
+from minter.database import one, transaction
 from minter.errors import SettingsError, Unavailable
-from minter.keys import HARD_MAX_SECONDS
+from minter.housekeeping import bounds, day_of
+from minter.keys import LAST_EXPIRY
+from minter.requests import unix_time
 from minter.stories import AROUND, COLUMNS, Refusals, Story, matches, story, wanted
 
 FETCH_ROWS = 5_000
-LAST_EXPIRY = timedelta(seconds=HARD_MAX_SECONDS) + timedelta(days=1)
-"""After its day, a partition may hold living tokens for this long."""
-
-
 Kind = Literal["tokens", "requests"]
 TABLES: dict[Kind, tuple[str, ...]] = {"tokens": ("tokens", "token_states"), "requests": ("requests",)}
 """The partitions that leave with each kind of file."""
@@ -69,9 +67,8 @@ def _archive(engine: Pool, path: Path, kind: Kind, day: date) -> int:
     present = {table: attached for table, that, attached in _partitions(engine) if that == day}
     held = sum(1 for _ in _lines(path)) if path.exists() else 0
     if kind in present and all(present.get(table, True) for table in TABLES[kind]):
-        bounds = _bounds(day)
         with transaction(engine) as connection:
-            (there,) = one(connection.execute(f"SELECT count(*) FROM ({_QUERIES[kind]}) AS x", bounds))
+            (there,) = one(connection.execute(_COUNTS[kind], bounds(day)))
         if held > there > 0:
             raise Unavailable(f"archive {path} has {held} lines and the database {there}; move the file away")
         count = held if held >= there and held else _write(engine, path, kind, day)
@@ -83,7 +80,9 @@ def _archive(engine: Pool, path: Path, kind: Kind, day: date) -> int:
         count = held
     if kind == "requests":
         with transaction(engine) as connection:
-            connection.execute("DELETE FROM jobs WHERE reported_at < %s", (_start(day),))
+            connection.execute(
+                "DELETE FROM jobs WHERE reported_at < %s", (datetime.combine(day, time(), UTC),)
+            )
     for table in TABLES[kind]:
         if table in present:
             _remove(engine, table, f"{table}_{day:%Y%m%d}", attached=present[table])
@@ -122,7 +121,7 @@ def find(
 
 def find_request(folder: Path, request_id: UUID, until: datetime) -> tuple[list[Story], list[Refusals]]:
     """Find a request in the archives of its day, and its tokens there or later: it may have come late."""
-    sent = datetime.fromtimestamp((request_id.int >> 80) / 1000, UTC)
+    sent = datetime.fromtimestamp(unix_time(request_id), UTC)
     refusals = [
         one
         for path in _files(folder, "requests", sent, sent)
@@ -152,14 +151,6 @@ def _kinds(table: str) -> list[Kind]:
     return [kind for kind, tables in TABLES.items() if table in tables]
 
 
-def _start(day: date) -> datetime:
-    return datetime(day.year, day.month, day.day, tzinfo=UTC)
-
-
-def _bounds(day: date) -> tuple[UUID, UUID]:
-    return floor(_start(day)), floor(_start(day + timedelta(days=1)))
-
-
 def _partitions(engine: Pool) -> list[tuple[str, date, bool]]:
     """Return the daily partitions, attached or not, as (table, day, attached)."""
     with transaction(engine) as connection:
@@ -169,17 +160,12 @@ def _partitions(engine: Pool) -> list[tuple[str, date, bool]]:
             " FROM pg_class c WHERE c.relkind = 'r' AND c.relnamespace = current_schema()::regnamespace"
             " AND c.relname ~ '^(tokens|token_states|requests)_[0-9]{8}$'"
         ).fetchall()
-    named = [(name.rpartition("_"), attached) for name, attached in rows]
-    return [
-        (table, datetime.strptime(day, "%Y%m%d").replace(tzinfo=UTC).date(), attached)
-        for (table, _, day), attached in named
-    ]
+    return [(name.rpartition("_")[0], day_of(name), attached) for name, attached in rows]
 
 
 def _write(engine: Pool, path: Path, kind: Kind, day: date) -> int:
     """Write the file and bring it to the disk, under its name only when it is whole."""
     partial = path.with_suffix(".partial")
-    bounds = _bounds(day)
     count = 0
     try:
         with (
@@ -191,7 +177,7 @@ def _write(engine: Pool, path: Path, kind: Kind, day: date) -> int:
             connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
             with connection.cursor("archive") as cursor:
                 cursor.itersize = FETCH_ROWS
-                cursor.execute(_QUERIES[kind], bounds)
+                cursor.execute(_QUERIES[kind], bounds(day))
                 for row in cursor:
                     one = story(row) if kind == "tokens" else Refusals(*row)
                     packed.write(_encode(one) + b"\n")
@@ -214,11 +200,20 @@ def _sync_folder(folder: Path) -> None:
         os.close(number)
 
 
+_TOKENS = "t.jti >= %s AND t.jti < %s"
+_REFUSED = (
+    "FROM requests r JOIN clients c USING (client_id) WHERE r.request_id >= %s AND r.request_id < %s"
+    " AND (r.error IS NOT NULL OR r.refusals IS NOT NULL)"
+)
 _QUERIES: dict[Kind, str] = {
-    "tokens": f"SELECT {COLUMNS} FROM tokens t {AROUND} WHERE t.jti >= %s AND t.jti < %s ORDER BY t.jti",
+    "tokens": f"SELECT {COLUMNS} FROM tokens t {AROUND} WHERE {_TOKENS} ORDER BY t.jti",
     "requests": "SELECT r.request_id, c.name, r.received_at, r.error, coalesce(r.refusals, '[]')"
-    " FROM requests r JOIN clients c USING (client_id) WHERE r.request_id >= %s AND r.request_id < %s"
-    " AND (r.error IS NOT NULL OR r.refusals IS NOT NULL) ORDER BY 1",
+    f" {_REFUSED} ORDER BY 1",
+}
+# What is joined around a token adds no row, so it need not be read to count them.
+_COUNTS: dict[Kind, str] = {
+    "tokens": f"SELECT count(*) FROM tokens t WHERE {_TOKENS}",
+    "requests": f"SELECT count(*) {_REFUSED}",
 }
 
 

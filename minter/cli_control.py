@@ -3,7 +3,7 @@
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -216,11 +216,7 @@ def clients_disable(name: str, as_json: AsJson = False) -> None:
     """Refuse all that a client asks, and list what it holds that works."""
     service = open_service()
     catalogue.disable_client(service.pool, name, whoami(), disabled=True)
-    _show_living(
-        as_json,
-        f"client {name} is disabled",
-        alive.under(service.pool, "client", name, None, service.clock()),
-    )
+    _show_living(service, as_json, f"client {name} is disabled", Ban("client", name))
 
 
 @clients_app.command("enable")
@@ -290,9 +286,7 @@ def ban(
     made = _ban(kind, value, vo)
     _check_known(service, made)
     catalogue.add_ban(service.pool, made, reason, whoami())
-    _show_living(
-        as_json, f"{kind} {value} is banned", alive.under(service.pool, kind, made.value, vo, service.clock())
-    )
+    _show_living(service, as_json, f"{kind} {value} is banned", made)
 
 
 @guarded
@@ -316,17 +310,16 @@ def bans(
     """List the bans in force, or the living tokens under one."""
     service = open_service()
     if kind is not None and value is not None:
-        _show_living(
-            as_json, f"{kind} {value}", alive.under(service.pool, kind, value, None, service.clock())
-        )
+        _show_living(service, as_json, f"{kind} {value}", _ban(kind, value, None))
         return
     found = catalogue.list_bans(service.pool)
     headings = ("kind", "value", "vo", "reason", "since")
     show(as_json, found, lambda: as_table("Bans", headings, [tuple(b.values()) for b in found]))
 
 
-def _show_living(as_json: bool, done: str, living: Iterable[alive.Living]) -> None:
+def _show_living(service: wiring.Service, as_json: bool, done: str, what: Ban) -> None:
     """Say what was done and what still works: nothing but revoking its key stops a token (I9)."""
+    living = alive.under(service.pool, what.kind, what.value, what.vo, service.clock())
     most = MOST_LISTED if as_json else MOST_SHOWN
     storages: Counter[str] = Counter()
     found: list[alive.Living] = []
@@ -447,7 +440,7 @@ def keys_revoke(
         said = f"key {kid} is revoked; {slow}"
     else:
         said = f"revoking {kid} kills these ({slow}); repeat with --yes"
-    _show_living(as_json, said, alive.under(service.pool, "key", kid, None, service.clock()))
+    _show_living(service, as_json, said, Ban("key", kid))
     if not yes:
         raise typer.Exit(1)
 

@@ -11,6 +11,7 @@ from minter import archive as archives
 from minter import stories
 from minter.console import AsJson, as_table, guarded, open_service, show, story_table
 from minter.errors import InvalidRequest, SettingsError
+from minter.requests import unix_time
 
 _FTS_ID_BYTES = 8
 Folder = Annotated[
@@ -56,7 +57,7 @@ def trace(
     ((by, value),) = asked
     since, until = service.since(days), service.clock() + timedelta(days=1)
     if jti is not None:  # its own time is known
-        since = min(since, datetime.fromtimestamp((jti.int >> 80) / 1000, UTC) - timedelta(seconds=1))
+        since = min(since, datetime.fromtimestamp(unix_time(jti), UTC) - timedelta(seconds=1))
     folder = folder or service.loaded.archive_folder
     refusals: list[stories.Refusals] = []
     if isinstance(value, uuid.UUID) and by == "request":

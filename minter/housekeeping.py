@@ -2,6 +2,7 @@
 
 from collections.abc import Collection
 from datetime import UTC, date, datetime, timedelta
+from uuid import UUID
 
 from sqlalchemy.engine import Engine as Pool
 
@@ -34,15 +35,25 @@ def make_partitions(engine: Pool, today: date, retention_days: int) -> list[str]
         for name, (table, day) in wanted.items():
             if name in known:
                 continue
-            start = datetime(day.year, day.month, day.day, tzinfo=UTC)
+            first, last = bounds(day)
             # Not PARTITION OF: it would wait for every reader of the table, and all minting for it.
             connection.execute(f"CREATE TABLE {name} (LIKE {table} INCLUDING ALL)")
             connection.execute(
-                f"ALTER TABLE {table} ATTACH PARTITION {name} FOR VALUES FROM ('{floor(start)}')"
-                f" TO ('{floor(start + timedelta(days=1))}')"
+                f"ALTER TABLE {table} ATTACH PARTITION {name} FOR VALUES FROM ('{first}') TO ('{last}')"
             )
             made.append(name)
     return made
+
+
+def day_of(partition: str) -> date:
+    """Return the day that a partition's name ends in."""
+    return datetime.strptime(partition.rpartition("_")[2], "%Y%m%d").replace(tzinfo=UTC).date()
+
+
+def bounds(day: date) -> tuple[UUID, UUID]:
+    """Return the first UUIDv7 of a day, and of the next."""
+    start = datetime(day.year, day.month, day.day, tzinfo=UTC)
+    return floor(start), floor(start + timedelta(days=1))
 
 
 def _days(table: str, today: date, retention_days: int, known: Collection[str]) -> set[date]:
@@ -50,11 +61,7 @@ def _days(table: str, today: date, retention_days: int, known: Collection[str]) 
     back = 1 if table == "tokens" else retention_days + 1
     days = {today + timedelta(days=n) for n in range(-back, DAYS_AHEAD + 1)}
     if table == "token_states":
-        days |= {
-            datetime.strptime(name.removeprefix("tokens_"), "%Y%m%d").replace(tzinfo=UTC).date()
-            for name in known
-            if name.startswith("tokens_")
-        }
+        days |= {day_of(name) for name in known if name.startswith("tokens_")}
     return days
 
 

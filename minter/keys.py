@@ -35,6 +35,10 @@ _P256_BYTES = 32
 _DETERMINISTIC = ec.ECDSA(hashes.SHA256(), deterministic_signing=True)
 
 
+LAST_EXPIRY = timedelta(seconds=HARD_MAX_SECONDS) + timedelta(days=1)
+"""Tokens whose jti is older than this have all expired."""
+
+
 class _DeterministicES256(ECAlgorithm):
     """PyJWT's ES256 with RFC 6979 nonces."""
 

@@ -6,7 +6,7 @@ client cannot learn of another's. Each call is one transaction, and may be repea
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Any
 from uuid import UUID
 
@@ -14,17 +14,13 @@ import psycopg
 from sqlalchemy.engine import Engine as Pool
 
 from minter import answers
-from minter.database import find_rules, floor, one, read_control, read_request, transaction
+from minter.database import find_operations, floor, one, read_control, read_request, transaction
 from minter.errors import InvalidRequest, UnknownRequest
 from minter.followups import CancelRequest, FetchRequest, FileReport, JobReport, RenewRequest, ReportRequest
-from minter.keys import HARD_MAX_SECONDS
+from minter.keys import LAST_EXPIRY
 from minter.mint import Engine, known_client
 from minter.renewals import renewal
 from minter.requests import Alive, Answer, Request
-
-LONGEST = timedelta(seconds=HARD_MAX_SECONDS) + timedelta(days=1)
-"""How far back reports and cancellations look for tokens: all older ones have expired."""
-
 
 MAX_TOKENS = 100_000
 """Tokens of all requests that one report may name by request and file."""
@@ -51,8 +47,7 @@ class Lives:
                     f"client {name!r} has made no request {wire.renews} that is still kept; ask anew"
                 )
             row, tokens = found
-            rules = find_rules(connection, {t.rule_id for t in tokens})
-        operations = {number: rule.operations for number, rule in rules.items()}
+            operations = find_operations(connection, {t.rule_id for t in tokens})
         return renewal(wire, row, tokens, operations, client.vo, self.engine.policy)
 
     def report(self, name: str, wire: ReportRequest, now: datetime) -> Answer:
@@ -126,7 +121,7 @@ def _by_external_id(
     return connection.execute(
         "SELECT external_id, jti FROM tokens WHERE hashtextextended(external_id, 0) = ANY(%s::bigint[])"
         " AND external_id = ANY(%s) AND external_id <> '' AND client_id = %s AND jti >= %s",
-        (hashes or [], wanted, client_id, floor(now - LONGEST)),
+        (hashes or [], wanted, client_id, floor(now - LAST_EXPIRY)),
     ).fetchall()
 
 

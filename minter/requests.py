@@ -33,6 +33,11 @@ Bytes = Annotated[int, Meta(ge=0, le=MAX_BYTES)]
 Side = Literal["source", "destination", "operation", "service"]
 
 
+def unix_time(uuid7: UUID) -> float:
+    """Return the seconds since the epoch that a UUIDv7 holds (RFC 9562 §5.7)."""
+    return (uuid7.int >> 80) / 1000
+
+
 class FileOperation(Struct, frozen=True, forbid_unknown_fields=True):
     """One operation outside a copy; `download` and `upload` are a client's words for read, write."""
 
@@ -137,8 +142,8 @@ class Request(Struct, frozen=True):
 
     @property
     def unix_time(self) -> float:
-        """Seconds since the epoch, as the client wrote them into the UUIDv7 (RFC 9562 §5.7)."""
-        return (self.request_id.int >> 80) / 1000
+        """Seconds since the epoch, as the client wrote them into the request_id."""
+        return unix_time(self.request_id)
 
 
 _mint_decoder = msgspec.json.Decoder(MintRequest)

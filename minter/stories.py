@@ -14,6 +14,7 @@ from sqlalchemy.engine import Engine as Pool
 
 from minter.database import floor, transaction
 from minter.mint import path_hash
+from minter.requests import unix_time
 
 
 class Story(Struct, frozen=True, kw_only=True):
@@ -54,7 +55,7 @@ class Story(Struct, frozen=True, kw_only=True):
     @property
     def issued_at(self) -> datetime:
         """When the token was made, as its jti says (RFC 9562 §5.7)."""
-        return datetime.fromtimestamp((self.jti.int >> 80) / 1000, self.expires_at.tzinfo)
+        return datetime.fromtimestamp(unix_time(self.jti), self.expires_at.tzinfo)
 
 
 class Refusals(Struct, frozen=True):

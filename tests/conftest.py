@@ -10,6 +10,7 @@ import pytest
 from minter import database, keys, migrations, settings, stack, wiring
 from minter.embedded import Postgres
 from minter.keystore import new_master_key
+from tests.simulators import FakeFTS
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
@@ -53,6 +54,13 @@ def service(dsn):
     made = wiring.Service(load_settings(dsn))
     yield made
     made.pool.dispose()
+
+
+@pytest.fixture
+def fts():
+    made = FakeFTS()
+    yield made
+    made.stop()
 
 
 @pytest.fixture(scope="session")

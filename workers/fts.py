@@ -29,7 +29,7 @@ from joserfc.errors import JoseError
 from msgspec import Struct
 
 from minter import logs
-from minter.amqp import connect
+from minter.amqp import connect, trust
 from minter.client import JobReport, MinterClient
 from minter.errors import InvalidRequest, MinterError, RequestError, SettingsError, Unavailable
 from minter.requests import Answer, TokenAnswer
@@ -83,7 +83,8 @@ class FTS:
     """FTS's REST interface, as far as submitting goes."""
 
     def __init__(self, url: str, *, ca: str | None = None, timeout_seconds: float = 60.0) -> None:
-        self._http = httpx.Client(base_url=url, verify=_trust(ca), timeout=timeout_seconds)
+        verify = True if ca is None else ssl.create_default_context(**trust(ca))
+        self._http = httpx.Client(base_url=url, verify=verify, timeout=timeout_seconds)
         self._vo: str | None = None
 
     def submit(self, job: Mapping[str, Any], bearer: TokenAnswer, request_id: str) -> Submitted:
@@ -139,13 +140,6 @@ class FTS:
         if answer.status_code not in _FINAL:
             raise Away(f"FTS answers {answer.status_code}")
         raise Refused(f"FTS refuses the job ({answer.status_code}): {logs.redact(answer.text)[:300]}")
-
-
-def _trust(ca: str | None) -> ssl.SSLContext | bool:
-    if ca is None:
-        return True
-    folder = Path(ca).is_dir()
-    return ssl.create_default_context(cafile=None if folder else ca, capath=ca if folder else None)
 
 
 def _json(answer: httpx.Response) -> Any:

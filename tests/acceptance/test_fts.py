@@ -15,7 +15,6 @@ from minter.client import new_request_id
 from minter.demo import read_jobs
 from tests.acceptance.test_workers import OTHER, SE
 from tests.conftest import EXAMPLES, ROOT
-from tests.simulators import FakeFTS
 
 ME = "rucio-alpen"
 QUEUE = "rucio-alpen.jobs"
@@ -29,13 +28,6 @@ def key(running, tmp_path_factory):
     running.setup_users()
     yield path
     running.minter("clients", "change", ME, "--reply-queue", "none.jobs")
-
-
-@pytest.fixture
-def fts():
-    made = FakeFTS()
-    yield made
-    made.stop()
 
 
 @pytest.fixture

@@ -12,7 +12,6 @@ from minter.errors import Unavailable
 from minter.mint import Submission
 from minter.requests import FillRequest, from_fill
 from tests.integration.test_mint import OTHER, SE, mint
-from tests.simulators import FakeFTS
 from workers.fts import FTS, Away, Forwarder, Refused, TooLate
 
 
@@ -30,13 +29,6 @@ class Engine:
 
     def cancel(self, request_id):
         self.cancelled.append(request_id)
-
-
-@pytest.fixture
-def fts():
-    made = FakeFTS()
-    yield made
-    made.stop()
 
 
 @pytest.fixture
