@@ -33,20 +33,25 @@ class Living(Struct, frozen=True):
     exp: int
 
 
+# Whose request a token was made for, or, if it is shared, used for later.
+_ASKED = """(
+    EXISTS (SELECT FROM requests r WHERE (r.request_id, r.client_id) = (t.request_id, t.client_id) AND {0})
+    OR t.file < 0 AND EXISTS (
+        SELECT FROM uses u JOIN requests r ON (r.request_id, r.client_id) = (u.request_id, u.client_id)
+        WHERE u.jti = t.jti AND {0}))"""
 _CONDITIONS = {
     "client": "c.name = %(value)s",
     "vo": "c.vo = %(value)s",
     "storage": "s.name = %(value)s",
     "key": "k.kid = %(value)s",
-    "on_behalf_of": "r.on_behalf_of = %(value)s",
-    "activity": f"r.activity IN (%(value)s, '{SEVERAL}')",
+    "on_behalf_of": _ASKED.format("r.on_behalf_of = %(value)s"),
+    "activity": _ASKED.format(f"r.activity IN (%(value)s, '{SEVERAL}')"),
     "path": "strpos(t.payload, %(raw)s) > 0 OR strpos(t.payload, %(encoded)s) > 0",
 }
 _ALIVE = """
     SELECT t.jti::text, c.name, s.name, t.payload
     FROM tokens t JOIN clients c USING (client_id) JOIN storages s USING (storage_id)
     JOIN signing_keys k USING (key_id)
-    LEFT JOIN requests r ON (r.request_id, r.client_id) = (t.request_id, t.client_id)
     WHERE t.jti >= %(first)s AND t.expires_at > %(now)s AND (k.state <> 'revoked' OR %(kind)s = 'key')
         AND (%(vo)s::text IS NULL OR c.vo = %(vo)s) AND ({condition})
 """

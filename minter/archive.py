@@ -25,12 +25,20 @@ from minter.errors import SettingsError, Unavailable
 from minter.housekeeping import bounds, day_of
 from minter.keys import LAST_EXPIRY
 from minter.requests import unix_time
-from minter.stories import AROUND, COLUMNS, Refusals, Story, matches, story, wanted
+from minter.stories import AROUND, COLUMNS, USES, Refusals, Story, matches, story, wanted
 
 FETCH_ROWS = 5_000
 Kind = Literal["tokens", "requests"]
-TABLES: dict[Kind, tuple[str, ...]] = {"tokens": ("tokens", "token_states"), "requests": ("requests",)}
-"""The partitions that leave with each kind of file."""
+TABLES: dict[Kind, tuple[str, ...]] = {
+    "tokens": ("tokens", "uses", "token_states"),
+    "requests": ("requests",),
+}
+"""The partitions that leave with each kind of file.
+
+A shared token's story is told once for each use, in the file of the day that it was made, though it
+was used on later days, too: by then it has expired, and those days' partitions are still there. The
+uses of a day are of tokens of that day or before.
+"""
 
 _encode = msgspec.json.Encoder().encode
 _story = msgspec.json.Decoder(Story).decode
@@ -112,8 +120,11 @@ def find(
     """Find tokens in archives as `stories.find` does in the database, newest day first."""
     held = wanted(by, value)
     found: list[Story] = []
-    for path in reversed(_files(folder, "tokens", since, until)):
-        found += [one for one in map(_story, _lines(path)) if matches(one, by, held)]
+    # A use's story is in the file of its token's day.
+    for path in reversed(_files(folder, "tokens", since - LAST_EXPIRY, until)):
+        found += [
+            one for one in map(_story, _lines(path)) if matches(one, by, held) and one.issued_at >= since
+        ]
         if len(found) >= limit:
             break
     return found
@@ -129,11 +140,10 @@ def find_request(folder: Path, request_id: UUID, until: datetime) -> tuple[list[
         if one.request_id == request_id
     ]
     found: list[Story] = []
-    for path in _files(folder, "tokens", sent, until):
-        more = [one for one in map(_story, _lines(path)) if one.request_id == request_id]
-        if found and not more:
-            break  # a request's tokens are of one moment
-        found += more
+    for path in _files(folder, "tokens", sent - LAST_EXPIRY, until):
+        if found and path.name > f"tokens-{found[0].issued_at:%Y%m%d}.jsonl.gz":
+            break  # a request's tokens and uses are of one moment, what it used was made before
+        found += [one for one in map(_story, _lines(path)) if one.request_id == request_id]
     return found, refusals
 
 
@@ -158,7 +168,7 @@ def _partitions(engine: Pool) -> list[tuple[str, date, bool]]:
             "SELECT c.relname, EXISTS (SELECT FROM pg_inherits i"
             " WHERE i.inhrelid = c.oid AND NOT i.inhdetachpending)"
             " FROM pg_class c WHERE c.relkind = 'r' AND c.relnamespace = current_schema()::regnamespace"
-            " AND c.relname ~ '^(tokens|token_states|requests)_[0-9]{8}$'"
+            " AND c.relname ~ '^(tokens|uses|token_states|requests)_[0-9]{8}$'"
         ).fetchall()
     return [(name.rpartition("_")[0], day_of(name), attached) for name, attached in rows]
 
@@ -206,13 +216,13 @@ _REFUSED = (
     " AND (r.error IS NOT NULL OR r.refusals IS NOT NULL)"
 )
 _QUERIES: dict[Kind, str] = {
-    "tokens": f"SELECT {COLUMNS} FROM tokens t {AROUND} WHERE {_TOKENS} ORDER BY t.jti",
+    "tokens": f"SELECT {COLUMNS} FROM tokens t {USES} {AROUND} WHERE {_TOKENS} ORDER BY t.jti",
     "requests": "SELECT r.request_id, c.name, r.received_at, r.error, coalesce(r.refusals, '[]')"
     f" {_REFUSED} ORDER BY 1",
 }
-# What is joined around a token adds no row, so it need not be read to count them.
+# What is joined around a token adds no row but its uses, so it need not be read to count them.
 _COUNTS: dict[Kind, str] = {
-    "tokens": f"SELECT count(*) FROM tokens t WHERE {_TOKENS}",
+    "tokens": f"SELECT count(*) FROM tokens t {USES} WHERE {_TOKENS}",
     "requests": f"SELECT count(*) {_REFUSED}",
 }
 

@@ -21,8 +21,9 @@ from sqlalchemy.engine import Engine as Pool
 from minter.clients import Ban, Bans, Client
 from minter.errors import Unavailable
 from minter.keys import HARD_MAX_SECONDS, Key
-from minter.mint import Control, RequestRow, TokenRow, path_hash
+from minter.mint import Control, RequestRow, TokenRow, UseRow, path_hash
 from minter.policy import Plan
+from minter.sharing import Place
 
 CONTROL_LOCK = 0x6D696E74  # "mint": recording holds it shared, changes of the control tables alone
 
@@ -169,12 +170,13 @@ class Recording:
         found = self._connection.execute(
             """
             INSERT INTO requests (request_id, client_id, first_jti, received_at, tokens, digest,
-                                  kind, activity, on_behalf_of, error, refusals, renews)
-            SELECT r, c, f, at, t, d, k, a, o, e::jsonb, x::jsonb, n
+                                  kind, activity, on_behalf_of, error, refusals, renews,
+                                  all_or_nothing)
+            SELECT r, c, f, at, t, d, k, a, o, e::jsonb, x::jsonb, n, w
             FROM unnest(%s::uuid[], %s::int[], %s::uuid[], %s::timestamptz[], %s::int[],
                         %s::bytea[], %s::text[], %s::text[], %s::text[], %s::text[], %s::text[],
-                        %s::uuid[])
-                 AS new (r, c, f, at, t, d, k, a, o, e, x, n)
+                        %s::uuid[], %s::bool[])
+                 AS new (r, c, f, at, t, d, k, a, o, e, x, n, w)
             ON CONFLICT DO NOTHING RETURNING request_id, client_id
             """,
             (
@@ -190,6 +192,7 @@ class Recording:
                 [_json(r.error) if r.error else None for r in rows],
                 [_json(r.refusals) if r.refusals else None for r in rows],
                 [r.renews for r in rows],
+                [r.all_or_nothing for r in rows],
             ),
         ).fetchall()
         return set(found)
@@ -230,6 +233,42 @@ class Recording:
                     copy.write("".join(lines).encode())
                     lines.clear()
             copy.write("".join(lines).encode())
+
+    def copy_uses(self, rows: Sequence[UseRow]) -> None:
+        """COPY the uses of shared tokens in."""
+        if not rows:
+            return
+        with self._connection.cursor().copy(
+            "COPY uses (use_id, jti, request_id, path_hash, client_id, side, file, position, path,"
+            " external_id) FROM STDIN"
+        ) as copy:
+            lines = [
+                f"{u.use_id}\t{u.jti}\t{u.request_id.int:032x}\t{path_hash(u.path)}\t{u.client_id}\t{u.side}"
+                f"\t{u.file}\t{u.index}\t{_copy(u.path)}\t{_copy(u.external_id)}\n"
+                for u in rows
+            ]
+            copy.write("".join(lines).encode())
+
+    def shared_tokens(self, places: Sequence[Place], now: datetime) -> dict[Place, TokenRow]:
+        """Read for each place the shared token that lives longest, if one lives."""
+        rows = self._connection.execute(
+            f"""
+            SELECT DISTINCT ON (w.n) w.n, {_COLUMNS}
+            FROM unnest(%s::int[], %s::int[], %s::bigint[]) WITH ORDINALITY AS w (client, rule, hash, n)
+            JOIN tokens t ON t.path_hash = w.hash AND t.rule_id = w.rule AND t.client_id = w.client
+            LEFT JOIN storages s USING (storage_id)
+            WHERE t.file < 0 AND t.expires_at > %s AND t.jti >= %s
+            ORDER BY w.n, t.expires_at DESC
+            """,
+            (
+                [p.client_id for p in places],
+                [p.rule_id for p in places],
+                [path_hash(p.path) for p in places],
+                now,
+                floor(now - timedelta(seconds=HARD_MAX_SECONDS)),
+            ),
+        ).fetchall()
+        return {places[n - 1]: TokenRow(*row) for n, *row in rows}
 
     def recorded(
         self, ids: Sequence[tuple[UUID, int]]
@@ -285,14 +324,25 @@ def one(cursor: "psycopg.Cursor[Any]") -> Any:
 
 _REQUEST = (
     "r.request_id, r.client_id, r.digest, r.kind, r.activity, r.on_behalf_of, r.first_jti,"
-    " r.tokens, r.refusals, r.error, r.received_at, r.renews"
+    " r.tokens, r.refusals, r.error, r.received_at, r.renews, r.all_or_nothing"
 )
-_COLUMNS = (
-    "t.jti::text, t.request_id, t.client_id, coalesce(s.name, ''), t.key_id,"
-    " extract(epoch FROM t.expires_at)::bigint, '', t.fts_token_id, t.file, t.side::text,"
-    " t.position, t.external_id, t.payload, coalesce(t.rule_id, 0),"
-    " coalesce((SELECT l.state::text FROM token_states l WHERE l.jti = t.jti), t.state::text), t.path_hash"
-)
+
+
+def _token_columns(path: str, use_id: str, of: str) -> str:
+    """Return the columns of a TokenRow: the token is `t`, and the file that it is for is `of`'s."""
+    return (
+        f"t.jti::text, {of}.request_id, t.client_id, coalesce(s.name, ''), t.key_id,"
+        f" extract(epoch FROM t.expires_at)::bigint, {path}, t.fts_token_id, {of}.file, {of}.side::text,"
+        f" {of}.position, {of}.external_id, t.payload, coalesce(t.rule_id, 0), coalesce((SELECT l.state::text"
+        f" FROM token_states l WHERE l.jti = {use_id or 't.jti'}), t.state::text), {of}.path_hash,"
+        f" {use_id + '::text' if use_id else repr('')}"
+    )
+
+
+_COLUMNS = _token_columns("''", "", of="t")
+_OF_USES = _token_columns("u.path", "u.use_id", of="u")
+OWN = "(t.file >= 0 OR t.side = 'service')"
+"""That a token is no shared one: those serve the files of their uses."""
 
 
 def _request_row(row: Sequence[Any]) -> RequestRow:
@@ -302,16 +352,26 @@ def _request_row(row: Sequence[Any]) -> RequestRow:
 
 
 def tokens_of(connection: "psycopg.Connection[Any]", request: RequestRow) -> list[TokenRow]:
-    """Return the tokens of one request: a range of the primary key, in one or two partitions."""
+    """Return the tokens of one request: a range of the primary key, in one or two partitions.
+
+    Where its ids are not all those of tokens, the others are of uses.
+    """
     if not request.tokens:
         return []
-    last = UUID(int=request.first_jti.int + request.tokens - 1)
+    ids = (request.first_jti, UUID(int=request.first_jti.int + request.tokens - 1))
     rows = connection.execute(
-        f"SELECT {_COLUMNS} FROM tokens t LEFT JOIN storages s USING (storage_id)"
-        " WHERE t.jti BETWEEN %s AND %s ORDER BY t.jti",
-        (request.first_jti, last),
+        f"SELECT t.jti, {_COLUMNS} FROM tokens t LEFT JOIN storages s USING (storage_id)"
+        f" WHERE t.jti BETWEEN %s AND %s AND {OWN} ORDER BY t.jti",
+        ids,
     ).fetchall()
-    return [TokenRow(*row) for row in rows]
+    if len(rows) < request.tokens:
+        rows += connection.execute(
+            f"SELECT u.use_id, {_OF_USES} FROM uses u JOIN tokens t USING (jti)"
+            " LEFT JOIN storages s USING (storage_id) WHERE u.use_id BETWEEN %s AND %s",
+            ids,
+        ).fetchall()
+        rows.sort()
+    return [TokenRow(*row) for _, *row in rows]
 
 
 def read_control(connection: "psycopg.Connection[Any]") -> Control:

@@ -9,7 +9,7 @@ from sqlalchemy.engine import Engine as Pool
 from minter.database import floor, one, transaction
 
 DAYS_AHEAD = 7
-PARTITIONED = ("requests", "tokens", "token_states")
+PARTITIONED = ("requests", "tokens", "uses", "token_states")
 _PARTITION_LOCK = 0x6D696E75
 
 
@@ -57,10 +57,10 @@ def bounds(day: date) -> tuple[UUID, UUID]:
 
 
 def _days(table: str, today: date, retention_days: int, known: Collection[str]) -> set[date]:
-    """Return the days that a table needs: `token_states` all that `tokens` has."""
-    back = 1 if table == "tokens" else retention_days + 1
+    """Return the days that a table needs: `uses` and `token_states` all that `tokens` has."""
+    back = retention_days + 1 if table == "requests" else 1
     days = {today + timedelta(days=n) for n in range(-back, DAYS_AHEAD + 1)}
-    if table == "token_states":
+    if table in ("uses", "token_states"):
         days |= {day_of(name) for name in known if name.startswith("tokens_")}
     return days
 

@@ -1,7 +1,8 @@
 """The life of tokens after they were issued: fetched, renewed, reported, cancelled.
 
 A client reaches its own tokens only; what it names and has not is counted as unknown, so that one
-client cannot learn of another's. Each call is one transaction, and may be repeated.
+client cannot learn of another's. Each call is one transaction, and may be repeated. What of a shared
+token has a life is its uses: `id` below is a use's or, where a token is of one file, its jti.
 """
 
 from collections import defaultdict
@@ -14,7 +15,7 @@ import psycopg
 from sqlalchemy.engine import Engine as Pool
 
 from minter import answers
-from minter.database import find_operations, floor, one, read_control, read_request, transaction
+from minter.database import OWN, find_operations, floor, one, read_control, read_request, transaction
 from minter.errors import InvalidRequest, UnknownRequest
 from minter.followups import CancelRequest, FetchRequest, FileReport, JobReport, RenewRequest, ReportRequest
 from minter.keys import LAST_EXPIRY
@@ -72,22 +73,23 @@ class Lives:
                 found = read_request(connection, wire.request_id, client_id)
                 if found is None:
                     raise UnknownRequest(f"client {name!r} has made no request {wire.request_id}")
-                jtis = [UUID(t.jti) for t in found[1] if not wire.files or t.file in wire.files]
+                ids = [t.id for t in found[1] if not wire.files or t.file in wire.files]
                 known = {t.file for t in found[1]}
                 unknown = [f"files[{n}]" for n, file in enumerate(wire.files) if file not in known]
             else:
                 by_id = _by_external_id(connection, client_id, wire.external_ids, now)
-                jtis = [jti for _, jti in by_id]
+                ids = [id_ for _, id_ in by_id]
                 known_ids = {external_id for external_id, _ in by_id}
                 unknown = [
                     f"external_ids[{n}]" for n, e in enumerate(wire.external_ids) if e not in known_ids
                 ]
-            changed = _change(connection, jtis, "cancelled", now)
+            changed = _change(connection, ids, "cancelled", now)
             alive = connection.execute(
                 "SELECT t.jti::text, s.name, extract(epoch FROM t.expires_at)::bigint FROM tokens t"
-                " JOIN storages s USING (storage_id) WHERE t.jti = ANY(%s) AND t.expires_at > %s"
-                " ORDER BY t.jti",
-                (jtis, now),
+                " JOIN storages s USING (storage_id) WHERE t.expires_at > %(now)s AND t.jti IN ("
+                " SELECT unnest(%(ids)s::uuid[])"
+                " UNION SELECT u.jti FROM uses u WHERE u.use_id = ANY(%(ids)s)) ORDER BY t.jti",
+                {"ids": ids, "now": now},
             ).fetchall()
         return Answer(changed=changed, unknown=unknown, alive=[Alive(*row) for row in alive])
 
@@ -119,9 +121,19 @@ def _by_external_id(
         )
     )
     return connection.execute(
-        "SELECT external_id, jti FROM tokens WHERE hashtextextended(external_id, 0) = ANY(%s::bigint[])"
-        " AND external_id = ANY(%s) AND external_id <> '' AND client_id = %s AND jti >= %s",
-        (hashes or [], wanted, client_id, floor(now - LAST_EXPIRY)),
+        " UNION ALL ".join(
+            f"SELECT external_id, {id_} FROM {table}"
+            " WHERE hashtextextended(external_id, 0) = ANY(%(hashes)s::bigint[])"
+            " AND external_id = ANY(%(wanted)s) AND external_id <> '' AND client_id = %(client)s"
+            f" AND {id_} >= %(first)s"
+            for table, id_ in (("tokens", "jti"), ("uses", "use_id"))
+        ),
+        {
+            "hashes": hashes or [],
+            "wanted": wanted,
+            "client": client_id,
+            "first": floor(now - LAST_EXPIRY),
+        },
     ).fetchall()
 
 
@@ -161,7 +173,8 @@ def _named(
 
 def _own(connection: "psycopg.Connection[Any]", client_id: int, jtis: Iterable[UUID]) -> list[UUID]:
     rows = connection.execute(
-        "SELECT jti FROM tokens WHERE jti = ANY(%s) AND client_id = %s", (list(jtis), client_id)
+        f"SELECT jti FROM tokens t WHERE jti = ANY(%s) AND client_id = %s AND {OWN}",
+        (list(jtis), client_id),
     ).fetchall()
     return [jti for (jti,) in rows]
 
@@ -169,7 +182,7 @@ def _own(connection: "psycopg.Connection[Any]", client_id: int, jtis: Iterable[U
 def _by_file(
     connection: "psycopg.Connection[Any]", client_id: int, requests: Iterable[UUID]
 ) -> list[tuple[tuple[UUID, int], UUID]]:
-    """Return ((request_id, file), jti) of all tokens of these requests."""
+    """Return ((request_id, file), id) of all tokens and uses of these requests."""
     ranges = connection.execute(
         "SELECT request_id, first_jti, tokens FROM requests WHERE request_id = ANY(%s) AND client_id = %s",
         (list(requests), client_id),
@@ -180,9 +193,11 @@ def _by_file(
         )
     request_of = {UUID(int=first.int + n): request for request, first, count in ranges for n in range(count)}
     rows = connection.execute(
-        "SELECT jti, file FROM tokens WHERE jti = ANY(%s)", (list(request_of),)
+        "SELECT jti, file FROM tokens WHERE jti = ANY(%(ids)s) AND file >= 0"
+        " UNION ALL SELECT use_id, file FROM uses WHERE use_id = ANY(%(ids)s)",
+        {"ids": list(request_of)},
     ).fetchall()
-    return [((request_of[jti], file), jti) for jti, file in rows]
+    return [((request_of[id_], file), id_) for id_, file in rows]
 
 
 def _files_of_jobs(

@@ -9,6 +9,7 @@ as Protocols; the adapters fit them. The order of its steps is the invariants:
 3. Insert the requests; where a request_id is taken, read what was recorded instead (I4).
 4. Build, sign and check each new token. Nothing has left: a failure here leaves nothing behind.
 5. COPY their rows, with FTS's id of each token (SHA-1 of its bytes), while the next are signed.
+   A grant of a shared token gets a row of its use, and a new token only where none serves it.
 6. Commit. Now the tokens are issued (I2).
 7. Hand out: new tokens as signed; repeated ones signed again from their rows, byte for byte.
 
@@ -46,6 +47,7 @@ from minter.keys import Key, RotationPolicy, Signer
 from minter.policy import BACKDATE_SECONDS, Decision, Grant, Plan, Policy, check_reply_queue
 from minter.requests import Request, Side, check_request_id
 from minter.scopes import parse_scopes
+from minter.sharing import Kept, Place, Shared
 
 MAX_CLOCK_SKEW_SECONDS = 5.0
 """Beyond this difference to Postgres's clock a process refuses to sign."""
@@ -78,7 +80,11 @@ class Control(Struct, frozen=True, eq=False):
 
 
 class RequestRow(Struct, frozen=True):
-    """One request as recorded. Its tokens' jtis are `first_jti`, `first_jti + 1`, …."""
+    """One request as recorded: its tokens and uses have the ids `first_jti`, `first_jti + 1`, ….
+
+    `tokens` is how many ids it may have used: one for each grant, and one for each path that a
+    shared token could be needed for.
+    """
 
     request_id: UUID
     client_id: int
@@ -92,10 +98,14 @@ class RequestRow(Struct, frozen=True):
     error: dict[str, Any] | None
     received_at: datetime
     renews: UUID | None = None
+    all_or_nothing: bool = False
 
 
 class TokenRow(Struct, frozen=True, gc=False):
-    """One token as recorded: everything but its signature."""
+    """One token as recorded: everything but its signature.
+
+    A shared token is written with `file` -1, and read once for each use, as the token of its file.
+    """
 
     jti: str
     request_id: UUID
@@ -113,6 +123,26 @@ class TokenRow(Struct, frozen=True, gc=False):
     rule_id: int
     state: str = "issued"
     path_hash: int = 0
+    use_id: str = ""
+
+    @property
+    def id(self) -> UUID:
+        """By which its state is kept: the use's, if the token is shared."""
+        return UUID(self.use_id or self.jti)
+
+
+class UseRow(Struct, frozen=True, gc=False):
+    """One use of a shared token as recorded: the file and side that the token `jti` serves."""
+
+    use_id: str
+    jti: str
+    request_id: UUID
+    client_id: int
+    path: str
+    file: int
+    side: Side
+    index: int
+    external_id: str
 
 
 class Recording(Protocol):
@@ -132,6 +162,14 @@ class Recording(Protocol):
 
     def copy_tokens(self, rows: Iterable[TokenRow]) -> None:
         """Add token rows as they come; an error of their iterator undoes all."""
+        ...
+
+    def copy_uses(self, rows: Sequence[UseRow]) -> None:
+        """Add use rows, if there are any."""
+        ...
+
+    def shared_tokens(self, places: Sequence[Place], now: datetime) -> dict[Place, TokenRow]:
+        """Read for each place the shared token that lives longest."""
         ...
 
     def recorded(
@@ -208,6 +246,7 @@ class Engine:
         self.observe = observe
         self.rotation = rotation or RotationPolicy()
         self.retention_seconds = retention_seconds
+        self._kept = Kept()
 
     def mint_many(self, submissions: Sequence[Submission], now: datetime) -> list[Outcome]:
         """Give each submission its outcome; equal ones are served once.
@@ -235,10 +274,13 @@ class Engine:
             self._observe("inserted", outcomes, now)
             fresh = [w for w in ready if w.key in new]
             # The rows stream into COPY while the next ones are signed.
-            tx.copy_tokens(row for w in fresh for row in self._sign(w, control, rules, now))
+            shares = self._shares(tx, fresh, rules, now)
+            tx.copy_tokens(row for w in fresh for row in self._sign(w, control, rules, shares, now))
+            tx.copy_uses([use for w in fresh for use in w.uses])
             self._observe("copied", outcomes, now)
             known = [w for w in works.values() if w.key not in new]
             recorded = tx.recorded([w.key for w in known]) if known else {}
+        self._kept.keep(shares)
         self._observe("committed", outcomes, now)
         for work in known:
             if work.key in recorded:
@@ -282,10 +324,12 @@ class Engine:
         """Make the request's row; False if no key may sign, so that nothing can be recorded."""
         request, client, grants = work.outcome.submission.request, work.client, work.decision.grants
         base = self.new_jti().int & ~_JTI_NUMBERS
+        shared = {(g.plan, g.shared) for g in grants if g.shared}
         work.row = RequestRow(
             request.request_id, client.client_id, request.digest, request.kind, _activity(request),
-            request.on_behalf_of, UUID(int=base), len(grants), work.outcome.refusals,
+            request.on_behalf_of, UUID(int=base), len(grants) + len(shared), work.outcome.refusals,
             work.decision.error.as_dict() if work.decision.error else None, now, request.renews,
+            request.all_or_nothing,
         )  # fmt: skip
         if not grants:
             return True
@@ -297,25 +341,73 @@ class Engine:
             return False
         return True
 
+    def _shares(
+        self, tx: Recording, fresh: "Sequence[_Work]", rules: Mapping[Plan, int], now: datetime
+    ) -> dict[Place, Shared]:
+        """Return the shared tokens that may serve these requests: kept here, or recorded elsewhere."""
+        wanted = {
+            Place(w.client.client_id, rules[g.plan], g.shared): (w, g)
+            for w in fresh
+            for g in w.decision.grants
+            if g.shared
+        }
+        if not wanted:
+            return {}
+        found, seconds = self._kept.get(wanted), int(now.timestamp())
+        missing = [
+            place
+            for place, (work, grant) in wanted.items()
+            if place not in found or not found[place].serves(grant, work.key_id, seconds)
+        ]
+        for place, row in tx.shared_tokens(missing, now).items() if missing else ():
+            key = wanted[place][0].signing_key
+            if key is not None and row.key_id == key.key_id:
+                token = self.unlock(key).sign(row.payload.encode())
+                scope = str(unverified_claims(token)[1]["scope"])
+                found[place] = Shared(row.jti, row.key_id, row.expires_at, scope, token)
+        return found
+
     def _sign(
-        self, work: "_Work", control: Control, rules: Mapping[Plan, int], now: datetime
+        self,
+        work: "_Work",
+        control: Control,
+        rules: Mapping[Plan, int],
+        shares: dict[Place, Shared],
+        now: datetime,
     ) -> Iterator[TokenRow]:
-        """Build, sign and check every token of one new request; yield their rows."""
+        """Build, sign and check every token that one new request needs; yield their rows."""
         key, client = work.signing_key, work.client
         if key is None:
             return  # every file was refused
         signer, issuer = self.unlock(key), control.issuers[client.vo]
         seconds = int(now.timestamp())
         first = str(work.row.first_jti)[:-5]
-        for number, grant in enumerate(work.decision.grants):
-            jti = f"{first}{number:05x}"
+
+        def make(grant: Grant, jti: str) -> tuple[bytes, TokenRow]:
             payload = build_claims(grant, issuer, client.sub, client.name, seconds, jti)
             token = signer.sign(payload)
             check_token(token, grant, issuer, client.sub, client.name, seconds, jti, key.kid, key.algorithm)
-            row = work.add(grant, rules[grant.plan], jti, payload, token, key, seconds)
+            row = work.token_row(grant, rules[grant.plan], jti, payload, token, key, seconds)
             if row.fts_token_id % _SAMPLE == 0:
                 keys.verify(token, key.public_jwk)
-            yield row
+            return token, row
+
+        beyond = len(work.decision.grants)  # the ids of new shared tokens follow those of the grants
+        for number, grant in enumerate(work.decision.grants):
+            jti = f"{first}{number:05x}"
+            if not grant.shared:
+                token, row = make(grant, jti)
+                work.add(grant, jti, row.expires_at, token)
+                yield row
+                continue
+            place = Place(client.client_id, rules[grant.plan], grant.shared)
+            shared = shares.get(place)
+            if shared is None or not shared.serves(grant, key.key_id, seconds):
+                token, row = make(grant.whole(), f"{first}{beyond:05x}")
+                shared = shares[place] = Shared(row.jti, key.key_id, row.expires_at, grant.scope, token)
+                beyond += 1
+                yield row
+            work.use(grant, jti, shared)
 
     def _repeat(
         self,
@@ -412,7 +504,7 @@ class Engine:
 class _Work:
     """One request on its way through the steps."""
 
-    __slots__ = ("client", "decision", "key", "outcome", "row", "signing_key")
+    __slots__ = ("client", "decision", "key", "outcome", "row", "signing_key", "uses")
 
     def __init__(self, outcome: Outcome, client: Client, decision: Decision) -> None:
         self.outcome = outcome
@@ -421,23 +513,44 @@ class _Work:
         self.key = (outcome.submission.request.request_id, client.client_id)
         self.row: RequestRow
         self.signing_key: Key | None = None
+        self.uses: list[UseRow] = []
+
+    @property
+    def key_id(self) -> int:
+        """The key that signs for it, 0 if none may."""
+        return self.signing_key.key_id if self.signing_key else 0
 
     def twin(self, outcome: Outcome) -> "_Work":
         """Return an equal id of the same batch, to be answered from the row."""
         return _Work(outcome, self.client, self.decision)
 
-    def add(
+    def add(self, grant: Grant, jti: str, exp: int, token: bytes) -> None:
+        """Note a token for handing out."""
+        need = grant.need
+        where: tuple[int, Side, int] = (need.file, need.side, need.index)
+        self.outcome.issued.append(Issued(where, grant.plan.area.storage, grant.scope, jti, exp, token))
+
+    def use(self, grant: Grant, use_id: str, shared: Shared) -> None:
+        """Note a use of a shared token, which is handed out like one of its own."""
+        self.add(grant, shared.jti, shared.expires_at, shared.token)
+        need = grant.need
+        self.uses.append(
+            UseRow(
+                use_id, shared.jti, self.row.request_id, self.client.client_id, grant.path,
+                need.file, need.side, need.index, grant.external_id,
+            )
+        )  # fmt: skip
+
+    def token_row(
         self, grant: Grant, rule_id: int, jti: str, payload: bytes, token: bytes, key: Key, now: int
     ) -> TokenRow:
-        """Note a token for handing out, and return its row."""
-        need, storage = grant.need, grant.plan.area.storage
-        exp = now - BACKDATE_SECONDS + grant.lifetime.seconds
-        where: tuple[int, Side, int] = (need.file, need.side, need.index)
-        self.outcome.issued.append(Issued(where, storage, grant.scope, jti, exp, token))
+        """Return the row of a token, a shared one's as that of no file."""
+        need = grant.need
+        file, index, external_id = (-1, 0, "") if grant.shared else (need.file, need.index, grant.external_id)
         return TokenRow(
-            jti, self.row.request_id, self.client.client_id, storage, key.key_id, exp,
-            grant.path, fts_token_id(token), need.file, need.side, need.index,
-            grant.external_id, payload.decode(), rule_id,
+            jti, self.row.request_id, self.client.client_id, grant.plan.area.storage, key.key_id,
+            now - BACKDATE_SECONDS + grant.lifetime.seconds, grant.path, fts_token_id(token), file,
+            need.side, index, external_id, payload.decode(), rule_id,
         )  # fmt: skip
 
 
@@ -500,6 +613,6 @@ def _share(outcome: Outcome, work: _Work) -> None:
 
 __all__ = [
     "Control", "Engine", "Issued", "Observed", "Outcome", "Recording", "RequestRow",
-    "Store", "Submission", "TokenRow", "check_clock", "fts_token_id", "known_client",
+    "Store", "Submission", "TokenRow", "UseRow", "check_clock", "fts_token_id", "known_client",
     "path_hash",
 ]  # fmt: skip

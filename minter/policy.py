@@ -35,6 +35,7 @@ from minter.routes import (
     PROFILE_MAX_SECONDS,
     PROFILE_MIN_SECONDS,
     SHIPPED_ROUTES,
+    Granularity,
     Mitigation,
     Route,
 )
@@ -66,6 +67,7 @@ class Plan(Struct, frozen=True, eq=False):
     cap_seconds: int
     cap_rule: str
     steps: tuple[Step, ...]
+    granularity: Granularity = "file"
     digest: bytes = b""
     """By which equal plans of all processes are one row."""
 
@@ -100,6 +102,13 @@ class Grant(Struct, frozen=True, eq=False, gc=False):
     scope: str
     lifetime: Lifetime
     external_id: str
+    shared: str = ""
+    """The path that the scopes are on instead, if the token serves other files, too."""
+
+    def whole(self) -> "Grant":
+        """Return the grant of the token that this one is a use of: with all the life it may have."""
+        cap = self.plan.cap_seconds
+        return structs.replace(self, path=self.shared, lifetime=Lifetime(cap, cap, self.lifetime.fixed))
 
     @property
     def audience(self) -> tuple[str, ...]:
@@ -251,13 +260,18 @@ class Policy:
     ) -> Grant:
         area, path = self.directories[client.vo].locate(need.url)
         bans.check(client.vo, storage=area.storage)
-        key = (area, need.operations, need.side)
-        plan = plans.get(key)
-        if plan is None:
-            activity = file.activity or request.activity
-            plan = plans[key] = self._plan(client, activity, request.via_fts, area, need)
-        if isinstance(plan, RequestError):
-            raise plan.with_traceback(None)
+        activity = file.activity or request.activity
+
+        def plan_of(narrow: bool) -> Plan:
+            key = (area, need.operations, need.side, narrow)
+            plan = plans.get(key)
+            if plan is None:
+                plan = plans[key] = self._plan(client, activity, request.via_fts, area, need, narrow)
+            if isinstance(plan, RequestError):
+                raise plan.with_traceback(None)
+            return plan
+
+        plan = plan_of(narrow=False)
         if plan.route is not None and plan.route.poll_area and need.operations == ("poll",):
             path = _area_path(area, client, path)
         bans.check_path(client.vo, path)
@@ -266,17 +280,21 @@ class Policy:
                 f"path {path!r} is outside the prefixes of client {client.name!r}: {', '.join(client.paths)}",
                 path=path,
             )
+        shared = _shared_path(plan, path, request, client, bans)
+        if not shared and plan.granularity != "file":
+            plan = plan_of(narrow=True)
         return Grant(
             need,
             plan,
             path,
-            _scope(plan, path, client, bans),
+            _scope(plan, path, shared, client, bans),
             _lifetime(plan, request, file, need),
             file.external_id,
+            shared,
         )
 
     def _plan(
-        self, client: Client, activity: str, via_fts: bool, area: Area, need: Need
+        self, client: Client, activity: str, via_fts: bool, area: Area, need: Need, narrow: bool
     ) -> Plan | RequestError:
         if client.operations and not client.operations.issuperset(need.operations):
             return OperationNotAllowed(
@@ -285,7 +303,7 @@ class Policy:
             )
         for route in self.routes:
             if _matches(route, client, activity, via_fts, area, need):
-                return _make_plan(route, client, via_fts, area, need)
+                return _make_plan(route, client, via_fts, area, need, "file" if narrow else route.granularity)
         return OperationNotAllowed(
             f"no route allows {', '.join(need.operations)} on storage {area.storage!r} "
             f"for client {client.name!r}; add a route or correct the request"
@@ -364,7 +382,9 @@ def _matches(route: Route, client: Client, activity: str, via_fts: bool, area: A
     )
 
 
-def _make_plan(route: Route, client: Client, via_fts: bool, area: Area, need: Need) -> Plan:
+def _make_plan(
+    route: Route, client: Client, via_fts: bool, area: Area, need: Need, granularity: Granularity
+) -> Plan:
     asked = need.operations
     steps = [
         Step("storage", f"{area.storage}, dialect {area.dialect.name}, audience {', '.join(area.audience)}"),
@@ -383,13 +403,22 @@ def _make_plan(route: Route, client: Client, via_fts: bool, area: Area, need: Ne
         for n in needed
         if n.quirk is not None
     ]
-    cap, rule, why = _cap(route, client, via_fts, area, needed)
+    if granularity != "file":
+        steps.append(
+            Step(f"route {route.name}, granularity", f"one token for the {granularity}, shared by its files")
+        )
+    cap, rule, why = _cap(route, client, via_fts, area, needed, granularity)
     steps.append(Step(rule, why))
-    return Plan(route, area, asked, needed, cap, rule, tuple(steps))
+    return Plan(route, area, asked, needed, cap, rule, tuple(steps), granularity)
 
 
 def _cap(
-    route: Route, client: Client, via_fts: bool, area: Area, needed: Sequence[Needed]
+    route: Route,
+    client: Client,
+    via_fts: bool,
+    area: Area,
+    needed: Sequence[Needed],
+    granularity: Granularity,
 ) -> tuple[int, str, str]:
     """Return the longest lifetime allowed, the rule that set it, and the sentence for `explain`."""
     cap, rule = route.max_lifetime_seconds, f"route {route.name}"
@@ -398,7 +427,7 @@ def _cap(
         if area.matching == "prefix":
             cap, rule = PROFILE_MAX_SECONDS, f"dialect {area.dialect.name}"
             why = f"at most {cap} s: paths are matched by prefix there, or in an unknown way"
-        elif failed := _failed_mitigations(route, via_fts, area, needed):
+        elif failed := _failed_mitigations(route, via_fts, area, needed, granularity):
             cap, rule = PROFILE_MAX_SECONDS, f"route {route.name}"
             why = f"at most {cap} s: {', '.join(failed)} does not hold for this token"
         else:
@@ -409,13 +438,15 @@ def _cap(
     return cap, rule, why
 
 
-def _failed_mitigations(route: Route, via_fts: bool, area: Area, needed: Sequence[Needed]) -> list[str]:
+def _failed_mitigations(
+    route: Route, via_fts: bool, area: Area, needed: Sequence[Needed], granularity: Granularity
+) -> list[str]:
     writes = [n for n in needed if n.scope in ("storage.create", "storage.modify")]
     reads = [n for n in needed if n.scope == "storage.read"]
+    one_file = area.matching == "exact" and granularity == "file"
     holds: dict[Mitigation, bool] = {
-        "narrow_write": area.matching == "exact" and all(n.where == "file" for n in writes),
-        "narrow_read": area.matching == "exact"
-        and all(n.where == "file" or n.quirk is not None for n in reads),
+        "narrow_write": not writes or (one_file and all(n.where == "file" for n in writes)),
+        "narrow_read": not reads or (one_file and all(n.where == "file" or n.quirk for n in reads)),
         "one_storage": not any(a.endswith("wlcg.cern.ch/jwt/v1/any") for a in area.audience),
         "no_modify": not any(n.scope == "storage.modify" for n in needed),
         "fts_only": via_fts,
@@ -425,13 +456,39 @@ def _failed_mitigations(route: Route, via_fts: bool, area: Area, needed: Sequenc
 
 
 def _area_path(area: Area, client: Client, path: str) -> str:
-    wide = area.relative(area.prefix)
-    allowed = not client.paths or any(path_contains(p, wide) for p in client.paths)
-    return check_path(wide) if allowed else path
+    return check_path(area.top) if _may_have(area, area.top, client) else path
 
 
-def _scope(plan: Plan, path: str, client: Client, bans: Bans) -> str:
+def _may_have(area: Area, wide: str, client: Client) -> bool:
+    """Say whether a client may have all of a path: its own prefixes hold it, and no other storage."""
+    return not (client.paths and not any(path_contains(p, wide) for p in client.paths)) and not any(
+        path_contains(wide, hole) for hole in area.holes
+    )
+
+
+def _shared_path(plan: Plan, path: str, request: Request, client: Client, bans: Bans) -> str:
+    """Return the path that a shared token may be on; empty if this file must have its own token.
+
+    That is so where the client asked for a lifetime, which a shared token would exceed.
+    """
+    if plan.granularity == "file" or request.lifetime_seconds is not None:
+        return ""
+    area = plan.area
+    if plan.granularity == "directory":
+        wide = parent(path)
+        inside = area.holds_directory(wide)
+    else:
+        wide = area.top
+        inside = path_contains(wide, path)
+    allowed = inside and _may_have(area, wide, client) and not bans.touches(client.vo, wide)
+    return check_path(wide) if allowed else ""
+
+
+def _scope(plan: Plan, path: str, shared: str, client: Client, bans: Bans) -> str:
     write = encode_path if plan.area.dialect.encoding == "percent" else raw_path
+    if shared:
+        on_shared = write(shared)
+        return _check_scope(list(dict.fromkeys(f"{n.scope}:{on_shared}" for n in plan.needed)), plan, shared)
     on_file = write(path)
     words = []
     for needed in plan.needed:
@@ -444,11 +501,14 @@ def _scope(plan: Plan, path: str, client: Client, bans: Bans) -> str:
         if client.paths and not any(path_contains(p, directory) for p in client.paths):
             continue
         words.append(f"{needed.scope}:{write(directory)}")
+    return _check_scope(words, plan, path)
+
+
+def _check_scope(words: Sequence[str], plan: Plan, path: str) -> str:
     if not words:
-        rules = f"route {plan.rule}" if plan.route else plan.rule
         raise OperationNotAllowed(
-            f"nothing of the operation is left on {path!r} after what {rules} forbids and what "
-            f"client {client.name!r} may reach"
+            f"nothing of the operation is left on {path!r} after what route {plan.rule} forbids and "
+            "what the client may reach"
         )
     scope = " ".join(words)
     if len(scope) > MAX_CLAIM_CHARACTERS:

@@ -26,7 +26,8 @@ def renewal(
 ) -> Request:
     """Return the request that renews `tokens`, all of one request; `operations` are by rule_id.
 
-    A token's life is again what it was, if the wire does not say how long the file may wait. Raises
+    A token's life is again what it was, if the wire does not say how long the file may wait; that of
+    a shared one was not its file's, so its need is the route's ordinary one. Raises
     UnknownRequest if nothing is left to renew, or what was asked for cannot be told from the record;
     UnknownStorage for a storage that left the settings.
     """
@@ -53,6 +54,7 @@ def renewal(
         ),
         on_behalf_of=row.on_behalf_of,
         activity=row.activity,
+        all_or_nothing=row.all_or_nothing,
         reply_queue=wire.reply_queue,
         service=Need(-1, "service", 0, policy.fts_url(vo, service.storage), ()) if service else None,
         via_fts=service is not None,
@@ -72,7 +74,8 @@ def _need(
     claims = json.loads(token.payload)
     audience = [claims["aud"]] if isinstance(claims["aud"], str) else claims["aud"]
     paths = {s.path for s in parse_scopes(claims["scope"]) if s.path is not None}
-    path = next((p for p in paths if path_hash(p) == token.path_hash), None)
+    # A use has its own path; of others one in the scopes is the file's, beside parents.
+    path = token.path or next((p for p in paths if path_hash(p) == token.path_hash), None)
     if path is None or token.rule_id not in operations:
         raise UnknownRequest(
             f"the record of token {token.jti} does not say what was asked for; ask anew", jti=token.jti
@@ -91,5 +94,5 @@ def _need(
         tuple(operations[token.rule_id]),
         wire.wait_seconds,
         one_token=via_fts,
-        life_seconds=claims["exp"] - claims["iat"] if wire.wait_seconds is None else None,
+        life_seconds=None if wire.wait_seconds is not None or token.use_id else claims["exp"] - claims["iat"],
     )

@@ -17,6 +17,7 @@ PROFILE_MIN_SECONDS = 15 * 60
 PROFILE_MAX_SECONDS = 6 * 3600
 """Longest access token without an agreed mitigation (WLCG §4.3.1)."""
 
+Granularity = Literal["file", "directory", "storage"]
 Mitigation = Literal["narrow_write", "narrow_read", "one_storage", "no_modify", "fts_only", "pull_mode"]
 
 
@@ -26,6 +27,8 @@ class Route(Struct, frozen=True, eq=False, forbid_unknown_fields=True, kw_only=T
     Patterns are shell globs. `via` says whether the tokens go into an FTS job. `cleanup` adds the
     right to remove a failed copy, `make_parents` that of making the directory, `poll_area` widens
     a poll token to the storage's prefix, `forbid` names quirks that must not add scopes.
+    `granularity` is what one token is for: one file; or every file of a directory, or of a storage's
+    prefix, that the same client asks for in the same way while the token's life covers it.
     `plaintext_queue` lets its tokens lie unencrypted on a durable queue of a client without a key. A
     `max_lifetime_seconds` above the profile's 6 h needs `mitigations` and a `risk_assessment`.
     """
@@ -39,7 +42,7 @@ class Route(Struct, frozen=True, eq=False, forbid_unknown_fields=True, kw_only=T
     via: Literal["fts", "direct", "any"] = "any"
     tape: bool | None = None
     mode: Literal["mint"] = "mint"
-    granularity: Literal["file"] = "file"
+    granularity: Granularity = "file"
     max_lifetime_seconds: int = PROFILE_MAX_SECONDS
     wait_seconds: int = 3600
     transfer_seconds: int = 3600

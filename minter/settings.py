@@ -210,6 +210,12 @@ def _doubts_of(route: Route) -> Iterator[str]:
         yield f"route {route.name}: relies on Minter's own risk assessment; adopt or replace it"
     if route.plaintext_queue:
         yield f"route {route.name}: its tokens may lie unencrypted on durable queues"
+    ordinary = route.wait_seconds + route.transfer_seconds * (1 + route.retries) + route.margin_seconds
+    if route.granularity != "file" and 2 * ordinary > route.max_lifetime_seconds:
+        yield (
+            f"route {route.name}: shared tokens live {route.max_lifetime_seconds} s and an ordinary need is "
+            f"{ordinary} s, so few files will share one; shorten wait_seconds or transfer_seconds"
+        )
 
 
 def master_key_variable(vo: str) -> str:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from difflib import get_close_matches
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from minter.dialects import DIALECTS, AudienceForm, Dialect, Matching, audience
 from minter.errors import (
@@ -80,15 +80,21 @@ class Area(Struct, frozen=True, eq=False):
     matching: Matching
     tape: bool
     tokens: bool
+    holes: tuple[str, ...] = ()
+    """VO-relative prefixes of other storages that lie inside this one and take its tokens."""
 
     def relative(self, path: str) -> str:
         """Return a path below the base path as the VO's scopes write it."""
         return path if self.base_path == "/" else path[len(self.base_path) :] or "/"
 
+    @property
+    def top(self) -> str:
+        """The prefix of the area itself, VO-relative."""
+        return self.relative(self.prefix)
+
     def holds_directory(self, directory: str) -> bool:
         """Say whether a VO-relative directory lies strictly below this area's own prefix."""
-        prefix = self.relative(self.prefix)
-        return directory != prefix and path_contains(prefix, directory)
+        return directory != self.top and path_contains(self.top, directory)
 
 
 def squash(path: str) -> str:
@@ -150,6 +156,22 @@ class Directory:
                 self._add(endpoint, area)
         for known in self._areas.values():
             known.sort(key=lambda area: -len(area.prefix))
+        self._note_holes()
+
+    def _note_holes(self) -> None:
+        """Tell each area of the storages inside it: no token for all of it may reach into them."""
+        by_audience: dict[str, list[Area]] = {}
+        for area in self.areas():
+            for name in area.audience:
+                by_audience.setdefault(name, []).append(area)
+        for area in self.areas():
+            inside = {
+                area.relative(other.prefix)
+                for name in area.audience
+                for other in by_audience[name]
+                if other.storage != area.storage and path_contains(area.prefix, other.prefix)
+            }
+            structs.force_setattr(area, "holes", tuple(sorted(inside)))
 
     def _add(self, endpoint: tuple[str, int], area: Area) -> None:
         for known in self._areas.setdefault(endpoint, []):

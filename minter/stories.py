@@ -12,13 +12,16 @@ from uuid import UUID
 from msgspec import Struct, json
 from sqlalchemy.engine import Engine as Pool
 
-from minter.database import floor, transaction
+from minter.database import OWN, floor, transaction
 from minter.mint import path_hash
 from minter.requests import unix_time
 
 
 class Story(Struct, frozen=True, kw_only=True):
-    """One token: who asked, what decided, what it allowed, when, and what became of it."""
+    """One token: who asked, what decided, what it allowed, when, and what became of it.
+
+    A shared token has a story for each use, with the `path` of the file that it served.
+    """
 
     jti: UUID
     request_id: UUID
@@ -46,6 +49,8 @@ class Story(Struct, frozen=True, kw_only=True):
     ended_at: datetime | None
     job_id: UUID | None
     payload: str
+    use_id: UUID | None = None
+    path: str = ""
 
     @property
     def scope(self) -> str:
@@ -54,8 +59,13 @@ class Story(Struct, frozen=True, kw_only=True):
 
     @property
     def issued_at(self) -> datetime:
-        """When the token was made, as its jti says (RFC 9562 §5.7)."""
-        return datetime.fromtimestamp(unix_time(self.jti), self.expires_at.tzinfo)
+        """When the token was made, or used once more, as its id says (RFC 9562 §5.7)."""
+        return datetime.fromtimestamp(unix_time(self.id), self.expires_at.tzinfo)
+
+    @property
+    def id(self) -> UUID:
+        """By which its state is kept: the use's, if the token is shared."""
+        return self.use_id or self.jti
 
 
 class Refusals(Struct, frozen=True):
@@ -69,23 +79,31 @@ class Refusals(Struct, frozen=True):
 
 
 COLUMNS = """
-    t.jti, t.request_id, coalesce(c.name, ''), coalesce(c.vo, ''), coalesce(r.on_behalf_of, ''),
-    coalesce(r.activity, ''), coalesce(r.kind, ''), r.renews, coalesce(s.name, ''), t.side::text, t.file,
-    t.position, t.external_id, t.path_hash, lpad(to_hex(t.fts_token_id), 16, '0'), coalesce(k.kid, ''),
-    t.mode::text, coalesce(u.route, ''), coalesce(u.operations, '{}'), coalesce(u.steps, '[]'), t.expires_at,
+    t.jti, n.request_id, coalesce(c.name, ''), coalesce(c.vo, ''), coalesce(r.on_behalf_of, ''),
+    coalesce(r.activity, ''), coalesce(r.kind, ''), r.renews, coalesce(s.name, ''), n.side::text, n.file,
+    n.position, n.external_id, n.path_hash, lpad(to_hex(t.fts_token_id), 16, '0'), coalesce(k.kid, ''),
+    t.mode::text, coalesce(d.route, ''), coalesce(d.operations, '{}'), coalesce(d.steps, '[]'), t.expires_at,
     coalesce(l.state, t.state)::text, l.active_at, l.ended_at,
-    (SELECT j.job_id FROM jobs j WHERE j.request_id = t.request_id AND t.file = ANY (j.files) LIMIT 1),
-    t.payload
+    (SELECT j.job_id FROM jobs j WHERE j.request_id = n.request_id AND n.file = ANY (j.files) LIMIT 1),
+    t.payload, u.use_id, coalesce(u.path, '')
 """
+USES = "LEFT JOIN LATERAL (SELECT * FROM uses u WHERE t.file < 0 AND u.jti = t.jti) u ON true"
+"""Gives a shared token a row for each use, and leaves the others as they are."""
 AROUND = """
+    CROSS JOIN LATERAL (
+        SELECT coalesce(u.request_id, t.request_id) AS request_id, coalesce(u.side, t.side) AS side,
+            coalesce(u.file, t.file) AS file, coalesce(u.position, t.position) AS position,
+            coalesce(u.external_id, t.external_id) AS external_id,
+            coalesce(u.path_hash, t.path_hash) AS path_hash
+    ) n
     LEFT JOIN storages s USING (storage_id)
     LEFT JOIN clients c ON c.client_id = t.client_id
     LEFT JOIN signing_keys k USING (key_id)
-    LEFT JOIN rules u USING (rule_id)
+    LEFT JOIN rules d USING (rule_id)
     LEFT JOIN LATERAL (
-        SELECT * FROM requests r WHERE (r.request_id, r.client_id) = (t.request_id, t.client_id) LIMIT 1
+        SELECT * FROM requests r WHERE (r.request_id, r.client_id) = (n.request_id, t.client_id) LIMIT 1
     ) r ON true
-    LEFT JOIN LATERAL (SELECT * FROM token_states l WHERE l.jti = t.jti LIMIT 1) l ON true
+    LEFT JOIN LATERAL (SELECT * FROM token_states l WHERE l.jti = coalesce(u.use_id, t.jti) LIMIT 1) l ON true
 """
 # The tokens are chosen before anything is joined to them: one probe of one index a partition. The
 # LIMITs keep each partitioned table a look-up by key, in the one partition that can have it.
@@ -94,7 +112,14 @@ _STORIES = """
         SELECT * FROM tokens t WHERE {condition} AND t.jti >= %(first)s AND t.jti < %(last)s
         ORDER BY t.jti DESC LIMIT %(limit)s
     )
-    SELECT {columns} FROM t {around} ORDER BY t.jti DESC
+    SELECT {columns} FROM t {uses} {around} ORDER BY coalesce(u.use_id, t.jti) DESC LIMIT %(limit)s
+"""
+_OF_USES = """
+    WITH u AS MATERIALIZED (
+        SELECT * FROM uses t WHERE {condition} AND t.use_id >= %(first)s AND t.use_id < %(last)s
+        ORDER BY t.use_id DESC LIMIT %(limit)s
+    )
+    SELECT {columns} FROM u CROSS JOIN LATERAL (SELECT * FROM tokens t WHERE t.jti = u.jti LIMIT 1) t {around}
 """
 
 INDEXED = {
@@ -105,6 +130,8 @@ INDEXED = {
     " AND t.external_id = %(value)s AND t.external_id <> ''",
 }
 """The questions that one index answers; each is bounded in time by the jti."""
+_OF_FILES = ("path", "external_id")
+"""The questions that uses answer, too, in the same words."""
 WALKED = {
     "client": "t.client_id = (SELECT client_id FROM clients WHERE name = %(value)s)",
     "storage": "t.storage_id IN (SELECT storage_id FROM storages WHERE name = %(value)s)",
@@ -113,9 +140,13 @@ WALKED = {
 """The questions that walk back from the newest token until there are enough."""
 
 
-def query(by: str) -> str:
-    """Return the statement behind `find`, for EXPLAIN."""
-    return _STORIES.format(condition=(INDEXED | WALKED)[by], columns=COLUMNS, around=AROUND)
+def queries(by: str) -> list[str]:
+    """Return the statements behind `find`, for EXPLAIN."""
+    condition = (INDEXED | WALKED)[by]
+    return [
+        statement.format(condition=condition, columns=COLUMNS, uses=USES, around=AROUND)
+        for statement in ((_STORIES, _OF_USES) if by in _OF_FILES else (_STORIES,))
+    ]
 
 
 def story(row: Sequence[Any]) -> Story:
@@ -138,8 +169,8 @@ def find(
         "value": wanted(by, value), "first": floor(since), "last": floor(until), "limit": limit,
     }  # fmt: skip
     with transaction(engine) as connection:
-        rows = connection.execute(query(by), values).fetchall()
-    return [story(row) for row in rows]
+        rows = [row for query in queries(by) for row in connection.execute(query, values).fetchall()]
+    return newest(map(story, rows), limit)
 
 
 def find_request(engine: Pool, request_id: UUID) -> tuple[list[Story], list[Refusals]]:
@@ -153,12 +184,19 @@ def find_request(engine: Pool, request_id: UUID) -> tuple[list[Story], list[Refu
         ).fetchall()
         found: list[Story] = []
         for first, count, *_ in requests:
-            jtis = [UUID(int=first.int + n) for n in range(count)]
-            found += map(story, connection.execute(_OF_JTIS, (jtis,)).fetchall())
+            ids = {"ids": [UUID(int=first.int + n) for n in range(count)]}
+            found += map(story, connection.execute(_OF_IDS, ids).fetchall())
     return found, [Refusals(*rest) for _, _, *rest in requests if rest[-1] or rest[-2]]
 
 
-_OF_JTIS = f"SELECT {COLUMNS} FROM tokens t {AROUND} WHERE t.jti = ANY (%s) ORDER BY t.jti"
+_OF_IDS = f"""
+    SELECT {COLUMNS} FROM (
+        SELECT t.jti AS id, t AS token, NULL::uses AS u FROM tokens t WHERE t.jti = ANY (%(ids)s) AND {OWN}
+        UNION ALL
+        SELECT u.use_id, t, u FROM uses u JOIN tokens t USING (jti) WHERE u.use_id = ANY (%(ids)s)
+    ) found CROSS JOIN LATERAL (SELECT (found.token).*) t CROSS JOIN LATERAL (SELECT (found.u).*) u {AROUND}
+    ORDER BY found.id
+"""
 
 
 def matches(one: Story, by: str, value: object) -> bool:
@@ -171,5 +209,5 @@ def matches(one: Story, by: str, value: object) -> bool:
 
 
 def newest(found: Iterable[Story], limit: int) -> list[Story]:
-    """Return the newest of stories from several places."""
-    return sorted(found, key=lambda s: s.jti, reverse=True)[:limit]
+    """Return the newest of stories from several places, each once."""
+    return sorted({one.id: one for one in found}.values(), key=lambda s: s.id, reverse=True)[:limit]

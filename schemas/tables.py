@@ -225,6 +225,7 @@ requests = Table(
     Column("error", JSONB),
     Column("refusals", JSONB),
     Column("renews", UUID(as_uuid=True)),
+    Column("all_or_nothing", Boolean, nullable=False, server_default=text("false")),
     CheckConstraint("octet_length(digest) = 32", name="digest"),
     CheckConstraint("tokens >= 0 AND (error IS NULL OR tokens = 0)", name="tokens"),
     CheckConstraint(f"kind IN {REQUEST_KINDS!r}", name="kind"),
@@ -268,7 +269,32 @@ tokens = Table(
     postgresql_partition_by="RANGE (jti)",
 )
 
-# A token without a row here is as it was recorded. Apart from it, because a new version of the
+# What a shared token serves: one row for each file and side, in its request's range of ids. A shared
+# token has a row in `tokens` as others have, with file -1.
+uses = Table(
+    "uses",
+    metadata,
+    Column("use_id", UUID(as_uuid=True), primary_key=True),
+    Column("jti", UUID(as_uuid=True), nullable=False),
+    Column("request_id", UUID(as_uuid=True), nullable=False),
+    Column("path_hash", BigInteger, nullable=False),
+    Column("client_id", Integer, nullable=False),
+    Column("side", token_side, nullable=False),
+    Column("file", SmallInteger, nullable=False),
+    Column("position", SmallInteger, nullable=False),
+    Column("path", Text, nullable=False),
+    Column("external_id", Text, nullable=False),
+    Index("uses_jti_idx", "jti"),
+    Index("uses_path_hash_idx", "path_hash"),
+    Index(
+        "uses_external_id_idx",
+        text("hashtextextended(external_id, 0)"),
+        postgresql_where=text("external_id <> ''"),
+    ),
+    postgresql_partition_by="RANGE (use_id)",
+)
+
+# A token, or a use, without a row here is as it was recorded. Apart from it, because a new version of the
 # wide token row, with its index entries, would cost ten times as much (docs/adr/0007).
 token_states = Table(
     "token_states",

@@ -47,6 +47,7 @@ def routes(draw):
         "cleanup": draw(st.booleans()),
         "make_parents": draw(st.booleans()),
         "poll_area": draw(st.booleans()),
+        "granularity": draw(st.sampled_from(["file", "file", "directory", "storage"])),
         "forbid": tuple(draw(st.sets(st.sampled_from(["stat-needs-read", "parent-needs-scope"])))),
     }
     first = Route(

@@ -33,7 +33,7 @@ def later(service, dsn):
 def tables(service):
     found = rows(
         service,
-        "SELECT relname FROM pg_class WHERE relkind = 'r' AND relname ~ '^(tokens|token_states|requests)_[0-9]{8}$'",
+        "SELECT relname FROM pg_class WHERE relkind = 'r' AND relname ~ '^(tokens|uses|token_states|requests)_[0-9]{8}$'",
     )
     return {name for (name,) in found}
 

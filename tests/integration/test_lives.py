@@ -144,6 +144,15 @@ def test_every_filled_job_of_rucios_can_be_renewed_with_equal_scopes(service, li
         assert all(asked_scopes(g) for g in new.decision.grants)
 
 
+def test_what_was_asked_for_as_a_whole_is_renewed_as_a_whole(service, lives):
+    asked = submission("d/a", "e/b", all_or_nothing=True)
+    mint(service, asked)
+    catalogue.add_ban(service.pool, Ban("path", "/atlas/atlasdatadisk/rucio/data/e"), "leak", "test")
+    outcome = renewed(service, lives, renews=asked.request.request_id)
+    assert outcome.issued == []
+    assert {r["error"]["reason"] for r in outcome.refusals} == {"banned", "neighbour_refused"}
+
+
 def test_operations_outside_a_copy_are_renewed(service, lives):
     operations = tuple(FileOperation(o, OTHER + "a") for o in ("delete", "upload", "download", "stat"))
     made = from_mint(MintRequest(request_id=wiring.new_uuid7(), files=(FileRequest(operations=operations),)))

@@ -114,16 +114,22 @@ def test_asked_twice_same_bytes_also_in_one_batch_from_another_process_and_later
     assert count(service) == 4
 
 
-def test_rs256_too(service):
+def rotate(service, algorithm):
+    """Let a new key sign from now on; return its signer."""
     with catalogue.controlling(service.pool, "test", "retire", "alpen", {}) as tx:
         tx.execute("UPDATE signing_keys SET state = 'old', retired_at = now()")
-    signer = keys.generate("RS256")
+    signer = keys.generate(algorithm)
     with catalogue.controlling(service.pool, "test", "key", "alpen", {}) as tx:
         tx.execute(
             "INSERT INTO signing_keys (vo, kid, algorithm, state, public_jwk, private_key, activated_at)"
-            " VALUES ('alpen', %s, 'RS256', 'active', %s, %s, now())",
-            (signer.kid, json.dumps(signer.public_jwk), service.keystore.seal("alpen", signer)),
+            " VALUES ('alpen', %s, %s, 'active', %s, %s, now())",
+            (signer.kid, algorithm, json.dumps(signer.public_jwk), service.keystore.seal("alpen", signer)),
         )
+    return signer
+
+
+def test_rs256_too(service):
+    signer = rotate(service, "RS256")
     asked = submission("a")
     first, again = (mint(service, asked)[0] for _ in range(2))
     assert tokens(first) == tokens(again)

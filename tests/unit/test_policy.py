@@ -46,8 +46,17 @@ def test_no_grant_is_wider_than_the_dialects_expansion_of_what_was_asked(data):
             operations |= {"make_parents"} if route.make_parents else set()
         wide = area.prefix.removeprefix(area.base_path.rstrip("/"))
         allowed = set()
+        if grant.shared:
+            top = grant.shared == wide
+            assert route.granularity == ("storage" if top else "directory")
+            assert top or (grant.shared == parent(path) and path_contains(wide, grant.shared))
+            assert path_contains(grant.shared, path)
+            assert not any(path_contains(grant.shared, hole) for hole in area.holes)
+            assert grant.lifetime.seconds <= grant.whole().lifetime.seconds == grant.plan.cap_seconds
         for needed in scopes_needed(area.dialect, operations):
             allowed.add((needed.scope, path if needed.where == "file" else parent(path)))
+            if grant.shared:
+                allowed.add((needed.scope, grant.shared))
             if route.poll_area and grant.need.operations == ("poll",):
                 allowed.add((needed.scope, wide))
         for scope in asked_scopes(grant):
@@ -334,6 +343,29 @@ def test_no_scope_is_ever_the_whole_storage_or_outside_its_prefix():
             assert not [s for s in asked_scopes(grant) if s.path in ("/", "/data")]
     assert "storage.read:/data/d" in scopes(fill((SE,), ("davs://cnaf.example.org/data/d/f",), Policy(
         {"vo": Directory([storage(), storage("CNAF", "storm-cnaf")])}, fts=[FTS_A])), "destination")[0]  # fmt: skip
+
+
+@pytest.mark.parametrize("granularity", ["directory", "storage"])
+def test_a_shared_token_never_reaches_into_a_storage_inside_this_one(granularity):
+    route = Route(name="shared", operations=("read",), granularity=granularity)
+    outer = storage(
+        "OUTER",
+        endpoints=(Endpoint("se.example.org", 443, "/data"),),
+        base_path="/data",
+        audience=("https://a",),
+    )
+    inner = storage(
+        "INNER",
+        endpoints=(Endpoint("other.example.org", 443, "/data/d/tape"),),
+        base_path="/data",
+        audience=("https://a",),
+    )
+    for storages, shared in (((outer,), True), ((outer, inner), False)):
+        engine = Policy({"vo": Directory(storages)}, [route])
+        decision = mint(engine, sources=("davs://se.example.org/data/d/f",))
+        (grant,) = decision.grants
+        assert bool(grant.shared) is shared
+        assert (grant.scope == "storage.read:/d/f") is not shared
 
 
 def test_a_directorys_scope_never_covers_a_banned_path():

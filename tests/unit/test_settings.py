@@ -47,6 +47,12 @@ def test_the_examples_are_right_and_warn_of_what_is_doubtful(loaded):
         assert fragment in said
 
 
+def test_a_route_whose_tokens_can_hardly_be_shared_is_doubtful(tmp_path):
+    route = '[[routes]]\nname = "r"\noperations = ["read"]\ngranularity = "directory"\nwait_seconds = {}\n'
+    assert "few files will share" in "\n".join(load(tmp_path, BASE + route.format(7200)).warnings)
+    assert "few files will share" not in "\n".join(load(tmp_path, BASE + route.format(600)).warnings)
+
+
 def test_the_environment_wins_and_is_not_shown(tmp_path):
     loaded = load(
         tmp_path,
