@@ -72,16 +72,20 @@ def add_client(engine: Pool, client: Client, actor: str) -> int:
     details = {
         "vo": client.vo, "operations": sorted(client.operations), "paths": client.paths,
         "reply_queues": client.reply_queues, "jwe": bool(client.jwe_key),
+        "audiences": client.audiences, "scopes": client.scopes, "groups": client.groups,
     }  # fmt: skip
     try:
         with controlling(engine, actor, "client.add", client.name, details) as connection:
             row = connection.execute(
                 "INSERT INTO clients (name, vo, sub, operations, paths, max_lifetime_seconds,"
-                " reply_queues, jwe_key) VALUES (%s, %s, %s, %s, %s, %s, %s, %s) RETURNING client_id",
+                " reply_queues, jwe_key, default_audience, audiences, scopes, groups)"
+                " VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s) RETURNING client_id",
                 (
                     client.name, client.vo, client.sub, sorted(client.operations),
                     list(client.paths), client.max_lifetime_seconds, list(client.reply_queues),
                     Jsonb(client.jwe_key) if client.jwe_key else None,
+                    list(client.default_audience), list(client.audiences), list(client.scopes),
+                    list(client.groups),
                 ),
             ).fetchone()  # fmt: skip
     except psycopg.errors.UniqueViolation as error:
@@ -96,12 +100,15 @@ def add_client(engine: Pool, client: Client, actor: str) -> int:
     return int(row[0]) if row else 0
 
 
+_KEYS = ("jwe_key", "auth_key")
+
+
 def change_client(engine: Pool, name: str, changes: Mapping[str, Any], actor: str) -> None:
     """Change a client's limits, queues or key; `changes` are columns of `clients`."""
-    shown = {k: bool(v) if k == "jwe_key" else v for k, v in changes.items()}
+    shown = {k: bool(v) if k in _KEYS else v for k, v in changes.items()}
     with controlling(engine, actor, "client.change", name, shown) as tx:
         for column, value in changes.items():
-            _update(tx, name, f"{column} = %s", Jsonb(value) if column == "jwe_key" and value else value)
+            _update(tx, name, f"{column} = %s", Jsonb(value) if column in _KEYS and value else value)
 
 
 def disable_client(engine: Pool, name: str, actor: str, *, disabled: bool) -> None:

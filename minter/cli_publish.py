@@ -1,4 +1,4 @@
-"""The command `publish`: the issuer as files."""
+"""The commands `publish` and `serve`: the issuer as files, and as a service."""
 
 import threading
 from pathlib import Path
@@ -15,8 +15,17 @@ WATCH_SECONDS = 2.0
 
 
 def register(app: typer.Typer) -> None:
-    """Add this command to the whole."""
+    """Add these commands to the whole."""
     app.command("publish")(publish)
+    app.command("serve")(serve)
+
+
+@guarded
+def serve() -> None:
+    """Serve tokens and transfers over HTTP, as [http] of the settings says, until SIGTERM."""
+    from minter.serve import run  # noqa: PLC0415 - the server's libraries are not for every command
+
+    run(wiring.load_settings())
 
 
 @guarded

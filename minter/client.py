@@ -1,6 +1,6 @@
-"""The Python client: tokens for files, over AMQP.
+"""The Python client: tokens for files, over HTTP or AMQP.
 
-    with MinterClient("amqps://rucio-prod:secret@broker/minter") as minter:
+    with MinterClient("https://tokens.example.org/atlas/", "rucio-prod", secret) as minter:
         result = minter.mint([FileRequest(sources=(url,), destinations=(other,), size=10**9)])
         for token in result.tokens:
             send(token.side, token.reveal())
@@ -13,7 +13,7 @@ refused as a whole raises.
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import uuid_utils
 from msgspec import Struct
@@ -31,6 +31,7 @@ from minter.requests import (
     MintRequest,
     TokenAnswer,
 )
+from minter.transport_http import HttpTransport
 
 __all__ = [
     "Alive", "Changed", "FileOperation", "FileReport", "FileRequest", "FilledJob", "JobReport",
@@ -118,29 +119,41 @@ class Changed(Struct, frozen=True):
 Progress = Callable[[int, int], None]
 
 
-class MinterClient:
-    """A connection to the engine's broker; not for use by several threads at once.
+class Transport(Protocol):
+    """What carries requests to the engine and answers back, under one id however often it is sent."""
 
-    `client` is the name that the operators registered; on RabbitMQ it is the AMQP user of the URL.
-    `ca` is the file or hashed directory (such as /etc/grid-security/certificates) that an amqps broker's
-    certificate is verified with, the system's if None. `window` requests are under way at once.
+    client: str
+
+    def ask(self, task: str, requests: Sequence[Struct]) -> Iterator[Answer]:
+        """Yield the answers in order."""
+        ...
+
+    def close(self) -> None:
+        """Close the connections."""
+        ...
+
+
+class MinterClient:
+    """A connection to the engine; over AMQP not for use by several threads at once.
+
+    `url` is the issuer's (`https://host/vo/`), or a broker's (`amqps://…`). `client` and `secret` are what
+    the operators registered, unless they stand in the URL; on RabbitMQ they are the AMQP user's. `ca` is
+    the file or hashed directory (such as /etc/grid-security/certificates) that the server's certificate is
+    verified with, the system's if None. `window` requests are under way at once, at most.
     """
 
     def __init__(
         self,
-        broker_url: str,
+        url: str,
         client: str | None = None,
+        secret: str | None = None,
         *,
         timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS,
         ca: str | None = None,
         window: int = 64,
     ) -> None:
-        try:
-            from minter.transport import AmqpTransport  # noqa: PLC0415 - kombu is an extra
-        except ImportError as error:
-            raise SettingsError("AMQP needs kombu; run: pip install 'minter[amqp]'") from error
-        self._transport = AmqpTransport(
-            broker_url, client, timeout_seconds=timeout_seconds, ca=ca, window=window
+        self._transport = _transport(
+            url, client, secret, timeout_seconds=timeout_seconds, ca=ca, window=window
         )
         self.client = self._transport.client
 
@@ -314,11 +327,37 @@ class MinterClient:
         answer = self._one(CANCEL, CancelRequest(request_id, tuple(files), tuple(external_ids)))
         return Changed(answer.changed, tuple(answer.unknown), tuple(answer.alive))
 
+    def trace(
+        self,
+        *,
+        request_id: uuid.UUID | None = None,
+        external_id: str | None = None,
+        path: str | None = None,
+        jti: uuid.UUID | None = None,
+    ) -> list[dict[str, Any]]:
+        """Return what became of this client's tokens (schemas/story.json), by one of the four; HTTP only."""
+        if not isinstance(self._transport, HttpTransport):
+            raise InvalidRequest("a trace is asked for over HTTP; connect to the issuer's URL")
+        asked = {"request_id": request_id, "external_id": external_id, "path": path, "jti": jti}
+        return self._transport.trace({name: str(value) for name, value in asked.items() if value is not None})
+
     def _one(self, task: str, request: Struct) -> Answer:
         (answer,) = self.ask(task, [request])
         if answer.error is not None:
             raise from_dict(answer.error)
         return answer
+
+
+def _transport(url: str, client: str | None, secret: str | None, **options: Any) -> Transport:
+    if url.startswith(("https:", "http:")):
+        return HttpTransport(url, client, secret, **options)
+    if secret is not None:
+        raise InvalidRequest("a broker's password stands in its URL")
+    try:
+        from minter.transport import AmqpTransport  # noqa: PLC0415 - kombu is an extra
+    except ImportError as error:
+        raise SettingsError("AMQP needs kombu; run: pip install 'minter[amqp]'") from error
+    return AmqpTransport(url, client, **options)
 
 
 def _chunks(files: Iterable[FileRequest], size: int) -> Iterator[tuple[FileRequest, ...]]:

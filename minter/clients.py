@@ -22,6 +22,14 @@ class Client(Struct, frozen=True, eq=False, kw_only=True):
     reply_queues: tuple[str, ...] = ()
     jwe_key: dict[str, str] | None = None
     disabled: bool = False
+    default_audience: tuple[str, ...] = ()
+    """The audience at the token endpoint when it asks for none."""
+    audiences: tuple[str, ...] = ()
+    """Patterns of audiences that it may have beside those of storages and of FTS."""
+    scopes: tuple[str, ...] = ()
+    """Patterns of scopes that it may have beside those of storages."""
+    groups: tuple[str, ...] = ()
+    """Groups that it may have in `wlcg.groups`."""
 
 
 class Ban(NamedTuple):

@@ -378,7 +378,7 @@ def read_control(connection: "psycopg.Connection[Any]") -> Control:
     """Read clients, bans, keys and issuers in the transaction of `connection`."""
     clients = connection.execute(
         "SELECT client_id, name, vo, sub, operations, paths, max_lifetime_seconds, reply_queues,"
-        " jwe_key, disabled_at IS NOT NULL FROM clients"
+        " jwe_key, disabled_at IS NOT NULL, default_audience, audiences, scopes, groups FROM clients"
     ).fetchall()
     bans = connection.execute("SELECT kind, value, vo FROM bans WHERE lifted_at IS NULL").fetchall()
     issuers = connection.execute("SELECT vo, iss FROM issuers").fetchall()
@@ -395,8 +395,27 @@ def read_control(connection: "psycopg.Connection[Any]") -> Control:
                 reply_queues=tuple(queues),
                 jwe_key=jwe_key,
                 disabled=disabled,
+                default_audience=tuple(default_audience),
+                audiences=tuple(audiences),
+                scopes=tuple(scopes),
+                groups=tuple(groups),
             )
-            for number, name, vo, sub, operations, paths, longest, queues, jwe_key, disabled in clients
+            for (
+                number,
+                name,
+                vo,
+                sub,
+                operations,
+                paths,
+                longest,
+                queues,
+                jwe_key,
+                disabled,
+                default_audience,
+                audiences,
+                scopes,
+                groups,
+            ) in clients
         },
         Bans(Ban(*row) for row in bans),
         read_keys(connection),

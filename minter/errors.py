@@ -19,10 +19,17 @@
     │   ├── Conflict                 this request_id was used with other content
     │   ├── UnknownRequest           no request of this client has that id, or its retention is over
     │   ├── Expired                  its tokens no longer cover the need: renew them
+    │   ├── InvalidClient            who asks over HTTP did not prove to be a client
+    │   ├── InvalidGrant             a subject or refresh token is not, or no longer, good for this
+    │   ├── InvalidScope             nothing that was asked for may be granted
+    │   ├── InvalidTarget            no audience, or one that nobody here has
+    │   ├── UnauthorizedClient       no rule lets this client exchange that token
+    │   ├── UnsupportedGrantType     the token endpoint has no such grant
     │   └── Undeliverable            it stopped the worker each time; kept on the dead-letter queue
     ├── Unavailable                  nothing was recorded; the same request may be sent again
     │   ├── NoUsableKey              the issuer has no key that may sign now
-    │   └── ClockSkew                this process and Postgres disagree about the time
+    │   ├── ClockSkew                this process and Postgres disagree about the time
+    │   └── TooManyRequests          this client, or all together, ask faster than is served
     ├── TokenRejected                a finished token failed its check: it never leaves the engine
     ├── UnknownKey                   no key has that kid, or it is revoked
     ├── SettingsError                the settings file cannot be used
@@ -155,6 +162,42 @@ class Expired(RequestError):
     """The recorded tokens no longer cover the need, or were cancelled; a renewal gives new ones."""
 
 
+class InvalidClient(RequestError):
+    """The caller did not prove who it is (RFC 6749 §2.3); nothing says which part was wrong."""
+
+    code = "invalid_client"
+
+
+class InvalidGrant(RequestError):
+    """The subject or refresh token is malformed, expired, revoked, or not this client's to use."""
+
+    code = "invalid_grant"
+
+
+class InvalidScope(RequestError):
+    """Nothing that was asked for may be granted (RFC 6749 §3.3)."""
+
+    code = "invalid_scope"
+
+
+class InvalidTarget(RequestError):
+    """No audience was asked for, or one that the client may not have (RFC 8693 §2.2.2)."""
+
+    code = "invalid_target"
+
+
+class UnauthorizedClient(RequestError):
+    """No rule lets this client use this grant, or exchange that token."""
+
+    code = "unauthorized_client"
+
+
+class UnsupportedGrantType(RequestError):
+    """The token endpoint has no such grant type."""
+
+    code = "unsupported_grant_type"
+
+
 class Undeliverable(RequestError):
     """The message stopped the worker at each delivery and lies on the dead-letter queue."""
 
@@ -171,6 +214,10 @@ class NoUsableKey(Unavailable):
 
 class ClockSkew(Unavailable):
     """The clocks of this process and of Postgres differ by more than policy allows."""
+
+
+class TooManyRequests(Unavailable):
+    """The client, or all clients together, ask faster than is served; `retry_after` is in seconds."""
 
 
 class TokenRejected(MinterError):

@@ -100,6 +100,12 @@ def acquit(engine: Pool, digest: bytes) -> None:
         connection.execute("DELETE FROM suspects WHERE digest = %s", (digest,))
 
 
+def prune_assertions(engine: Pool) -> int:
+    """Forget the assertions that nobody could use again."""
+    with transaction(engine) as connection:
+        return connection.execute("DELETE FROM assertions WHERE expires_at < now()").rowcount
+
+
 def prune_suspects(engine: Pool) -> int:
     """Forget messages not seen for a day."""
     with transaction(engine) as connection:

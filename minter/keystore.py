@@ -116,10 +116,13 @@ class Keystore:
         """Return a fresh key for hashing a VO's client secrets, encrypted for its row."""
         return self._master(vo).encrypt(PEPPER, vo, os.urandom(MASTER_KEY_BYTES))
 
+    def open_pepper(self, vo: str, sealed: bytes) -> bytes:
+        """Return the key for hashing a VO's client secrets; raises NoUsableKey."""
+        return self._master(vo).decrypt(PEPPER, vo, sealed)
+
     def hash_secret(self, vo: str, sealed_pepper: bytes, secret: str) -> bytes:
         """Return the keyed hash of a client secret (HMAC-SHA-256): it is checked on every call."""
-        pepper = self._master(vo).decrypt(PEPPER, vo, sealed_pepper)
-        return hmac.digest(pepper, secret.encode(), "sha256")
+        return hmac.digest(self.open_pepper(vo, sealed_pepper), secret.encode(), "sha256")
 
     def unlock(self, key: keys.Key) -> keys.Signer:
         """Return the signer of a key; raises NoUsableKey if it is destroyed or does not open."""

@@ -65,6 +65,16 @@ class JsonFormatter(logging.Formatter):
         return msgspec.json.encode(line, enc_hook=str).decode()
 
 
+_TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
+
+
+def request_event(*, request_id: str | None, traceparent: str | None, **fields: Any) -> None:
+    """Log the one event of a request, under the caller's trace id (W3C Trace Context §3.2) or its own id."""
+    given = _TRACEPARENT.fullmatch(traceparent or "")
+    own = request_id.replace("-", "")[:32] if request_id else None
+    event(requests_logger, "request", request_id=request_id, trace_id=given[1] if given else own, **fields)
+
+
 def configure(level: int | str) -> None:
     """Send every logger's lines to standard error, as JSON."""
     handler = logging.StreamHandler(sys.stderr)

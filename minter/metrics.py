@@ -45,6 +45,10 @@ REQUESTS = Spec(
 )  # fmt: skip
 REFUSALS = Spec("counter", "minter_refusals", ("vo", "reason"), "Needs and requests refused, by error.")
 FOLLOW_UPS = Spec("counter", "minter_follow_ups", ("task", "outcome"), "Fetches, reports, cancellations.")
+HTTP = Spec(
+    "counter", "minter_http_responses", ("endpoint", "status"),
+    "HTTP responses, by the endpoint's path in the settings; empty for paths that are none.",
+)  # fmt: skip
 STAGE = Spec(
     "histogram", "minter_stage_seconds", ("stage",),
     "Time of a batch from the stage before to this one; the first, received, begins it.",
@@ -71,7 +75,7 @@ STANDBY = Spec(
 PARTITIONS = Spec("gauge", "minter_partitions_ahead_days", (), "Days that have partitions already (beat).")
 
 SPECS = (
-    TOKENS, REQUESTS, REFUSALS, FOLLOW_UPS, STAGE, BATCH, AGE,
+    TOKENS, REQUESTS, REFUSALS, FOLLOW_UPS, HTTP, STAGE, BATCH, AGE,
     QUEUE, LIVING, EXPIRING, SIGNS_UNTIL, STANDBY, PARTITIONS,
 )  # fmt: skip
 
@@ -94,6 +98,7 @@ class Metrics:
         self._requests = self._counter(REQUESTS)
         self._refusals = self._counter(REFUSALS)
         self._follow_ups = self._counter(FOLLOW_UPS)
+        self._http = self._counter(HTTP)
         self._stage = self._histogram(STAGE, _STAGE_BUCKETS)
         self._batch = self._histogram(BATCH, _BATCH_BUCKETS)
         self._age = self._histogram(AGE, _AGE_BUCKETS)
@@ -123,6 +128,10 @@ class Metrics:
     def follow_up(self, task: str, outcome: str) -> None:
         """Count one message about an earlier request."""
         self._follow_ups.labels(task, outcome).inc()
+
+    def http(self, endpoint: str, status: int) -> None:
+        """Count one HTTP response."""
+        self._http.labels(endpoint, status).inc()
 
     def _count(self, outcome: Outcome) -> None:
         vo = outcome.client.vo if outcome.client else ""

@@ -19,6 +19,8 @@ from minter.keys import Key
 
 DISCOVERY = ".well-known/openid-configuration"
 JWKS = "jwks.json"
+EXCHANGE = "urn:ietf:params:oauth:grant-type:token-exchange"
+GRANTS = ("client_credentials", "refresh_token", EXCHANGE)
 _encode = msgspec.json.Encoder(order="sorted").encode
 
 
@@ -34,21 +36,37 @@ def documents(ring: Iterable[Key], issuers: Mapping[str, str], now: datetime) ->
         public = keys.jwks((k for k in ring if k.vo == vo), now)
         if not public["keys"]:
             continue
-        path = urlsplit(issuer).path.strip("/")
-        below = f"{path}/" if path else ""
-        discovery = _encode(
-            {
-                "issuer": issuer,
-                "jwks_uri": f"{issuer}{JWKS}",
-                "id_token_signing_alg_values_supported": sorted({k["alg"] for k in public["keys"]}),
-            }
-        )
-        found[f"{below}{JWKS}"] = _encode(public)
-        found[f"{below}{DISCOVERY}"] = discovery
-        if path:
-            found[f"{DISCOVERY}/{path}"] = discovery
+        discovery = _encode(metadata(issuer, sorted({k["alg"] for k in public["keys"]})))
+        key_set, *forms = names(issuer)
+        found[key_set] = _encode(public)
+        found |= dict.fromkeys(forms, discovery)
     if not found:
         raise NoUsableKey("no issuer has a public key; run: minter keys create --vo VO")
+    return found
+
+
+def names(issuer: str) -> list[str]:
+    """Return the paths of an issuer's documents on its host: the JWKS, then discovery in every form."""
+    path = urlsplit(issuer).path.strip("/")
+    below = f"{path}/" if path else ""
+    return [f"{below}{JWKS}", f"{below}{DISCOVERY}", *([f"{DISCOVERY}/{path}"] if path else [])]
+
+
+def metadata(issuer: str, algorithms: list[str]) -> dict[str, object]:
+    """Return the discovery document (OpenID Connect Discovery §3, RFC 8414 §2)."""
+    methods = ["client_secret_basic", "client_secret_post", "private_key_jwt"]
+    found: dict[str, object] = {
+        "issuer": issuer,
+        "jwks_uri": f"{issuer}{JWKS}",
+        "grant_types_supported": sorted(GRANTS),
+        "response_types_supported": [],
+        "subject_types_supported": ["public"],
+        "id_token_signing_alg_values_supported": algorithms,
+    }
+    for name, path in (("token", "token"), ("introspection", "introspect"), ("revocation", "revoke")):
+        found[f"{name}_endpoint"] = f"{issuer}{path}"
+        found[f"{name}_endpoint_auth_methods_supported"] = methods
+        found[f"{name}_endpoint_auth_signing_alg_values_supported"] = ["ES256", "RS256"]
     return found
 
 

@@ -62,6 +62,25 @@ class MetricsSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     ports: Positive = 16
 
 
+class HttpSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The HTTP service (`minter serve`): where it listens, and what protects it from its callers.
+
+    `certificate` and `key` are PEM files; without them it speaks plain HTTP, for a proxy on the same
+    machine. A client may make `requests_per_second` at each process, after a burst of as many.
+    """
+
+    listen: str = "127.0.0.1"
+    port: Annotated[int, Meta(ge=1, le=65_535)] = 8443
+    processes: Positive = 2
+    certificate: str = ""
+    key: str = ""
+    requests_per_second: Positive = 2000
+    waiting_requests: Positive = 2000
+    body_seconds: Annotated[float, Meta(gt=0, le=600)] = 10.0
+    header_seconds: Annotated[float, Meta(gt=0, le=600)] = 10.0
+    token_lifetime_seconds: Annotated[int, Meta(ge=900, le=21_600)] = 7200
+
+
 class WorkerSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """How a worker batches: by time, by messages, by bytes; whichever comes first."""
 
@@ -95,6 +114,7 @@ class Settings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     database: DatabaseSettings = DatabaseSettings()
     broker: BrokerSettings = BrokerSettings()
     worker: WorkerSettings = WorkerSettings()
+    http: HttpSettings = HttpSettings()
     metrics: MetricsSettings = MetricsSettings()
     rotation: RotationPolicy = RotationPolicy()
     storages: tuple[Storage, ...] = ()
@@ -243,6 +263,7 @@ _KNOWN_KEYS = {
         Settings,
         DatabaseSettings,
         BrokerSettings,
+        HttpSettings,
         WorkerSettings,
         IssuerSettings,
         RucioSettings,

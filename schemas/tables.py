@@ -42,7 +42,7 @@ metadata = MetaData(
 TOKEN_STATES = ("queued", "issued", "active", "finished", "cancelled", "failed")
 KEY_STATES = ("prepared", "active", "old", "revoked")
 MODES = ("mint", "exchange", "client_credentials")
-REQUEST_KINDS = ("mint", "fill_job", "renew")
+REQUEST_KINDS = ("mint", "fill_job", "renew", "token", "exchange", "refresh")
 SIDES = ("source", "destination", "operation", "service")
 BAN_KINDS = ("client", "on_behalf_of", "vo", "activity", "storage", "path")
 
@@ -104,6 +104,11 @@ clients = Table(
     Column("disabled_at", Instant),
     Column("old_secret_hash", LargeBinary),
     Column("old_secret_until", Instant),
+    Column("auth_key", JSONB),
+    Column("default_audience", ARRAY(Text), nullable=False, server_default=text("'{}'")),
+    Column("audiences", ARRAY(Text), nullable=False, server_default=text("'{}'")),
+    Column("scopes", ARRAY(Text), nullable=False, server_default=text("'{}'")),
+    Column("groups", ARRAY(Text), nullable=False, server_default=text("'{}'")),
     CheckConstraint("name ~ '^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$'", name="name"),
     CheckConstraint("octet_length(sub) BETWEEN 1 AND 255 AND sub ~ '^[ -~]+$'", name="sub"),
     CheckConstraint("max_lifetime_seconds > 0", name="max_lifetime_seconds"),
@@ -310,6 +315,38 @@ token_states = Table(
         name="state",
     ),
     postgresql_partition_by="RANGE (jti)",
+)
+
+# Refresh tokens that descend from one exchange; they are signed, not stored. `generation` is the newest
+# one given out, the one before it works until that was used (docs/adr/0011).
+families = Table(
+    "families",
+    metadata,
+    Column("family_id", UUID(as_uuid=True), primary_key=True),
+    Column("client_id", Integer, ForeignKey("clients.client_id"), nullable=False),
+    Column("subject_jti", UUID(as_uuid=True), nullable=False),
+    Column("subject_client", Text, nullable=False),
+    Column("on_behalf_of", Text, nullable=False),
+    Column("sub", Text, nullable=False),
+    Column("act", JSONB),
+    Column("scope", Text, nullable=False),
+    Column("audience", ARRAY(Text), nullable=False),
+    Column("rule", Text, nullable=False),
+    Column("ends_at", Instant, nullable=False),
+    Column("generation", Integer, nullable=False),
+    Column("rotated_at", Instant, nullable=False),
+    Column("revoked_at", Instant),
+    CheckConstraint("generation > 0", name="generation"),
+    Index("families_ends_at_idx", "ends_at"),
+)
+
+# The ids of the assertions that clients authenticated with (RFC 7523 §3), until they expire.
+assertions = Table(
+    "assertions",
+    metadata,
+    Column("client_id", Integer, primary_key=True),
+    Column("assertion_id", Text, primary_key=True),
+    Column("expires_at", Instant, nullable=False),
 )
 
 CONTROLLED = ("issuers", "storages", "clients", "bans", "signing_keys")

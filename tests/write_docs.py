@@ -49,6 +49,7 @@ PARTS = {
     "[database]": settings.DatabaseSettings,
     "[broker]": settings.BrokerSettings,
     "[worker]": settings.WorkerSettings,
+    "[http]": settings.HttpSettings,
     "[metrics]": settings.MetricsSettings,
     "[rotation]": RotationPolicy,
     "[issuers.VO]": settings.IssuerSettings,

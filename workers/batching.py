@@ -9,7 +9,6 @@ alone, and the one that fails alone goes to the dead-letter queue with its reaso
 
 import logging
 import random
-import re
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from hashlib import sha256
@@ -18,7 +17,7 @@ from typing import Any
 import msgspec
 from msgspec import Raw, Struct
 
-from minter import answers, contract, followups, logs
+from minter import answers, contract, dispatch, logs
 from minter.amqp import Outgoing, Publisher, acknowledge
 from minter.errors import (
     ClockSkew,
@@ -34,7 +33,7 @@ from minter.errors import (
 )
 from minter.lives import Lives
 from minter.mint import Engine, Outcome, Submission
-from minter.requests import MAX_BODY_BYTES, Answer, Request, decode_fill, decode_mint
+from minter.requests import MAX_BODY_BYTES, Answer
 from workers import replies
 
 logger = logging.getLogger("minter.batching")
@@ -46,10 +45,6 @@ MAX_DELAY_SECONDS = 10.0
 MAX_EXTENSIONS = 16
 """How often the batch's time may be extended while messages keep coming."""
 
-_NEW: dict[str, Callable[[Raw], Request]] = {
-    contract.MINT: decode_mint,
-    contract.FILL_JOB: decode_fill,
-}
 _arguments = msgspec.json.Decoder(tuple[list[Raw], dict[str, Raw], Raw])
 
 
@@ -273,14 +268,12 @@ class Batcher:
         done = "refused" if reason else "repeated" if outcome and outcome.repeated else "served"
         if outcome is None:
             self.on_follow_up(pending.task if pending.task in contract.PUBLIC_TASKS else "", done)
-        logs.event(
-            logs.requests_logger,
-            "request",
+        logs.request_event(
             task=pending.task,
             client=pending.client,
             vo=outcome.client.vo if outcome and outcome.client else None,
             request_id=answer.request_id,
-            trace_id=_trace_id(pending, answer),
+            traceparent=str(pending.headers.get("traceparent", "")),
             outcome=done,
             reason=reason,
             tokens=len(outcome.issued) if outcome else None,
@@ -309,24 +302,10 @@ class Batcher:
         if len(values) != 1:
             raise InvalidRequest(f"{pending.task} takes one argument, the request; got {len(values)}")
         client, (argument,) = pending.client, values
-        if pending.task in _NEW:
-            request = _NEW[pending.task](argument)
-        elif pending.task == contract.RENEW:
-            request = self.lives.renewal(client, followups.decode_renew(argument))
-        else:
+        made = dispatch.submission(self.lives, pending.task, client, argument)
+        if made is None or made.request.reply_queue is None:
             replies.check_reply_to(pending.message.properties.get("reply_to"), client)
-            return self._follow_up(pending.task, client, argument)
-        if request.reply_queue is None:
-            replies.check_reply_to(pending.message.properties.get("reply_to"), client)
-        return Submission(request, client)
-
-    def _follow_up(self, task: str, client: str, argument: Raw) -> Answer:
-        now = self.clock()
-        if task == contract.FETCH:
-            return self.lives.fetch(client, followups.decode_fetch(argument), now)
-        if task == contract.REPORT:
-            return self.lives.report(client, followups.decode_report(argument), now)
-        return self.lives.cancel(client, followups.decode_cancel(argument), now)
+        return made or dispatch.follow_up(self.lives, pending.task, client, argument, self.clock())
 
     def _finish(
         self, done: Sequence[tuple[Pending, Answer]], dead: dict[int, MinterError] | None = None
@@ -372,17 +351,6 @@ class _Identified(Struct):
 
 
 _identified = msgspec.json.Decoder(tuple[list[_Identified], Raw, Raw])
-
-
-_TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
-
-
-def _trace_id(pending: Pending, answer: Answer) -> str | None:
-    """Return the caller's trace id (W3C Trace Context §3.2), else the request_id as one."""
-    given = _TRACEPARENT.fullmatch(str(pending.headers.get("traceparent", "")))
-    if given:
-        return given[1]
-    return answer.request_id.replace("-", "")[:32] if answer.request_id else None
 
 
 def _request_id(body: bytes) -> str | None:

@@ -16,6 +16,7 @@ from minter import contract, wiring
 from minter.amqp import declare
 from minter.client import MinterClient
 from minter.embedded import Valkey
+from tests.acceptance.served import Served
 from tests.conftest import EXAMPLES, MASTER_KEY, ROOT, _admin, _dsn, load_settings
 from tests.servers import RabbitMQ, installed
 
@@ -217,3 +218,12 @@ def raw(running):
     made = Raw(running)
     yield made
     made.connection.release()
+
+
+@pytest.fixture(scope="module")
+def served(postgres_dsn, tmp_path_factory):
+    """The HTTP service, two processes, with a client `rucio`."""
+    made = Served(tmp_path_factory.mktemp("served"), postgres_dsn)
+    made.add_client("rucio")
+    yield made
+    made.close()

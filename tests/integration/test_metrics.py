@@ -37,6 +37,7 @@ def test_tokens_requests_and_refusals_are_counted(observed):
     one = submission("a", "b")
     mint(service, one, half)
     mint(service, one, submission("c", client="nobody"))
+    made.http("/health", 200)
     port = metrics.serve(made.registry, "127.0.0.1", 21_400, 100)
     seen = scrape(port)
 

@@ -19,18 +19,29 @@ ROWS = [
     {"mint"},
     {"answers", "renewals"},
     {"database", "keystore", "embedded", "settings", "amqp", "migrations", "rabbitmq", "logs", "publish"},
-    {"catalogue", "housekeeping", "lives", "alive", "stories"},
-    {"keyring", "metrics", "archive"},
-    {"transport"},
+    {"catalogue", "housekeeping", "lives", "alive", "stories", "gather", "ratelimits"},
+    {"keyring", "metrics", "archive", "dispatch", "credentials"},
+    {"transport", "transport_http"},
     {"wiring", "client"},
-    {"stack"},
+    {"stack", "web"},
+    {"transfers"},
+    {"serve"},
     {"console"},
     {"demo", "cli_control", "cli_publish", "cli_storages", "cli_trace"},
     {"cli"},
 ]
 PURE = set().union(*ROWS[:9])
 MAY_IMPORT_BESIDE = {("rabbitmq", "contract"), ("amqp", "contract")}
-CLIENT_NEEDS = {"amqp", "contract", "errors", "requests", "followups", "dialects", "transport"}
+CLIENT_NEEDS = {
+    "amqp",
+    "contract",
+    "errors",
+    "requests",
+    "followups",
+    "dialects",
+    "transport",
+    "transport_http",
+}
 FORBIDDEN_NAMES = {"sqlalchemy", "celery", "kombu", "httpx", "prometheus_client", "psycopg", "os", "time"}
 
 

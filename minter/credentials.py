@@ -1,0 +1,185 @@
+"""Who asks over HTTP: `client_secret_basic`, `client_secret_post` (RFC 6749 §2.3.1), `private_key_jwt`.
+
+Hashes and keys are kept in the process and read again when the control tables changed: once a second, and
+when somebody is not known, so that a client just registered need not wait. Whether a client is disabled or
+banned is decided in the recording transaction, as everywhere.
+"""
+
+import base64
+import binascii
+import hmac
+import time
+from collections.abc import Callable, Mapping
+from datetime import datetime
+from urllib.parse import unquote_plus
+
+import jwt
+from msgspec import Struct
+from sqlalchemy.engine import Engine as Pool
+
+from minter.database import one, transaction
+from minter.errors import InvalidClient, InvalidRequest
+from minter.keystore import Keystore
+
+ASSERTION = "urn:ietf:params:oauth:client-assertion-type:jwt-bearer"
+ASSERTION_MAX_SECONDS = 600
+"""How far ahead an assertion may expire: its id is remembered as long."""
+LEEWAY_SECONDS = 30
+FRESH_SECONDS = 0.2
+"""The control tables' version is asked for at most this often."""
+_WRONG = "client authentication failed; the client's name and secret, or its signed assertion, are needed"
+
+
+class Account(Struct, frozen=True):
+    """One client as far as its authentication goes; `hashes` are of its secrets, with their ends."""
+
+    client_id: int
+    name: str
+    vo: str
+    hashes: tuple[tuple[bytes, datetime | None], ...]
+    auth_key: dict[str, str] | None
+
+    def __repr__(self) -> str:
+        """Name the client only."""
+        return f"Account({self.name})"
+
+
+class Presented(Struct, frozen=True):
+    """What a request says of who sends it: a secret, or an assertion. `repr` shows neither."""
+
+    name: str
+    secret: str = ""
+    assertion: str = ""
+
+    def __repr__(self) -> str:
+        """Name the client only."""
+        return f"Presented({self.name})"
+
+
+def presented(authorization: str | None, form: Mapping[str, str]) -> Presented:
+    """Return what a request presents; raises InvalidClient, or InvalidRequest for two ways at once."""
+    ways = [authorization is not None, "client_secret" in form, "client_assertion" in form]
+    if sum(ways) > 1:
+        raise InvalidRequest("more than one way of client authentication, expected one (RFC 6749 §2.3)")
+    if authorization is not None:
+        return _basic(authorization)
+    if "client_assertion" in form:
+        if form.get("client_assertion_type") != ASSERTION:
+            raise InvalidRequest(f"client_assertion_type is not {ASSERTION}")
+        return Presented(_issuer(form["client_assertion"]), assertion=form["client_assertion"])
+    if "client_secret" in form and "client_id" in form:
+        return Presented(form["client_id"], form["client_secret"])
+    raise InvalidClient(_WRONG)
+
+
+def _basic(header: str) -> Presented:
+    scheme, _, encoded = header.partition(" ")
+    try:
+        pair = base64.b64decode(encoded.strip(), validate=True).decode()
+    except (binascii.Error, UnicodeDecodeError):
+        raise InvalidClient(_WRONG) from None
+    name, colon, secret = pair.partition(":")
+    if scheme.lower() != "basic" or not colon:
+        raise InvalidClient(_WRONG)
+    return Presented(unquote_plus(name), unquote_plus(secret))
+
+
+def _issuer(assertion: str) -> str:
+    try:
+        claims = jwt.decode(assertion, options={"verify_signature": False})
+    except jwt.InvalidTokenError:
+        raise InvalidClient(_WRONG) from None
+    return str(claims.get("iss", ""))
+
+
+class Credentials:
+    """The clients' hashes and keys, as of the control tables' last version."""
+
+    def __init__(self, pool: Pool, keystore: Keystore, clock: Callable[[], datetime]) -> None:
+        self._pool = pool
+        self._keystore = keystore
+        self._clock = clock
+        self._accounts: dict[str, Account] = {}
+        self._peppers: dict[str, bytes] = {}
+        self._version = -1
+        self._asked = float("-inf")
+
+    def fresh_for(self) -> float:
+        """Return for how many seconds what is known counts as fresh: guessing costs few queries."""
+        return max(0.0, self._asked + FRESH_SECONDS - time.monotonic())
+
+    def refresh(self) -> bool:
+        """Read the accounts again if the control tables changed; say whether they did."""
+        if self.fresh_for():
+            return False
+        with transaction(self._pool) as connection:
+            (version,) = one(connection.execute("SELECT version FROM control"))
+            changed = bool(version != self._version)
+            if changed:
+                peppers = connection.execute(
+                    "SELECT vo, secrets_key FROM issuers WHERE secrets_key IS NOT NULL"
+                ).fetchall()
+                rows = connection.execute(
+                    "SELECT client_id, name, vo, secret_hash, old_secret_hash, old_secret_until, auth_key"
+                    " FROM clients WHERE disabled_at IS NULL"
+                ).fetchall()
+                self._peppers = {vo: self._keystore.open_pepper(vo, bytes(sealed)) for vo, sealed in peppers}
+                self._accounts = {row[1]: _account(*row) for row in rows}
+                self._version = version
+        self._asked = time.monotonic()
+        return changed
+
+    def by_secret(self, who: Presented, vo: str) -> Account | None:
+        """Return the account whose secret this is, None if it is nobody's of this VO."""
+        account = self._accounts.get(who.name)
+        pepper = self._peppers.get(vo, b"")
+        hashed = hmac.digest(pepper, who.secret.encode(), "sha256")
+        known = account.hashes if account is not None and account.vo == vo else ()
+        now = self._clock()
+        # Every comparison is made, and one at least: the time tells nothing.
+        matches = [
+            hmac.compare_digest(hashed, expected) and (until is None or now < until)
+            for expected, until in known or ((bytes(32), now),)
+        ]
+        return account if pepper and who.secret and any(matches) else None
+
+    def by_assertion(self, who: Presented, vo: str, audience: list[str]) -> Account | None:
+        """Return the account whose key signed an assertion that was not used before (RFC 7523 §3)."""
+        account = self._accounts.get(who.name)
+        if account is None or account.vo != vo or account.auth_key is None:
+            return None
+        try:
+            claims = jwt.decode(
+                who.assertion,
+                jwt.PyJWK(account.auth_key).key,
+                algorithms=[account.auth_key["alg"]],
+                audience=audience,
+                issuer=account.name,
+                subject=account.name,
+                leeway=LEEWAY_SECONDS,
+                options={"require": ["iss", "sub", "aud", "exp", "jti"]},
+            )
+        except jwt.InvalidTokenError:
+            return None
+        if claims["exp"] > self._clock().timestamp() + ASSERTION_MAX_SECONDS:
+            return None
+        with transaction(self._pool) as connection:
+            fresh = connection.execute(
+                "INSERT INTO assertions (client_id, assertion_id, expires_at)"
+                " VALUES (%s, %s, to_timestamp(%s)) ON CONFLICT DO NOTHING",
+                (account.client_id, str(claims["jti"])[:255], claims["exp"] + LEEWAY_SECONDS),
+            ).rowcount
+        return account if fresh else None
+
+
+def _account(
+    client_id: int,
+    name: str,
+    vo: str,
+    secret: bytes | None,
+    old: bytes | None,
+    old_until: datetime | None,
+    auth_key: dict[str, str] | None,
+) -> Account:
+    hashes = [(bytes(h), until) for h, until in ((secret, None), (old, old_until)) if h is not None]
+    return Account(client_id, name, vo, tuple(hashes), auth_key)

@@ -1,0 +1,37 @@
+"""From a task of the contract and its argument to what the engine shall do: the same over AMQP and HTTP."""
+
+from collections.abc import Callable
+from datetime import datetime
+
+from msgspec import Raw
+
+from minter import contract, followups
+from minter.lives import Lives
+from minter.mint import Submission
+from minter.requests import Answer, Request, decode_fill, decode_mint
+
+_NEW: dict[str, Callable[[Raw | bytes], Request]] = {
+    contract.MINT: decode_mint,
+    contract.FILL_JOB: decode_fill,
+}
+
+
+def submission(lives: Lives, task: str, client: str, argument: Raw | bytes) -> Submission | None:
+    """Return what a task submits to the engine, None if it is about an earlier request.
+
+    Raises InvalidRequest, and what `Lives.renewal` raises.
+    """
+    if task in _NEW:
+        return Submission(_NEW[task](argument), client)
+    if task == contract.RENEW:
+        return Submission(lives.renewal(client, followups.decode_renew(argument)), client)
+    return None
+
+
+def follow_up(lives: Lives, task: str, client: str, argument: Raw | bytes, now: datetime) -> Answer:
+    """Answer a task about an earlier request: fetch, report or cancel; raises as `Lives` does."""
+    if task == contract.FETCH:
+        return lives.fetch(client, followups.decode_fetch(argument), now)
+    if task == contract.REPORT:
+        return lives.report(client, followups.decode_report(argument), now)
+    return lives.cancel(client, followups.decode_cancel(argument), now)

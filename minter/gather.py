@@ -1,0 +1,99 @@
+"""Gathering: requests that wait together in an HTTP process share one `mint_many` (design decision 13).
+
+One thread of each process calls the engine, so what it keeps needs no locks, and while it is busy the
+next ones gather. Nothing waits for a timer: a lone request is served at once.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
+from typing import ParamSpec, TypeVar
+
+from minter.errors import MinterError, ServerError, TooManyRequests, Unavailable
+from minter.mint import Engine, Outcome, Submission
+
+logger = logging.getLogger(__name__)
+P = ParamSpec("P")
+R = TypeVar("R")
+
+MOST_REQUESTS = 128
+MOST_FILES = 2_000
+"""What one call of the engine takes, at least one request."""
+
+
+class Gatherer:
+    """Hands requests to the engine's thread; lives on the event loop's."""
+
+    def __init__(self, engine: Engine, clock: Callable[[], datetime], waiting_requests: int) -> None:
+        self._engine = engine
+        self._clock = clock
+        self._limit = waiting_requests
+        self._thread = ThreadPoolExecutor(1, "engine")
+        self._waiting: list[tuple[Submission, asyncio.Future[Outcome]]] = []
+        self._serving: asyncio.Task[None] | None = None
+
+    async def mint(self, submission: Submission) -> Outcome:
+        """Return the outcome; raises Unavailable, TooManyRequests, or ServerError for our own faults."""
+        if len(self._waiting) >= self._limit:
+            raise TooManyRequests(
+                f"{self._limit} requests wait already; send the same request again later", retry_after=1
+            )
+        future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        self._waiting.append((submission, future))
+        if self._serving is None:
+            self._serving = asyncio.create_task(self._serve())
+        return await future
+
+    async def call(self, function: Callable[P, R], *arguments: P.args, **named: P.kwargs) -> R:
+        """Run something else that uses the engine or the database, in its thread."""
+        return await asyncio.get_running_loop().run_in_executor(
+            self._thread, lambda: function(*arguments, **named)
+        )
+
+    async def _serve(self) -> None:
+        try:
+            while self._waiting:
+                batch = self._take()
+                await self._serve_batch(batch)
+        finally:
+            self._serving = None
+
+    def _take(self) -> list[tuple[Submission, "asyncio.Future[Outcome]"]]:
+        files, count = 0, 0
+        for submission, _ in self._waiting[:MOST_REQUESTS]:
+            files += len(submission.request.files)
+            if count and files > MOST_FILES:
+                break
+            count += 1
+        batch, self._waiting = self._waiting[:count], self._waiting[count:]
+        return batch
+
+    async def _serve_batch(self, batch: list[tuple[Submission, "asyncio.Future[Outcome]"]]) -> None:
+        try:
+            outcomes = await self.call(self._mint, [submission for submission, _ in batch])
+        except Unavailable as error:
+            _fail(batch, error)
+        except Exception as error:
+            if len(batch) > 1:
+                logger.exception("a batch of %d failed, serving each alone", len(batch))
+                for one in batch:
+                    await self._serve_batch([one])
+                return
+            logger.exception("a request failed alone")
+            cause = error if isinstance(error, MinterError) else ServerError("see the service's log")
+            _fail(batch, cause)
+        else:
+            for (_, future), outcome in zip(batch, outcomes, strict=True):
+                if not future.done():  # its caller may have gone away
+                    future.set_result(outcome)
+
+    def _mint(self, submissions: list[Submission]) -> list[Outcome]:
+        return self._engine.mint_many(submissions, self._clock())
+
+
+def _fail(batch: list[tuple[Submission, "asyncio.Future[Outcome]"]], error: MinterError) -> None:
+    for _, future in batch:
+        if not future.done():
+            future.set_exception(error)

@@ -1,0 +1,70 @@
+"""The HTTP service as a program: `minter serve` starts its processes, each of which makes `create()`."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from falcon import asgi
+from granian import Granian
+from granian.constants import HTTPModes, Interfaces, Loops, SSLProtocols
+from granian.http import HTTP1Settings
+from granian.log import LogLevels
+
+from minter import logs, transfers, web, wiring
+from minter.metrics import Metrics, serve
+from minter.settings import Loaded
+
+logger = logging.getLogger(__name__)
+
+MAX_HEADER_BYTES = 64 * 1024
+CONNECTIONS = 4_096
+
+
+def create() -> "asgi.App[Any, Any]":
+    """Return one process's application, as MINTER_SETTINGS describes it."""
+    logs.configure(logging.INFO)
+    loaded = wiring.load_settings()
+    metrics = Metrics()
+    service = wiring.Service(loaded, metrics.observe)
+    service.prepare()
+    made = web.Web(service, metrics)
+    made.look()
+    app = web.application(made)
+    transfers.add_routes(app, made)
+    wiring.calm_collector()
+    wanted = loaded.settings.metrics
+    if wanted.first_port:
+        port = serve(metrics.registry, wanted.listen, wanted.first_port, wanted.ports)
+        logger.info("metrics are on port %d", port)
+    return app
+
+
+def run(loaded: Loaded) -> None:
+    """Serve until SIGTERM or SIGINT; a process that dies is replaced."""
+    http = loaded.settings.http
+
+    def file(name: str) -> Path | None:
+        return loaded.folder / name if name else None
+
+    Granian(
+        "minter.serve:create",
+        address=http.listen,
+        port=http.port,
+        interface=Interfaces.ASGI,
+        factory=True,
+        workers=http.processes,
+        loop=Loops.uvloop,
+        http=HTTPModes.http1,
+        websockets=False,
+        http1_settings=HTTP1Settings(
+            header_read_timeout=round(http.header_seconds * 1000), max_buffer_size=MAX_HEADER_BYTES
+        ),
+        backpressure=CONNECTIONS,
+        ssl_cert=file(http.certificate),
+        ssl_key=file(http.key),
+        ssl_protocol_min=SSLProtocols.tls12,  # davix and libcurl of the sites' releases
+        log_level=LogLevels.warning,
+        log_access=False,
+        respawn_failed_workers=True,
+        workers_kill_timeout=10,
+    ).serve()

@@ -1,0 +1,118 @@
+"""Transfers over HTTP: the tasks of the contract, each at `{issuer}v1/…`, and the caller's own traces.
+
+`POST {issuer}v1/mint` takes what the task `minter.mint` takes over AMQP and gives its answer, in one
+piece; so do the others. A request keeps its request_id through every retry (I4).
+"""
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from uuid import UUID
+
+from falcon import asgi
+
+from minter import answers, contract, dispatch, logs, stories
+from minter.credentials import Account
+from minter.errors import InvalidRequest, ReplyNotAllowed, from_dict
+from minter.lives import Lives
+from minter.mint import Outcome, Submission
+from minter.requests import MAX_BODY_BYTES, Answer, unix_time
+from minter.web import Web, base_path, send, status_of
+
+TRACE_DAYS, TRACE_LIMIT = 30, 1_000
+_QUESTIONS = ("jti", "path", "external_id", "request_id")
+
+
+def add_routes(app: "asgi.App[Any, Any]", web: Web) -> None:
+    """Add every issuer's endpoints for transfers."""
+    lives = Lives(web.service.engine, web.service.pool)
+    for vo, issuer in web.service.loaded.issuers.items():
+        for task in contract.PUBLIC_TASKS:
+            app.add_route(f"{base_path(issuer)}v1/{endpoint(task)}", _Task(web, lives, vo, task))
+        app.add_route(f"{base_path(issuer)}v1/trace", _Trace(web, vo))
+
+
+def endpoint(task: str) -> str:
+    """Return the last part of a task's URL."""
+    return task.rpartition(".")[2]
+
+
+class _Task:
+    """One task of the contract."""
+
+    def __init__(self, web: Web, lives: Lives, vo: str, task: str) -> None:
+        self._web = web
+        self._lives = lives
+        self._vo = vo
+        self._task = task
+
+    async def on_post(self, req: asgi.Request, resp: asgi.Response) -> None:
+        req.context.answers = True
+        account = await self._web.authenticate(req, self._vo, {})
+        body = await self._web.body(req, MAX_BODY_BYTES, "application/json")
+        answer, outcome = await self._answer(account, body)
+        self._note(req, account, answer, outcome)
+        send(resp, answer, status_of(from_dict(answer.error)) if answer.error else 200)
+
+    async def _answer(self, account: Account, body: bytes) -> tuple[Answer, Outcome | None]:
+        gatherer, now = self._web.gatherer, self._web.service.clock()
+        made = await gatherer.call(dispatch.submission, self._lives, self._task, account.name, body)
+        if made is None:
+            return await gatherer.call(
+                dispatch.follow_up, self._lives, self._task, account.name, body, now
+            ), None
+        if made.request.reply_queue is not None:
+            raise ReplyNotAllowed("reply_queue is for requests over AMQP; over HTTP the answer comes at once")
+        outcome = await gatherer.mint(Submission(made.request, account.name))
+        return await gatherer.call(answers.answer, outcome, now), outcome
+
+    def _note(self, req: asgi.Request, account: Account, answer: Answer, outcome: Outcome | None) -> None:
+        reason = answer.error["reason"] if answer.error else None
+        done = "refused" if reason else "repeated" if outcome and outcome.repeated else "served"
+        if outcome is None:
+            self._web.metrics.follow_up(self._task, done)
+        logs.request_event(
+            task=self._task,
+            client=account.name,
+            vo=self._vo,
+            request_id=answer.request_id,
+            traceparent=req.get_header("traceparent"),
+            outcome=done,
+            reason=reason,
+            tokens=len(outcome.issued) if outcome else None,
+            refused=len(outcome.refusals) if outcome else None,
+            changed=answer.changed or None,
+        )
+
+
+class _Trace:
+    """What became of the caller's own tokens: claims and states, never a token."""
+
+    def __init__(self, web: Web, vo: str) -> None:
+        self._web = web
+        self._vo = vo
+
+    async def on_get(self, req: asgi.Request, resp: asgi.Response) -> None:
+        account = await self._web.authenticate(req, self._vo, {})
+        asked = [(by, req.get_param(by)) for by in _QUESTIONS if req.get_param(by) is not None]
+        if len(asked) != 1:
+            raise InvalidRequest(f"expected exactly one of {', '.join(_QUESTIONS)}")
+        ((by, value),) = asked
+        found = await self._web.gatherer.call(self._find, by, value or "")
+        send(resp, {"tokens": [story for story in found if story.client == account.name]})
+
+    def _find(self, by: str, value: str) -> list[stories.Story]:
+        pool, now = self._web.service.pool, self._web.service.clock()
+        asked: Any = _uuid(by, value) if by in ("jti", "request_id") else value
+        if by == "request_id":
+            return stories.find_request(pool, asked)[0]
+        since = now - timedelta(days=TRACE_DAYS)
+        if by == "jti":
+            since = min(since, datetime.fromtimestamp(unix_time(asked), UTC) - timedelta(seconds=1))
+        return stories.find(pool, by, asked, since, now + timedelta(days=1), TRACE_LIMIT)
+
+
+def _uuid(by: str, value: str) -> UUID:
+    try:
+        return UUID(value)
+    except ValueError:
+        raise InvalidRequest(f"{by} is not a UUID") from None

@@ -1,0 +1,135 @@
+"""The client's HTTP side, its default: a request is sent until it is answered, always under its own id."""
+
+import random
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlencode, urlsplit, urlunsplit
+
+import msgspec
+import urllib3
+from msgspec import Struct
+
+from minter.errors import InvalidRequest, MinterError, ServerError, SettingsError, Unavailable, from_dict
+from minter.requests import Answer
+
+FIRST_DELAY_SECONDS, MAX_DELAY_SECONDS = 0.2, 10.0
+PASSING = frozenset({429, 502, 503, 504})
+"""Statuses that another try may change; the request keeps its id, so nothing is made twice."""
+MAX_THREADS = 8
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")
+
+_answer = msgspec.json.Decoder(Answer)
+
+
+class HttpTransport:
+    """Connections to one issuer's HTTP service; may be used by several threads.
+
+    `url` is the issuer's (`https://host/vo/`), plain http only on this machine. `client` and `secret` are
+    what the operators registered; either may stand in the URL instead.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        client: str | None,
+        secret: str | None,
+        *,
+        timeout_seconds: float,
+        ca: str | None = None,
+        window: int = 64,
+    ) -> None:
+        parts = urlsplit(url)
+        self.client = client or unquote(parts.username or "")
+        secret = secret or unquote(parts.password or "")
+        if not (self.client and secret):
+            raise InvalidRequest("no client or no secret: name both, or put them into the URL")
+        if parts.scheme != "https" and parts.hostname not in _LOOPBACK:
+            raise SettingsError("plain http would show secrets and tokens to others, expected an https URL")
+        self.timeout_seconds = timeout_seconds
+        self.window = window
+        host = parts.netloc.rpartition("@")[2]
+        self._base = urlunsplit((parts.scheme, host, parts.path.rstrip("/") + "/v1/", "", ""))
+        folder = ca is not None and Path(ca).is_dir()
+        self._pool = urllib3.PoolManager(
+            maxsize=MAX_THREADS,
+            ca_certs=None if folder else ca,
+            ca_cert_dir=ca if folder else None,
+            headers=urllib3.make_headers(basic_auth=f"{self.client}:{secret}"),
+            retries=False,
+        )
+
+    def __repr__(self) -> str:
+        """Name the client; the URL may hold a secret."""
+        return f"<HttpTransport of {self.client}>"
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._pool.clear()
+
+    def ask(self, task: str, requests: Sequence[Struct]) -> Iterator[Answer]:
+        """Send requests, some of them at once, and yield their answers in order.
+
+        Raises Unavailable when a request had no answer for `timeout_seconds`.
+        """
+        endpoint = task.rpartition(".")[2]
+        if len(requests) == 1:
+            yield self._post(endpoint, requests[0])
+            return
+        with ThreadPoolExecutor(min(MAX_THREADS, self.window)) as threads:
+            yield from threads.map(lambda request: self._post(endpoint, request), requests)
+
+    def trace(self, question: Mapping[str, str]) -> list[dict[str, Any]]:
+        """Return what became of this client's tokens, by one of the questions of `/v1/trace`."""
+        status, body = self._until_answered("GET", f"trace?{urlencode(question)}")
+        told = msgspec.json.decode(body)
+        if status != 200:  # noqa: PLR2004
+            raise from_dict(told)
+        return list(told["tokens"])
+
+    def _post(self, endpoint: str, request: Struct) -> Answer:
+        status, body = self._until_answered("POST", endpoint, msgspec.json.encode(request))
+        try:
+            return _answer.decode(body)
+        except msgspec.DecodeError:
+            raise _refusal(status, body) from None
+
+    def _until_answered(self, method: str, endpoint: str, body: bytes | None = None) -> tuple[int, bytes]:
+        """Return status and body of an answer that is final."""
+        started, delay = time.monotonic(), FIRST_DELAY_SECONDS
+        headers = {**self._pool.headers, "Content-Type": "application/json"}
+        while True:
+            left = self.timeout_seconds - (time.monotonic() - started)
+            cause: Exception | None = None
+            wait = delay * random.uniform(0.5, 1.5)  # noqa: S311 - jitter
+            try:
+                response = self._pool.request(
+                    method, self._base + endpoint, body=body, headers=headers, timeout=max(left, 0.1)
+                )
+                if response.status not in PASSING:
+                    return response.status, response.data
+                said = response.headers.get("Retry-After", "")
+                wait = max(wait, float(said)) if said.isdecimal() else wait
+                cause = _refusal(response.status, response.data)
+            except urllib3.exceptions.HTTPError as error:
+                if isinstance(error, urllib3.exceptions.SSLError):
+                    raise SettingsError(f"the engine's certificate is not trusted: {error}"[:300]) from None
+                cause = error
+            if left <= wait:
+                raise Unavailable(
+                    f"no answer within {self.timeout_seconds:.0f} s ({type(cause).__name__}); the same "
+                    "request_id may be sent again"
+                ) from cause
+            time.sleep(wait)
+            delay = min(2 * delay, MAX_DELAY_SECONDS)
+
+
+def _refusal(status: int, body: bytes) -> MinterError:
+    """Return the error of an answer that is not of the contract's form: from before the engine."""
+    try:
+        told = msgspec.json.decode(body, type=dict[str, Any])
+    except msgspec.DecodeError:
+        return ServerError(f"HTTP status {status} without an answer of ours; is a proxy in between?")
+    return from_dict(told)

@@ -1,0 +1,296 @@
+"""One process of the HTTP service: what every endpoint shares, and the documents that anybody may read.
+
+Limits, authentication and errors are here; `transfers` and `issuer` have the endpoints of clients. Every
+answer is JSON and repeats nothing that could be taken for a page. Bodies are never logged.
+"""
+
+import asyncio
+import logging
+import re
+import time
+from collections.abc import Mapping
+from datetime import datetime, timedelta
+from typing import Any
+from urllib.parse import parse_qsl, urlsplit
+
+import msgspec
+from falcon import HTTPError, asgi
+
+from minter import database, keys, logs, publish
+from minter.credentials import Account, Credentials, presented
+from minter.errors import (
+    Conflict,
+    Expired,
+    InvalidClient,
+    InvalidRequest,
+    MinterError,
+    NoUsableKey,
+    RequestError,
+    ServerError,
+    TooManyRequests,
+    Unavailable,
+    UnknownRequest,
+)
+from minter.gather import Gatherer
+from minter.metrics import Metrics
+from minter.ratelimits import RateLimit
+from minter.wiring import Service
+
+logger = logging.getLogger(__name__)
+
+MAX_FORM_BYTES = 64 * 1024
+MAX_FORM_FIELDS = 32
+WATCH_SECONDS = 1.0
+"""How soon a rotation, a revocation or a new client shows in every process."""
+REBUILD = timedelta(minutes=1)
+"""Keys leave the JWKS by time, too."""
+KEYS_CACHE = "public, max-age=3600"
+"""What verifiers may keep discovery and keys for: the shortest refresh of WLCG 1.3 §4.3.1."""
+
+_STATUS_OF_CLASS: dict[type[MinterError], int] = {
+    UnknownRequest: 404, Conflict: 409, Expired: 410, TooManyRequests: 429,
+}  # fmt: skip
+_STATUS_OF_CODE = {
+    "invalid_client": 401, "access_denied": 403, "server_error": 500, "temporarily_unavailable": 503,
+}  # fmt: skip
+"""Everything else is the caller's to change: 400 (RFC 6749 §5.2)."""
+_HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+    "Referrer-Policy": "no-referrer",
+}
+_NOT_DESCRIBABLE = re.compile(r"[^\x20\x21\x23-\x5b\x5d-\x7e]")
+encode = msgspec.json.Encoder().encode
+
+
+def status_of(error: MinterError) -> int:
+    """Return the HTTP status of an error."""
+    return _STATUS_OF_CLASS.get(type(error), _STATUS_OF_CODE.get(error.code, 400))
+
+
+def shown(error: MinterError) -> dict[str, Any]:
+    """Return an error as any client may see it: its own faults named, ours opaque (RFC 6749 §5.2)."""
+    if not isinstance(error, RequestError | Unavailable):
+        error = ServerError("the engine failed on this request; its operators have the log")
+    told = error.as_dict()
+    return {**told, "error_description": _NOT_DESCRIBABLE.sub("'", error.message)[:400]}
+
+
+def send(resp: asgi.Response, content: object, status: int = 200) -> None:
+    """Answer with a JSON value that nobody may keep."""
+    resp.status = status
+    resp.content_type = "application/json"
+    resp.data = content if isinstance(content, bytes) else encode(content)
+    resp.set_header("Cache-Control", "no-store")
+    resp.set_header("Pragma", "no-cache")
+
+
+class Web:
+    """What the endpoints of one process share."""
+
+    def __init__(self, service: Service, metrics: Metrics) -> None:
+        self.service = service
+        self.settings = service.loaded.settings.http
+        self.metrics = metrics
+        self.gatherer = Gatherer(service.engine, service.clock, self.settings.waiting_requests)
+        self.credentials = Credentials(service.pool, service.keystore, service.clock)
+        self.ring: list[keys.Key] = []
+        self.documents: Mapping[str, bytes] = {}
+        self._built: datetime | None = None
+        self._limit = RateLimit(self.settings.requests_per_second)
+
+    # ── what changes ─────────────────────────────────────────────────────────────────────────
+
+    def look(self) -> None:
+        """Read again what operators changed; in the engine's thread. Raises Unavailable."""
+        now = self.service.clock()
+        changed = self.credentials.refresh()
+        if changed or self._built is None or now - self._built > REBUILD:
+            with database.transaction(self.service.pool) as connection:
+                self.ring = database.read_keys(connection)
+            self.documents = publish.documents(self.ring, self.service.loaded.issuers, now)
+            self._built = now
+
+    async def watch(self) -> None:
+        """Look once a second, for ever; what was read last stays while Postgres is away."""
+        while True:
+            try:
+                await self.gatherer.call(self.look)
+            except (Unavailable, NoUsableKey) as error:
+                logger.warning("keys and clients stay as they were: %s", error)
+            except Exception:
+                logger.exception("keys and clients could not be read")
+            await asyncio.sleep(WATCH_SECONDS)
+
+    def ready(self) -> None:
+        """Raise unless tokens could be recorded and signed now; in the engine's thread."""
+        engine = self.service.engine
+        with engine.store.recording() as tx:
+            control, _ = tx.control()
+        for vo in self.service.loaded.issuers:
+            engine.unlock(keys.active(control.ring, vo))
+
+    # ── what a request brings ────────────────────────────────────────────────────────────────
+
+    async def body(self, req: asgi.Request, most: int, kind: str) -> bytes:
+        """Read a body of the content type `kind`; raises InvalidRequest if it is too large, or too slow."""
+        if (req.content_type or "").partition(";")[0].strip().lower() != kind:
+            raise InvalidRequest(f"the content type is not {kind}")
+        chunks, size = [], 0
+        try:
+            async with asyncio.timeout(self.settings.body_seconds):
+                async for chunk in req.stream:
+                    size += len(chunk)
+                    if size > most:
+                        raise InvalidRequest(f"the body is too large, expected at most {most} bytes")
+                    chunks.append(chunk)
+        except TimeoutError:
+            raise InvalidRequest(f"the body did not come within {self.settings.body_seconds} s") from None
+        return b"".join(chunks)
+
+    async def form(self, req: asgi.Request) -> dict[str, str]:
+        """Read a form (RFC 6749 §3.2): parameters without a value are left out, none may come twice."""
+        body = await self.body(req, MAX_FORM_BYTES, "application/x-www-form-urlencoded")
+        try:
+            pairs = parse_qsl(body.decode(), max_num_fields=MAX_FORM_FIELDS, errors="strict")
+        except ValueError:
+            raise InvalidRequest(
+                f"the body is not a form in UTF-8 of at most {MAX_FORM_FIELDS} fields"
+            ) from None
+        form = dict(pairs)
+        if len(form) != len(pairs):
+            raise InvalidRequest("a parameter comes more than once (RFC 6749 §3.2)")
+        return form
+
+    async def authenticate(self, req: asgi.Request, vo: str, form: Mapping[str, str]) -> Account:
+        """Return who asks; raises InvalidClient, TooManyRequests, InvalidRequest."""
+        who = presented(req.get_header("Authorization"), form)
+        account = await self._known(req, who, vo)
+        if account is None:
+            await asyncio.sleep(self.credentials.fresh_for())  # who was just registered is known then
+            await self.gatherer.call(self.credentials.refresh)
+            account = await self._known(req, who, vo)
+        if account is None or form.get("client_id", account.name) != account.name:
+            raise InvalidClient(
+                "client authentication failed; the client's name and secret, or a fresh assertion, are needed"
+            )
+        if wait := self._limit.wait(account.name, time.monotonic()):
+            raise TooManyRequests(
+                f"client {account.name!r} asks more than {self.settings.requests_per_second} times a second",
+                retry_after=max(1, round(wait)),
+            )
+        return account
+
+    async def _known(self, req: asgi.Request, who: Any, vo: str) -> Account | None:
+        if not who.assertion:
+            return self.credentials.by_secret(who, vo)
+        issuer = self.service.loaded.issuers[vo]
+        audience = [issuer, f"{issuer}token", issuer + req.path.rpartition("/")[2]]
+        return await self.gatherer.call(self.credentials.by_assertion, who, vo, audience)
+
+
+# ── the application ──────────────────────────────────────────────────────────────────────────
+
+
+class _Shell:
+    """What happens around every request: tolerated paths, headers, counts, and the watch."""
+
+    def __init__(self, web: Web) -> None:
+        self._web = web
+        self._watch: asyncio.Task[None] | None = None
+
+    async def process_startup(self, _scope: object, _event: object) -> None:
+        self._watch = asyncio.create_task(self._web.watch())
+
+    async def process_shutdown(self, _scope: object, _event: object) -> None:
+        if self._watch is not None:
+            self._watch.cancel()
+
+    async def process_request(self, req: asgi.Request, _resp: asgi.Response) -> None:
+        if "//" in req.path:  # ftstokenrefresherd asks for //.well-known/openid-configuration
+            req.path = re.sub("/{2,}", "/", req.path)
+
+    async def process_response(
+        self, req: asgi.Request, resp: asgi.Response, _resource: object, _succeeded: bool
+    ) -> None:
+        resp.set_headers(_HEADERS)
+        self._web.metrics.http(req.uri_template or "", int(resp.status_code))
+
+
+class _Document:
+    """A document that anybody may read, as it was made last."""
+
+    def __init__(self, web: Web, name: str) -> None:
+        self._web = web
+        self._name = name
+
+    async def on_get(self, _req: asgi.Request, resp: asgi.Response, **_: str) -> None:
+        document = self._web.documents.get(self._name)
+        if document is None:
+            raise Unavailable("this issuer has published no key yet")
+        send(resp, document)
+        resp.set_header("Cache-Control", KEYS_CACHE)
+        resp.set_header("Access-Control-Allow-Origin", "*")
+
+
+class _Health:
+    """`/health`: the process serves. `/ready`: tokens could be recorded and signed now."""
+
+    def __init__(self, web: Web) -> None:
+        self._web = web
+
+    async def on_get(self, _req: asgi.Request, resp: asgi.Response) -> None:
+        send(resp, {"status": "alive"})
+
+    async def on_get_ready(self, _req: asgi.Request, resp: asgi.Response) -> None:
+        await self._web.gatherer.call(self._web.ready)
+        send(resp, {"status": "ready"})
+
+
+async def _refuse(req: asgi.Request, resp: asgi.Response, error: MinterError, _params: object) -> None:
+    """Answer with an error of the tree; what is not the caller's fault is logged with its cause.
+
+    Where answers are the contract's (schemas/answer.json), the error is inside one.
+    """
+    status = status_of(error)
+    if not isinstance(error, RequestError | Unavailable):
+        logger.error("%s failed", req.uri_template, exc_info=error)
+    told = shown(error)
+    send(resp, {"error": told} if getattr(req.context, "answers", False) else told, status)
+    if status == _STATUS_OF_CODE["invalid_client"]:
+        resp.set_header("WWW-Authenticate", 'Basic realm="minter"')
+    if isinstance(error, Unavailable):
+        resp.set_header("Retry-After", str(error.fields.get("retry_after", 5)))
+    logs.event(logs.requests_logger, "refused", task=req.uri_template, reason=error.reason)
+
+
+async def _fail(req: asgi.Request, resp: asgi.Response, error: Exception, _params: object) -> None:
+    """Answer what nobody foresaw: opaque, and logged with its cause."""
+    logger.error("%s failed", req.uri_template, exc_info=error)
+    send(resp, shown(ServerError("")), 500)
+
+
+async def _http_error(_req: asgi.Request, resp: asgi.Response, error: HTTPError, _params: object) -> None:
+    """Answer what falcon refuses: no such path, no such method."""
+    send(resp, {"error": "invalid_request", "error_description": error.title}, error.status_code)
+    for name, value in dict(error.headers or {}).items():
+        resp.set_header(name, value)
+
+
+def base_path(issuer: str) -> str:
+    """Return the path that an issuer's endpoints are below; it ends in a slash."""
+    return urlsplit(issuer).path
+
+
+def application(web: Web) -> "asgi.App[Any, Any]":
+    """Return the application with the documents of every issuer, and health."""
+    app: asgi.App[Any, Any] = asgi.App(middleware=_Shell(web))
+    app.add_error_handler(Exception, _fail)
+    app.add_error_handler(HTTPError, _http_error)
+    app.add_error_handler(MinterError, _refuse)
+    app.add_route("/health", _Health(web))
+    app.add_route("/ready", _Health(web), suffix="ready")
+    for issuer in web.service.loaded.issuers.values():
+        for name in publish.names(issuer):
+            app.add_route(f"/{name}", _Document(web, name))
+    return app

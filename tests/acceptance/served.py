@@ -1,0 +1,116 @@
+"""A real HTTP service on a free port, with TLS and a CA of its own."""
+
+import os
+import signal
+import ssl
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import httpx
+
+from minter import migrations, settings, stack, wiring
+from minter.client import MinterClient
+from tests.conftest import EXAMPLES, MASTER_KEY, ROOT, _admin, _dsn
+from tests.servers import certificates, free_ports
+
+VO = "alpen"
+
+
+class Served:
+    """`minter serve` on a fresh database; `iss` is what clients are configured with."""
+
+    def __init__(self, folder: Path, postgres_dsn: str, more: str = "", processes: int = 2, http: str = ""):
+        self.folder = folder
+        self.database = f"minter_http_{uuid.uuid4().hex[:8]}"
+        self.admin = postgres_dsn
+        (self.port,) = free_ports(1)
+        self.host = f"https://localhost:{self.port}"
+        self.iss = f"{self.host}/{VO}/"
+        self.ca = certificates(folder)
+        self.secrets: dict[str, str] = {}
+        text = (EXAMPLES / "settings.toml").read_text()
+        text = text.replace("https://tokens.vo-alpen.example.org/alpen/", self.iss)
+        text = text.replace('"rucio-41.5/', f'"{EXAMPLES}/rucio-41.5/')
+        text += f'\n[http]\nport = {self.port}\nprocesses = {processes}\ncertificate = "host.pem"\nkey = "host.key"\n{http}\n{more}'
+        path = folder / "settings.toml"
+        path.write_text(text)
+        dsn = _dsn(postgres_dsn, self.database)
+        self.environ = {
+            **os.environ,
+            "MINTER_SETTINGS": str(path),
+            "MINTER_DSN": dsn,
+            "MINTER_MASTER_KEY_ALPEN": MASTER_KEY,
+            "PYTHONPATH": str(ROOT),
+        }
+        _admin(postgres_dsn, f"CREATE DATABASE {self.database}")
+        self.service = wiring.Service(settings.load(path, self.environ))
+        migrations.upgrade(self.service.pool)
+        self.service.prepare()
+        self.service.create_key(VO, "ES256", "tests")
+        self.process: subprocess.Popen | None = None
+        self.start()
+
+    def start(self):
+        with (self.folder / "serve.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "minter.cli", "serve"],
+                env=self.environ, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=ROOT,
+            )  # fmt: skip
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            try:
+                with self.http() as http:
+                    if http.get("/ready").status_code == 200:
+                        return
+            except httpx.TransportError:
+                time.sleep(0.1)
+        self.close()
+        raise AssertionError(self.log())
+
+    def http(self, name=None, **options):
+        """Return an HTTP client; as a registered client if it is named."""
+        auth = (name, self.secrets[name]) if name else None
+        context = ssl.create_default_context(cafile=str(self.ca))
+        return httpx.Client(base_url=self.host, verify=context, auth=auth, timeout=30, **options)
+
+    def client(self, name="rucio", **options):
+        return MinterClient(self.iss, name, self.secrets[name], ca=str(self.ca), **options)
+
+    def add_client(self, name, **columns):
+        """Register a client with a secret; `columns` are of its row."""
+        from minter import catalogue
+
+        made = stack.add_client(self.service, name, VO, "tests")
+        if columns:
+            catalogue.change_client(self.service.pool, name, columns, "tests")
+        self.secrets[name] = wiring.new_secret()
+        self.service.set_secret(made, self.secrets[name], "tests")
+        return made
+
+    def token(self, name, **form):
+        """POST to the token endpoint; return the response."""
+        with self.http(name) as http:
+            return http.post(f"/{VO}/token", data=form)
+
+    def minter(self, *arguments, check=True):
+        return subprocess.run(
+            [sys.executable, "-m", "minter.cli", *map(str, arguments)],
+            env=self.environ, capture_output=True, text=True, check=check, cwd=ROOT,
+        )  # fmt: skip
+
+    def log(self):
+        return (self.folder / "serve.log").read_text(errors="replace")
+
+    def stop(self, number=signal.SIGTERM):
+        if self.process is not None:
+            self.process.send_signal(number)
+            self.process.wait(30)
+            self.process = None
+
+    def close(self):
+        self.stop()
+        self.service.pool.dispose()
+        _admin(self.admin, f"DROP DATABASE {self.database} WITH (FORCE)")

@@ -1,0 +1,300 @@
+"""Transfers over HTTP, the documents that anybody may read, and what protects the service."""
+
+import concurrent.futures
+import json
+import socket
+import ssl
+import time
+import uuid
+
+import pytest
+
+from minter import keys, wiring
+from minter.client import FileReport, FileRequest, JobReport, MinterClient
+from minter.errors import InvalidClient, InvalidRequest, SettingsError, Unavailable, UnknownRequest
+from tests.acceptance.served import VO
+from tests.conftest import EXAMPLES
+from tests.integration.test_mint import OTHER, SE
+
+COPY = FileRequest(sources=(SE + "h/a",), destinations=(OTHER + "h/a",), size=10**9, external_id="h-a")
+
+
+@pytest.fixture
+def client(served):
+    with served.client() as made:
+        yield made
+
+
+# ── documents ────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        f"/{VO}/.well-known/openid-configuration",
+        f"/{VO}//.well-known/openid-configuration",
+        f"//{VO}/.well-known/openid-configuration",
+        f"/.well-known/openid-configuration/{VO}",
+    ],
+)
+def test_discovery_in_every_form_that_clients_ask_for(served, path):
+    with served.http() as http:
+        answer = http.get(served.host + path)
+    assert answer.status_code == 200
+    assert answer.headers["cache-control"] == "public, max-age=3600"
+    found = answer.json()
+    assert found["issuer"] == served.iss
+    assert {found[f"{e}_endpoint"] for e in ("token", "introspection", "revocation")} == {
+        f"{served.iss}{p}" for p in ("token", "introspect", "revoke")
+    }
+
+
+def test_the_key_set_verifies_what_is_minted(served, client):
+    with served.http() as http:
+        (key,) = http.get(f"/{VO}/jwks.json").json()["keys"]
+    for token in client.mint([COPY]).tokens:
+        keys.verify(token.reveal().encode(), key)
+
+
+def test_the_files_of_publish_are_the_same_documents(served, tmp_path):
+    served.minter("publish", tmp_path)
+    with served.http() as http:
+        for path in (f"{VO}/jwks.json", f"{VO}/.well-known/openid-configuration"):
+            assert http.get(f"/{path}").json() == json.loads((tmp_path / path).read_text())
+
+
+def test_health_and_readiness(served):
+    with served.http() as http:
+        assert http.get("/health").json() == {"status": "alive"}
+        assert http.get("/ready").json() == {"status": "ready"}
+        assert http.get("/nothing").json()["error"] == "invalid_request"
+
+
+# ── transfers ────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_whole_life_of_a_request(client):
+    made = client.mint([COPY], activity="Production")
+    assert [t.side for t in made.tokens] == ["destination", "source"]
+    (id_,) = made.request_ids
+    again = client.mint([COPY], activity="Production", request_id=id_)
+    fetched = client.fetch(id_)
+    assert [t.reveal() for t in made.tokens] == [t.reveal() for t in again.tokens]
+    assert {t.reveal() for t in made.tokens} == {t.reveal() for t in fetched.tokens}
+    renewed = client.renew(id_)
+    assert {t.scope for t in renewed.tokens} == {t.scope for t in made.tokens}
+    told = client.report(
+        [FileReport(state="active", external_id="h-a")],
+        jobs=[JobReport(wiring.new_uuid7(), id_, (0,))],
+    )
+    assert told.tokens >= 4
+    assert {s["state"] for s in client.trace(request_id=id_)} == {"active"}
+    assert client.cancel(id_).tokens == 2
+    assert {s["state"] for s in client.trace(external_id="h-a")} >= {"cancelled"}
+
+
+def test_a_job_of_rucios_is_filled(client):
+    job = json.loads((EXAMPLES / "rucio-41.5/jobs/multihop-1.json").read_text())
+    filled = client.fill_job(job.get("job", job))
+    assert filled.bearer is not None
+    assert all(f["source_tokens"] and f["destination_tokens"] for f in filled.job["files"])
+
+
+def test_many_files_in_many_requests_at_once(client):
+    files = [FileRequest(sources=(SE + f"many/{n}",)) for n in range(950)]
+    result = client.mint_many(files, chunk=100)
+    assert [t.file for t in result.tokens] == list(range(950))
+    whole = client.mint(files)  # one answer, however large
+    assert len(whole.tokens) == 950
+
+
+def test_lone_requests_that_come_together_share_their_transactions(served):
+    served.add_client("crowd")
+    before = commits(served)
+    with served.client("crowd") as one, concurrent.futures.ThreadPoolExecutor(16) as threads:
+        results = list(threads.map(lambda n: one.mint([FileRequest(sources=(SE + f"c/{n}",))]), range(200)))
+    assert len({r.tokens[0].jti for r in results}) == 200
+    assert commits(served) - before < 400  # a test of sharing, not of speed: one each would do, too
+
+
+def commits(served):
+    from tests.conftest import rows
+
+    return rows(
+        served.service, "SELECT xact_commit FROM pg_stat_database WHERE datname = current_database()"
+    )[0][0]
+
+
+def test_errors_are_typed_with_their_status(served, client):
+    with pytest.raises(UnknownRequest):
+        client.fetch(wiring.new_uuid7())
+    with served.http("rucio") as http:
+        cases = [
+            (b"{", 400, "invalid_request"),
+            (b'{"request_id": "x"}', 400, "invalid_request"),
+            (json.dumps({"request_id": str(uuid.uuid4()), "files": [{"sources": [SE + "a"]}]}), 400, "invalid_request"),
+            (json.dumps({"request_id": str(wiring.new_uuid7()), "files": [{"sources": [SE + "a"]}], "client": "x"}), 401, "client_mismatch"),
+            (json.dumps({"request_id": str(wiring.new_uuid7()), "files": [{"sources": [SE + "a"]}], "reply_queue": "q"}), 403, "reply_not_allowed"),
+        ]  # fmt: skip
+        for body, status, reason in cases:
+            answer = http.post(f"/{VO}/v1/mint", content=body, headers={"Content-Type": "application/json"})
+            assert (answer.status_code, answer.json()["error"]["reason"]) == (status, reason), body
+        id_ = str(wiring.new_uuid7())
+        first, second = (
+            http.post(f"/{VO}/v1/mint", json={"request_id": id_, "files": [{"sources": [SE + n]}]})
+            for n in "ab"
+        )
+        assert (first.status_code, second.status_code) == (200, 409)
+
+
+def test_one_client_sees_nothing_of_anothers(served, client):
+    (id_,) = client.mint([COPY]).request_ids
+    served.add_client("stranger")
+    with served.client("stranger") as other:
+        assert other.trace(request_id=id_) == []
+        with pytest.raises(UnknownRequest):
+            other.fetch(id_)
+        assert other.cancel(external_ids=["h-a"]).unknown == ("external_ids[0]",)
+
+
+# ── who asks ─────────────────────────────────────────────────────────────────────────────────
+
+
+def test_only_who_knows_the_secret_is_served(served):
+    wrong = MinterClient(served.iss, "rucio", "wrong", ca=str(served.ca))
+    nobody = MinterClient(served.iss, "nobody", served.secrets["rucio"], ca=str(served.ca))
+    for one in (wrong, nobody):
+        with pytest.raises(InvalidClient) as refused:
+            one.mint([COPY])
+        assert "authentication failed" in refused.value.message
+    with served.http() as http:
+        answer = http.post(f"/{VO}/v1/mint", json={})
+    assert (answer.status_code, answer.headers["www-authenticate"]) == (401, 'Basic realm="minter"')
+
+
+def test_a_rotated_secret_works_at_once_and_the_old_one_as_long_as_was_said(served, tmp_path):
+    served.add_client("turning")
+    old = served.secrets["turning"]
+    with served.client("turning") as one:
+        one.mint([COPY])
+    served.minter("clients", "rotate", "turning", "--secret-file", tmp_path / "secret", "--keep-hours", "1")
+    new = (tmp_path / "secret").read_text().strip()
+    assert new != old
+    for secret in (new, old):
+        MinterClient(served.iss, "turning", secret, ca=str(served.ca)).mint([COPY])
+
+
+def test_a_disabled_client_is_refused_at_once(served):
+    served.add_client("gone")
+    with served.client("gone") as one:
+        one.mint([COPY])
+        served.minter("clients", "disable", "gone")
+        with pytest.raises(Exception, match=r"disabled|authentication failed"):
+            one.mint([COPY])
+
+
+def test_plain_http_to_another_host_and_unknown_cas_are_refused(served):
+    with pytest.raises(SettingsError, match="plain http"):
+        MinterClient("http://tokens.example.org/vo/", "a", "b")
+    with pytest.raises(InvalidRequest, match="no secret"):
+        MinterClient(served.iss, "a")
+    with pytest.raises(SettingsError, match="not trusted"):
+        MinterClient(served.iss, "rucio", served.secrets["rucio"]).mint([COPY])
+
+
+# ── abuse ────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_too_much_is_refused_before_it_is_read(served):
+    with served.http("rucio") as http:
+        large = http.post(
+            f"/{VO}/v1/mint", content=b"[" * (9 << 20), headers={"Content-Type": "application/json"}
+        )
+        assert large.status_code == 400
+        assert "too large" in large.json()["error"]["error_description"]
+        many = http.get("/health", headers={f"x-{n}": "y" * 1000 for n in range(200)})
+        assert many.status_code in (400, 431)
+
+
+def test_every_answer_has_the_headers_that_keep_it_from_being_a_page(served):
+    with served.http() as http:
+        for path in ("/health", "/nothing", f"/{VO}/jwks.json"):
+            answer = http.get(path)
+            assert answer.headers["x-content-type-options"] == "nosniff"
+            assert answer.headers["content-type"] == "application/json"
+            assert "<script>" not in http.get(f"/{VO}/v1/<script>").text
+
+
+@pytest.mark.slow
+def test_slow_clients_are_dropped_and_others_served_meanwhile(postgres_dsn, tmp_path):
+    from tests.acceptance.served import Served
+
+    served = Served(tmp_path, postgres_dsn, processes=1, http="body_seconds = 1.0\nheader_seconds = 1.0")
+    try:
+        served.add_client("rucio")
+        context = ssl.create_default_context(cafile=str(served.ca))
+        slow = []
+        for start in (
+            b"GET /health HTTP/1.1\r\nHost: x\r\n",
+            b"POST /alpen/token HTTP/1.1\r\nHost: x\r\nContent-Type: application/x-www-form-urlencoded\r\nContent-Length: 100\r\n\r\na",
+        ):
+            made = context.wrap_socket(
+                socket.create_connection(("localhost", served.port)), server_hostname="localhost"
+            )
+            made.sendall(start)
+            made.settimeout(10)
+            slow.append(made)
+        with served.client() as one:
+            assert one.mint([COPY]).tokens
+        began = time.monotonic()
+        for made in slow:
+            assert b"200" not in made.recv(4096)
+            made.close()
+        assert time.monotonic() - began < 8
+    finally:
+        served.close()
+
+
+def test_a_client_that_is_too_fast_is_told_when_to_come_back(postgres_dsn, tmp_path):
+    from tests.acceptance.served import Served
+
+    served = Served(tmp_path, postgres_dsn, processes=1, http="requests_per_second = 5")
+    try:
+        served.add_client("rucio")
+        served.add_client("other")
+        with served.http("rucio") as http:
+            statuses = [http.get(f"/{VO}/v1/trace", params={"path": "/x"}) for _ in range(12)]
+        assert {s.status_code for s in statuses} == {200, 429}
+        assert statuses[-1].headers["retry-after"] == "1"
+        with served.http("other") as http:
+            assert http.get(f"/{VO}/v1/trace", params={"path": "/x"}).status_code == 200
+        with served.client() as patient:
+            assert patient.mint([COPY]).tokens  # waits and gets it
+    finally:
+        served.close()
+
+
+def test_postgres_away_is_not_ready_and_nothing_is_refused_for_good(postgres_dsn, tmp_path):
+    from tests.acceptance.served import Served
+    from tests.conftest import _admin
+
+    served = Served(tmp_path, postgres_dsn, processes=1)
+    try:
+        served.add_client("rucio")
+        with served.client(timeout_seconds=3) as one, served.http() as http:
+            one.mint([COPY])
+            _admin(postgres_dsn, f"ALTER DATABASE {served.database} ALLOW_CONNECTIONS false")
+            _admin(
+                postgres_dsn,
+                f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{served.database}'",
+            )
+            assert http.get("/ready").status_code == 503
+            assert http.get("/health").status_code == 200
+            assert http.get(f"/{VO}/jwks.json").status_code == 200
+            id_ = wiring.new_uuid7()
+            with pytest.raises(Unavailable):
+                one.mint([COPY], request_id=id_)
+            _admin(postgres_dsn, f"ALTER DATABASE {served.database} ALLOW_CONNECTIONS true")
+            assert one.mint([COPY], request_id=id_).tokens
+    finally:
+        served.close()
