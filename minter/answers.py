@@ -8,7 +8,7 @@ from msgspec import structs
 
 from minter.errors import Expired, InvalidRequest, MinterError, RequestError, ServerError, Unavailable
 from minter.mint import Issued, Outcome
-from minter.policy import BACKDATE_SECONDS
+from minter.plans import BACKDATE_SECONDS
 from minter.requests import (
     MAX_BODY_BYTES,
     Answer,

@@ -14,7 +14,7 @@ from msgspec import Struct
 
 from minter.errors import TokenRejected
 from minter.keys import HARD_MAX_SECONDS
-from minter.policy import BACKDATE_SECONDS, MAX_CLAIM_CHARACTERS, Grant
+from minter.plans import BACKDATE_SECONDS, MAX_CLAIM_CHARACTERS, Grant
 
 WLCG_VERSION = "1.0"
 """Stays 1.0 until all verifiers read newer ones: dCache and XRootD refuse any other."""
@@ -33,6 +33,8 @@ class _Claims(Struct, gc=False, omit_defaults=True):
     nbf: int
     exp: int
     jti: str
+    groups: tuple[str, ...] = msgspec.field(default=(), name="wlcg.groups")
+    act: dict[str, Any] | None = None
 
 
 _encode = msgspec.json.Encoder().encode
@@ -45,12 +47,12 @@ def build_claims(grant: Grant, issuer: str, sub: str, client_id: str, now: int, 
     `exp - iat` is the grant's lifetime.
     """
     issued_at = now - BACKDATE_SECONDS
-    audience = grant.audience
+    audience, extra = grant.audience, grant.extra
     return _encode(
         _Claims(
             WLCG_VERSION,
             issuer,
-            sub,
+            extra.sub if extra else sub,
             audience[0] if len(audience) == 1 else audience,
             grant.scope,
             client_id,
@@ -58,6 +60,8 @@ def build_claims(grant: Grant, issuer: str, sub: str, client_id: str, now: int, 
             issued_at,
             issued_at + grant.lifetime.seconds,
             jti,
+            extra.groups if extra else (),
+            extra.act if extra else None,
         )
     )
 
@@ -107,10 +111,18 @@ def check_token(
     _same("header", header, {"alg": algorithm, "kid": kid, "typ": "JWT"})
     audience = list(grant.audience)
     start = now - 60
+    beside: dict[str, Any] = {}
+    if grant.extra is not None:
+        sub = grant.extra.sub
+        if grant.extra.groups:
+            beside["wlcg.groups"] = list(grant.extra.groups)
+        if grant.extra.act is not None:
+            beside["act"] = grant.extra.act
     _same(
         "claims",
         claims,
         {
+            **beside,
             "wlcg.ver": "1.0",
             "iss": issuer,
             "sub": sub,
@@ -138,7 +150,7 @@ def _meant(grant: Grant) -> Iterable[str]:
         name, colon, path = scope.partition(":")
         if name.startswith("storage.") and not (colon and path.startswith("/")):
             raise TokenRejected(f"scope {scope!r} has no absolute path")
-        if name == "offline_access":
+        if name == "offline_access" and grant.extra is None:
             raise TokenRejected("offline_access would make FTS manage the token")
         yield scope
 

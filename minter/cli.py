@@ -18,6 +18,7 @@ from rich.console import Console
 
 from minter import (
     claims,
+    cli_clients,
     cli_control,
     cli_publish,
     cli_storages,
@@ -34,6 +35,7 @@ from minter import (
     wiring,
 )
 from minter.amqp import connect, declare
+from minter.capabilities import ANY
 from minter.client import MinterClient, new_request_id
 from minter.console import AsJson, SettingsPath, console, guarded, open_service, read_object, show
 from minter.errors import InvalidRequest, TokenRejected, Unavailable
@@ -44,6 +46,7 @@ db_app = typer.Typer(no_args_is_help=True, help="The database.")
 broker_app = typer.Typer(no_args_is_help=True, help="The broker.")
 for name, group in (("db", db_app), ("broker", broker_app)):
     app.add_typer(group, name=name)
+cli_clients.register(app)
 cli_control.register(app)
 cli_publish.register(app)
 cli_storages.register(app)
@@ -146,6 +149,7 @@ def _check_database(service: wiring.Service) -> list[str]:
     with database.transaction(service.pool) as connection:
         ring = database.read_keys(connection)
         standby = connection.execute("SHOW synchronous_standby_names").fetchone()
+        clients = database.read_control(connection).clients.values()
     if standby is None or not standby[0]:
         warnings.append("Postgres has no synchronous standby: a lost disk loses issued rows")
     for vo in service.loaded.settings.issuers:
@@ -154,6 +158,11 @@ def _check_database(service: wiring.Service) -> list[str]:
             warnings.append(f"{vo}: no active signing key; run: minter keys create --vo {vo}")
         elif "prepared" not in states:
             warnings.append(f"{vo}: no standby key; run: minter keys create --vo {vo}")
+    warnings += [
+        f"client {c.name}: may have tokens for audience any, which every storage of the VO takes"
+        for c in clients
+        if set(ANY) & {*c.audiences}
+    ]
     ahead = housekeeping.partitions_ahead(service.pool, service.clock().date())
     if ahead < housekeeping.DAYS_AHEAD // 2:
         warnings.append(f"only {ahead} days of partitions ahead; is beat running?")

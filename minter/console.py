@@ -4,6 +4,7 @@ import getpass
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
@@ -14,11 +15,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from minter import wiring
+from minter import alive, database, wiring
+from minter.clients import Ban
 from minter.errors import InvalidRequest, MinterError, SettingsError, Unavailable
 from minter.stories import Story
 
 console = Console()
+MOST_SHOWN, MOST_LISTED = 20, 10_000
+"""Living tokens that are named on a terminal, and in JSON; the counts are of all."""
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 SettingsPath = Annotated[
     Path, typer.Option("--settings", envvar="MINTER_SETTINGS", help="The settings file (TOML).")
@@ -128,3 +132,29 @@ def _fate(one: Story) -> str:
     if one.renews:
         said.append(f"renews {one.renews}")
     return "\n".join(said)
+
+
+def show_living(service: wiring.Service, as_json: bool, done: str, what: Ban) -> None:
+    """Say what was done and what still works: nothing but revoking its key stops a token (I9)."""
+    living = alive.under(service.pool, what.kind, what.value, what.vo, service.clock())
+    most = MOST_LISTED if as_json else MOST_SHOWN
+    storages: Counter[str] = Counter()
+    found: list[alive.Living] = []
+    until = 0
+    for token in living:
+        storages[token.storage] += 1
+        until = max(until, token.exp)
+        if len(found) < most:
+            found.append(token)
+    total = storages.total()
+    show(
+        as_json,
+        {"done": done, "total": total, "storages": storages, "until": until or None, "alive": found},
+        lambda: as_table(
+            f"{done}; {total} tokens are out and work"
+            + (f", the last until {database.instant(until):%F %T} UTC; tell the sites" if until else ""),
+            ("storage", "jti", "scope", "until"),
+            [(t.storage, t.jti, t.scope, database.instant(t.exp)) for t in found]
+            + [(s, f"{n} in all", "", "") for s, n in storages.most_common() if total > len(found)],
+        ),
+    )

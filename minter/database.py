@@ -14,7 +14,9 @@ from uuid import UUID
 
 import msgspec
 import psycopg
+from msgspec import structs
 from psycopg import sql
+from psycopg.types.json import Jsonb
 from sqlalchemy import create_engine
 from sqlalchemy.engine import Engine as Pool
 
@@ -22,8 +24,9 @@ from minter.clients import Ban, Bans, Client
 from minter.errors import Unavailable
 from minter.keys import HARD_MAX_SECONDS, Key
 from minter.mint import Control, RequestRow, TokenRow, UseRow, path_hash
-from minter.policy import Plan
+from minter.plans import Plan
 from minter.sharing import Place
+from minter.wishes import Family, Subject
 
 CONTROL_LOCK = 0x6D696E74  # "mint": recording holds it shared, changes of the control tables alone
 
@@ -269,6 +272,53 @@ class Recording:
             ),
         ).fetchall()
         return {places[n - 1]: TokenRow(*row) for n, *row in rows}
+
+    def subjects(self, jtis: Sequence[UUID]) -> dict[UUID, Subject]:
+        """Read tokens that somebody wants to act with."""
+        rows = self._connection.execute(
+            "SELECT t.jti, t.payload, c.name, coalesce(r.on_behalf_of, ''), coalesce(r.activity, ''),"
+            " coalesce(r.kind, ''),"
+            " coalesce((SELECT l.state FROM token_states l WHERE l.jti = t.jti), t.state)::text,"
+            " k.state::text, t.expires_at FROM unnest(%s::uuid[]) AS w (jti)"
+            " JOIN tokens t USING (jti) JOIN clients c ON c.client_id = t.client_id"
+            " JOIN signing_keys k USING (key_id)"
+            " LEFT JOIN requests r ON (r.request_id, r.client_id) = (t.request_id, t.client_id)",
+            (sorted(set(jtis)),),
+        ).fetchall()
+        names = Subject.__struct_fields__
+        return {row[0]: Subject(**dict(zip(names, row, strict=True))) for row in rows}
+
+    def families(self, ids: Sequence[UUID]) -> dict[UUID, Family]:
+        """Read refresh families, locked in an order that cannot deadlock."""
+        names = Family.__struct_fields__
+        rows = self._connection.execute(
+            f"SELECT {', '.join(names)} FROM families WHERE family_id = ANY(%s)"
+            " ORDER BY family_id FOR UPDATE",
+            (list(ids),),
+        ).fetchall()
+        found = [Family(**dict(zip(names, row, strict=True))) for row in rows]
+        return {f.family_id: structs.replace(f, audience=tuple(f.audience)) for f in found}
+
+    def save_families(self, families: Sequence[Family]) -> None:
+        """Add families, or bring them to their new generation; one that ends is audited."""
+        if not families:
+            return
+        names = Family.__struct_fields__
+        with self._connection.cursor() as cursor:
+            cursor.executemany(
+                f"INSERT INTO families ({', '.join(names)}) VALUES ({', '.join(['%s'] * len(names))})"
+                " ON CONFLICT (family_id) DO UPDATE SET generation = excluded.generation,"
+                " rotated_at = excluded.rotated_at, revoked_at = excluded.revoked_at",
+                [
+                    structs.astuple(structs.replace(f, act=f.act and Jsonb(f.act), audience=list(f.audience)))
+                    for f in families
+                ],
+            )
+            cursor.executemany(
+                "INSERT INTO audit (actor, action, subject, details) SELECT name, 'refresh.reused', %s,"
+                " jsonb_build_object('subject_jti', %s::text) FROM clients WHERE client_id = %s",
+                [(str(f.family_id), str(f.subject_jti), f.client_id) for f in families if f.revoked_at],
+            )
 
     def recorded(
         self, ids: Sequence[tuple[UUID, int]]

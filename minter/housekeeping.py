@@ -100,10 +100,14 @@ def acquit(engine: Pool, digest: bytes) -> None:
         connection.execute("DELETE FROM suspects WHERE digest = %s", (digest,))
 
 
-def prune_assertions(engine: Pool) -> int:
-    """Forget the assertions that nobody could use again."""
+def prune_ended(engine: Pool, retention_days: int) -> int:
+    """Forget assertions that nobody could use again, and refresh families that ended so long ago."""
     with transaction(engine) as connection:
-        return connection.execute("DELETE FROM assertions WHERE expires_at < now()").rowcount
+        assertions = connection.execute("DELETE FROM assertions WHERE expires_at < now()").rowcount
+        families = connection.execute(
+            "DELETE FROM families WHERE ends_at < now() - make_interval(days => %s)", (retention_days,)
+        ).rowcount
+    return assertions + families
 
 
 def prune_suspects(engine: Pool) -> int:

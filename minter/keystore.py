@@ -21,7 +21,7 @@ from minter import keys
 from minter.errors import NoUsableKey, SettingsError
 
 MASTER_KEY_BYTES = 32
-SIGNING_KEY, PEPPER = "signing_key", "secrets_key"
+SIGNING_KEY, PEPPER, REFRESH = "signing_key", "secrets_key", "refresh_token"
 """The purposes that keys are derived for, and associated data begins with."""
 _NONCE_BYTES = 12
 _VERSION = b"\x01"
@@ -50,6 +50,11 @@ class MasterKey:
     def _cipher(self, purpose: str, material: bytes) -> AESGCM:
         info = f"minter {purpose} {self.vo}".encode()
         return AESGCM(HKDF(SHA256(), 32, salt=None, info=info).derive(material))
+
+    def derive(self, purpose: str) -> list[bytes]:
+        """Return a key for one purpose from each master key, the first one's first."""
+        info = f"minter {purpose} {self.vo}".encode()
+        return [HKDF(SHA256(), 32, salt=None, info=info).derive(material) for material in self._materials]
 
     def encrypt(self, purpose: str, row: str, secret: bytes) -> bytes:
         """Encrypt `secret` for one row of one purpose."""
@@ -102,10 +107,17 @@ class Keystore:
         self._masters = masters
         self._read = read
         self._open: dict[int, keys.Signer] = {}
+        self._refresh: dict[str, list[bytes]] = {}
 
     def seal(self, vo: str, signer: keys.Signer) -> bytes:
         """Return a new key's private half, encrypted for its row."""
         return self._master(vo).encrypt(SIGNING_KEY, signer.kid, signer.private_pem())
+
+    def refresh_keys(self, vo: str) -> list[bytes]:
+        """Return the keys of a VO's refresh tokens: the first signs, every one verifies."""
+        if vo not in self._refresh:
+            self._refresh[vo] = self._master(vo).derive(REFRESH)
+        return self._refresh[vo]
 
     def reseal(self, vo: str, purpose: str, row: str, sealed: bytes) -> bytes:
         """Return a secret encrypted anew, under the first master key; raises NoUsableKey."""

@@ -94,6 +94,24 @@ class Lives:
         return Answer(changed=changed, unknown=unknown, alive=[Alive(*row) for row in alive])
 
 
+def cancel_token(pool: Pool, client_id: int, jti: UUID, now: datetime) -> None:
+    """Cancel one of a client's own tokens, if it is one and has not ended."""
+    with transaction(pool) as connection:
+        _change(connection, _own(connection, client_id, [jti]), "cancelled", now)
+
+
+def end_family(pool: Pool, name: str, family_id: UUID) -> None:
+    """Revoke the refresh tokens that descend from one exchange of a client's, audited."""
+    with transaction(pool) as connection:
+        connection.execute(
+            "WITH ended AS (UPDATE families f SET revoked_at = now() FROM clients c"
+            " WHERE f.family_id = %s AND c.client_id = f.client_id AND c.name = %s AND f.revoked_at IS NULL"
+            " RETURNING c.name) INSERT INTO audit (actor, action, subject)"
+            " SELECT name, 'refresh.revoke', %s FROM ended",
+            (family_id, name, str(family_id)),
+        )
+
+
 def _note_jobs(connection: "psycopg.Connection[Any]", client_id: int, jobs: Sequence[JobReport]) -> list[str]:
     unknown = []
     for number, job in enumerate(jobs):

@@ -26,7 +26,7 @@ from uuid import UUID
 
 from msgspec import Struct, structs
 
-from minter import keys
+from minter import capabilities, keys
 from minter.claims import build_claims, check_token, unverified_claims
 from minter.clients import Bans, Client
 from minter.errors import (
@@ -44,10 +44,12 @@ from minter.errors import (
     from_dict,
 )
 from minter.keys import Key, RotationPolicy, Signer
-from minter.policy import BACKDATE_SECONDS, Decision, Grant, Plan, Policy, check_reply_queue
+from minter.plans import BACKDATE_SECONDS, Decision, Grant, Plan
+from minter.policy import Policy, check_reply_queue
 from minter.requests import Request, Side, check_request_id
 from minter.scopes import parse_scopes
 from minter.sharing import Kept, Place, Shared
+from minter.wishes import Family, Subject
 
 MAX_CLOCK_SKEW_SECONDS = 5.0
 """Beyond this difference to Postgres's clock a process refuses to sign."""
@@ -172,6 +174,18 @@ class Recording(Protocol):
         """Read for each place the shared token that lives longest."""
         ...
 
+    def subjects(self, jtis: Sequence[UUID]) -> dict[UUID, Subject]:
+        """Read tokens that somebody wants to act with."""
+        ...
+
+    def families(self, ids: Sequence[UUID]) -> dict[UUID, Family]:
+        """Read refresh families, which nobody else can change until the end."""
+        ...
+
+    def save_families(self, families: Sequence[Family]) -> None:
+        """Add families, or bring them to their new generation; one that ends is audited."""
+        ...
+
     def recorded(
         self, ids: Sequence[tuple[UUID, int]]
     ) -> dict[tuple[UUID, int], tuple[RequestRow, list[TokenRow]]]:
@@ -212,6 +226,7 @@ class Outcome(Struct, eq=False):
     repeated: bool = False
     client: Client | None = None
     decision: Decision | None = None
+    family: Family | None = None
 
 
 class Observed(Struct, frozen=True):
@@ -265,8 +280,9 @@ class Engine:
                 check_clock(skew)
             except ClockSkew as error:
                 return [structs.replace(o, error=error) for o in outcomes]
+            held = _Held(tx, pending)
             for outcome in pending:
-                self._begin(outcome, control, now, works, twins)
+                self._begin(outcome, control, now, works, twins, held)
             self._observe("decided", outcomes, now)
             ready = [w for w in works.values() if self._ready(w, control, now)]
             rules = tx.rules({g.plan for w in ready for g in w.decision.grants})
@@ -277,6 +293,7 @@ class Engine:
             shares = self._shares(tx, fresh, rules, now)
             tx.copy_tokens(row for w in fresh for row in self._sign(w, control, rules, shares, now))
             tx.copy_uses([use for w in fresh for use in w.uses])
+            tx.save_families(list({f.family_id: f for w in fresh if (f := w.outcome.family)}.values()))
             self._observe("copied", outcomes, now)
             known = [w for w in works.values() if w.key not in new]
             recorded = tx.recorded([w.key for w in known]) if known else {}
@@ -302,6 +319,7 @@ class Engine:
         now: datetime,
         works: "dict[tuple[UUID, str], _Work]",
         twins: "list[tuple[Outcome, _Work]]",
+        held: "_Held",
     ) -> None:
         """Decide one submission, or set it beside its equal one in the same batch."""
         request, name = outcome.submission.request, outcome.submission.client
@@ -315,10 +333,19 @@ class Engine:
         except RequestError as error:  # not a client, or no id to record it under
             outcome.error = error
             return
-        decision = self.policy.decide(request, client, control.bans)
+        on_behalf_of = request.on_behalf_of
+        if request.wish is None:
+            decision = self.policy.decide(request, client, control.bans)
+        else:
+            granted = capabilities.decide(
+                self.policy, request, client, control.bans, now, held.subjects, held.families
+            )
+            decision, outcome.family, on_behalf_of = granted
+            if outcome.family is not None:
+                held.families[outcome.family.family_id] = outcome.family
         outcome.client, outcome.decision, outcome.error = client, decision, decision.error
         outcome.refusals = [structs.asdict(r.record()) for r in decision.refused]
-        works[request.request_id, name] = _Work(outcome, client, decision)
+        works[request.request_id, name] = _Work(outcome, client, decision, on_behalf_of)
 
     def _ready(self, work: "_Work", control: Control, now: datetime) -> bool:
         """Make the request's row; False if no key may sign, so that nothing can be recorded."""
@@ -327,7 +354,7 @@ class Engine:
         shared = {(g.plan, g.shared) for g in grants if g.shared}
         work.row = RequestRow(
             request.request_id, client.client_id, request.digest, request.kind, _activity(request),
-            request.on_behalf_of, UUID(int=base), len(grants) + len(shared), work.outcome.refusals,
+            work.on_behalf_of, UUID(int=base), len(grants) + len(shared), work.outcome.refusals,
             work.decision.error.as_dict() if work.decision.error else None, now, request.renews,
             request.all_or_nothing,
         )  # fmt: skip
@@ -504,12 +531,13 @@ class Engine:
 class _Work:
     """One request on its way through the steps."""
 
-    __slots__ = ("client", "decision", "key", "outcome", "row", "signing_key", "uses")
+    __slots__ = ("client", "decision", "key", "on_behalf_of", "outcome", "row", "signing_key", "uses")
 
-    def __init__(self, outcome: Outcome, client: Client, decision: Decision) -> None:
+    def __init__(self, outcome: Outcome, client: Client, decision: Decision, on_behalf_of: str = "") -> None:
         self.outcome = outcome
         self.client = client
         self.decision = decision
+        self.on_behalf_of = on_behalf_of
         self.key = (outcome.submission.request.request_id, client.client_id)
         self.row: RequestRow
         self.signing_key: Key | None = None
@@ -554,6 +582,17 @@ class _Work:
         )  # fmt: skip
 
 
+class _Held:
+    """What the wishes of a batch are on: tokens of others, and refresh families, which change with it."""
+
+    def __init__(self, tx: Recording, outcomes: Sequence[Outcome]) -> None:
+        wishes = [w for o in outcomes if (w := o.submission.request.wish) is not None]
+        subjects = [w.subject[0] for w in wishes if w.subject]
+        families = [w.refresh[0] for w in wishes if w.refresh]
+        self.subjects = tx.subjects(subjects) if subjects else {}
+        self.families = tx.families(families) if families else {}
+
+
 def fts_token_id(token: bytes) -> int:
     """Return FTS's id of a token, the first 16 hex digits of its SHA-1, as a signed 64-bit number."""
     return int.from_bytes(hashlib.sha1(token, usedforsecurity=False).digest()[:8], signed=True)
@@ -583,7 +622,7 @@ def known_client(control: Control, name: str) -> Client:
 
 def _activity(request: Request) -> str:
     """Return the activity that a request has as a whole, SEVERAL if its files differ."""
-    activities = {file.activity or request.activity for file in request.files}
+    activities = {file.activity or request.activity for file in request.files} or {request.activity}
     return activities.pop() if len(activities) == 1 else SEVERAL
 
 

@@ -9,15 +9,10 @@ quirk or the route's rule that added it.
 import math
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
-from hashlib import sha256
-from typing import NamedTuple
 from urllib.parse import urlsplit
 
-import msgspec
-from msgspec import Struct, structs
-
 from minter.clients import Bans, Client
-from minter.dialects import DIALECTS, Needed, Operation, scopes_needed
+from minter.dialects import DIALECTS, Operation
 from minter.errors import (
     LifetimeNotAllowed,
     NeighbourRefused,
@@ -29,118 +24,26 @@ from minter.errors import (
     UnknownStorage,
     UnknownVO,
 )
-from minter.requests import File, Need, RefusedNeed, Request, refusal
-from minter.routes import (
-    FTS,
-    PROFILE_MAX_SECONDS,
-    PROFILE_MIN_SECONDS,
-    SHIPPED_ROUTES,
-    Granularity,
-    Mitigation,
-    Route,
+from minter.exchanges import Exchange
+from minter.plans import (
+    BACKDATE_SECONDS,
+    MAX_CLAIM_CHARACTERS,
+    Decision,
+    Grant,
+    Lifetime,
+    Plan,
+    Refused,
+    Step,
+    make_plan,
+    matches,
 )
+from minter.requests import File, Need, Request
+from minter.routes import FTS, PROFILE_MIN_SECONDS, SHIPPED_ROUTES, Route
 from minter.scopes import Scope, check_path, encode_path, parent, path_contains, raw_path
 from minter.storages import Area, Directory
 
-BACKDATE_SECONDS = 60
-"""How far iat and nbf lie in the past (WLCG §4.3.1): FTS and XRootD have no leeway."""
 _FTS_QUEUE_SECONDS = 3600
 """FTS counts `max_time_in_queue` in whole hours, and reads 0 as no limit."""
-MAX_CLAIM_CHARACTERS = 1_024
-"""FTS stores scope and audience in columns of this width."""
-
-
-class Step(NamedTuple):
-    """One step of a decision: the rule that applied, and what it did."""
-
-    rule: str
-    text: str
-
-
-class Plan(Struct, frozen=True, eq=False):
-    """All of a grant that does not depend on the file: made once, used for every file alike."""
-
-    route: Route | None
-    area: Area
-    operations: tuple[Operation, ...]
-    needed: tuple[Needed, ...]
-    cap_seconds: int
-    cap_rule: str
-    steps: tuple[Step, ...]
-    granularity: Granularity = "file"
-    digest: bytes = b""
-    """By which equal plans of all processes are one row."""
-
-    def __post_init__(self) -> None:
-        text = msgspec.json.encode([self.rule, self.area.storage, self.operations, self.steps])
-        structs.force_setattr(self, "digest", sha256(text).digest())
-
-    @property
-    def rule(self) -> str:
-        """The name of the rule that made it."""
-        return self.route.name if self.route else self.cap_rule
-
-
-class Lifetime(Struct, frozen=True, gc=False):
-    """How long a token lives: `seconds` from iat to exp, and what it was made of.
-
-    A derived need of `wanted` seconds beyond the cap is clipped. `fixed` is the part for transfer,
-    retries, staging and margin, so `seconds - fixed` is what the file may wait in a queue.
-    """
-
-    seconds: int
-    wanted: int
-    fixed: int
-
-
-class Grant(Struct, frozen=True, eq=False, gc=False):
-    """One token that may be made."""
-
-    need: Need
-    plan: Plan
-    path: str
-    scope: str
-    lifetime: Lifetime
-    external_id: str
-    shared: str = ""
-    """The path that the scopes are on instead, if the token serves other files, too."""
-
-    def whole(self) -> "Grant":
-        """Return the grant of the token that this one is a use of: with all the life it may have."""
-        cap = self.plan.cap_seconds
-        return structs.replace(self, path=self.shared, lifetime=Lifetime(cap, cap, self.lifetime.fixed))
-
-    @property
-    def audience(self) -> tuple[str, ...]:
-        """The audiences of the token: those of one storage endpoint."""
-        return self.plan.area.audience
-
-
-class Refused(NamedTuple):
-    """A need that gets no token, and why; `need` is None for a request refused as a whole."""
-
-    need: Need | None
-    error: RequestError
-
-    def record(self) -> RefusedNeed:
-        """Return the refusal as it is recorded and sent."""
-        return refusal(self.need, self.error)
-
-
-class Decision(Struct, frozen=True, eq=False):
-    """What a request gets; `error` refuses it whole, and then there are no grants."""
-
-    grants: list[Grant]
-    refused: list[Refused]
-    error: RequestError | None = None
-
-    def refused_files(self) -> list[int]:
-        """Return the numbers of the files that get no token at all."""
-        granted = {g.need.file for g in self.grants}
-        refused = {r.need.file for r in self.refused if r.need is not None}
-        return sorted(refused - granted)
-
-
 _CACHE_LIMIT = 512
 
 
@@ -152,20 +55,25 @@ class Policy:
         directories: Mapping[str, Directory],
         routes: Sequence[Route] = SHIPPED_ROUTES,
         fts: Sequence[FTS] = (),
+        exchanges: Sequence[Exchange] = (),
+        token_lifetime_seconds: int = 7200,
     ) -> None:
         for route in routes:
             route.check()
         self.directories = directories
         self.routes = tuple(routes)
         self.fts = {vo: _services(vo, fts) for vo in directories}
+        self.exchanges = tuple(exchanges)
+        self.token_lifetime_seconds = token_lifetime_seconds
         # Clients come and go with each change of the control tables; plans hold no limits of
         # theirs beyond this cache, whose size is bounded because activities are free text.
         self._plans: dict[tuple[Client, str, bool], dict[object, Plan | RequestError]] = {}
+        self._plans_of_steps: dict[object, Plan] = {}
 
     def decide(self, request: Request, client: Client, bans: Bans) -> Decision:
         """Decide every need of a request. Refusals are returned, not raised."""
         try:
-            self._admit(request, client, bans)
+            self.admit(request, client, bans)
             service = [self._service(request.service, client.vo)] if request.service else []
         except RequestError as error:
             return Decision([], [Refused(None, error)], error)
@@ -186,7 +94,8 @@ class Policy:
             return Decision([], [Refused(None, error)], error)
         return Decision(grants, refused)
 
-    def _admit(self, request: Request, client: Client, bans: Bans) -> None:
+    def admit(self, request: Request, client: Client, bans: Bans) -> None:
+        """Raise Banned, UnknownVO or ReplyNotAllowed for a request that is refused whole."""
         bans.check(
             client.vo,
             vo=client.vo,
@@ -301,13 +210,35 @@ class Policy:
                 f"client {client.name!r} may not {', '.join(need.operations)}, "
                 f"only {', '.join(sorted(client.operations))}"
             )
-        for route in self.routes:
-            if _matches(route, client, activity, via_fts, area, need):
-                return _make_plan(route, client, via_fts, area, need, "file" if narrow else route.granularity)
+        route = self.route_of(client, activity, via_fts, area, need)
+        if route is not None:
+            return make_plan(route, client, via_fts, area, need, "file" if narrow else route.granularity)
         return OperationNotAllowed(
             f"no route allows {', '.join(need.operations)} on storage {area.storage!r} "
             f"for client {client.name!r}; add a route or correct the request"
         )
+
+    def route_of(self, client: Client, activity: str, via_fts: bool, area: Area, need: Need) -> Route | None:
+        """Return the first route that matches, None if there is none."""
+        return next((r for r in self.routes if matches(r, client, activity, via_fts, area, need)), None)
+
+    def plan_of_steps(
+        self,
+        area: Area,
+        operations: tuple[Operation, ...],
+        cap_seconds: int,
+        rule: str,
+        steps: tuple[Step, ...],
+    ) -> Plan:
+        """Return the plan of a token that no single route made; equal ones are made once."""
+        key = (area.storage, area.audience, operations, cap_seconds, rule, steps)
+        plan = self._plans_of_steps.get(key)
+        if plan is None:
+            if len(self._plans_of_steps) >= _CACHE_LIMIT:
+                self._plans_of_steps.clear()
+            plan = Plan(None, area, operations, (), cap_seconds, rule, steps)
+            self._plans_of_steps[key] = plan
+        return plan
 
     def fts_url(self, vo: str, name: str) -> str:
         """Return an URL that means the FTS `name`, empty (the VO's first) if it left the settings."""
@@ -365,94 +296,6 @@ def _services(vo: str, fts: Sequence[FTS]) -> dict[str, Plan]:
             step = Step("fts", f"token for submitting to {service.name}, scope fts")
             found[host] = Plan(None, area, (), (), service.lifetime_seconds, "fts", (step,))
     return found
-
-
-def _matches(route: Route, client: Client, activity: str, via_fts: bool, area: Area, need: Need) -> bool:
-    def fits(value: str, patterns: tuple[str, ...]) -> bool:
-        return any(fnmatchcase(value, pattern) for pattern in patterns)
-
-    return (
-        route.via in ("any", "fts" if via_fts else "direct")
-        and (route.tape is None or route.tape == area.tape)
-        and set(route.operations).issuperset(need.operations)
-        and fits(area.vo, route.vos)
-        and fits(client.name, route.clients)
-        and fits(activity, route.activities)
-        and fits(area.storage, route.storages)
-    )
-
-
-def _make_plan(
-    route: Route, client: Client, via_fts: bool, area: Area, need: Need, granularity: Granularity
-) -> Plan:
-    asked = need.operations
-    steps = [
-        Step("storage", f"{area.storage}, dialect {area.dialect.name}, audience {', '.join(area.audience)}"),
-        Step("route", f"{route.name}: {', '.join(asked)}"),
-    ]  # fmt: skip
-    operations = list(asked)
-    writes = need.side == "destination" and ("write" in asked or "overwrite" in asked)
-    for rule in ("cleanup", "make_parents"):
-        if writes and getattr(route, rule):
-            operation: Operation = "retry" if rule == "cleanup" else "make_parents"
-            operations.append(operation)
-            steps.append(Step(f"route {route.name}, {rule}", f"adds the operation {operation}"))
-    needed = scopes_needed(area.dialect, operations, frozenset(route.forbid))
-    steps += [
-        Step(f"quirk {n.quirk.name}", f"adds {n.scope} on the {n.where}: {n.quirk.meaning}")
-        for n in needed
-        if n.quirk is not None
-    ]
-    if granularity != "file":
-        steps.append(
-            Step(f"route {route.name}, granularity", f"one token for the {granularity}, shared by its files")
-        )
-    cap, rule, why = _cap(route, client, via_fts, area, needed, granularity)
-    steps.append(Step(rule, why))
-    return Plan(route, area, asked, needed, cap, rule, tuple(steps), granularity)
-
-
-def _cap(
-    route: Route,
-    client: Client,
-    via_fts: bool,
-    area: Area,
-    needed: Sequence[Needed],
-    granularity: Granularity,
-) -> tuple[int, str, str]:
-    """Return the longest lifetime allowed, the rule that set it, and the sentence for `explain`."""
-    cap, rule = route.max_lifetime_seconds, f"route {route.name}"
-    why = f"lifetime at most {cap} s"
-    if cap > PROFILE_MAX_SECONDS:
-        if area.matching == "prefix":
-            cap, rule = PROFILE_MAX_SECONDS, f"dialect {area.dialect.name}"
-            why = f"at most {cap} s: paths are matched by prefix there, or in an unknown way"
-        elif failed := _failed_mitigations(route, via_fts, area, needed, granularity):
-            cap, rule = PROFILE_MAX_SECONDS, f"route {route.name}"
-            why = f"at most {cap} s: {', '.join(failed)} does not hold for this token"
-        else:
-            why += f", relying on {', '.join(route.mitigations)} ({route.risk_assessment})"
-    if client.max_lifetime_seconds is not None and client.max_lifetime_seconds < cap:
-        cap, rule = client.max_lifetime_seconds, f"client {client.name}"
-        why = f"lifetime at most {cap} s"
-    return cap, rule, why
-
-
-def _failed_mitigations(
-    route: Route, via_fts: bool, area: Area, needed: Sequence[Needed], granularity: Granularity
-) -> list[str]:
-    writes = [n for n in needed if n.scope in ("storage.create", "storage.modify")]
-    reads = [n for n in needed if n.scope == "storage.read"]
-    one_file = area.matching == "exact" and granularity == "file"
-    holds: dict[Mitigation, bool] = {
-        "narrow_write": not writes or (one_file and all(n.where == "file" for n in writes)),
-        "narrow_read": not reads or (one_file and all(n.where == "file" or n.quirk for n in reads)),
-        "one_storage": not any(a.endswith("wlcg.cern.ch/jwt/v1/any") for a in area.audience),
-        "no_modify": not any(n.scope == "storage.modify" for n in needed),
-        "fts_only": via_fts,
-        "pull_mode": True,  # asserted by the VO, nothing in a token shows it
-    }
-    return [m for m in route.mitigations if not holds[m]]
 
 
 def _area_path(area: Area, client: Client, path: str) -> str:

@@ -14,6 +14,7 @@ from msgspec import Meta, Struct
 
 from minter.dialects import Operation
 from minter.errors import InvalidRequest, RequestError
+from minter.wishes import Wish
 
 MAX_FILES = 2_000
 """Files in one request; the client library splits larger ones."""
@@ -125,7 +126,7 @@ class Request(Struct, frozen=True):
     """One submission, native or an FTS job, in the form that is decided on."""
 
     request_id: UUID
-    kind: Literal["mint", "fill_job", "renew"]
+    kind: Literal["mint", "fill_job", "renew", "token", "exchange", "refresh"]
     digest: bytes
     files: tuple[File, ...]
     vo: str | None = None
@@ -139,6 +140,7 @@ class Request(Struct, frozen=True):
     via_fts: bool = False
     job: Mapping[str, Any] | None = None
     renews: UUID | None = None
+    wish: Wish | None = None
 
     @property
     def unix_time(self) -> float:

@@ -10,7 +10,7 @@ from granian.constants import HTTPModes, Interfaces, Loops, SSLProtocols
 from granian.http import HTTP1Settings
 from granian.log import LogLevels
 
-from minter import logs, transfers, web, wiring
+from minter import issuer, logs, transfers, web, wiring
 from minter.metrics import Metrics, serve
 from minter.settings import Loaded
 
@@ -31,6 +31,7 @@ def create() -> "asgi.App[Any, Any]":
     made.look()
     app = web.application(made)
     transfers.add_routes(app, made)
+    issuer.add_routes(app, made)
     wiring.calm_collector()
     wanted = loaded.settings.metrics
     if wanted.first_port:

@@ -18,7 +18,9 @@ from msgspec import Meta, Struct
 
 from minter.dialects import DIALECTS, AudienceForm
 from minter.errors import SettingsError
+from minter.exchanges import Exchange
 from minter.keys import Algorithm, RotationPolicy
+from minter.plans import SEVERAL_STORAGES
 from minter.policy import Policy
 from minter.routes import FTS, SHIPPED_RISK_ASSESSMENT, SHIPPED_ROUTES, Route
 from minter.rucio import RSERule, storages_from_export
@@ -121,6 +123,7 @@ class Settings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     rucio: tuple[RucioSettings, ...] = ()
     routes: tuple[Route, ...] = SHIPPED_ROUTES
     fts: tuple[FTS, ...] = ()
+    exchanges: tuple[Exchange, ...] = ()
 
 
 class Loaded:
@@ -180,7 +183,7 @@ class Loaded:
                 if (vo, plan.area.storage) in named:
                     raise SettingsError(f"{plan.area.storage!r} names a storage and an FTS")
                 named[vo, plan.area.storage] = {"fts": list(plan.area.audience)}
-        return named
+        return named | {(vo, SEVERAL_STORAGES): {} for vo in self.settings.issuers}
 
     def _policy(self) -> Policy:
         for storage in self.storages:
@@ -192,7 +195,13 @@ class Loaded:
         if twice := {name for name in names if names.count(name) > 1}:
             raise SettingsError(f"storages named twice: {sorted(twice)}")
         directories = {vo: Directory(s for s in self.storages if s.vo == vo) for vo in self.settings.issuers}
-        return Policy(directories, self.settings.routes, self.settings.fts)
+        return Policy(
+            directories,
+            self.settings.routes,
+            self.settings.fts,
+            self.settings.exchanges,
+            self.settings.http.token_lifetime_seconds,
+        )
 
     def _check(self) -> None:
         """Check across fields; raises SettingsError."""
@@ -271,6 +280,7 @@ _KNOWN_KEYS = {
         Storage,
         Route,
         FTS,
+        Exchange,
         RSERule,
     )
     for name in part.__struct_fields__

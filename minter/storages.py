@@ -161,9 +161,14 @@ class Directory:
     def _note_holes(self) -> None:
         """Tell each area of the storages inside it: no token for all of it may reach into them."""
         by_audience: dict[str, list[Area]] = {}
-        for area in self.areas():
-            for name in area.audience:
-                by_audience.setdefault(name, []).append(area)
+        self._by_audience: dict[str, list[Area]] = {}
+        for (host, port), areas in self._areas.items():
+            for area in areas:
+                for name in area.audience:
+                    by_audience.setdefault(name, []).append(area)
+                forms = {host, f"{host}:{port}", f"https://{host}", f"https://{host}:{port}"}
+                for name in forms.union(area.audience):
+                    self._by_audience.setdefault(name, []).append(area)
         for area in self.areas():
             inside = {
                 area.relative(other.prefix)
@@ -190,6 +195,13 @@ class Directory:
     def areas(self) -> list[Area]:
         """Return every area, in no particular order."""
         return [area for areas in self._areas.values() for area in areas]
+
+    def at(self, audience: str) -> list[Area]:
+        """Return the areas that an audience stands for: one of theirs, or their endpoint in any form.
+
+        Rucio names a bare host, DIRAC and the profile an URL; none of them is wider than another.
+        """
+        return self._by_audience.get(audience, [])
 
     def url(self, storage: str, path: str, audience: Collection[str]) -> str | None:
         """Return an URL of a VO-relative path at the door of `storage` that has this audience, if any."""

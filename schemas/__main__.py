@@ -10,7 +10,7 @@ from minter import contract
 from minter.errors import BY_REASON
 from minter.followups import CancelRequest, FetchRequest, RenewRequest, ReportRequest
 from minter.keys import HARD_MAX_SECONDS
-from minter.policy import MAX_CLAIM_CHARACTERS
+from minter.plans import MAX_CLAIM_CHARACTERS
 from minter.requests import Answer, FillRequest, MintRequest
 
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"

@@ -3,6 +3,7 @@
 import msgspec
 
 from minter import dialects, metrics, settings
+from minter.exchanges import Exchange
 from minter.keys import RotationPolicy
 from minter.routes import FTS, Route
 from minter.rucio import RSERule
@@ -59,6 +60,7 @@ PARTS = {
     "[[rucio.rses]]": RSERule,
     "[[routes]]": Route,
     "[[fts]]": FTS,
+    "[[exchanges]]": Exchange,
 }
 
 

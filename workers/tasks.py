@@ -61,10 +61,10 @@ for _name in contract.PUBLIC_TASKS:
 
 @app.task(name="minter.maintain", base=InternalTask)
 def maintain() -> None:
-    """Look after partitions, suspects, assertions and keys; beat sends it every hour."""
+    """Look after partitions, suspects, refresh families and keys; beat sends it every hour."""
     made = app.service.make_partitions()
     pruned = housekeeping.prune_suspects(app.service.pool)
-    housekeeping.prune_assertions(app.service.pool)
+    housekeeping.prune_ended(app.service.pool, app.loaded.settings.database.retention_days)
     for change in app.service.maintain_keys("beat"):
         logger.info("keys: %s", change)
     logger.info("maintained: %d partitions made, %d suspects forgotten", len(made), pruned)

@@ -11,11 +11,11 @@ ROWS = [
     {"errors"},
     {"scopes", "contract", "dialects"},
     {"keys", "storages", "clients"},
-    {"requests", "routes", "rucio", "sites"},
-    {"dirac"},
-    {"policy", "followups"},
-    {"claims"},
-    {"sharing"},
+    {"routes", "rucio", "sites", "wishes", "exchanges"},
+    {"requests", "dirac"},
+    {"plans", "followups"},
+    {"policy", "claims", "sharing"},
+    {"capabilities"},
     {"mint"},
     {"answers", "renewals"},
     {"database", "keystore", "embedded", "settings", "amqp", "migrations", "rabbitmq", "logs", "publish"},
@@ -24,10 +24,10 @@ ROWS = [
     {"transport", "transport_http"},
     {"wiring", "client"},
     {"stack", "web"},
-    {"transfers"},
+    {"transfers", "issuer"},
     {"serve"},
     {"console"},
-    {"demo", "cli_control", "cli_publish", "cli_storages", "cli_trace"},
+    {"demo", "cli_clients", "cli_control", "cli_publish", "cli_storages", "cli_trace"},
     {"cli"},
 ]
 PURE = set().union(*ROWS[:9])
@@ -41,6 +41,7 @@ CLIENT_NEEDS = {
     "dialects",
     "transport",
     "transport_http",
+    "wishes",
 }
 FORBIDDEN_NAMES = {"sqlalchemy", "celery", "kombu", "httpx", "prometheus_client", "psycopg", "os", "time"}
 

@@ -1,0 +1,295 @@
+"""Commands that register, change and disable clients, at run time and audited (I8)."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from joserfc.jwk import ECKey
+
+from minter import catalogue, database, keys, wiring
+from minter.clients import Ban, Client
+from minter.console import AsJson, as_table, guarded, open_service, read_object, show, show_living, whoami
+from minter.dialects import OPERATIONS
+from minter.errors import InvalidRequest, UnknownClient
+from minter.scopes import check_path
+
+clients_app = typer.Typer(no_args_is_help=True, help="Register, change and disable clients.")
+
+Operations = Annotated[list[str] | None, typer.Option("--operation", help="Allowed operation; all if none.")]
+Paths = Annotated[list[str] | None, typer.Option("--path", help="Allowed path prefix; all if none.")]
+MaxLifetime = Annotated[int | None, typer.Option(help="Longest token, in seconds.")]
+ReplyQueues = Annotated[
+    list[str] | None, typer.Option("--reply-queue", help="Durable queue that answers may go to.")
+]
+DefaultAudience = Annotated[
+    list[str] | None, typer.Option(help="Audience at the token endpoint when it asks for none.")
+]
+Audiences = Annotated[
+    list[str] | None,
+    typer.Option("--audience", help="Pattern of audiences beside those of storages and FTS."),
+]
+Scopes = Annotated[
+    list[str] | None, typer.Option("--scope", help="Pattern of scopes beside those of storages.")
+]
+Groups = Annotated[list[str] | None, typer.Option("--group", help="Group that wlcg.groups may name.")]
+AuthKey = Annotated[
+    Path | None, typer.Option(help="Public JWK of its private_key_jwt assertions (EC P-256 or RSA).")
+]
+JweKey = Annotated[
+    Path | None, typer.Option(help="Public JWK that answers on durable queues are encrypted to.")
+]
+NewJweKey = Annotated[
+    Path | None,
+    typer.Option(help="Make the key for answers on durable queues; write its private JWK here, mode 600."),
+]
+SecretFile = Annotated[Path | None, typer.Option(help="Make a secret for HTTP and write it here, mode 600.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add these commands to the whole."""
+    app.add_typer(clients_app, name="clients")
+
+
+@contextmanager
+def _private_file(path: Path | None, text: str) -> Iterator[None]:
+    """Write a secret to a new file that only its owner can read, before what it is for is done.
+
+    An existing file is not overwritten; if what it is for fails, the file goes again.
+    """
+    if path is None:
+        yield
+        return
+    try:
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(text)
+    except FileExistsError:
+        raise InvalidRequest(f"{path} exists already; name a new file") from None
+    except OSError as error:
+        raise InvalidRequest(f"{path} cannot be written: {error.strerror}") from error
+    try:
+        yield
+    except BaseException:
+        path.unlink()
+        raise
+
+
+@dataclass
+class _Limits:
+    """Limits as given on the command line; what is None was not given."""
+
+    operations: list[str] | None
+    paths: list[str] | None
+    max_lifetime: int | None
+    reply_queues: list[str] | None
+    jwe_key: Path | None
+    new_jwe_key: Path | None
+    auth_key: Path | None
+    default_audience: list[str] | None
+    audiences: list[str] | None
+    scopes: list[str] | None
+    groups: list[str] | None
+    private_jwk: str = ""
+
+    def columns(self) -> dict[str, Any]:
+        """Return the columns that they set; raises InvalidRequest."""
+        if unknown := set(self.operations or ()) - set(OPERATIONS):
+            raise InvalidRequest(f"unknown operations {sorted(unknown)}, expected {', '.join(OPERATIONS)}")
+        if reserved := [q for q in self.reply_queues or () if q.startswith("minter.")]:
+            raise InvalidRequest(f"queues {reserved} have the engine's own prefix; choose other names")
+        given = {
+            "operations": None if self.operations is None else sorted(self.operations),
+            "paths": None if self.paths is None else [check_path(p) for p in self.paths],
+            "max_lifetime_seconds": self.max_lifetime,
+            "reply_queues": self.reply_queues,
+            "jwe_key": self._key(),
+            "auth_key": _auth_key(self.auth_key),
+            "default_audience": self.default_audience,
+            "audiences": self.audiences,
+            "scopes": self.scopes,
+            "groups": self.groups,
+        }
+        return {name: value for name, value in given.items() if value is not None}
+
+    def _key(self) -> dict[str, Any] | None:
+        if self.jwe_key is not None and self.new_jwe_key is not None:
+            raise InvalidRequest("--jwe-key and --new-jwe-key exclude each other")
+        if self.new_jwe_key is not None:
+            made = ECKey.generate_key("P-256", auto_kid=True)
+            self.private_jwk = json.dumps(made.as_dict(private=True))
+            return dict(made.as_dict(private=False))
+        return keys.check_jwe_key(read_object(self.jwe_key, "key")) if self.jwe_key else None
+
+
+def _auth_key(path: Path | None) -> dict[str, Any] | None:
+    if path is None:
+        return None
+    key = keys.check_jwe_key(read_object(path, "key"))
+    return {**key, "alg": "ES256" if key["kty"] == "EC" else "RS256"}
+
+
+@clients_app.command("add")
+@guarded
+def clients_add(
+    name: str,
+    vo: Annotated[str, typer.Option()],
+    operation: Operations = None,
+    path: Paths = None,
+    max_lifetime: MaxLifetime = None,
+    reply_queue: ReplyQueues = None,
+    jwe_key: JweKey = None,
+    new_jwe_key: NewJweKey = None,
+    auth_key: AuthKey = None,
+    default_audience: DefaultAudience = None,
+    audience: Audiences = None,
+    scope: Scopes = None,
+    group: Groups = None,
+    secret_file: SecretFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Register a client: the AMQP user that it will connect as."""
+    limits = _Limits(
+        operation, path, max_lifetime, reply_queue, jwe_key, new_jwe_key, auth_key, default_audience,
+        audience, scope, group,
+    )  # fmt: skip
+    columns = limits.columns()
+    service = open_service()
+    service.prepare()
+    client = Client(
+        client_id=0, name=name, vo=vo, sub=str(wiring.new_uuid7()),
+        operations=frozenset(columns.get("operations", ())), paths=tuple(columns.get("paths", ())),
+        max_lifetime_seconds=max_lifetime, reply_queues=tuple(reply_queue or ()),
+        jwe_key=columns.get("jwe_key"), default_audience=tuple(default_audience or ()),
+        audiences=tuple(audience or ()), scopes=tuple(scope or ()), groups=tuple(group or ()),
+    )  # fmt: skip
+    secret = wiring.new_secret()
+    with _private_file(new_jwe_key, limits.private_jwk), _private_file(secret_file, secret):
+        catalogue.add_client(service.pool, client, whoami())
+        if "auth_key" in columns:
+            catalogue.change_client(service.pool, name, {"auth_key": columns["auth_key"]}, whoami())
+        if secret_file is not None:
+            service.set_secret(client, secret, whoami())
+    show(
+        as_json,
+        {"name": name, "vo": vo, "sub": client.sub},
+        lambda: f"client {name} of VO {vo}: sub {client.sub}",
+    )
+
+
+@clients_app.command("change")
+@guarded
+def clients_change(
+    name: str,
+    operation: Operations = None,
+    path: Paths = None,
+    max_lifetime: MaxLifetime = None,
+    reply_queue: ReplyQueues = None,
+    jwe_key: JweKey = None,
+    new_jwe_key: NewJweKey = None,
+    auth_key: AuthKey = None,
+    default_audience: DefaultAudience = None,
+    audience: Audiences = None,
+    scope: Scopes = None,
+    group: Groups = None,
+    unlimited: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Drop a limit: operations, paths, max_lifetime_seconds; or a list: audiences, scopes, groups."
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Set what is given, and leave all else; it binds whatever is recorded after it."""
+    dropped: dict[str, Any] = {
+        "operations": [], "paths": [], "max_lifetime_seconds": None,
+        "default_audience": [], "audiences": [], "scopes": [], "groups": [],
+    }  # fmt: skip
+    if unknown := set(unlimited or ()) - dropped.keys():
+        raise InvalidRequest(f"no limits {sorted(unknown)}, expected {', '.join(dropped)}")
+    limits = _Limits(
+        operation, path, max_lifetime, reply_queue, jwe_key, new_jwe_key, auth_key, default_audience,
+        audience, scope, group,
+    )  # fmt: skip
+    columns = limits.columns()
+    columns |= {name: dropped[name] for name in unlimited or ()}
+    if not columns:
+        raise InvalidRequest("nothing to change; name a limit, a queue or a key")
+    with _private_file(new_jwe_key, limits.private_jwk):
+        catalogue.change_client(open_service().pool, name, columns, whoami())
+    show(
+        as_json,
+        {"name": name, "changed": sorted(columns)},
+        lambda: f"client {name}: {', '.join(columns)} set",
+    )
+
+
+@clients_app.command("rotate")
+@guarded
+def clients_rotate(
+    name: str,
+    secret_file: Annotated[Path, typer.Option(help="Write the new secret here, mode 600.")],
+    keep_hours: Annotated[
+        float, typer.Option(help="How long the old secret is still taken.", min=0, max=720)
+    ] = 24,
+    as_json: AsJson = False,
+) -> None:
+    """Give a client a new secret for HTTP."""
+    service = open_service()
+    client = _clients(service).get(name)
+    if client is None:
+        raise UnknownClient(f"client {name!r} is not registered; run: minter clients list")
+    secret = wiring.new_secret()
+    with _private_file(secret_file, secret):
+        service.set_secret(client, secret, whoami(), timedelta(hours=keep_hours))
+    show(as_json, {"name": name}, lambda: f"client {name} has a new secret, in {secret_file}")
+
+
+@clients_app.command("disable")
+@guarded
+def clients_disable(name: str, as_json: AsJson = False) -> None:
+    """Refuse all that a client asks, and list what it holds that works."""
+    service = open_service()
+    catalogue.disable_client(service.pool, name, whoami(), disabled=True)
+    show_living(service, as_json, f"client {name} is disabled", Ban("client", name))
+
+
+@clients_app.command("enable")
+@guarded
+def clients_enable(name: str, as_json: AsJson = False) -> None:
+    """Serve a disabled client again."""
+    catalogue.disable_client(open_service().pool, name, whoami(), disabled=False)
+    show(as_json, {"name": name}, lambda: f"client {name} is enabled")
+
+
+@clients_app.command("list")
+@guarded
+def clients_list(as_json: AsJson = False) -> None:
+    """List clients and their limits."""
+    found = list(_clients(open_service()).values())
+    headings = ("name", "vo", "sub", "operations", "paths", "max lifetime s", "reply queues", "disabled")
+    show(
+        as_json,
+        found,
+        lambda: as_table(
+            "Clients",
+            headings,
+            [
+                (
+                    c.name, c.vo, c.sub, ", ".join(sorted(c.operations)) or "all",
+                    ", ".join(c.paths) or "all", c.max_lifetime_seconds, ", ".join(c.reply_queues),
+                    c.disabled or None,
+                )
+                for c in found
+            ],
+        ),
+    )  # fmt: skip
+
+
+def _clients(service: wiring.Service) -> dict[str, Client]:
+    with database.transaction(service.pool) as connection:
+        return dict(database.read_control(connection).clients)

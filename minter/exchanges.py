@@ -1,0 +1,56 @@
+"""Exchange rules: which client may act with whose tokens. Without a rule nobody may."""
+
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+from typing import Annotated
+
+from msgspec import Meta, Struct
+
+Patterns = tuple[str, ...]
+
+
+class Exchange(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Lets `clients` exchange the tokens of `subject_clients` (RFC 8693); the first that fits decides.
+
+    Patterns are shell globs; `scopes` are of scope names, without paths. With `offline_access` they get
+    refresh tokens, whose family ends with the subject token of a transfer, or after `max_refresh_seconds`.
+    """
+
+    name: str
+    clients: Patterns
+    subject_clients: Patterns
+    vos: Patterns = ("*",)
+    scopes: Patterns = ("storage.*",)
+    offline_access: bool = False
+    max_refresh_seconds: Annotated[int, Meta(ge=3600, le=400 * 86400)] = 7 * 86400
+
+
+def find(
+    rules: Iterable[Exchange], vo: str, client: str, subject_client: str, *, offline: bool
+) -> Exchange | None:
+    """Return the rule that allows an exchange, None if none does.
+
+    A client never gets refresh tokens for its own tokens: it can ask for new ones.
+    """
+
+    def fits(value: str, patterns: Patterns) -> bool:
+        return any(fnmatchcase(value, pattern) for pattern in patterns)
+
+    if offline and client == subject_client:
+        return None
+    return next(
+        (
+            rule
+            for rule in rules
+            if fits(vo, rule.vos)
+            and fits(client, rule.clients)
+            and fits(subject_client, rule.subject_clients)
+            and (rule.offline_access or not offline)
+        ),
+        None,
+    )
+
+
+def allows(rule: Exchange, scope_name: str) -> bool:
+    """Say whether a rule lets a scope of this name through."""
+    return any(fnmatchcase(scope_name, pattern) for pattern in rule.scopes)

@@ -1,0 +1,288 @@
+"""The OAuth endpoints of every issuer: `/token`, `/introspect`, `/revoke`.
+
+What a client gets is decided by `capabilities`, recorded and signed by the engine like every other token;
+here forms become wishes, and outcomes answers. Refresh tokens are JWTs signed with a key that is in no
+JWKS and derived from the VO's master key: DIRAC reads their `exp`, and no storage could take one.
+"""
+
+import json
+from datetime import UTC, datetime
+from hashlib import sha256
+from typing import Any
+from uuid import UUID
+
+import jwt
+import msgspec
+from falcon import asgi
+
+from minter import keys, lives, logs, wiring
+from minter.credentials import Account
+from minter.errors import (
+    InvalidGrant,
+    InvalidRequest,
+    MinterError,
+    RequestError,
+    TokenRejected,
+    UnsupportedGrantType,
+)
+from minter.mint import Outcome, Submission
+from minter.publish import EXCHANGE
+from minter.requests import Request
+from minter.web import Web, base_path, send
+from minter.wishes import Family, Wish
+
+ACCESS_TOKEN = "urn:ietf:params:oauth:token-type:access_token"  # noqa: S105 - a name, RFC 8693 §3
+JWT_TOKEN = "urn:ietf:params:oauth:token-type:jwt"  # noqa: S105
+REFRESH_TOKEN = "urn:ietf:params:oauth:token-type:refresh_token"  # noqa: S105
+REFRESH_TYPE = "rt+jwt"
+_KIND = {"client_credentials": "token", "refresh_token": "refresh", EXCHANGE: "exchange"}
+
+
+def add_routes(app: "asgi.App[Any, Any]", web: Web) -> None:
+    """Add every issuer's OAuth endpoints."""
+    for vo, issuer in web.service.loaded.issuers.items():
+        one = Issuer(web, vo, issuer)
+        for path, endpoint in (("token", _Token), ("introspect", _Introspect), ("revoke", _Revoke)):
+            app.add_route(f"{base_path(issuer)}{path}", endpoint(one))
+
+
+class Issuer:
+    """One VO's issuer: reads and makes its tokens."""
+
+    def __init__(self, web: Web, vo: str, issuer: str) -> None:
+        self.web = web
+        self.vo = vo
+        self.iss = issuer
+        self.token_endpoint = f"{issuer}token"
+
+    # ── refresh tokens ───────────────────────────────────────────────────────────────────────
+
+    def refresh_token(self, family: Family, client: str) -> str:
+        """Return the newest refresh token of a family: equal families give equal bytes."""
+        claims = {
+            "iss": self.iss,
+            "sub": family.sub,
+            "aud": self.token_endpoint,
+            "client_id": client,
+            "iat": int(family.rotated_at.timestamp()),
+            "exp": int(family.ends_at.timestamp()),
+            "jti": f"{family.family_id}.{family.generation}",
+        }
+        (key, *_) = self.web.service.keystore.refresh_keys(self.vo)
+        return jwt.encode(claims, key, "HS256", headers={"typ": REFRESH_TYPE})
+
+    def read_refresh_token(self, token: str) -> tuple[UUID, int] | None:
+        """Return family and generation of one of our refresh tokens, None if it is none."""
+        for key in self.web.service.keystore.refresh_keys(self.vo):
+            try:
+                claims = jwt.decode(
+                    token,
+                    key,
+                    algorithms=["HS256"],
+                    audience=self.token_endpoint,
+                    issuer=self.iss,
+                    options={"verify_exp": False, "verify_iat": False},  # the family's row says when it ends
+                )
+            except jwt.InvalidTokenError:
+                continue
+            family, _, generation = str(claims["jti"]).partition(".")
+            return UUID(family), int(generation)
+        return None
+
+    # ── access tokens ────────────────────────────────────────────────────────────────────────
+
+    def read_access_token(self, token: str) -> tuple[UUID, str]:
+        """Return jti and payload of a token of ours whose signature verifies; raises InvalidGrant."""
+        try:
+            header = jwt.get_unverified_header(token)
+            key = next(k for k in self.web.ring if k.vo == self.vo and k.kid == header.get("kid"))
+            if key.state == "revoked":
+                raise InvalidGrant("the token was signed by a key that is revoked")
+            keys.verify(token.encode(), key.public_jwk)
+            payload = jwt.utils.base64url_decode(token.split(".")[1].encode()).decode()
+            return UUID(json.loads(payload)["jti"]), payload
+        except (jwt.InvalidTokenError, StopIteration, TokenRejected, UnicodeError, KeyError, ValueError):
+            raise InvalidGrant(f"not an access token of {self.iss} that verifies") from None
+
+    # ── answers ──────────────────────────────────────────────────────────────────────────────
+
+    def answer(self, outcome: Outcome, *, exchanged: bool) -> dict[str, Any]:
+        """Return the answer of RFC 6749 §5.1 and RFC 8693 §2.2.1; raises the outcome's error."""
+        if outcome.error is not None:
+            raise outcome.error
+        (issued,) = outcome.issued
+        told: dict[str, Any] = {
+            "access_token": issued.token.decode(),
+            "token_type": "Bearer",
+            "expires_in": issued.exp - int(self.web.service.clock().timestamp()),
+            "scope": issued.scope,
+        }
+        if exchanged:
+            told["issued_token_type"] = ACCESS_TOKEN
+        if outcome.family is not None and outcome.client is not None:
+            told["refresh_token"] = self.refresh_token(outcome.family, outcome.client.name)
+        return told
+
+
+def wish_of(issuer: Issuer, form: dict[str, str]) -> Wish:
+    """Return what a form asks for; raises InvalidRequest, InvalidGrant or UnsupportedGrantType."""
+    grant_type = form.get("grant_type", "")
+    if grant_type not in _KIND:
+        raise UnsupportedGrantType(f"grant_type is not one of {', '.join(_KIND)}")
+    scope = tuple(form.get("scope", "").split())
+    if "audience" in form and "resource" in form and form["audience"] != form["resource"]:
+        raise InvalidRequest("audience and resource differ; send one of them")
+    audience = tuple(form.get("audience", form.get("resource", "")).split())
+    if grant_type == "client_credentials":
+        return Wish(scope=scope, audience=audience)
+    if grant_type == "refresh_token":
+        refresh = issuer.read_refresh_token(_needed(form, "refresh_token"))
+        if refresh is None:
+            raise InvalidGrant("not a refresh token of this issuer")
+        return Wish(scope=scope, audience=audience, offline=True, refresh=refresh)
+    if form.get("subject_token_type", ACCESS_TOKEN) not in (ACCESS_TOKEN, JWT_TOKEN):
+        raise InvalidRequest(f"subject_token_type is not {ACCESS_TOKEN}")
+    if form.get("requested_token_type", ACCESS_TOKEN) not in (ACCESS_TOKEN, JWT_TOKEN, REFRESH_TOKEN):
+        raise InvalidRequest(f"requested_token_type is neither {ACCESS_TOKEN} nor {REFRESH_TOKEN}")
+    if "actor_token" in form:
+        raise InvalidRequest("actor_token is not taken: the authenticated client is the actor")
+    offline = form.get("requested_token_type") == REFRESH_TOKEN or "offline_access" in scope
+    subject = issuer.read_access_token(_needed(form, "subject_token"))
+    return Wish(scope=scope, audience=audience, offline=offline, subject=subject)
+
+
+def _needed(form: dict[str, str], name: str) -> str:
+    if name not in form:
+        raise InvalidRequest(f"{name} is missing")
+    return form[name]
+
+
+class _Token:
+    """`/token`: client credentials, exchange, refresh."""
+
+    def __init__(self, issuer: Issuer) -> None:
+        self._issuer = issuer
+
+    async def on_post(self, req: asgi.Request, resp: asgi.Response) -> None:
+        issuer, web = self._issuer, self._issuer.web
+        form = await web.form(req)
+        account = await web.authenticate(req, issuer.vo, form)
+        try:
+            wish = wish_of(issuer, form)
+            request = Request(
+                wiring.new_uuid7(),
+                _KIND[form["grant_type"]],  # type: ignore[arg-type]
+                sha256(msgspec.json.encode([wish.scope, wish.audience, wish.offline])).digest(),
+                (),
+                wish=wish,
+            )
+            outcome = await web.gatherer.mint(Submission(request, account.name))
+            told = issuer.answer(outcome, exchanged=wish.subject is not None)
+        except MinterError as error:
+            self._note(req, account, form, error)
+            raise
+        self._note(req, account, form, None)
+        send(resp, told)
+
+    def _note(
+        self, req: asgi.Request, account: Account, form: dict[str, str], error: MinterError | None
+    ) -> None:
+        logs.request_event(
+            task=_KIND.get(form.get("grant_type", ""), ""),
+            client=account.name,
+            vo=self._issuer.vo,
+            request_id=None,
+            traceparent=req.get_header("traceparent"),
+            outcome="refused" if error else "served",
+            reason=error.reason if error else None,
+        )
+
+
+class _Introspect:
+    """`/introspect` (RFC 7662): whether a token of this VO is good, asked by one of its clients."""
+
+    def __init__(self, issuer: Issuer) -> None:
+        self._issuer = issuer
+
+    async def on_post(self, req: asgi.Request, resp: asgi.Response) -> None:
+        issuer, web = self._issuer, self._issuer.web
+        form = await web.form(req)
+        account = await web.authenticate(req, issuer.vo, form)
+        send(resp, await web.gatherer.call(self._state, _needed(form, "token"), account))
+
+    def _state(self, token: str, account: Account) -> dict[str, Any]:
+        issuer, service = self._issuer, self._issuer.web.service
+        now = service.clock()
+        refresh = issuer.read_refresh_token(token)
+        with service.engine.store.recording() as tx:
+            control, _ = tx.control()
+            if refresh is not None:
+                family = tx.families([refresh[0]]).get(refresh[0])
+                return _family_state(issuer, family, refresh[1], account, now)
+            try:
+                jti, payload = issuer.read_access_token(token)
+            except RequestError:
+                return {"active": False}
+            subject = tx.subjects([jti]).get(jti)
+        holder = control.clients.get(subject.client) if subject else None
+        active = (
+            subject is not None
+            and subject.payload == payload
+            and subject.expires_at > now
+            and subject.state != "cancelled"
+            and subject.key_state != "revoked"
+            and holder is not None
+            and not holder.disabled
+        )
+        return (
+            {"active": True, "token_type": "Bearer", **json.loads(payload)} if active else {"active": False}
+        )
+
+
+def _family_state(
+    issuer: Issuer, family: Family | None, generation: int, account: Account, now: datetime
+) -> dict[str, Any]:
+    """Return the state of a refresh token, which only its own client may know."""
+    good = (
+        family is not None
+        and family.client_id == account.client_id
+        and family.revoked_at is None
+        and family.ends_at > now
+        and generation >= family.generation - 1
+    )
+    if family is None or not good:
+        return {"active": False}
+    return {
+        "active": True,
+        "iss": issuer.iss,
+        "sub": family.sub,
+        "client_id": account.name,
+        "scope": family.scope,
+        "exp": int(family.ends_at.astimezone(UTC).timestamp()),
+    }
+
+
+class _Revoke:
+    """`/revoke` (RFC 7009): a refresh token ends with its family; an access token is not given again."""
+
+    def __init__(self, issuer: Issuer) -> None:
+        self._issuer = issuer
+
+    async def on_post(self, req: asgi.Request, resp: asgi.Response) -> None:
+        issuer, web = self._issuer, self._issuer.web
+        form = await web.form(req)
+        account = await web.authenticate(req, issuer.vo, form)
+        await web.gatherer.call(self._revoke, _needed(form, "token"), account)
+        send(resp, {})
+
+    def _revoke(self, token: str, account: Account) -> None:
+        issuer, service = self._issuer, self._issuer.web.service
+        refresh = issuer.read_refresh_token(token)
+        if refresh is not None:
+            lives.end_family(service.pool, account.name, refresh[0])
+            return
+        try:
+            jti, _ = issuer.read_access_token(token)
+        except RequestError:
+            return  # RFC 7009 §2.2: what is no token is as good as revoked
+        lives.cancel_token(service.pool, account.client_id, jti, service.clock())

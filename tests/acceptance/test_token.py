@@ -1,0 +1,456 @@
+"""The token endpoint, by the requirements of clients.md (§1, by number) and by where ours is stricter."""
+
+import base64
+import json
+import time
+import uuid
+
+import jwt
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from jwt.algorithms import ECAlgorithm
+
+from minter import catalogue, keys
+from minter.clients import Ban
+from minter.publish import EXCHANGE
+from tests.acceptance.served import VO, Served
+from tests.conftest import rows
+
+HOST, FJORD = "se01.boreas.example.org", "https://webdav1.fjord.example.org"
+TOP = "/atlas/atlasdatadisk/rucio"
+FTS = "fts3-atlas.example.org"
+ANY = "https://wlcg.cern.ch/jwt/v1/any"
+EXCHANGES = """
+[[exchanges]]
+name = "fts"
+clients = ["fts"]
+subject_clients = ["rucio"]
+offline_access = true
+
+[[exchanges]]
+name = "self"
+clients = ["rucio"]
+subject_clients = ["rucio"]
+scopes = ["storage.read"]
+offline_access = true
+
+[[exchanges]]
+name = "third"
+clients = ["third"]
+subject_clients = ["fts"]
+
+[[exchanges]]
+name = "fourth"
+clients = ["fourth"]
+subject_clients = ["third"]
+"""
+
+
+@pytest.fixture(scope="module")
+def served(postgres_dsn, tmp_path_factory):
+    made = Served(tmp_path_factory.mktemp("token"), postgres_dsn, EXCHANGES)
+    made.add_client("rucio")
+    made.add_client("fts")
+    made.add_client("third")
+    made.add_client("fourth")
+    made.add_client(
+        "dirac",
+        default_audience=[HOST],
+        scopes=["compute.*", "openid", "profile"],
+        groups=["/alpen/prod", "/alpen"],
+    )
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def ask(served):
+    """Ask as a client; return the answer's JSON, or (status, error)."""
+
+    def asking(name, **form):
+        answer = served.token(name, **{"grant_type": "client_credentials", **form})
+        if answer.status_code != 200:
+            told = answer.json()
+            assert told["error_description"]
+            return answer.status_code, told["error"]
+        return answer.json()
+
+    return asking
+
+
+def claims(answer):
+    return jwt.decode(answer["access_token"], options={"verify_signature": False})
+
+
+# ── client credentials ───────────────────────────────────────────────────────────────────────
+
+
+def test_what_rucio_asks_for_a_storage(served, ask):
+    """#1, #4, #8, #9, #10, #11, #13: RSE-wide scopes, a bare host as audience, offline_access echoed."""
+    scope = f"offline_access storage.modify:{TOP}/ storage.read:{TOP}/"
+    told = ask("rucio", scope=scope, audience=HOST)
+    assert (told["scope"], told["token_type"]) == (scope, "Bearer")
+    assert "refresh_token" not in told  # #16
+    found = claims(told)
+    assert (found["iss"], found["aud"], found["scope"], found["client_id"]) == (
+        served.iss,
+        HOST,
+        scope,
+        "rucio",
+    )
+    assert found["wlcg.ver"] == "1.0"
+    assert found["nbf"] == found["iat"] <= time.time() - 60
+    assert 4500 <= told["expires_in"] <= 21600  # #12
+    assert set(found) == {"iss", "sub", "aud", "exp", "iat", "nbf", "jti", "scope", "wlcg.ver", "client_id"}
+    ((kind, payload, storage),) = rows(
+        served.service,
+        "SELECT r.kind, t.payload, s.name FROM tokens t JOIN requests r USING (request_id, client_id)"
+        " JOIN storages s USING (storage_id) WHERE t.jti = %s",
+        found["jti"],
+    )
+    assert (kind, json.loads(payload), storage) == ("token", found, "BOREAS-T2_DATADISK")
+
+
+def test_the_token_for_fts_itself(ask):
+    assert claims(ask("rucio", scope="fts", audience=FTS))["aud"] == FTS
+    assert ask("rucio", scope="fts", audience=HOST) == (400, "invalid_scope")
+
+
+def test_several_audiences_in_one_parameter(ask):
+    told = ask("rucio", scope=f"storage.read:{TOP}/f", audience=f"{HOST} {FJORD}")
+    assert claims(told)["aud"] == [HOST, FJORD]
+    assert claims(ask("rucio", scope=f"storage.read:{TOP}/f", resource=HOST))["aud"] == HOST
+    assert ask("rucio", scope=f"storage.read:{TOP}/f", resource=HOST, audience=FJORD)[1] == "invalid_request"
+
+
+def test_without_audience_the_clients_default_or_nothing(ask):
+    assert claims(ask("dirac", scope=f"storage.read:{TOP}/f"))["aud"] == HOST
+    assert ask("rucio", scope=f"storage.read:{TOP}/f") == (400, "invalid_target")
+    assert ask("rucio", scope=f"storage.read:{TOP}/f", audience="https://nobody.example.org") == (
+        400,
+        "invalid_target",
+    )
+
+
+def test_groups_are_the_clients_own_and_never_beside_storage_scopes(ask):
+    alone = ask("dirac", scope="wlcg.groups:/alpen/prod wlcg.groups:/other")
+    assert claims(alone)["wlcg.groups"] == ["/alpen/prod"]
+    assert claims(ask("dirac", scope="wlcg.groups"))["wlcg.groups"] == ["/alpen/prod", "/alpen"]
+    beside = ask("dirac", scope=f"storage.read:{TOP}/ wlcg.groups:/alpen/prod")
+    assert "wlcg.groups" not in claims(beside)
+    assert beside["scope"] == f"storage.read:{TOP}/"
+    assert ask("rucio", scope="wlcg.groups", audience=HOST) == (400, "invalid_scope")
+
+
+def test_other_scopes_only_as_listed(ask):
+    assert (
+        ask("dirac", scope="compute.read compute.create openid")["scope"]
+        == "compute.read compute.create openid"
+    )
+    assert ask("dirac", scope="compute.read host.auth")["scope"] == "compute.read"
+    assert ask("rucio", scope="compute.read", audience=HOST) == (400, "invalid_scope")
+    assert ask("rucio", scope="offline_access", audience=HOST) == (400, "invalid_scope")
+    assert ask("rucio", audience=HOST) == (400, "invalid_scope")
+
+
+def test_paths_are_narrowed_to_the_area_and_to_the_clients_own(served, ask):
+    assert ask("rucio", scope="storage.read:/", audience=HOST)["scope"].startswith(f"storage.read:{TOP}")
+    assert ask("rucio", scope="storage.read:/elsewhere", audience=HOST) == (400, "invalid_scope")
+    served.add_client("narrow", paths=[f"{TOP}/mine"], operations=["read"], max_lifetime_seconds=1000)
+    told = ask("narrow", scope=f"storage.read:{TOP} storage.modify:{TOP}", audience=HOST)
+    assert told["scope"] == f"storage.read:{TOP}/mine"
+    assert told["expires_in"] <= 1000
+    for odd in (
+        "storage.read",
+        "storage.read:relative",
+        f"storage.read:{TOP}/../x",
+        f"storage.read:{TOP}/%252e",
+    ):
+        assert ask("rucio", scope=odd, audience=HOST) == (400, "invalid_scope")
+
+
+def test_audience_any_only_by_explicit_opt_in_and_an_hour(served, ask):
+    assert ask("rucio", scope=f"storage.read:{TOP}", audience=ANY) == (400, "invalid_target")
+    served.add_client("glob", audiences=["*"])
+    assert ask("glob", scope=f"storage.read:{TOP}", audience=ANY) == (400, "invalid_target")
+    served.add_client("wide", audiences=[ANY], scopes=["openid"])
+    told = ask("wide", scope=f"storage.read:{TOP}", audience=ANY)
+    assert claims(told)["aud"] == ANY
+    assert told["expires_in"] <= 3600
+    assert ask("wide", scope="openid", audience=ANY)["expires_in"] > 3600
+    assert "wide" in served.minter("check").stdout
+
+
+def test_a_ban_refuses_and_the_refusal_is_recorded(served, ask):
+    catalogue.add_ban(served.service.pool, Ban("path", f"{TOP}/secret"), "leak", "tests")
+    try:
+        assert ask("rucio", scope=f"storage.read:{TOP}", audience=HOST) == (403, "access_denied")
+        assert ask("rucio", scope=f"storage.read:{TOP}/open", audience=HOST)["scope"]
+        ((reason,),) = rows(
+            served.service,
+            "SELECT error ->> 'reason' FROM requests WHERE error IS NOT NULL ORDER BY request_id DESC LIMIT 1",
+        )
+        assert reason == "banned"
+    finally:
+        catalogue.lift_ban(served.service.pool, Ban("path", f"{TOP}/secret"), "tests")
+
+
+# ── who asks ─────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_three_ways_of_authentication_and_only_one_at_once(served):
+    form = {"grant_type": "client_credentials", "scope": f"storage.read:{TOP}/f", "audience": HOST}
+    secret = {"client_id": "rucio", "client_secret": served.secrets["rucio"]}
+    private = ec.generate_private_key(ec.SECP256R1())
+    public = json.loads(ECAlgorithm.to_jwk(private.public_key())) | {"alg": "ES256"}
+    served.add_client("signer", auth_key=public)
+
+    def assertion(**changes):
+        now = int(time.time())
+        told = {
+            "iss": "signer",
+            "sub": "signer",
+            "aud": f"{served.iss}token",
+            "exp": now + 60,
+            "jti": uuid.uuid4().hex,
+            **changes,
+        }
+        kind = "urn:ietf:params:oauth:client-assertion-type:jwt-bearer"
+        return {"client_assertion_type": kind, "client_assertion": jwt.encode(told, private, "ES256")}
+
+    with served.http() as http:
+        url = f"/{VO}/token"
+        assert http.post(url, data=form | secret).status_code == 200
+        signed = assertion()
+        assert http.post(url, data=form | signed).status_code == 200
+        assert http.post(url, data=form | signed).status_code == 401  # used before
+        for spoiled in (
+            {"aud": "https://other/"},
+            {"sub": "rucio"},
+            {"exp": int(time.time()) - 60},
+            {"exp": int(time.time()) + 9999},
+            {"iss": "rucio"},
+        ):
+            assert http.post(url, data=form | assertion(**spoiled)).status_code == 401
+        both = http.post(url, data=form | secret, auth=("rucio", served.secrets["rucio"]))
+        assert (both.status_code, both.json()["error"]) == (400, "invalid_request")
+        for wrong in (
+            form,
+            form | {"client_id": "rucio", "client_secret": "x"},
+            form | {"client_id": "rucio"},
+        ):
+            answer = http.post(url, data=wrong)
+            assert (answer.status_code, answer.json()["error"]) == (401, "invalid_client")
+            assert "basic" in answer.headers["www-authenticate"].lower()
+
+
+def test_forms_as_ftss_c_plus_plus_sends_them_and_what_is_none(served):
+    """#6: not percent-encoded; with a charset. RFC 6749 §3.2: nothing twice."""
+    basic = base64.b64encode(f"rucio:{served.secrets['rucio']}".encode()).decode()
+    headers = {
+        "Authorization": f"Basic {basic}",
+        "Content-Type": "application/x-www-form-urlencoded;charset=UTF-8",
+    }
+    raw = f"grant_type=client_credentials&scope=offline_access storage.read:{TOP}/f&audience={HOST}"
+    with served.http() as http:
+        url = f"/{VO}/token"
+        answer = http.post(url, content=raw, headers=headers)
+        assert answer.json()["scope"] == f"offline_access storage.read:{TOP}/f"
+        assert (answer.headers["cache-control"], answer.headers["pragma"]) == ("no-store", "no-cache")
+        for body in (
+            raw + "&scope=x",
+            "grant_type=password",
+            "&" * 50 + "a=b&" * 50,
+            b"\xff=\xfe",
+            "x" * 70_000,
+        ):
+            assert http.post(url, content=body, headers=headers).status_code == 400
+        assert (
+            http.post(
+                url, json={"grant_type": "client_credentials"}, headers={"Authorization": f"Basic {basic}"}
+            ).status_code
+            == 400
+        )
+        assert http.get(url).status_code == 405
+
+
+# ── exchange and refresh ─────────────────────────────────────────────────────────────────────
+
+
+def exchange(ask, name, subject, **form):
+    return ask(name, grant_type=EXCHANGE, subject_token=subject["access_token"],
+               subject_token_type="urn:ietf:params:oauth:token-type:access_token", **form)  # fmt: skip
+
+
+def refresh(ask, name, token, **form):
+    return ask(name, grant_type="refresh_token", refresh_token=token, **form)
+
+
+@pytest.fixture
+def subject(ask):
+    return ask("rucio", scope=f"storage.modify:{TOP}/d storage.read:{TOP}/d", audience=HOST)
+
+
+def test_what_fts_exchanges_and_refreshes(served, ask, subject):
+    """#14, #15, #16: the token of another client, for a storage; scope and audience named each time."""
+    scope = f"{subject['scope']} offline_access"
+    told = exchange(ask, "fts", subject, scope=scope, audience=HOST,
+                    requested_token_type="urn:ietf:params:oauth:token-type:refresh_token")  # fmt: skip
+    first, mine = claims(told), claims(subject)
+    assert told["issued_token_type"].endswith(":access_token")
+    assert (first["scope"], first["aud"], first["sub"], first["client_id"]) == (
+        scope,
+        HOST,
+        mine["sub"],
+        "fts",
+    )
+    assert list(first["act"]) == ["sub"]
+    token = told["refresh_token"]
+    header, decoded = jwt.get_unverified_header(token), jwt.decode(token, options={"verify_signature": False})
+    assert header["typ"] == "rt+jwt"
+    assert decoded["aud"] == f"{served.iss}token"
+    assert decoded["exp"] > time.time() + 6 * 86400
+    assert not {"scope", "wlcg.ver"} & decoded.keys()
+    again = refresh(ask, "fts", token, scope=scope, audience=HOST)
+    second = claims(again)
+    assert {**second, "jti": 0, "iat": 0, "nbf": 0, "exp": 0} == {
+        **first,
+        "jti": 0,
+        "iat": 0,
+        "nbf": 0,
+        "exp": 0,
+    }
+    assert abs(again["expires_in"] - told["expires_in"]) < 5
+    assert again["refresh_token"] != token
+    narrower = refresh(ask, "fts", again["refresh_token"], scope=f"storage.read:{TOP}/d/f")
+    assert narrower["scope"] == f"storage.read:{TOP}/d/f"
+
+
+def test_the_old_refresh_token_works_until_the_new_one_was_used_then_ends_the_family(served, ask, subject):
+    zero = exchange(ask, "fts", subject, scope="offline_access " + subject["scope"])["refresh_token"]
+    one = refresh(ask, "fts", zero)["refresh_token"]
+    assert refresh(ask, "fts", zero)["refresh_token"] == one  # the answer was lost: the same bytes
+    two = refresh(ask, "fts", one)["refresh_token"]
+    family = jwt.decode(two, options={"verify_signature": False})["jti"].partition(".")[0]
+    assert refresh(ask, "fts", zero) == (400, "invalid_grant")
+    for token in (two, one, zero):
+        assert refresh(ask, "fts", token) == (400, "invalid_grant")
+    assert rows(served.service, "SELECT actor, action FROM audit WHERE subject = %s", family) == [
+        ("fts", "refresh.reused")
+    ]
+
+
+def test_an_exchange_needs_a_rule_and_only_narrows(ask, subject):
+    assert exchange(ask, "third", subject) == (400, "unauthorized_client")
+    assert exchange(ask, "rucio", subject, scope=f"storage.read:{TOP}/d offline_access") == (
+        400,
+        "unauthorized_client",
+    )
+    assert exchange(ask, "rucio", subject)["scope"] == f"storage.read:{TOP}/d"  # the rule's scopes
+    assert "refresh_token" not in exchange(ask, "fts", subject)
+    assert exchange(ask, "fts", subject, scope=f"storage.read:{TOP} compute.read") == (400, "invalid_scope")
+    assert exchange(ask, "fts", subject, audience=FJORD) == (400, "invalid_target")
+    assert (
+        exchange(ask, "fts", subject, scope=f"storage.read:{TOP}/d/f")["scope"] == f"storage.read:{TOP}/d/f"
+    )
+
+
+def test_actors_are_named_two_deep_at_most(ask, subject):
+    one = exchange(ask, "fts", subject)
+    two = exchange(ask, "third", one)
+    assert "act" in claims(two)["act"]
+    assert claims(two)["sub"] == claims(subject)["sub"]
+    assert exchange(ask, "fourth", two) == (400, "invalid_grant")
+
+
+def test_a_per_file_token_is_refreshed_no_longer_than_its_transfer(served, ask):
+    from minter.client import FileRequest
+
+    with served.client() as client:
+        (token,) = client.mint(
+            [FileRequest(sources=(f"davs://{HOST}:443{TOP}/t/f",))], lifetime_seconds=5000
+        ).tokens
+    told = exchange(ask, "fts", {"access_token": token.reveal()}, scope=f"{token.scope} offline_access")
+    ends = jwt.decode(told["refresh_token"], options={"verify_signature": False})["exp"]
+    assert ends == token.exp
+    assert told["expires_in"] <= 5000
+
+
+@pytest.mark.parametrize("spoil", ["signature", "payload", "foreign", "garbage", "refresh"])
+def test_a_subject_that_is_not_ours_as_recorded(served, ask, subject, spoil):
+    token = subject["access_token"]
+    if spoil == "signature":
+        token = token[:-8] + "AAAAAAAA"
+    elif spoil == "payload":
+        head, body, signature = token.split(".")
+        changed = json.loads(base64.urlsafe_b64decode(body + "==")) | {"scope": "storage.read:/"}
+        token = ".".join(
+            [head, base64.urlsafe_b64encode(json.dumps(changed).encode()).decode().rstrip("="), signature]
+        )
+    elif spoil == "foreign":
+        signer = keys.generate("ES256")
+        token = signer.sign(json.dumps(claims(subject)).encode()).decode()
+    elif spoil == "refresh":
+        token = exchange(ask, "fts", subject, scope="offline_access " + subject["scope"])["refresh_token"]
+    else:
+        token = "eyJ.x.y"
+    assert exchange(ask, "fts", {"access_token": token}) == (400, "invalid_grant")
+
+
+def test_a_ban_or_cancellation_of_the_subject_ends_its_exchange(served, ask, subject):
+    told = exchange(ask, "fts", subject, scope="offline_access " + subject["scope"])
+    catalogue.add_ban(served.service.pool, Ban("client", "rucio"), "stolen", "tests")
+    try:
+        assert refresh(ask, "fts", told["refresh_token"]) == (403, "access_denied")
+        assert exchange(ask, "fts", subject) == (403, "access_denied")
+    finally:
+        catalogue.lift_ban(served.service.pool, Ban("client", "rucio"), "tests")
+    assert refresh(ask, "fts", told["refresh_token"])["access_token"]  # a refusal spends nothing
+    with served.http("rucio") as http:
+        assert http.post(f"/{VO}/revoke", data={"token": subject["access_token"]}).json() == {}
+    assert exchange(ask, "fts", subject) == (400, "invalid_grant")
+
+
+# ── introspection and revocation ─────────────────────────────────────────────────────────────
+
+
+def test_introspection(served, ask, subject):
+    """#19: by any client of the VO; a refresh token's state is its own client's to know."""
+    told = exchange(ask, "fts", subject, scope="offline_access " + subject["scope"])
+
+    def introspect(name, token):
+        with served.http(name) as http:
+            return http.post(f"/{VO}/introspect", data={"token": token}).json()
+
+    state = introspect("fts", subject["access_token"])
+    assert state["active"] is True
+    assert {n: state[n] for n in ("iss", "sub", "exp", "scope", "client_id")} == {
+        n: claims(subject)[n] for n in ("iss", "sub", "exp", "scope", "client_id")
+    }
+    assert introspect("fts", told["refresh_token"])["active"] is True
+    assert introspect("rucio", told["refresh_token"]) == {"active": False}
+    assert introspect("fts", "nonsense") == {"active": False}
+    with served.http() as http:
+        assert http.post(f"/{VO}/introspect", data={"token": "x"}).status_code == 401
+
+
+def test_revoking_a_refresh_token_ends_its_family_and_only_its_client_can(served, ask, subject):
+    told = exchange(ask, "fts", subject, scope="offline_access " + subject["scope"])
+
+    def revoke(name, token):
+        with served.http(name) as http:
+            return http.post(
+                f"/{VO}/revoke", data={"token": token, "token_type_hint": "refresh_token"}
+            ).status_code
+
+    assert revoke("rucio", told["refresh_token"]) == 200
+    renewed = refresh(ask, "fts", told["refresh_token"])
+    assert revoke("fts", renewed["refresh_token"]) == 200
+    assert refresh(ask, "fts", renewed["refresh_token"]) == (400, "invalid_grant")
+    assert revoke("fts", "nonsense") == 200
+
+
+def test_no_secret_is_logged(served):
+    text = served.log()
+    assert "eyJ" not in text
+    assert not [s for s in served.secrets.values() if s in text]
