@@ -49,6 +49,8 @@ ANY = ("https://wlcg.cern.ch/jwt/v1/any",)
 ANY_SECONDS = 3600
 """Longest token that every storage of the VO would take."""
 MIN_LEFT_SECONDS = 60
+MOST_KEPT = 4_096
+"""Decisions of clients' own wishes that are kept: Rucio and FTS ask for the same again and again."""
 
 _OPERATIONS: dict[str, tuple[Operation, ...]] = {
     "storage.read": ("read",),
@@ -96,6 +98,8 @@ def decide(
     try:
         policy.admit(request, client, bans)
         held = None
+        if wish.refresh is None and wish.subject is None:
+            return _own(policy, client, bans, wish, request.on_behalf_of)
         if wish.refresh is not None:
             family, held = _refreshed(policy, wish, client, now, families)
         elif wish.subject is not None:
@@ -111,6 +115,21 @@ def decide(
     if family is not None and wish.refresh is None:
         family = structs.replace(family, scope=grant.scope, audience=grant.audience)
     return Granted(Decision([grant], []), family, held.on_behalf_of if held else request.on_behalf_of)
+
+
+def _own(policy: Policy, client: Client, bans: Bans, wish: Wish, on_behalf_of: str) -> Granted:
+    """Decide on the client's own behalf: nothing but its arguments matters, so equal ones are decided once.
+
+    Clients and bans are other objects after each change of the control tables.
+    """
+    key = (client, bans, wish.scope, wish.audience)
+    grant = policy.own_grants.get(key)
+    if grant is None:
+        grant = _Decider(policy, client, bans, wish, None).grant()
+        if len(policy.own_grants) >= MOST_KEPT:
+            policy.own_grants.clear()
+        policy.own_grants[key] = grant
+    return Granted(Decision([grant], []), None, on_behalf_of)
 
 
 # ── on another's token ───────────────────────────────────────────────────────────────────────

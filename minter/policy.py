@@ -69,6 +69,8 @@ class Policy:
         # theirs beyond this cache, whose size is bounded because activities are free text.
         self._plans: dict[tuple[Client, str, bool], dict[object, Plan | RequestError]] = {}
         self._plans_of_steps: dict[object, Plan] = {}
+        self.own_grants: dict[object, Grant] = {}
+        """Kept by `capabilities`."""
 
     def decide(self, request: Request, client: Client, bans: Bans) -> Decision:
         """Decide every need of a request. Refusals are returned, not raised."""
