@@ -41,7 +41,7 @@ from minter.plans import (
 )
 from minter.policy import Policy
 from minter.requests import Need, Request
-from minter.scopes import STORAGE_SCOPES, Scope, contains, parse_scopes, path_contains
+from minter.scopes import STORAGE_SCOPES, Scope, intersect, parse_scopes, path_contains
 from minter.storages import Area
 from minter.wishes import MAX_ACT_DEPTH, Family, Subject, Wish, act_depth, present
 
@@ -365,8 +365,7 @@ class _Decider:
             Scope(scope.name, p) for p in paths if not any(q != p and path_contains(q, p) for q in paths)
         ]
         if limit is not None:
-            held = tuple(limit)
-            narrowest = [s for s in narrowest if contains(held, [s])]
+            narrowest = sorted(intersect(narrowest, limit))  # DIRAC asks for all that it is configured with
         for one in narrowest:
             self.bans.check_path(self.client.vo, one.path or "/")
         if narrowest and not self.path:

@@ -187,6 +187,7 @@ class _Token:
     def _note(
         self, req: asgi.Request, account: Account, form: dict[str, str], error: MinterError | None
     ) -> None:
+        req.context.noted = True
         logs.request_event(
             task=_KIND.get(form.get("grant_type", ""), ""),
             client=account.name,

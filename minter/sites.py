@@ -40,16 +40,18 @@ def _xrootd(site: Site) -> str:
 # /etc/xrootd/scitokens.cfg
 [Global]
 audience_json = [{quoted}]
-onmissing = passthrough
+onmissing = deny
 
 [Issuer {site.vo}]
 issuer = {site.issuer}
 base_path = {site.base_path}
 
-# in the server's configuration; ++ keeps other authorisations that are there
+# in the server's configuration
 http.header2cgi Authorization authz
 ofs.authorize
-ofs.authlib ++ libXrdAccSciTokens.so config=/etc/xrootd/scitokens.cfg
+ofs.authlib libXrdAccSciTokens.so config=/etc/xrootd/scitokens.cfg
+# Where other authorisations are in use (an authdb), keep them: write ofs.authlib ++ libXrdAcc…, and
+# onmissing = passthrough. Without an authdb the server does not start with ++.
 """
 
 

@@ -261,7 +261,8 @@ async def _refuse(req: asgi.Request, resp: asgi.Response, error: MinterError, _p
         resp.set_header("WWW-Authenticate", 'Basic realm="minter"')
     if isinstance(error, Unavailable):
         resp.set_header("Retry-After", str(error.fields.get("retry_after", 5)))
-    logs.event(logs.requests_logger, "refused", task=req.uri_template, reason=error.reason)
+    if not getattr(req.context, "noted", False):
+        logs.event(logs.requests_logger, "refused", task=req.uri_template, reason=error.reason)
 
 
 async def _fail(req: asgi.Request, resp: asgi.Response, error: Exception, _params: object) -> None:

@@ -125,3 +125,66 @@ class RabbitMQ(Server):
             ["epmd", "-port", str(self._epmd), "-kill"], env=self.environ, capture_output=True, check=False
         )
         shutil.rmtree(self.sockets, ignore_errors=True)
+
+
+class XRootD(Server):
+    """Debian's XRootD over HTTPS, with the fragment that `site-config` printed; third-party copies on.
+
+    It refuses to run as root and owns its key; libscitokens knows no CA but the system's, so ours is mounted
+    over it where only this process sees it (facts/storages.md §2, §3).
+    """
+
+    def __init__(self, folder: Path, port: int, ca: Path) -> None:
+        super().__init__(folder)
+        self.port = port
+        self.ca = ca
+        self.files = folder / "data"
+
+    @staticmethod
+    def installed() -> bool:
+        return shutil.which("xrootd") is not None
+
+    @property
+    def url(self) -> str:
+        return f"https://localhost:{self.port}"
+
+    def configure(self, fragment: str) -> None:
+        """Write the configuration: what any server has, and the site's fragment."""
+        for name in ("run", "data", "cache"):
+            (self.folder / name).mkdir(parents=True, exist_ok=True)
+        head, _, rest = fragment.partition("# /etc/xrootd/scitokens.cfg\n")
+        tokens, _, server = rest.partition("# in the server's configuration")
+        assert head
+        assert server
+        (self.folder / "scitokens.cfg").write_text(tokens)
+        lines = server.partition("\n")[2].replace("/etc/xrootd/scitokens.cfg", f"{self.folder}/scitokens.cfg")
+        pki = self.ca.parent
+        for name in ("host.pem", "host.key"):
+            (self.folder / name).write_bytes((pki / name).read_bytes())
+        (self.folder / "bundle.pem").write_bytes(
+            Path("/etc/ssl/certs/ca-certificates.crt").read_bytes() + self.ca.read_bytes()
+        )
+        (self.folder / "xrootd.cfg").write_text(
+            f"all.adminpath {self.folder}/run\nall.pidpath {self.folder}/run\nall.export /\n"
+            f"oss.localroot {self.files}\nxrd.port {self.port}\n"
+            f"xrd.tls {self.folder}/host.pem {self.folder}/host.key\nxrd.tlsca certfile {self.ca}\n"
+            f"xrd.protocol http:{self.port} libXrdHttp.so\nhttp.exthandler xrdtpc libXrdHttpTPC.so\n"
+            f"http.desthttps yes\ntpc.allow local\nxrootd.chksum max 2 adler32 md5\nscitokens.trace all\n{lines}"
+        )
+
+    def start(self) -> None:
+        for parent in (self.folder, *self.folder.parents):
+            if parent.owner() == "root" and parent.is_relative_to("/tmp") and parent != Path("/tmp"):
+                parent.chmod(0o755)  # it reads its files as another user
+        subprocess.run(["chown", "-R", "xrootd:", self.folder], check=True)
+        (self.folder / "host.key").chmod(0o400)
+        script = (
+            'mount --bind "$1/bundle.pem" /etc/ssl/certs/ca-certificates.crt && exec env XDG_CACHE_HOME="$1/cache" '
+            'setpriv --reuid xrootd --regid xrootd --clear-groups xrootd -c "$1/xrootd.cfg" -l "$1/xrootd.log"'
+        )
+        self.spawn(["unshare", "--mount", "sh", "-c", script, "sh", self.folder])
+        self.wait()
+
+    def ready(self) -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", self.port)) == 0

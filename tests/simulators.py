@@ -58,7 +58,9 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         self.fts.bearers.add(self.headers["Authorization"])
         if self.path == "/whoami":
-            return self.answer(200, {"vos": [VO]})
+            return self.answer(200, {"base_id": str(BASE_ID), "vos": [VO]})
+        if self.path == "/":
+            return self.answer(200, {"api": {"major": 3, "minor": 14, "patch": 0}, "_links": {}})
         job = self.fts.jobs.get(self.path.split("/")[2])
         if job is None:
             return self.answer(404, {"message": "No job with that id"})
@@ -78,10 +80,12 @@ class _Handler(BaseHTTPRequestHandler):
             return self.answer(int(fault), {"message": "the fault that was asked for"})
         if fault in ("html", "odd"):
             return self.answer(200, None if fault == "html" else {"what": "no job_id"})
-        job_id = str(uuid.uuid5(uuid.uuid5(BASE_ID, VO), job["params"]["sid"]))
+        sid = job["params"].get("sid") or uuid.uuid4().hex
+        job_id = str(uuid.uuid5(uuid.uuid5(BASE_ID, VO), sid))
         if job_id in fts.jobs:
             return self.answer(409, {"message": "The sid provided by the user is duplicated"})
-        if objections := fts_objections(job, int(time.time())):
+        managed = "unmanaged_tokens" not in job["params"]  # such tokens FTS would exchange, not use
+        if not managed and (objections := fts_objections(job, int(time.time()))):
             return self.answer(400, {"message": objections[0]})
         fts.jobs[job_id] = job
         if fault == "lost":  # the job is there, its answer is not

@@ -227,3 +227,19 @@ def served(postgres_dsn, tmp_path_factory):
     made.add_client("rucio")
     yield made
     made.close()
+
+
+def environment(folder, *packages):
+    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    subprocess.run([folder / "bin/pip", "install", "--quiet", *packages], check=True)
+    return folder / "bin/python"
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", folder, ROOT], check=True
+    )
+    (path,) = folder.glob("minter-*.whl")
+    return path

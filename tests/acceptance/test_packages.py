@@ -1,33 +1,16 @@
 """`pip install minter` is the client alone; it lives beside Rucio, whose pins the engine could not bear."""
 
 import subprocess
-import sys
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.acceptance.conftest import environment
 
 pytestmark = pytest.mark.slow
 
 
-def environment(folder, *packages):
-    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-    subprocess.run([folder / "bin/pip", "install", "--quiet", *packages], check=True)
-    return folder / "bin/python"
-
-
 def run(python, code):
     return subprocess.run([python, "-c", code], capture_output=True, text=True, check=False, cwd="/")
-
-
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("wheel")
-    subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", folder, ROOT], check=True
-    )
-    (path,) = folder.glob("minter-*.whl")
-    return path
 
 
 def test_the_client_alone_needs_no_server(wheel, tmp_path):
@@ -62,4 +45,4 @@ def test_the_engine_is_installed_with_its_workers_and_migrations(wheel, tmp_path
         "print(len(list((pathlib.Path(schemas.__file__).parent / 'migrations/versions').glob('*.sql'))))"
     )
     done = run(python, code)
-    assert done.stdout.strip() == "2", done.stderr
+    assert done.stdout.strip() == "4", done.stderr

@@ -24,7 +24,7 @@ EXCHANGES = """
 [[exchanges]]
 name = "fts"
 clients = ["fts"]
-subject_clients = ["rucio"]
+subject_clients = ["rucio", "dirac"]
 offline_access = true
 
 [[exchanges]]
@@ -348,7 +348,14 @@ def test_an_exchange_needs_a_rule_and_only_narrows(ask, subject):
     )
     assert exchange(ask, "rucio", subject)["scope"] == f"storage.read:{TOP}/d"  # the rule's scopes
     assert "refresh_token" not in exchange(ask, "fts", subject)
-    assert exchange(ask, "fts", subject, scope=f"storage.read:{TOP} compute.read") == (400, "invalid_scope")
+    assert (
+        exchange(ask, "fts", subject, scope=f"storage.read:{TOP} compute.read")["scope"]
+        == f"storage.read:{TOP}/d"
+    )
+    assert exchange(ask, "fts", subject, scope=f"storage.read:{TOP}/e storage.stage:{TOP}/d") == (
+        400,
+        "invalid_scope",
+    )
     assert exchange(ask, "fts", subject, audience=FJORD) == (400, "invalid_target")
     assert (
         exchange(ask, "fts", subject, scope=f"storage.read:{TOP}/d/f")["scope"] == f"storage.read:{TOP}/d/f"

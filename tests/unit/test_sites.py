@@ -130,7 +130,7 @@ def fragment(dialect, **more):
             "xrootd",
             ['audience_json = ["https://se.example.org:1094"]', f"issuer = {ISSUER}", "base_path = /data"],
         ),
-        ("xrootd-5.5", ["ofs.authlib ++ libXrdAccSciTokens.so config=/etc/xrootd/scitokens.cfg"]),
+        ("xrootd-5.5", ["ofs.authlib libXrdAccSciTokens.so config=/etc/xrootd/scitokens.cfg"]),
         ("dcache", [f"gplazma.oidc.provider!vo = {ISSUER} -profile=wlcg -prefix=/data"]),
         ("storm", [f"orgs={ISSUER}", "wlcgScopeAuthzEnabled=true", f"      issuer: {ISSUER}"]),
         ("eos", [f"issuer = {ISSUER}", "base_path = /data", "default_user = vo"]),

@@ -1,0 +1,129 @@
+"""Software that nobody here wrote, from packages and unmodified, against the HTTP service."""
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import jwt
+import pytest
+
+from tests.acceptance.conftest import environment
+from tests.acceptance.served import Served
+from tests.acceptance.test_token import EXCHANGES
+from tests.conftest import ROOT
+
+pytestmark = pytest.mark.slow
+CAPTURE = '[[fts]]\nname = "capture"\nurl = "https://127.0.0.1:8446"\n'
+FOREIGN = Path(__file__).parent / "foreign"
+
+
+@pytest.fixture(scope="module")
+def served(postgres_dsn, tmp_path_factory):
+    made = Served(tmp_path_factory.mktemp("foreign"), postgres_dsn, EXCHANGES + CAPTURE)
+    for name in ("rucio", "fts"):
+        made.add_client(name)
+    made.add_client("dirac", default_audience=["se01.boreas.example.org"], groups=["/alpen/prod"])
+    yield made
+    made.close()
+
+
+def run(served, python, script, *arguments, **environ):
+    done = subprocess.run(
+        [python, FOREIGN / script, served.iss, json.dumps(served.secrets), *map(str, arguments)],
+        env={
+            **os.environ, "REQUESTS_CA_BUNDLE": str(served.ca), "SSL_CERT_FILE": str(served.ca),
+            "XDG_CACHE_HOME": str(served.folder), "HOME": str(served.folder), **environ,
+        },
+        capture_output=True, text=True, check=False, cwd=served.folder,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-1000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_authlib_requests_oauthlib_and_scitokens(served, tmp_path):
+    python = environment(tmp_path / "env", "authlib", "requests-oauthlib", "scitokens", "requests")
+    assert run(served, python, "oauth.py") == [
+        "authlib client_credentials",
+        "authlib exchange and refresh",
+        "authlib introspect and revoke",
+        "requests-oauthlib client_credentials",
+        "authlib error",
+        "scitokens Enforcer",
+    ]
+
+
+@pytest.fixture(scope="module")
+def rucio(tmp_path_factory, wheel):
+    """Rucio 41.5 from pip, with the client of this tree beside it."""
+    return environment(tmp_path_factory.mktemp("rucio") / "env", "rucio==41.5.1", wheel)
+
+
+@pytest.mark.parametrize("tool", ["own", "minter"])
+def test_rucios_submitter_gets_its_tokens(served, rucio, fts, tmp_path, tool):
+    """Unmodified: RSE-wide tokens by request_token. With examples/rucio: one for each file and storage."""
+    states = run(
+        served, rucio, "rucio_submit.py", fts.url, tmp_path, served.ca, tool,
+        PYTHONPATH=str(ROOT / "examples/rucio"),
+    )  # fmt: skip
+    assert states == ["SUBMITTED"] * 3
+    files = [file for job in fts.jobs.values() for file in job["files"]]
+    assert len(files) == 3
+    scopes = {
+        side: [claims_of(t)["scope"] for f in files for t in f[f"{side}_tokens"]]
+        for side in ("source", "destination")
+    }
+    if tool == "own":
+        top = "storage.read:/atlas/atlasdatadisk/rucio"
+        assert set(scopes["source"]) == {f"offline_access {top}"}
+    else:
+        assert len(set(scopes["source"])) == len(set(scopes["destination"])) == 3
+        assert all("/mc23/" in s for s in scopes["source"] + scopes["destination"])
+        # Rucio's own sends its token over https only.
+        assert {claims_of(b.removeprefix("Bearer "))["scope"] for b in fts.bearers if b} == {"fts"}
+
+
+def claims_of(token):
+    return jwt.decode(token, options={"verify_signature": False})
+
+
+@pytest.fixture(scope="module")
+def dirac(tmp_path_factory, wheel):
+    """DIRAC 9.1 from pip, without gfal2-python, which no longer compiles (facts/clients.md §6)."""
+    if shutil.which("swig") is None:
+        reason = "swig is not installed, which M2Crypto needs (apt-get install swig libssl-dev)"
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
+    folder = tmp_path_factory.mktemp("dirac")
+    python = environment(folder / "env", "--no-deps", "DIRAC==9.1.22")
+    listed = (
+        "from importlib.metadata import requires; "
+        "print(*[r for r in requires('DIRAC') if 'extra ==' not in r and 'gfal2' not in r], sep='\\n')"
+    )
+    needed = subprocess.run([python, "-c", listed], capture_output=True, text=True, check=True).stdout
+    (folder / "needed.txt").write_text(needed)
+    subprocess.run(
+        [python, "-m", "pip", "install", "--quiet", "-r", folder / "needed.txt", "tornado==5.1.1", wheel],
+        check=True,
+    )
+    return python
+
+
+def test_diracs_identity_provider_and_token_manager(served, dirac):
+    assert run(served, dirac, "dirac_tokens.py") == [
+        "fetchToken and verifyToken",
+        "getIdProviderFromToken",
+        "exchangeToken, refreshToken, revokeToken",
+        "TokenManager and its cache",
+    ]
+
+
+def test_diracs_fts3job_and_the_fts3_client_carry_per_file_tokens(served, dirac, fts):
+    files = run(
+        served, dirac, "dirac_fts3job.py", fts.url, served.ca, PYTHONPATH=str(ROOT / "examples/dirac")
+    )
+    assert files == [0, 1, 2]
+    (job,) = fts.jobs.values()
+    tokens = [f[f"{side}_tokens"][0] for f in job["files"] for side in ("source", "destination")]
+    assert len({claims_of(t)["scope"] for t in tokens}) == 6
+    assert {claims_of(b.removeprefix("Bearer "))["scope"] for b in fts.bearers} == {"fts"}

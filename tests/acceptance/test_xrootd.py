@@ -1,0 +1,197 @@
+"""A real XRootD over HTTPS, configured with what `site-config` prints: each token opens its file, and nothing else.
+
+Debian's 5.5.3 with libscitokens 0.7.3: the matrix of facts/storages.md §5 and §7 for that version, its known
+faults (paths are compared by prefix) included.
+"""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from minter.client import FileOperation, FileRequest
+from tests.acceptance.served import Served
+from tests.servers import XRootD, free_ports
+
+pytestmark = pytest.mark.slow
+FOREIGN = Path(__file__).parent / "foreign"
+STORAGE = """
+[[storages]]
+vo = "alpen"
+name = "{name}"
+dialect = "xrootd-5.5"
+base_path = "/grid"
+endpoints = [{{ host = "localhost", port = {port}, prefix = "/grid/vo" }}]
+"""
+
+
+@pytest.fixture(scope="module")
+def site(postgres_dsn, tmp_path_factory):
+    """The HTTP service, and two storages that trust it."""
+    if not XRootD.installed():
+        reason = "XRootD is not installed (apt-get install xrootd-server xrootd-scitokens-plugins)"
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
+    folder = tmp_path_factory.mktemp("site")
+    ports = free_ports(2)
+    text = "".join(STORAGE.format(name=n, port=p) for n, p in zip(("A", "B"), ports, strict=True))
+    served = Served(folder, postgres_dsn, text)
+    served.add_client("rucio")
+    storages = [XRootD(folder / name, port, served.ca) for name, port in zip("ab", ports, strict=True)]
+    try:
+        for name, storage in zip(("A", "B"), storages, strict=True):
+            storage.configure(served.minter("storages", "site-config", "--storage", name).stdout)
+            (storage.files / "grid/vo/dir").mkdir(parents=True)
+            for file in ("file1", "file2", "file10", "odd+=:,@name"):
+                (storage.files / "grid/vo/dir" / file).write_text(file)
+            storage.start()
+        yield served, *storages
+    finally:
+        for storage in storages:
+            storage.stop()
+        served.close()
+
+
+def token(served, storage, operation, path):
+    """Mint a token for one operation on one file of a storage."""
+    url = f"davs://localhost:{storage.port}/grid/vo/{path}"
+    with served.client() as client:
+        (made,) = client.mint([FileRequest(operations=(FileOperation(operation, url),))]).tokens
+    return made.reveal()
+
+
+def curl(storage, bearer, method, path, *options):
+    """Return the status of a request; the path is below the VO's area."""
+    done = subprocess.run(
+        ["curl", "-s", "-o", "/dev/null", "-w", "%{http_code}", "--cacert", storage.ca, "-X", method, "--path-as-is",
+         *(["-H", f"Authorization: Bearer {bearer}"] if bearer else []), *options, f"{storage.url}/grid/vo/{path}"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return int(done.stdout)
+
+
+def put(storage, bearer, path, content="new"):
+    return curl(storage, bearer, "PUT", path, "-H", "Expect:", "--data-binary", content)
+
+
+def test_no_token_no_file(site):
+    _, a, _ = site
+    assert curl(a, None, "GET", "dir/file1") == 403
+
+
+def test_a_read_token_reads_its_file_at_its_storage(site):
+    served, a, b = site
+    read = token(served, a, "download", "dir/file1")
+    assert curl(a, read, "GET", "dir/file1") == 200
+    assert curl(a, read, "GET", "dir/file1", "-r", "0-1") == 206
+    assert curl(a, read, "HEAD", "dir/file1", "-I") == 200
+    assert curl(a, read, "PROPFIND", "dir/file1") == 207
+    refused = [
+        ("GET", "dir/file2"),
+        ("PROPFIND", "dir/file2"),
+        ("GET", "dir/../dir/file2"),
+        ("DELETE", "dir/file1"),
+    ]
+    assert {curl(a, read, *r) for r in refused} == {403}
+    assert put(a, read, "dir/file1") == 403
+    assert curl(b, read, "GET", "dir/file1") == 403
+    # The fault of 5.5 that the dialect `xrootd-5.5` knows (`matching = prefix`), hence six hours at most.
+    assert curl(a, read, "GET", "dir/file10") == 200
+
+
+def test_a_write_token_makes_its_file_once(site):
+    served, a, _ = site
+    write = token(served, a, "upload", "dir/new")
+    assert put(a, write, "dir/other") == 403
+    assert put(a, write, "dir/new") in (200, 201)
+    assert put(a, write, "dir/new") == 403
+    assert curl(a, write, "DELETE", "dir/new") == 403
+
+
+def test_an_overwriting_and_a_deleting_token(site):
+    served, a, _ = site
+    assert put(a, token(served, a, "overwrite", "dir/again"), "dir/again") in (200, 201)
+    assert put(a, token(served, a, "overwrite", "dir/again"), "dir/again", "more") in (200, 201)
+    assert (a.files / "grid/vo/dir/again").read_text() == "more"
+    delete = token(served, a, "delete", "dir/again")
+    assert curl(a, delete, "DELETE", "dir/file2") == 403
+    assert curl(a, delete, "DELETE", "dir/again") in (200, 204)
+
+
+def test_names_as_the_dialect_writes_them(site):
+    served, a, _ = site
+    assert curl(a, token(served, a, "download", "dir/odd+=:,@name"), "GET", "dir/odd+=:,@name") == 200
+
+
+def test_tokens_of_the_token_endpoint(site):
+    served, a, b = site
+    told = served.token(
+        "rucio",
+        grant_type="client_credentials",
+        scope="storage.read:/vo/dir/",
+        audience=f"https://localhost:{a.port}",
+    )
+    bearer = told.json()["access_token"]
+    assert curl(a, bearer, "GET", "dir/file2") == 200
+    assert put(a, bearer, "dir/file2") == 403
+    assert curl(b, bearer, "GET", "dir/file2") == 403
+
+
+# ── third-party copies, with the two tokens of one request ───────────────────────────────────
+
+
+def copy_tokens(served, a, b, name):
+    (a.files / "grid/vo/dir" / name).write_bytes(os.urandom(20 << 20))
+    urls = [f"davs://localhost:{s.port}/grid/vo/dir/{name}" for s in (a, b)]
+    with served.client() as client:
+        made = client.mint([FileRequest(sources=(urls[0],), destinations=(urls[1],), retry=True)])
+    by_side = {t.side: t.reveal() for t in made.tokens}
+    return by_side["source"], by_side["destination"]
+
+
+def same(a, b, name):
+    return (a.files / "grid/vo/dir" / name).read_bytes() == (b.files / "grid/vo/dir" / name).read_bytes()
+
+
+def test_a_third_party_copy_by_curl(site):
+    served, a, b = site
+    read, write = copy_tokens(served, a, b, "tpc")
+
+    def copy(write, read):
+        done = subprocess.run(
+            ["curl", "-s", "--cacert", a.ca, "-X", "COPY", "-H", "Credential: none", "-H", f"Authorization: Bearer {write}",
+             "-H", f"TransferHeaderAuthorization: Bearer {read}", "-H", f"Source: {a.url}/grid/vo/dir/tpc", f"{b.url}/grid/vo/dir/tpc"],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        return (done.stdout.strip().splitlines() or [""])[-1]  # the verdict is the body's last line
+
+    assert "success" not in copy(read, write)  # swapped
+    assert "success" in copy(write, read)
+    assert same(a, b, "tpc")
+
+
+@pytest.mark.parametrize("mode", ["pull", "push"])
+def test_a_third_party_copy_by_gfal2(site, mode):
+    served, a, b = site
+    read, write = copy_tokens(served, a, b, f"gfal-{mode}")
+    certificates = a.folder.parent / "certificates"
+    certificates.mkdir(exist_ok=True)
+    (certificates / "ca.pem").write_bytes(a.ca.read_bytes())
+    subprocess.run(["openssl", "rehash", certificates], check=True, capture_output=True)
+    done = subprocess.run(
+        ["/usr/bin/python3", FOREIGN / "gfal_copy.py", f"{a.url}/grid/vo/dir/gfal-{mode}", f"{b.url}/grid/vo/dir/gfal-{mode}", read, write, mode],
+        env={**os.environ, "X509_CERT_DIR": str(certificates)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert same(a, b, f"gfal-{mode}")
+
+
+def test_what_was_signed_is_verified_while_the_issuer_is_down(site):
+    served, a, _ = site
+    made = [token(served, a, "download", f"dir/{name}") for name in ("file1", "file2")]
+    assert curl(a, made[0], "GET", "dir/file1") == 200
+    served.stop()
+    try:
+        assert curl(a, made[1], "GET", "dir/file2") == 200
+    finally:
+        served.start()
