@@ -17,6 +17,7 @@ from minter.lives import Lives
 from minter.mint import Outcome, Submission
 from minter.requests import MAX_BODY_BYTES, Answer, unix_time
 from minter.web import Web, base_path, send, status_of
+from schemas.openapi import document
 
 TRACE_DAYS, TRACE_LIMIT = 30, 1_000
 _QUESTIONS = ("jti", "path", "external_id", "request_id")
@@ -29,6 +30,7 @@ def add_routes(app: "asgi.App[Any, Any]", web: Web) -> None:
         for task in contract.PUBLIC_TASKS:
             app.add_route(f"{base_path(issuer)}v1/{endpoint(task)}", _Task(web, lives, vo, task))
         app.add_route(f"{base_path(issuer)}v1/trace", _Trace(web, vo))
+        app.add_route(f"{base_path(issuer)}openapi.json", _OpenAPI(issuer))
 
 
 def endpoint(task: str) -> str:
@@ -82,6 +84,16 @@ class _Task:
             refused=len(outcome.refusals) if outcome else None,
             changed=answer.changed or None,
         )
+
+
+class _OpenAPI:
+    """The document that describes all of this."""
+
+    def __init__(self, issuer: str) -> None:
+        self._document = document(issuer)
+
+    async def on_get(self, _req: asgi.Request, resp: asgi.Response) -> None:
+        send(resp, self._document)
 
 
 class _Trace:

@@ -127,3 +127,19 @@ def test_diracs_fts3job_and_the_fts3_client_carry_per_file_tokens(served, dirac,
     tokens = [f[f"{side}_tokens"][0] for f in job["files"] for side in ("source", "destination")]
     assert len({claims_of(t)["scope"] for t in tokens}) == 6
     assert {claims_of(b.removeprefix("Bearer "))["scope"] for b in fts.bearers} == {"fts"}
+
+
+def test_schemathesis_on_the_openapi_document(served, tmp_path):
+    """Every answer is of the document's form, whatever is sent, and nothing that breaks it is taken."""
+    environment(tmp_path / "env", "schemathesis>=4.32")
+    done = subprocess.run(
+        [
+            tmp_path / "env/bin/schemathesis", "run", f"{served.iss}openapi.json", "--tls-verify", str(served.ca),
+            "--auth", f"rucio:{served.secrets['rucio']}", "--max-examples", "40", "--checks", "all",
+            # Rules between fields are no part of a schema: such requests are refused, typed.
+            "--exclude-checks", "positive_data_acceptance",
+        ],
+        capture_output=True, text=True, check=False, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert " Tested: 10" in done.stdout

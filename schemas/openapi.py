@@ -1,0 +1,135 @@
+"""The OpenAPI document of the HTTP service, from the same structs as the JSON Schemas."""
+
+from typing import Any
+
+import msgspec
+
+from minter import contract
+from minter.errors import BY_REASON
+from minter.followups import CancelRequest, FetchRequest, RenewRequest, ReportRequest
+from minter.publish import GRANTS
+from minter.requests import Answer, FillRequest, MintRequest
+
+_TEXT = {"type": "string"}
+_TASKS: dict[str, tuple[type, str]] = {
+    contract.MINT: (MintRequest, "Tokens for each source, destination and operation of each file"),
+    contract.FILL_JOB: (FillRequest, "An FTS job, filled with tokens"),
+    contract.RENEW: (RenewRequest, "New tokens for a resubmission"),
+    contract.FETCH: (FetchRequest, "What a request was granted, the same bytes"),
+    contract.REPORT: (ReportRequest, "Jobs submitted, files active or finished"),
+    contract.CANCEL: (CancelRequest, "Tokens that are not needed any more"),
+}
+_ERRORS = {
+    "400": "the request has to be changed",
+    "401": "who asks did not prove it",
+    "403": "a ban, a limit or a rule is against it",
+    "404": "no such request, or no such path",
+    "405": "no such method here",
+    "409": "the request_id was used with other content",
+    "410": "the recorded tokens are of no use any more",
+    "429": "too fast; see Retry-After",
+    "500": "our fault; the operators have the log",
+    "503": "nothing was recorded; the same request may be sent again",
+}
+OAUTH_ERROR = {
+    "description": "RFC 6749 §5.2",
+    "type": "object",
+    "required": ["error", "error_description"],
+    "properties": {
+        "error": _TEXT,
+        "error_description": _TEXT,
+        "reason": {"enum": sorted(BY_REASON)},
+    },
+}
+TOKEN_ANSWER = {
+    "description": "RFC 6749 §5.1, RFC 8693 §2.2.1",
+    "type": "object",
+    "required": ["access_token", "token_type", "expires_in", "scope"],
+    "properties": {
+        "access_token": _TEXT,
+        "token_type": {"const": "Bearer"},
+        "expires_in": {"type": "integer", "minimum": 1},
+        "scope": _TEXT,
+        "refresh_token": _TEXT,
+        "issued_token_type": _TEXT,
+    },
+}
+_TOKEN_FORM = {
+    "type": "object",
+    "required": ["grant_type"],
+    "properties": {
+        "grant_type": {"enum": sorted(GRANTS)},
+        **dict.fromkeys(
+            (
+                "scope", "audience", "resource", "refresh_token", "subject_token", "subject_token_type",
+                "requested_token_type", "client_id", "client_secret", "client_assertion",
+                "client_assertion_type",
+            ),
+            _TEXT,
+        ),
+    },
+}  # fmt: skip
+_ONE_TOKEN = {
+    "type": "object",
+    "required": ["token"],
+    "properties": {"token": _TEXT, "token_type_hint": _TEXT},
+}
+_STATE = {"type": "object", "required": ["active"], "properties": {"active": {"type": "boolean"}}}
+_STORIES = {"type": "object", "required": ["tokens"], "properties": {"tokens": {"type": "array"}}}
+
+
+def document(issuer: str) -> dict[str, Any]:
+    """Return the document of one issuer's endpoints."""
+    structs = [struct for struct, _ in _TASKS.values()]
+    schemas, components = msgspec.json.schema_components(
+        [*structs, Answer], ref_template="#/components/schemas/{name}"
+    )
+    *bodies, answer = schemas
+    paths = {
+        f"/v1/{task.rpartition('.')[2]}": {
+            "post": _operation(what, {"application/json": {"schema": body}}, answer, answer)
+        }
+        for (task, (_, what)), body in zip(_TASKS.items(), bodies, strict=True)
+    }
+    questions = [
+        {"name": name, "in": "query", "schema": _TEXT}
+        for name in ("jti", "path", "external_id", "request_id")
+    ]
+    traced = _operation("What became of the caller's own tokens; exactly one parameter", None, _STORIES)
+    paths["/v1/trace"] = {"get": {**traced, "parameters": questions}}
+    for path, form, told, what in (
+        ("token", _TOKEN_FORM, TOKEN_ANSWER, "Client credentials, exchange (RFC 8693), refresh"),
+        ("introspect", _ONE_TOKEN, _STATE, "Whether a token is good (RFC 7662)"),
+        ("revoke", _ONE_TOKEN, {"type": "object"}, "A token that is not needed any more (RFC 7009)"),
+    ):
+        content = {"application/x-www-form-urlencoded": {"schema": form}}
+        paths[f"/{path}"] = {"post": _operation(what, content, told)}
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "Minter", "version": "1", "license": {"name": "Apache-2.0"}},
+        "servers": [{"url": issuer.removesuffix("/")}],
+        "security": [{"basic": []}],
+        "paths": dict(sorted(paths.items())),
+        "components": {
+            "securitySchemes": {"basic": {"type": "http", "scheme": "basic"}},
+            "schemas": {**components, "OAuthError": OAUTH_ERROR},
+        },
+    }
+
+
+def _operation(
+    summary: str,
+    content: dict[str, Any] | None,
+    told: dict[str, Any],
+    error: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    def answer(description: str, schema: dict[str, Any]) -> dict[str, Any]:
+        return {"description": description, "content": {"application/json": {"schema": schema}}}
+
+    refused = {"$ref": "#/components/schemas/OAuthError"}
+    wrong = {"anyOf": [error, refused]} if error else refused
+    made: dict[str, Any] = {
+        "summary": summary,
+        "responses": {"200": answer("done", told)} | {s: answer(d, wrong) for s, d in _ERRORS.items()},
+    }
+    return {**made, "requestBody": {"required": True, "content": content}} if content else made
