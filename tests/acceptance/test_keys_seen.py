@@ -1,0 +1,122 @@
+"""Keys as the world sees them: rotation and revocation show everywhere, in the right order, without a gap (I6)."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import jwt
+import pytest
+
+from minter.client import FileRequest
+from tests.acceptance.served import VO, Served
+from tests.conftest import ROOT
+from tests.integration.test_mint import SE
+
+PUBLISH_SECONDS = 4
+ROTATION = f"[rotation]\npublish_seconds = {PUBLISH_SECONDS}\n"
+
+
+@pytest.fixture
+def served(postgres_dsn, tmp_path):
+    made = Served(tmp_path, postgres_dsn, ROTATION)
+    made.add_client("rucio")
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def folder(served, tmp_path):
+    """What `minter publish --watch` writes, as a web server would serve it."""
+    path = tmp_path / "published"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "minter.cli", "publish", str(path), "--watch"],
+        env=served.environ, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    while not (path / f"{VO}/jwks.json").exists():
+        time.sleep(0.1)
+    yield path
+    process.send_signal(signal.SIGTERM)
+    process.wait(20)
+
+
+class Verifier:
+    """Caches keys as FTS and XRootD do: for its time, whatever `kid` comes."""
+
+    def __init__(self, fetch, seconds):
+        self.fetch, self.seconds = fetch, seconds
+        self.keys, self.until = {}, 0.0
+
+    def check(self, token):
+        if time.monotonic() > self.until:
+            self.keys = {k["kid"]: jwt.PyJWK(k).key for k in self.fetch()["keys"]}
+            self.until = time.monotonic() + self.seconds
+        key = self.keys[jwt.get_unverified_header(token)["kid"]]
+        jwt.decode(token, key, algorithms=["ES256"], options={"verify_aud": False})
+
+
+def served_keys(served):
+    with served.http() as http:  # a new connection: any of the processes
+        return http.get(f"/{VO}/jwks.json").json()
+
+
+def kids(served):
+    return {k["kid"] for k in served_keys(served)["keys"]}
+
+
+def mint(served, number):
+    with served.client() as client:
+        return client.mint([FileRequest(sources=(f"{SE}k/{number}",))]).tokens[0].reveal()
+
+
+def created(served):
+    return json.loads(served.minter("keys", "create", "--vo", VO, "--json").stdout)["kid"]
+
+
+def test_rotation_is_never_seen_by_a_verifier_that_caches(served, folder):
+    verifiers = [
+        Verifier(lambda: served_keys(served), PUBLISH_SECONDS - 2.5),
+        Verifier(lambda: json.loads((folder / f"{VO}/jwks.json").read_text()), PUBLISH_SECONDS - 2.5),
+    ]
+    signed, number = set(), 0
+
+    def go_on(seconds):
+        nonlocal number
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            token = mint(served, number := number + 1)
+            signed.add(jwt.get_unverified_header(token)["kid"])
+            for verifier in verifiers:
+                verifier.check(token)
+
+    go_on(1)
+    standby = created(served)
+    refused = served.minter("keys", "rotate", "--vo", VO, check=False)
+    assert refused.returncode != 0  # not public for long enough
+    go_on(PUBLISH_SECONDS + 0.5)
+    served.minter("keys", "rotate", "--vo", VO)
+    go_on(2)
+    assert standby in signed
+    assert len(signed) == 2
+    assert signed <= kids(served)  # the old key stays as long as its tokens live
+
+
+def test_a_revoked_key_leaves_every_process_and_file_within_seconds_and_a_standby_signs(served, folder):
+    (first,) = kids(served)
+    standby = created(served)
+    time.sleep(PUBLISH_SECONDS + 0.5)
+    assert kids(served) == {first, standby}
+    token = mint(served, 0)
+    served.minter("keys", "revoke", first, "--reason", "leaked", "--yes", check=False)
+    after = mint(served, 1)
+    assert jwt.get_unverified_header(after)["kid"] == standby
+    deadline = time.monotonic() + 5
+    while (
+        first in set().union(*(kids(served) for _ in range(6)))
+        or first in (folder / f"{VO}/jwks.json").read_text()
+    ):
+        assert time.monotonic() < deadline
+    with served.http("rucio") as http:
+        for one, good in ((token, False), (after, True)):
+            assert http.post(f"/{VO}/introspect", data={"token": one}).json()["active"] is good
