@@ -34,6 +34,10 @@ COPY_ROWS = 64
 """Rows sent to Postgres at once, which takes them in while the next ones are signed: few, so that
 little is left to wait for at the end."""
 
+OWN_KINDS = ("token", "exchange", "refresh")
+"""Requests of the token endpoint: their ids are made there, so nobody can have sent them before."""
+NULL = "\\N"
+
 # Each statement of the string takes its own snapshot, so `version` is read under the lock.
 _BEGIN_RECORDING = sql.SQL(
     "BEGIN; SET LOCAL synchronous_commit TO on; SELECT pg_advisory_xact_lock_shared({});"
@@ -168,8 +172,12 @@ class Recording:
 
     def insert_requests(self, rows: Sequence[RequestRow]) -> set[tuple[UUID, int]]:
         """Insert what is not there yet; return the keys of what was new."""
+        own = [r for r in rows if r.kind in OWN_KINDS]
+        self._copy_requests(own)
+        rows = [r for r in rows if r.kind not in OWN_KINDS]
+        new = {(r.request_id, r.client_id) for r in own}
         if not rows:
-            return set()
+            return new
         found = self._connection.execute(
             """
             INSERT INTO requests (request_id, client_id, first_jti, received_at, tokens, digest,
@@ -198,7 +206,23 @@ class Recording:
                 [r.all_or_nothing for r in rows],
             ),
         ).fetchall()
-        return set(found)
+        return new.union(found)
+
+    def _copy_requests(self, rows: Sequence[RequestRow]) -> None:
+        """COPY requests whose ids were made here in: half the time of an INSERT that looks for its like."""
+        if not rows:
+            return
+        with self._connection.cursor().copy(
+            "COPY requests (request_id, client_id, first_jti, received_at, tokens, digest, kind, activity,"
+            " on_behalf_of, error) FROM STDIN"
+        ) as copy:
+            lines = [
+                f"{r.request_id.int:032x}\t{r.client_id}\t{r.first_jti.int:032x}\t{r.received_at}\t{r.tokens}"
+                f"\t\\\\x{r.digest.hex()}\t{r.kind}\t{_copy(r.activity)}\t{_copy(r.on_behalf_of)}"
+                f"\t{_copy(_json(r.error)) if r.error else NULL}\n"
+                for r in rows
+            ]
+            copy.write("".join(lines).encode())
 
     def copy_tokens(self, rows: Iterable[TokenRow]) -> None:
         """COPY minted tokens in as they come, in lines made here: row-wise adaption costs more.
