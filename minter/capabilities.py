@@ -73,6 +73,7 @@ class Held(NamedTuple):
     rule: Exchange | None
     client: str
     on_behalf_of: str
+    activity: str = ""
 
 
 class Granted(NamedTuple):
@@ -87,6 +88,7 @@ def decide(
     policy: Policy,
     request: Request,
     client: Client,
+    clients: Mapping[str, Client],
     bans: Bans,
     now: datetime,
     subjects: Mapping[uuid.UUID, Subject],
@@ -105,7 +107,7 @@ def decide(
         elif wish.subject is not None:
             family, held = _exchanged(policy, wish, client, now, subjects)
         if held is not None:
-            bans.check(client.vo, client=held.client, on_behalf_of=held.on_behalf_of)
+            _check_holder(held, client.vo, clients, bans)
         grant = _Decider(policy, client, bans, wish, held).grant()
     except _Reused as reuse:
         refused = Refused(None, reuse.error)
@@ -133,6 +135,14 @@ def _own(policy: Policy, client: Client, bans: Bans, wish: Wish, on_behalf_of: s
 
 
 # ── on another's token ───────────────────────────────────────────────────────────────────────
+
+
+def _check_holder(held: Held, vo: str, clients: Mapping[str, Client], bans: Bans) -> None:
+    """Raise Banned or InvalidGrant if the client whose token it is may have none itself any more (I9)."""
+    bans.check(vo, client=held.client, on_behalf_of=held.on_behalf_of, activity=held.activity)
+    holder = clients.get(held.client)
+    if holder is None or holder.disabled:
+        raise InvalidGrant(f"client {held.client!r}, whose token it is, is disabled")
 
 
 class _Reused(Exception):
@@ -171,7 +181,7 @@ def _exchanged(
     audience = _audience_of(claims)
     held = Held(
         claims["sub"], act, str(claims["scope"]), audience, int((ends_at - now).total_seconds()), rule,
-        subject.client, subject.on_behalf_of,
+        subject.client, subject.on_behalf_of, subject.activity,
     )  # fmt: skip
     if not wish.offline:
         return None, held._replace(left_seconds=left)
@@ -239,7 +249,7 @@ class _Decider:
         self.wanted = wish.scope or tuple(held.scope.split(" ") if held else ())
         self.audience = self._audience(wish.audience)
         self.is_any = any(a in ANY for a in self.audience)
-        self.areas = self._areas()
+        self.areas_of = self._areas()
         self.steps: list[Step] = []
         self.cap = policy.token_lifetime_seconds
         self.cap_rule = "token endpoint"
@@ -311,8 +321,8 @@ class _Decider:
             )
         return tuple(dict.fromkeys(audience))
 
-    def _areas(self) -> list[Area]:
-        """Return the areas that the audiences stand for; raises InvalidTarget for one of nobody."""
+    def _areas(self) -> list[list[Area]]:
+        """Return the areas that each audience stands for; raises InvalidTarget for one of nobody."""
         directory, found = self.policy.directories[self.client.vo], []
         for audience in self.audience:
             areas = directory.areas() if audience in ANY else directory.at(audience)
@@ -327,7 +337,8 @@ class _Decider:
                     f"audience {audience[:200]!r} is of no storage or FTS here, and not listed for client "
                     f"{self.client.name!r}"
                 )
-            found += usable
+            if areas:
+                found.append(usable)
         return found
 
     def _fts(self, audience: str) -> bool:
@@ -354,15 +365,20 @@ class _Decider:
         if rule is not None and not exchanges.allows(rule, scope.name):
             self.steps.append(Step(f"exchange {rule.name}", f"leaves out {scope.name}"))
             return []
-        paths: set[str] = set()
-        for area in self.areas:
-            allowed = self._meet([scope.path], [area.top])
-            if self.client.paths:
-                allowed = self._meet(allowed, self.client.paths)
-            if allowed and self._allowed_on(area, scope.name):
-                paths |= set(allowed)
+        paths = [scope.path] if self.areas_of else []
+        for areas in self.areas_of:  # a token is good at each of its audiences, so each must have the path
+            paths = [
+                path
+                for area in areas
+                if (met := self._meet(paths, [area.top])) and self._allowed_on(area, scope.name)
+                for path in met
+            ]
+        if self.client.paths:
+            paths = self._meet(paths, self.client.paths)
         narrowest = [
-            Scope(scope.name, p) for p in paths if not any(q != p and path_contains(q, p) for q in paths)
+            Scope(scope.name, p)
+            for p in dict.fromkeys(paths)
+            if not any(q != p and path_contains(q, p) for q in paths)
         ]
         if limit is not None:
             narrowest = sorted(intersect(narrowest, limit))  # DIRAC asks for all that it is configured with

@@ -338,7 +338,7 @@ class Engine:
             decision = self.policy.decide(request, client, control.bans)
         else:
             granted = capabilities.decide(
-                self.policy, request, client, control.bans, now, held.subjects, held.families
+                self.policy, request, client, control.clients, control.bans, now, held.subjects, held.families
             )
             decision, outcome.family, on_behalf_of = granted
             if outcome.family is not None:

@@ -68,9 +68,10 @@ def present(family: Family, generation: int, now: datetime) -> Family | None:
     """Return the family after one of its refresh tokens came; None if that one was spent.
 
     The newest one is followed by another. The one before it gets the newest again, the same bytes: its
-    answer was lost. Anything older can only be in the wrong hands, or in two.
+    answer was lost. Anything older can only be in the wrong hands, or in two. A newer one than is known
+    was signed by us before the database was restored from a dump.
     """
-    if generation == family.generation:
+    if generation >= family.generation:
         return structs.replace(family, generation=generation + 1, rotated_at=now)
     if generation == family.generation - 1 and now < family.rotated_at + GRACE:
         return family

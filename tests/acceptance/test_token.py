@@ -117,8 +117,11 @@ def test_the_token_for_fts_itself(ask):
 
 
 def test_several_audiences_in_one_parameter(ask):
-    told = ask("rucio", scope=f"storage.read:{TOP}/f", audience=f"{HOST} {FJORD}")
-    assert claims(told)["aud"] == [HOST, FJORD]
+    told = ask("rucio", scope=f"storage.read:{TOP}/f", audience=f"{HOST} https://{HOST}:443")
+    assert claims(told)["aud"] == [HOST, f"https://{HOST}:443"]
+    # It would be good at both, and only one has that path.
+    assert ask("rucio", scope=f"storage.read:{TOP}/f", audience=f"{HOST} {FJORD}") == (400, "invalid_scope")
+    assert claims(ask("rucio", scope="fts", audience=f"{FTS} {HOST}"))["aud"] == [FTS, HOST]
     assert claims(ask("rucio", scope=f"storage.read:{TOP}/f", resource=HOST))["aud"] == HOST
     assert ask("rucio", scope=f"storage.read:{TOP}/f", resource=HOST, audience=FJORD)[1] == "invalid_request"
 

@@ -1,0 +1,122 @@
+"""Decisions of the token endpoint: I1 over generated wishes, and the life of refresh families."""
+
+import uuid
+from collections import Counter
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from msgspec import structs
+
+from minter import capabilities
+from minter.capabilities import ANY, ANY_SECONDS
+from minter.clients import Bans
+from minter.policy import Policy
+from minter.requests import Request
+from minter.scopes import Scope, contains, parse_scopes, path_contains
+from minter.storages import Directory
+from minter.wishes import GRACE, Family, Wish, act_depth, present
+from tests import strategies
+
+NOW = datetime(2026, 11, 22, 12, tzinfo=UTC)
+SEEN = Counter()
+NAMES = ("storage.read", "storage.create", "storage.modify", "storage.stage", "storage.poll")
+
+
+@st.composite
+def wishes(draw, made):
+    audiences = []
+    for storage in draw(st.lists(st.sampled_from(made), min_size=1, max_size=2)):
+        door = storage.endpoints[0]
+        audiences.append(
+            draw(
+                st.sampled_from(
+                    [door.host, f"https://{door.host}", f"https://{door.host}:{door.port or 443}"]
+                )
+            )
+        )
+    if draw(st.integers(0, 9)) == 0:
+        audiences = list(ANY)
+    paths = st.sampled_from(
+        ["/", "/data", "/data/a", "/a", "/a/b", "/b", "/atlas", "/atlas/disk", "/elsewhere"]
+    )
+    tops = [area.top for area in Directory(made).areas()]
+    words = []
+    for _ in range(draw(st.integers(1, 3))):
+        path = draw(
+            st.one_of(
+                paths, st.sampled_from(tops), st.sampled_from(tops).map(lambda t: t.rstrip("/") + "/x/y")
+            )
+        )
+        words.append(
+            f"{draw(st.sampled_from(NAMES))}:{path}"
+            + draw(st.sampled_from(["", "/"] if path != "/" else [""]))
+        )
+    words += draw(st.lists(st.sampled_from(["offline_access", "fts", "openid", "wlcg.groups"]), max_size=1))
+    return Wish(scope=tuple(words), audience=tuple(audiences))
+
+
+@settings(max_examples=400)
+@given(st.data())
+def test_nothing_is_granted_beyond_what_was_asked_the_areas_of_every_audience_and_the_client(data):
+    made = data.draw(strategies.storages())
+    client = structs.replace(data.draw(strategies.clients()), audiences=ANY, groups=("/g",))
+    wish = data.draw(wishes(made))
+    policy = Policy({"vo": Directory(made)}, data.draw(strategies.routes()))
+    request = Request(uuid.uuid4(), "token", b"", (), wish=wish)
+    decision = capabilities.decide(policy, request, client, {}, Bans(), NOW, {}, {}).decision
+    SEEN["granted" if decision.grants else "refused"] += 1
+    for grant in decision.grants:
+        asked = [Scope.parse(w) for w in wish.scope]
+        directory = policy.directories["vo"]
+        storage_scopes = [s for s in parse_scopes(grant.scope) if s.path is not None]
+        for scope in storage_scopes:
+            assert contains(asked, [scope])
+            assert not client.paths or any(path_contains(p, scope.path) for p in client.paths)
+            for audience in grant.audience:
+                areas = directory.areas() if audience in ANY else directory.at(audience)
+                assert any(path_contains(a.top, scope.path) for a in areas if a.tokens)
+        assert set(grant.audience) <= set(wish.audience)
+        if storage_scopes:
+            assert not grant.extra.groups
+            assert set(grant.audience).isdisjoint(ANY) or grant.lifetime.seconds <= ANY_SECONDS
+        assert grant.lifetime.seconds <= 6 * 3600
+        assert not client.max_lifetime_seconds or grant.lifetime.seconds <= client.max_lifetime_seconds
+
+
+def test_enough_of_the_cases_ended_in_a_grant():
+    assert SEEN["granted"] > 50
+    assert SEEN["refused"] > 50
+
+
+# ── families ─────────────────────────────────────────────────────────────────────────────────
+
+FAMILY = Family(
+    family_id=uuid.uuid4(), client_id=1, subject_jti=uuid.uuid4(), subject_client="rucio", on_behalf_of="", sub="s",
+    act=None, scope="storage.read:/a", audience=("a",), rule="r", ends_at=NOW + timedelta(days=7), generation=3,
+    rotated_at=NOW,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("generation", "after", "expected"),
+    [
+        (3, timedelta(), 4),
+        (3, timedelta(days=6), 4),
+        (2, timedelta(), 3),
+        (2, GRACE - timedelta(seconds=1), 3),
+        (2, GRACE, None),
+        (1, timedelta(), None),
+        (4, timedelta(), 5),
+    ],
+)
+def test_which_refresh_tokens_of_a_family_work(generation, after, expected):
+    made = present(FAMILY, generation, NOW + after)
+    assert (made and made.generation) == expected
+    if expected == 3:
+        assert made == FAMILY  # the same bytes again
+
+
+def test_actors_are_counted():
+    assert [act_depth(a) for a in (None, {"sub": "a"}, {"sub": "a", "act": {"sub": "b"}})] == [0, 1, 2]
