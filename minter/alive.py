@@ -15,7 +15,8 @@ from minter.clients import Ban, Bans
 from minter.database import floor, transaction
 from minter.errors import InvalidRequest
 from minter.keys import LAST_EXPIRY
-from minter.mint import SEVERAL
+from minter.plans import SEVERAL_STORAGES
+from minter.records import SEVERAL
 from minter.scopes import encode_path, parse_scopes
 
 FETCH_ROWS = 5_000
@@ -40,13 +41,15 @@ _ASKED = """(
         SELECT FROM uses u JOIN requests r ON (r.request_id, r.client_id) = (u.request_id, u.client_id)
         WHERE u.jti = t.jti AND {0}))"""
 _CONDITIONS = {
-    "client": "c.name = %(value)s",
+    # Its own, and what others exchanged for them: their `sub` is the client's.
+    "client": "c.name = %(value)s OR strpos(t.payload, %(sub)s) > 0",
     "vo": "c.vo = %(value)s",
-    "storage": "s.name = %(value)s",
+    "storage": f"s.name IN (%(value)s, '{SEVERAL_STORAGES}')",
     "key": "k.kid = %(value)s",
     "on_behalf_of": _ASKED.format("r.on_behalf_of = %(value)s"),
     "activity": _ASKED.format(f"r.activity IN (%(value)s, '{SEVERAL}')"),
-    "path": "strpos(t.payload, %(raw)s) > 0 OR strpos(t.payload, %(encoded)s) > 0",
+    "path": "strpos(t.payload, %(raw)s) > 0 OR strpos(t.payload, %(encoded)s) > 0"
+    " OR t.payload ~ ':/[ \"]'",  # or all there is
 }
 _ALIVE = """
     SELECT t.jti::text, c.name, s.name, t.payload
@@ -70,6 +73,8 @@ def under(engine: Pool, kind: str, value: str, vo: str | None, now: datetime) ->
         "raw": f":{start}", "encoded": f":{encode_path(start)}",
     }  # fmt: skip
     with transaction(engine) as connection, connection.cursor("alive") as cursor:
+        subs = connection.execute("SELECT sub FROM clients WHERE name = %s", (value,)).fetchall()
+        values["sub"] = f'"sub":{json.dumps(subs[0][0])}' if subs else "\x01"
         cursor.itersize = FETCH_ROWS
         cursor.execute(_ALIVE.format(condition=_CONDITIONS[kind]), values)
         for jti, client, storage, payload in cursor:

@@ -8,11 +8,10 @@ nothing beyond that token is granted.
 
 import json
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
 
 from msgspec import structs
 
@@ -23,6 +22,7 @@ from minter.errors import (
     InvalidGrant,
     InvalidScope,
     InvalidTarget,
+    LifetimeNotAllowed,
     RequestError,
     UnauthorizedClient,
 )
@@ -39,7 +39,7 @@ from minter.plans import (
     Step,
     cap_of,
 )
-from minter.policy import Policy
+from minter.policy import Policy, host_of
 from minter.requests import Need, Request
 from minter.scopes import STORAGE_SCOPES, Scope, intersect, parse_scopes, path_contains
 from minter.storages import Area
@@ -82,6 +82,7 @@ class Granted(NamedTuple):
     decision: Decision
     family: Family | None = None
     on_behalf_of: str = ""
+    activity: str = ""
 
 
 def decide(
@@ -103,7 +104,7 @@ def decide(
         if wish.refresh is None and wish.subject is None:
             return _own(policy, client, bans, wish, request.on_behalf_of)
         if wish.refresh is not None:
-            family, held = _refreshed(policy, wish, client, now, families)
+            family, held = _refreshed(policy, wish, client, now, subjects, families)
         elif wish.subject is not None:
             family, held = _exchanged(policy, wish, client, now, subjects)
         if held is not None:
@@ -116,7 +117,10 @@ def decide(
         return Granted(Decision([], [Refused(None, error)], error))
     if family is not None and wish.refresh is None:
         family = structs.replace(family, scope=grant.scope, audience=grant.audience)
-    return Granted(Decision([grant], []), family, held.on_behalf_of if held else request.on_behalf_of)
+    decision = Decision([grant], [])
+    if held is None:
+        return Granted(decision, family, request.on_behalf_of)
+    return Granted(decision, family, held.on_behalf_of, held.activity)
 
 
 def _own(policy: Policy, client: Client, bans: Bans, wish: Wish, on_behalf_of: str) -> Granted:
@@ -160,11 +164,12 @@ def _exchanged(
     subject = subjects.get(jti)
     if subject is None or subject.payload != payload:
         raise InvalidGrant("the subject token is not on record here, or its retention is over")
+    if subject.shared:
+        raise InvalidGrant("the subject token is shared by several files, whoever they are for; use its own")
+    _check_subject(subject)
     left = int((subject.expires_at - now).total_seconds())
-    if left < MIN_LEFT_SECONDS or subject.key_state == "revoked":
-        raise InvalidGrant(f"the subject token lives {max(left, 0)} s more, or its key was revoked")
-    if subject.state == "cancelled":
-        raise InvalidGrant("the subject token was cancelled")
+    if left < MIN_LEFT_SECONDS:
+        raise InvalidGrant(f"the subject token lives {max(left, 0)} s more")
     rule = exchanges.find(policy.exchanges, client.vo, client.name, subject.client, offline=wish.offline)
     if rule is None:
         raise UnauthorizedClient(
@@ -175,9 +180,10 @@ def _exchanged(
     act = {"sub": client.sub, **({"act": claims["act"]} if "act" in claims else {})}
     if act_depth(act) > MAX_ACT_DEPTH:
         raise InvalidGrant(f"the subject token was exchanged {MAX_ACT_DEPTH} times already")
-    # A token of a transfer lives as long as that may take; others say nothing of the transfer.
+    # A token of a transfer lives as long as that may take, and what was exchanged for it no longer;
+    # one that a client got for itself says nothing of the transfer.
     limit = now + timedelta(seconds=rule.max_refresh_seconds)
-    ends_at = limit if subject.kind in ("token", "refresh", "exchange") else min(limit, subject.expires_at)
+    ends_at = limit if subject.kind == "token" else min(limit, subject.expires_at)
     audience = _audience_of(claims)
     held = Held(
         claims["sub"], act, str(claims["scope"]), audience, int((ends_at - now).total_seconds()), rule,
@@ -191,6 +197,7 @@ def _exchanged(
         subject_jti=jti,
         subject_client=subject.client,
         on_behalf_of=subject.on_behalf_of,
+        activity=subject.activity,
         sub=held.sub,
         act=act,
         scope=held.scope,
@@ -203,8 +210,18 @@ def _exchanged(
     return family, held
 
 
+def _check_subject(subject: Subject) -> None:
+    if subject.key_state == "revoked" or subject.state == "cancelled":
+        raise InvalidGrant("the subject token was cancelled, or its key revoked")
+
+
 def _refreshed(
-    policy: Policy, wish: Wish, client: Client, now: datetime, families: Mapping[uuid.UUID, Family]
+    policy: Policy,
+    wish: Wish,
+    client: Client,
+    now: datetime,
+    subjects: Mapping[uuid.UUID, Subject],
+    families: Mapping[uuid.UUID, Family],
 ) -> tuple[Family, Held]:
     assert wish.refresh is not None
     family_id, generation = wish.refresh
@@ -220,12 +237,17 @@ def _refreshed(
     if after is None:
         error = InvalidGrant("the refresh token was spent before; all that descend from it are revoked now")
         raise _Reused(error, structs.replace(family, revoked_at=now))
-    rule = next((r for r in policy.exchanges if r.name == family.rule and r.offline_access), None)
+    if family.subject_jti in subjects:  # its day may be archived by now
+        _check_subject(subjects[family.subject_jti])
+    rule = exchanges.find(policy.exchanges, client.vo, client.name, family.subject_client, offline=True)
     if rule is None:
-        raise UnauthorizedClient(f"exchange rule {family.rule!r} does not allow refreshing any more")
+        raise UnauthorizedClient(
+            f"no exchange rule lets client {client.name!r} refresh tokens of client "
+            f"{family.subject_client!r} any more"
+        )
     held = Held(
-        family.sub, family.act, family.scope, family.audience, left, None, family.subject_client,
-        family.on_behalf_of,
+        family.sub, family.act, family.scope, family.audience, left, rule, family.subject_client,
+        family.on_behalf_of, family.activity,
     )  # fmt: skip
     return after, held
 
@@ -238,73 +260,106 @@ def _audience_of(claims: Mapping[str, Any]) -> tuple[str, ...]:
 # ── scopes and audiences ─────────────────────────────────────────────────────────────────────
 
 
+class _Allowed(NamedTuple):
+    """Why a scope may be had on one area: by which route and operation, and for how long."""
+
+    area: Area
+    operation: Operation | None = None
+    route: str = ""
+    cap: tuple[int, str, str] | None = None
+
+
 class _Decider:
-    """One decision; it gathers the steps that led to it and the shortest of the lifetimes allowed."""
+    """One decision: which of the wanted words may be granted, then the grant that they make."""
 
     def __init__(self, policy: Policy, client: Client, bans: Bans, wish: Wish, held: Held | None) -> None:
         self.policy = policy
         self.client = client
         self.bans = bans
         self.held = held
-        self.wanted = wish.scope or tuple(held.scope.split(" ") if held else ())
-        self.audience = self._audience(wish.audience)
+        self.wanted = dict.fromkeys(wish.scope or (held.scope.split(" ") if held else ()))
+        self.audience = self._audience(tuple(dict.fromkeys(wish.audience)))
         self.is_any = any(a in ANY for a in self.audience)
-        self.areas_of = self._areas()
-        self.steps: list[Step] = []
-        self.cap = policy.token_lifetime_seconds
-        self.cap_rule = "token endpoint"
-        self.operations: set[Operation] = set()
-        self.storages: dict[str, Area] = {}
-        self.path = ""
+        self.places = self._places()
+        self.allowed: dict[tuple[str, str], _Allowed] = {}
+        """What was found allowed, by scope name and storage."""
+        self.left_out: set[Step] = set()
 
     def grant(self) -> Grant:
         """Return what is granted; raises a RequestError if that is nothing."""
-        limit = parse_scopes(self.held.scope) if self.held else None
-        words: list[str] = []
+        storage: dict[str, Scope] = {}
         groups: list[str] = []
-        for word in dict.fromkeys(self.wanted):
+        words: dict[str, None] = {}
+        for word in self.wanted:
             scope = Scope.parse(word)
             if scope.name in STORAGE_SCOPES:
-                words += self._on_storage(word, scope, limit)
-            elif scope.name == "wlcg.groups" or word.startswith("wlcg.groups:"):
+                granted = self._on_storage(word, scope)
+                storage |= granted
+                words |= dict.fromkeys(granted)
+            elif word == "wlcg.groups" or word.startswith("wlcg.groups:"):
                 groups += self._groups(word)
-            elif self._other(word, limit):
-                words.append(word)
-        has_storage = any(Scope.parse(w).name in STORAGE_SCOPES for w in words)
-        if groups and has_storage:
-            self.steps.append(Step("profile", "leaves out wlcg.groups, ignored beside storage scopes"))
+            elif self._other(word):
+                words[word] = None
+        if groups and storage:
+            self.left_out.add(Step("profile", "leaves out wlcg.groups, ignored beside storage scopes"))
             groups = []
         if groups:
-            words.append("wlcg.groups")
-        words = list(dict.fromkeys(words))
-        if not [w for w in words if w != "offline_access"]:
+            words["wlcg.groups"] = None
+        if not words.keys() - {"offline_access"}:
             raise InvalidScope(
                 f"nothing of scope {' '.join(self.wanted)[:200]!r} may be granted to client "
                 f"{self.client.name!r} for {' '.join(self.audience)[:200]!r}"
             )
-        if self.is_any and has_storage:
-            self._limit(ANY_SECONDS, "audience any", "every storage of the VO takes it")
-        return self._made(" ".join(words), tuple(dict.fromkeys(groups)))
+        return self._made(" ".join(words), tuple(dict.fromkeys(groups)), list(storage.values()))
 
-    def _made(self, scope: str, groups: tuple[str, ...]) -> Grant:
+    def _made(self, scope: str, groups: tuple[str, ...], on_storage: Sequence[Scope]) -> Grant:
         if len(scope) > MAX_CLAIM_CHARACTERS or len(" ".join(self.audience)) > MAX_CLAIM_CHARACTERS:
             raise InvalidScope(
                 f"scope or audience is longer than {MAX_CLAIM_CHARACTERS} characters; ask for less at once"
             )
-        if self.client.max_lifetime_seconds is not None:
-            self._limit(self.client.max_lifetime_seconds, f"client {self.client.name}", "its own limit")
-        area = self._area()
-        plan = self.policy.plan_of_steps(
-            area, tuple(sorted(self.operations)), self.cap, self.cap_rule, tuple(dict.fromkeys(self.steps))
-        )
-        seconds = self.cap
-        if self.held is not None:
-            seconds = min(seconds, self.held.left_seconds + BACKDATE_SECONDS)
-        sub, act = (self.held.sub, self.held.act) if self.held else (self.client.sub, None)
-        return Grant(
-            Need(-1, "service", 0, "", plan.operations), plan, self.path, scope,
-            Lifetime(seconds, self.cap, BACKDATE_SECONDS), "", extra=Extra(sub, groups, act),
+        cap, rule, why = self._cap(bool(on_storage))
+        left = self.held.left_seconds if self.held else cap
+        seconds = min(cap, left + BACKDATE_SECONDS)
+        if seconds < BACKDATE_SECONDS + MIN_LEFT_SECONDS:
+            raise LifetimeNotAllowed(f"lifetime {seconds} s allowed by {rule} is too short to be of use")
+        storages = {a.area.storage: a.area for a in self.allowed.values()}
+        one = next(iter(storages.values())) if len(storages) == 1 else None
+        area = Area(
+            self.client.vo, one.storage if one else SEVERAL_STORAGES, "/", "/", self.audience,
+            one.dialect if one else DIALECTS["profile"], one.matching if one else "exact", False, True,
         )  # fmt: skip
+        # Nothing that a caller words: a rule is recorded once for all tokens alike.
+        steps = {
+            Step(f"route {a.route}", f"{name}, {a.operation}")
+            for (name, _), a in self.allowed.items()
+            if a.route
+        } | self.left_out
+        operations = {a.operation for a in self.allowed.values() if a.operation}
+        plan = self.policy.plan_of_steps(
+            area,
+            tuple(sorted(operations)),
+            cap,
+            rule,
+            (*sorted(steps), Step(rule, f"at most {cap} s: {why}")),
+        )
+        sub, act = (self.held.sub, self.held.act) if self.held else (self.client.sub, None)
+        path = (on_storage[0].path or "") if on_storage else ""
+        return Grant(
+            Need(-1, "service", 0, "", plan.operations), plan, path, scope,
+            Lifetime(seconds, cap, BACKDATE_SECONDS), "", extra=Extra(sub, groups, act),
+        )  # fmt: skip
+
+    def _cap(self, on_storage: bool) -> tuple[int, str, str]:
+        """Return the shortest of the lifetimes allowed, the rule that says so, and why."""
+        caps = [
+            (self.policy.token_lifetime_seconds, "token endpoint", "the settings' token_lifetime_seconds")
+        ]
+        caps += [a.cap for a in self.allowed.values() if a.cap is not None]
+        if self.client.max_lifetime_seconds is not None:
+            caps.append((self.client.max_lifetime_seconds, f"client {self.client.name}", "its own limit"))
+        if self.is_any and on_storage:
+            caps.append((ANY_SECONDS, "audience any", "every storage of the VO takes it"))
+        return min(caps)
 
     # ── audiences ────────────────────────────────────────────────────────────────────────────
 
@@ -319,105 +374,103 @@ class _Decider:
                 f"no audience: name one, or set a default for client {self.client.name!r} with: "
                 "minter clients change --default-audience"
             )
-        return tuple(dict.fromkeys(audience))
+        return audience
 
-    def _areas(self) -> list[list[Area]]:
-        """Return the areas that each audience stands for; raises InvalidTarget for one of nobody."""
+    def _places(self) -> list[list[list[Area]]]:
+        """Return for each audience the endpoints that it stands for, none if it is no storage's.
+
+        Raises InvalidTarget for an audience of nobody, or one that the client may not have.
+        """
         directory, found = self.policy.directories[self.client.vo], []
         for audience in self.audience:
-            areas = directory.areas() if audience in ANY else directory.at(audience)
-            usable = [area for area in areas if area.tokens]
-            if audience in ANY:  # no pattern says so by accident
-                known = audience in self.client.audiences
+            if audience in ANY:
+                endpoints = directory.endpoints()
+                known = audience in self.client.audiences  # no pattern says so by accident
             else:
+                endpoints = directory.at(audience)
                 listed = any(fnmatchcase(audience, pattern) for pattern in self.client.audiences)
-                known = bool(areas) or self._fts(audience) or listed
+                known = bool(endpoints) or self._fts(audience) or listed
             if not (known or self.held):
                 raise InvalidTarget(
                     f"audience {audience[:200]!r} is of no storage or FTS here, and not listed for client "
                     f"{self.client.name!r}"
                 )
-            if areas:
-                found.append(usable)
+            found.append(endpoints)
         return found
 
     def _fts(self, audience: str) -> bool:
         services = self.policy.fts[self.client.vo]
-        host = (urlsplit(audience).hostname or "") if "//" in audience else audience.partition(":")[0]
-        return host.lower() in services or any(audience in p.area.audience for p in services.values())
-
-    def _area(self) -> Area:
-        """Return what stands for the storages in the record: the one, or a name for none and several."""
-        names = sorted(self.storages)
-        self.steps.append(Step("audience", f"of {', '.join(names) or 'no storage'}"))
-        one = next(iter(self.storages.values())) if len(names) == 1 else None
-        return Area(
-            self.client.vo, one.storage if one else SEVERAL_STORAGES, "/", "/", self.audience,
-            one.dialect if one else DIALECTS["profile"], one.matching if one else "exact", False, True,
-        )  # fmt: skip
+        host = host_of(audience if "//" in audience else f"//{audience}")
+        return host in services or any(audience in p.area.audience for p in services.values())
 
     # ── scopes ───────────────────────────────────────────────────────────────────────────────
 
-    def _on_storage(self, word: str, scope: Scope, limit: Iterable[Scope] | None) -> list[str]:
-        """Return the words of one storage scope: as it was written, or what is left of it."""
+    def _on_storage(self, word: str, scope: Scope) -> dict[str, Scope]:
+        """Return what is granted of one storage scope, by its words.
+
+        A token is good at each endpoint of each of its audiences, so each of them must allow it; only what
+        stands for every storage of the VO is enough to be allowed at one.
+        """
         assert scope.path is not None
-        rule = self.held.rule if self.held is not None else None
+        rule = self.held.rule if self.held else None
         if rule is not None and not exchanges.allows(rule, scope.name):
-            self.steps.append(Step(f"exchange {rule.name}", f"leaves out {scope.name}"))
-            return []
-        paths = [scope.path] if self.areas_of else []
-        for areas in self.areas_of:  # a token is good at each of its audiences, so each must have the path
-            paths = [
-                path
-                for area in areas
-                if (met := self._meet(paths, [area.top])) and self._allowed_on(area, scope.name)
-                for path in met
-            ]
+            self.left_out.add(Step(f"exchange {rule.name}", f"leaves out {scope.name}"))
+            return {}
+        paths = [scope.path]
+        for endpoints in self.places:
+            if self.is_any:
+                paths = [p for areas in endpoints for p in self._within(paths, areas, scope.name)]
+            else:
+                for areas in endpoints:
+                    paths = self._within(paths, areas, scope.name)
+            if not endpoints:
+                paths = []
         if self.client.paths:
-            paths = self._meet(paths, self.client.paths)
-        narrowest = [
-            Scope(scope.name, p)
-            for p in dict.fromkeys(paths)
-            if not any(q != p and path_contains(q, p) for q in paths)
-        ]
-        if limit is not None:
-            narrowest = sorted(intersect(narrowest, limit))  # DIRAC asks for all that it is configured with
-        for one in narrowest:
+            paths = _meet(paths, self.client.paths)
+        granted = {
+            Scope(scope.name, p) for p in paths if not any(q != p and path_contains(q, p) for q in paths)
+        }
+        if self.held is not None:  # DIRAC asks for all that it is configured with
+            granted = set(intersect(granted, parse_scopes(self.held.scope)))
+        for one in granted:
             self.bans.check_path(self.client.vo, one.path or "/")
-        if narrowest and not self.path:
-            self.path = narrowest[0].path or "/"
         # oauthlib warns of a scope that is not spelt as it was asked for; a directory's slash may stay.
-        if len(narrowest) == 1 and word in (str(narrowest[0]), f"{narrowest[0]}/"):
-            return [word]
-        return sorted(map(str, narrowest))
+        if len(granted) == 1 and word in {f"{s}{end}" for s in granted for end in ("", "/")}:
+            return dict.fromkeys([word], *granted)
+        return {str(s): s for s in sorted(granted)}
 
-    @staticmethod
-    def _meet(left: Sequence[str], right: Sequence[str]) -> list[str]:
-        inside = [a for a in left for b in right if path_contains(b, a)]
-        return inside + [b for a in left for b in right if path_contains(a, b) and a != b]
+    def _within(self, paths: Sequence[str], areas: Sequence[Area], name: str) -> list[str]:
+        """Return of these paths what a scope may be on at one endpoint, whose areas may lie in each other.
 
-    def _allowed_on(self, area: Area, name: str) -> bool:
-        """Say whether a route, and the client's own limits, allow a scope on an area; note its lifetime."""
-        if self.held is not None:  # a route allowed it when the token was made
-            self.bans.check(self.client.vo, storage=area.storage)
-            self.storages[area.storage] = area
-            return True
+        The area of the longest prefix around a path, and all areas inside it, must allow the scope.
+        """
+        found = []
+        for path in _meet(paths, [area.top for area in areas]):
+            around = next(area for area in areas if path_contains(area.top, path))
+            inside = [area for area in areas if area.top != path and path_contains(path, area.top)]
+            allowed = [self._allow(area, name) for area in (around, *inside)]
+            if all(allowed):
+                found.append(path)
+                self.allowed |= {(name, a.area.storage): a for a in allowed if a is not None}
+        return list(dict.fromkeys(found))
+
+    def _allow(self, area: Area, name: str) -> _Allowed | None:
+        """Say whether the client, and a route, allow a scope on an area; raises Banned."""
+        if not area.tokens:
+            return None
+        self.bans.check(self.client.vo, storage=area.storage)
         operations = [
             o for o in _OPERATIONS[name] if not self.client.operations or o in self.client.operations
         ]
+        if self.held is not None and operations:  # a route allowed it when the token was made
+            return _Allowed(area)
         for operation in operations:
             need = Need(-1, "operation", 0, "", (operation,))
             route = self.policy.route_of(self.client, "", False, area, need)
             if route is not None:
-                self.bans.check(self.client.vo, storage=area.storage)
-                cap, rule, why = cap_of(route, self.client, False, area, [Needed(name)], "directory")
-                self._limit(cap, rule, why)
-                self.steps.append(Step(f"route {route.name}", f"{name} on {area.storage}, {operation}"))
-                self.operations.add(operation)
-                self.storages[area.storage] = area
-                return True
-        self.steps.append(Step("operations", f"{name} is not allowed to the client on {area.storage}"))
-        return False
+                cap = cap_of(route, self.client, False, area, [Needed(name)], "directory")
+                return _Allowed(area, operation, route.name, cap)
+        return None
 
     def _groups(self, word: str) -> list[str]:
         if self.held is not None:
@@ -425,16 +478,17 @@ class _Decider:
         _, colon, group = word.partition(":")
         return [g for g in self.client.groups if not colon or g == group]
 
-    def _other(self, word: str, limit: Iterable[Scope] | None) -> bool:
+    def _other(self, word: str) -> bool:
         if word == "offline_access":  # Rucio and FTS ask for it: it stands in the scope, and grants nothing
             return True
-        if limit is not None:
-            rule = self.held.rule if self.held else None
-            return any(str(s) == word for s in limit) and (rule is None or exchanges.allows(rule, word))
+        if self.held is not None:
+            rule = self.held.rule
+            return word in self.held.scope.split(" ") and (rule is None or exchanges.allows(rule, word))
         listed = any(fnmatchcase(word, pattern) for pattern in self.client.scopes)
         return listed or (word == "fts" and any(map(self._fts, self.audience)))
 
-    def _limit(self, cap: int, rule: str, why: str) -> None:
-        if cap < self.cap:
-            self.cap, self.cap_rule = cap, rule
-            self.steps.append(Step(rule, f"at most {cap} s: {why}"))
+
+def _meet(left: Sequence[str], right: Sequence[str]) -> list[str]:
+    """Return what is inside a path of each side."""
+    inside = [a for a in left for b in right if path_contains(b, a)]
+    return list(dict.fromkeys(inside + [b for a in left for b in right if path_contains(a, b)]))

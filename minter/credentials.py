@@ -6,10 +6,11 @@ banned is decided in the recording transaction, as everywhere.
 """
 
 import base64
-import binascii
 import hmac
+import logging
+import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from datetime import datetime
 from urllib.parse import unquote_plus
 
@@ -18,8 +19,10 @@ from msgspec import Struct
 from sqlalchemy.engine import Engine as Pool
 
 from minter.database import one, transaction
-from minter.errors import InvalidClient, InvalidRequest
+from minter.errors import InvalidClient, InvalidRequest, NoUsableKey
 from minter.keystore import Keystore
+
+logger = logging.getLogger(__name__)
 
 ASSERTION = "urn:ietf:params:oauth:client-assertion-type:jwt-bearer"
 ASSERTION_MAX_SECONDS = 600
@@ -27,6 +30,7 @@ ASSERTION_MAX_SECONDS = 600
 LEEWAY_SECONDS = 30
 FRESH_SECONDS = 0.2
 """The control tables' version is asked for at most this often."""
+_ID = re.compile(r"[!-~]{1,255}").fullmatch
 _WRONG = "client authentication failed; the client's name and secret, or its signed assertion, are needed"
 
 
@@ -76,7 +80,7 @@ def _basic(header: str) -> Presented:
     scheme, _, encoded = header.partition(" ")
     try:
         pair = base64.b64decode(encoded.strip(), validate=True).decode()
-    except (binascii.Error, UnicodeDecodeError):
+    except ValueError:  # no base64, no ASCII, no UTF-8
         raise InvalidClient(_WRONG) from None
     name, colon, secret = pair.partition(":")
     if scheme.lower() != "basic" or not colon:
@@ -95,39 +99,49 @@ def _issuer(assertion: str) -> str:
 class Credentials:
     """The clients' hashes and keys, as of the control tables' last version."""
 
-    def __init__(self, pool: Pool, keystore: Keystore, clock: Callable[[], datetime]) -> None:
+    def __init__(
+        self, pool: Pool, keystore: Keystore, vos: Collection[str], clock: Callable[[], datetime]
+    ) -> None:
         self._pool = pool
+        self._vos = vos
         self._keystore = keystore
         self._clock = clock
         self._accounts: dict[str, Account] = {}
         self._peppers: dict[str, bytes] = {}
-        self._version = -1
+        self.version = -1
         self._asked = float("-inf")
 
     def fresh_for(self) -> float:
         """Return for how many seconds what is known counts as fresh: guessing costs few queries."""
         return max(0.0, self._asked + FRESH_SECONDS - time.monotonic())
 
-    def refresh(self) -> bool:
-        """Read the accounts again if the control tables changed; say whether they did."""
+    def refresh(self) -> None:
+        """Read the accounts again if the control tables changed."""
         if self.fresh_for():
-            return False
+            return
         with transaction(self._pool) as connection:
             (version,) = one(connection.execute("SELECT version FROM control"))
-            changed = bool(version != self._version)
-            if changed:
+            if version != self.version:
                 peppers = connection.execute(
-                    "SELECT vo, secrets_key FROM issuers WHERE secrets_key IS NOT NULL"
+                    "SELECT vo, secrets_key FROM issuers WHERE secrets_key IS NOT NULL AND vo = ANY(%s)",
+                    (list(self._vos),),
                 ).fetchall()
                 rows = connection.execute(
                     "SELECT client_id, name, vo, secret_hash, old_secret_hash, old_secret_until, auth_key"
                     " FROM clients WHERE disabled_at IS NULL"
                 ).fetchall()
-                self._peppers = {vo: self._keystore.open_pepper(vo, bytes(sealed)) for vo, sealed in peppers}
+                self._peppers = dict(self._opened(peppers))
                 self._accounts = {row[1]: _account(*row) for row in rows}
-                self._version = version
+                self.version = version
         self._asked = time.monotonic()
-        return changed
+
+    def _opened(self, sealed: Iterable[tuple[str, bytes]]) -> Iterator[tuple[str, bytes]]:
+        """Yield the keys that open: one VO's trouble is not the others'."""
+        for vo, pepper in sealed:
+            try:
+                yield vo, self._keystore.open_pepper(vo, bytes(pepper))
+            except NoUsableKey as error:
+                logger.warning("clients of VO %s cannot authenticate: %s", vo, error)
 
     def by_secret(self, who: Presented, vo: str) -> Account | None:
         """Return the account whose secret this is, None if it is nobody's of this VO."""
@@ -161,13 +175,16 @@ class Credentials:
             )
         except jwt.InvalidTokenError:
             return None
-        if claims["exp"] > self._clock().timestamp() + ASSERTION_MAX_SECONDS:
+        exp, jti = claims["exp"], claims["jti"]
+        if not isinstance(exp, int) or exp > self._clock().timestamp() + ASSERTION_MAX_SECONDS:
+            return None
+        if not isinstance(jti, str) or not _ID(jti):
             return None
         with transaction(self._pool) as connection:
             fresh = connection.execute(
                 "INSERT INTO assertions (client_id, assertion_id, expires_at)"
                 " VALUES (%s, %s, to_timestamp(%s)) ON CONFLICT DO NOTHING",
-                (account.client_id, str(claims["jti"])[:255], claims["exp"] + LEEWAY_SECONDS),
+                (account.client_id, jti, exp + LEEWAY_SECONDS),
             ).rowcount
         return account if fresh else None
 

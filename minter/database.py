@@ -1,48 +1,25 @@
-"""SQL of recording, repeating and finding; one function per question.
+"""SQL of finding, and the transactions that all SQL runs in; one function per question.
 
 It knows nothing about what makes a token right. Failures of Postgres that pass by themselves
 leave here as `Unavailable`, and nothing of the transaction stays.
 """
 
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
-from itertools import chain
 from typing import Any
 from uuid import UUID
 
-import msgspec
 import psycopg
-from msgspec import structs
-from psycopg import sql
-from psycopg.types.json import Jsonb
 from sqlalchemy import create_engine
 from sqlalchemy.engine import Engine as Pool
 
 from minter.clients import Ban, Bans, Client
 from minter.errors import Unavailable
 from minter.keys import HARD_MAX_SECONDS, Key
-from minter.mint import Control, RequestRow, TokenRow, UseRow, path_hash
-from minter.plans import Plan
-from minter.sharing import Place
-from minter.wishes import Family, Subject
+from minter.records import Control, RequestRow, TokenRow
 
 CONTROL_LOCK = 0x6D696E74  # "mint": recording holds it shared, changes of the control tables alone
-
-COPY_ROWS = 64
-"""Rows sent to Postgres at once, which takes them in while the next ones are signed: few, so that
-little is left to wait for at the end."""
-
-OWN_KINDS = ("token", "exchange", "refresh")
-"""Requests of the token endpoint: their ids are made there, so nobody can have sent them before."""
-NULL = "\\N"
-
-# Each statement of the string takes its own snapshot, so `version` is read under the lock.
-_BEGIN_RECORDING = sql.SQL(
-    "BEGIN; SET LOCAL synchronous_commit TO on; SELECT pg_advisory_xact_lock_shared({});"
-    " SELECT version, clock_timestamp() FROM control"
-).format(CONTROL_LOCK)
 
 _PASSING = (psycopg.OperationalError, psycopg.InterfaceError, psycopg.errors.ReadOnlySqlTransaction)
 
@@ -93,299 +70,6 @@ def transaction(engine: Pool) -> Iterator["psycopg.Connection[Any]"]:
         pooled.close()
 
 
-# ── recording ────────────────────────────────────────────────────────────────────────────────
-
-
-class Store:
-    """Where tokens are recorded; `clock` is the entry point's, compared with Postgres's."""
-
-    def __init__(self, engine: Pool, clock: Callable[[], datetime]) -> None:
-        self.engine = engine
-        self._clock = clock
-        self._version = -1
-        self._control: Control | None = None
-        self._storage_ids: dict[tuple[str, str], int] = {}
-        self._vo_of: dict[int, str] = {}
-        self._rules: dict[bytes, int] = {}
-
-    @contextmanager
-    def recording(self) -> Iterator["Recording"]:
-        """Open the recording transaction; leaving it without an error commits it durably."""
-        with transaction(self.engine) as connection:
-            recording = Recording(self, connection)
-            yield recording
-        self._rules |= recording.new_rules  # only now are they there for every later transaction
-
-    def control(self, connection: "psycopg.Connection[Any]") -> tuple[Control, float]:
-        """Read the control tables under the shared lock; equal versions are read once."""
-        # One round trip: psycopg would send its own BEGIN first, hence autocommit for this moment.
-        connection.autocommit = True
-        cursor = connection.execute(_BEGIN_RECORDING)
-        while cursor.nextset():
-            pass
-        version, database_now = one(cursor)
-        skew = (self._clock() - database_now).total_seconds()
-        if version != self._version or self._control is None:
-            self._control = read_control(connection)
-            rows = connection.execute("SELECT vo, name, storage_id FROM storages").fetchall()
-            self._storage_ids = {(vo, name): number for vo, name, number in rows}
-            self._vo_of = {c.client_id: c.vo for c in self._control.clients.values()}
-            self._version = version
-        return self._control, skew
-
-    def rule_id(self, plan: Plan) -> int | None:
-        """Return the number of a rule whose row is committed, None if that is not known here."""
-        return self._rules.get(plan.digest)
-
-    def storage_id(self, client_id: int, name: str) -> int:
-        """Return the row of a client's storage or FTS."""
-        return self._storage_ids[self._vo_of[client_id], name]
-
-
-class Recording:
-    """The open recording transaction (`mint.Recording`)."""
-
-    def __init__(self, store: Store, connection: "psycopg.Connection[Any]") -> None:
-        self._store = store
-        self._connection = connection
-        self.new_rules: dict[bytes, int] = {}
-
-    def control(self) -> tuple[Control, float]:
-        """Read the control tables and the skew of our clock, in seconds."""
-        return self._store.control(self._connection)
-
-    def rules(self, plans: Iterable[Plan]) -> dict[Plan, int]:
-        """Return the numbers of plans; new ones are recorded, in an order that cannot deadlock."""
-        known = {plan: self._store.rule_id(plan) for plan in plans}
-        new = sorted({p.digest: p for p, number in known.items() if number is None}.items())
-        if new:
-            self._connection.cursor().executemany(
-                "INSERT INTO rules (digest, route, storage, operations, steps)"
-                " VALUES (%s, %s, %s, %s, %s) ON CONFLICT DO NOTHING",
-                [(d, p.rule, p.area.storage, list(p.operations), _json(p.steps)) for d, p in new],
-            )
-            found = self._connection.execute(
-                "SELECT digest, rule_id FROM rules WHERE digest = ANY(%s)", ([d for d, _ in new],)
-            ).fetchall()
-            self.new_rules = {bytes(digest): number for digest, number in found}
-        return {p: self.new_rules[p.digest] if n is None else n for p, n in known.items()}
-
-    def insert_requests(self, rows: Sequence[RequestRow]) -> set[tuple[UUID, int]]:
-        """Insert what is not there yet; return the keys of what was new."""
-        own = [r for r in rows if r.kind in OWN_KINDS]
-        self._copy_requests(own)
-        rows = [r for r in rows if r.kind not in OWN_KINDS]
-        new = {(r.request_id, r.client_id) for r in own}
-        if not rows:
-            return new
-        found = self._connection.execute(
-            """
-            INSERT INTO requests (request_id, client_id, first_jti, received_at, tokens, digest,
-                                  kind, activity, on_behalf_of, error, refusals, renews,
-                                  all_or_nothing)
-            SELECT r, c, f, at, t, d, k, a, o, e::jsonb, x::jsonb, n, w
-            FROM unnest(%s::uuid[], %s::int[], %s::uuid[], %s::timestamptz[], %s::int[],
-                        %s::bytea[], %s::text[], %s::text[], %s::text[], %s::text[], %s::text[],
-                        %s::uuid[], %s::bool[])
-                 AS new (r, c, f, at, t, d, k, a, o, e, x, n, w)
-            ON CONFLICT DO NOTHING RETURNING request_id, client_id
-            """,
-            (
-                [r.request_id for r in rows],
-                [r.client_id for r in rows],
-                [r.first_jti for r in rows],
-                [r.received_at for r in rows],
-                [r.tokens for r in rows],
-                [r.digest for r in rows],
-                [r.kind for r in rows],
-                [_text(r.activity) for r in rows],
-                [_text(r.on_behalf_of) for r in rows],
-                [_json(r.error) if r.error else None for r in rows],
-                [_json(r.refusals) if r.refusals else None for r in rows],
-                [r.renews for r in rows],
-                [r.all_or_nothing for r in rows],
-            ),
-        ).fetchall()
-        return new.union(found)
-
-    def _copy_requests(self, rows: Sequence[RequestRow]) -> None:
-        """COPY requests whose ids were made here in: half the time of an INSERT that looks for its like."""
-        if not rows:
-            return
-        with self._connection.cursor().copy(
-            "COPY requests (request_id, client_id, first_jti, received_at, tokens, digest, kind, activity,"
-            " on_behalf_of, error) FROM STDIN"
-        ) as copy:
-            lines = [
-                f"{r.request_id.int:032x}\t{r.client_id}\t{r.first_jti.int:032x}\t{r.received_at}\t{r.tokens}"
-                f"\t\\\\x{r.digest.hex()}\t{r.kind}\t{_copy(r.activity)}\t{_copy(r.on_behalf_of)}"
-                f"\t{_copy(_json(r.error)) if r.error else NULL}\n"
-                for r in rows
-            ]
-            copy.write("".join(lines).encode())
-
-    def copy_tokens(self, rows: Iterable[TokenRow]) -> None:
-        """COPY minted tokens in as they come, in lines made here: row-wise adaption costs more.
-
-        An error of the iterator, such as a failed check, fails the COPY and so the transaction.
-        """
-        coming = iter(rows)
-        first = next(coming, None)
-        if first is None:
-            return
-        storage_ids: dict[tuple[int, str], int] = {}
-        with self._connection.cursor().copy(
-            "COPY tokens (jti, request_id, expires_at, path_hash, fts_token_id, client_id,"
-            " storage_id, key_id, state, mode, side, file, position, external_id, payload,"
-            " rule_id) FROM STDIN"
-        ) as copy:
-            lines = []
-            instants: dict[int, datetime] = {}
-            for t in chain((first,), coming):
-                where = (t.client_id, t.storage)
-                storage_id = storage_ids.get(where)
-                if storage_id is None:
-                    storage_id = storage_ids[where] = self._store.storage_id(*where)
-                # JSON writes control characters as escapes: only the backslash is COPY's, too.
-                payload = t.payload.replace("\\", "\\\\") if "\\" in t.payload else t.payload
-                if t.expires_at not in instants:
-                    instants[t.expires_at] = datetime.fromtimestamp(t.expires_at, UTC)
-                lines.append(
-                    f"{t.jti}\t{t.request_id.int:032x}\t{instants[t.expires_at]}"
-                    f"\t{path_hash(t.path)}\t{t.fts_token_id}\t{t.client_id}\t{storage_id}\t{t.key_id}"
-                    f"\tissued\tmint\t{t.side}\t{t.file}\t{t.index}\t{_copy(t.external_id)}"
-                    f"\t{payload}\t{t.rule_id}\n"
-                )
-                if len(lines) >= COPY_ROWS:
-                    copy.write("".join(lines).encode())
-                    lines.clear()
-            copy.write("".join(lines).encode())
-
-    def copy_uses(self, rows: Sequence[UseRow]) -> None:
-        """COPY the uses of shared tokens in."""
-        if not rows:
-            return
-        with self._connection.cursor().copy(
-            "COPY uses (use_id, jti, request_id, path_hash, client_id, side, file, position, path,"
-            " external_id) FROM STDIN"
-        ) as copy:
-            lines = [
-                f"{u.use_id}\t{u.jti}\t{u.request_id.int:032x}\t{path_hash(u.path)}\t{u.client_id}\t{u.side}"
-                f"\t{u.file}\t{u.index}\t{_copy(u.path)}\t{_copy(u.external_id)}\n"
-                for u in rows
-            ]
-            copy.write("".join(lines).encode())
-
-    def shared_tokens(self, places: Sequence[Place], now: datetime) -> dict[Place, TokenRow]:
-        """Read for each place the shared token that lives longest, if one lives."""
-        rows = self._connection.execute(
-            f"""
-            SELECT DISTINCT ON (w.n) w.n, {_COLUMNS}
-            FROM unnest(%s::int[], %s::int[], %s::bigint[]) WITH ORDINALITY AS w (client, rule, hash, n)
-            JOIN tokens t ON t.path_hash = w.hash AND t.rule_id = w.rule AND t.client_id = w.client
-            LEFT JOIN storages s USING (storage_id)
-            WHERE t.file < 0 AND t.expires_at > %s AND t.jti >= %s
-            ORDER BY w.n, t.expires_at DESC
-            """,
-            (
-                [p.client_id for p in places],
-                [p.rule_id for p in places],
-                [path_hash(p.path) for p in places],
-                now,
-                floor(now - timedelta(seconds=HARD_MAX_SECONDS)),
-            ),
-        ).fetchall()
-        return {places[n - 1]: TokenRow(*row) for n, *row in rows}
-
-    def subjects(self, jtis: Sequence[UUID]) -> dict[UUID, Subject]:
-        """Read tokens that somebody wants to act with."""
-        rows = self._connection.execute(
-            "SELECT t.jti, t.payload, c.name, coalesce(r.on_behalf_of, ''), coalesce(r.activity, ''),"
-            " coalesce(r.kind, ''),"
-            " coalesce((SELECT l.state FROM token_states l WHERE l.jti = t.jti), t.state)::text,"
-            " k.state::text, t.expires_at FROM unnest(%s::uuid[]) AS w (jti)"
-            " JOIN tokens t USING (jti) JOIN clients c ON c.client_id = t.client_id"
-            " JOIN signing_keys k USING (key_id)"
-            " LEFT JOIN requests r ON (r.request_id, r.client_id) = (t.request_id, t.client_id)",
-            (sorted(set(jtis)),),
-        ).fetchall()
-        names = Subject.__struct_fields__
-        return {row[0]: Subject(**dict(zip(names, row, strict=True))) for row in rows}
-
-    def families(self, ids: Sequence[UUID]) -> dict[UUID, Family]:
-        """Read refresh families, locked in an order that cannot deadlock."""
-        names = Family.__struct_fields__
-        rows = self._connection.execute(
-            f"SELECT {', '.join(names)} FROM families WHERE family_id = ANY(%s)"
-            " ORDER BY family_id FOR UPDATE",
-            (list(ids),),
-        ).fetchall()
-        found = [Family(**dict(zip(names, row, strict=True))) for row in rows]
-        return {f.family_id: structs.replace(f, audience=tuple(f.audience)) for f in found}
-
-    def save_families(self, families: Sequence[Family]) -> None:
-        """Add families, or bring them to their new generation; one that ends is audited."""
-        if not families:
-            return
-        names = Family.__struct_fields__
-        with self._connection.cursor() as cursor:
-            cursor.executemany(
-                f"INSERT INTO families ({', '.join(names)}) VALUES ({', '.join(['%s'] * len(names))})"
-                " ON CONFLICT (family_id) DO UPDATE SET generation = excluded.generation,"
-                " rotated_at = excluded.rotated_at, revoked_at = excluded.revoked_at",
-                [
-                    structs.astuple(structs.replace(f, act=f.act and Jsonb(f.act), audience=list(f.audience)))
-                    for f in families
-                ],
-            )
-            cursor.executemany(
-                "INSERT INTO audit (actor, action, subject, details) SELECT name, 'refresh.reused', %s,"
-                " jsonb_build_object('subject_jti', %s::text) FROM clients WHERE client_id = %s",
-                [(str(f.family_id), str(f.subject_jti), f.client_id) for f in families if f.revoked_at],
-            )
-
-    def recorded(
-        self, ids: Sequence[tuple[UUID, int]]
-    ) -> dict[tuple[UUID, int], tuple[RequestRow, list[TokenRow]]]:
-        """Read requests with their tokens, in order of jti."""
-        found = self._connection.execute(
-            f"""
-            SELECT {_REQUEST} FROM unnest(%s::uuid[], %s::int[]) AS w (id, client)
-            JOIN requests r ON (r.request_id, r.client_id) = (w.id, w.client)
-            """,
-            ([i for i, _ in ids], [c for _, c in ids]),
-        ).fetchall()
-        return {
-            (row.request_id, row.client_id): (row, tokens_of(self._connection, row))
-            for row in map(_request_row, found)
-        }
-
-
-_COPY_ESCAPES = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r", "\x00": ""})
-_copy_special = re.compile(r"[\\\t\n\r\x00]").search
-
-
-def _copy(text: str) -> str:
-    return text.translate(_COPY_ESCAPES) if _copy_special(text) else text
-
-
-def _text(text: str) -> str:
-    return text.replace("\x00", "")  # Postgres has no NUL in text
-
-
-def _json(value: object) -> str:
-    text = msgspec.json.encode(value).decode()
-    return msgspec.json.encode(_without_nul(value)).decode() if "\\u0000" in text else text
-
-
-def _without_nul(value: object) -> object:
-    if isinstance(value, str):
-        return _text(value)
-    if isinstance(value, dict):
-        return {_text(str(k)): _without_nul(v) for k, v in value.items()}
-    return [_without_nul(v) for v in value] if isinstance(value, list | tuple) else value
-
-
 def one(cursor: "psycopg.Cursor[Any]") -> Any:
     """Return the row that there must be; raises Unavailable on a database that was not upgraded."""
     row = cursor.fetchone()
@@ -396,7 +80,7 @@ def one(cursor: "psycopg.Cursor[Any]") -> Any:
 
 # ── reading ──────────────────────────────────────────────────────────────────────────────────
 
-_REQUEST = (
+REQUEST_COLUMNS = (
     "r.request_id, r.client_id, r.digest, r.kind, r.activity, r.on_behalf_of, r.first_jti,"
     " r.tokens, r.refusals, r.error, r.received_at, r.renews, r.all_or_nothing"
 )
@@ -413,13 +97,14 @@ def _token_columns(path: str, use_id: str, of: str) -> str:
     )
 
 
-_COLUMNS = _token_columns("''", "", of="t")
-_OF_USES = _token_columns("u.path", "u.use_id", of="u")
+TOKEN_COLUMNS = _token_columns("''", "", of="t")
+USE_COLUMNS = _token_columns("u.path", "u.use_id", of="u")
 OWN = "(t.file >= 0 OR t.side = 'service')"
 """That a token is no shared one: those serve the files of their uses."""
 
 
-def _request_row(row: Sequence[Any]) -> RequestRow:
+def request_row(row: Sequence[Any]) -> RequestRow:
+    """Return the request of a row of REQUEST_COLUMNS."""
     fields = list(row)
     fields[8] = fields[8] or []
     return RequestRow(*fields)
@@ -434,13 +119,13 @@ def tokens_of(connection: "psycopg.Connection[Any]", request: RequestRow) -> lis
         return []
     ids = (request.first_jti, UUID(int=request.first_jti.int + request.tokens - 1))
     rows = connection.execute(
-        f"SELECT t.jti, {_COLUMNS} FROM tokens t LEFT JOIN storages s USING (storage_id)"
+        f"SELECT t.jti, {TOKEN_COLUMNS} FROM tokens t LEFT JOIN storages s USING (storage_id)"
         f" WHERE t.jti BETWEEN %s AND %s AND {OWN} ORDER BY t.jti",
         ids,
     ).fetchall()
     if len(rows) < request.tokens:
         rows += connection.execute(
-            f"SELECT u.use_id, {_OF_USES} FROM uses u JOIN tokens t USING (jti)"
+            f"SELECT u.use_id, {USE_COLUMNS} FROM uses u JOIN tokens t USING (jti)"
             " LEFT JOIN storages s USING (storage_id) WHERE u.use_id BETWEEN %s AND %s",
             ids,
         ).fetchall()
@@ -510,12 +195,12 @@ def read_request(
 ) -> tuple[RequestRow, list[TokenRow]] | None:
     """Return one client's request with its tokens, None if there is none."""
     row = connection.execute(
-        f"SELECT {_REQUEST} FROM requests r WHERE (r.request_id, r.client_id) = (%s, %s)",
+        f"SELECT {REQUEST_COLUMNS} FROM requests r WHERE (r.request_id, r.client_id) = (%s, %s)",
         (request_id, client_id),
     ).fetchone()
     if row is None:
         return None
-    request = _request_row(row)
+    request = request_row(row)
     return request, tokens_of(connection, request)
 
 

@@ -6,6 +6,7 @@ JWKS and derived from the VO's master key: DIRAC reads their `exp`, and no stora
 """
 
 import json
+import re
 from datetime import UTC, datetime
 from hashlib import sha256
 from typing import Any
@@ -20,21 +21,25 @@ from minter.credentials import Account
 from minter.errors import (
     InvalidGrant,
     InvalidRequest,
+    InvalidScope,
+    InvalidTarget,
     MinterError,
     RequestError,
     TokenRejected,
     UnsupportedGrantType,
 )
 from minter.mint import Outcome, Submission
+from minter.plans import MAX_CLAIM_CHARACTERS
 from minter.publish import EXCHANGE
 from minter.requests import Request
 from minter.web import Web, base_path, send
-from minter.wishes import Family, Wish
+from minter.wishes import Family, Wish, present
 
 ACCESS_TOKEN = "urn:ietf:params:oauth:token-type:access_token"  # noqa: S105 - a name, RFC 8693 §3
 JWT_TOKEN = "urn:ietf:params:oauth:token-type:jwt"  # noqa: S105
 REFRESH_TOKEN = "urn:ietf:params:oauth:token-type:refresh_token"  # noqa: S105
 REFRESH_TYPE = "rt+jwt"
+_WORDS = re.compile(r"[\x20\x21\x23-\x5b\x5d-\x7e]*").fullmatch
 _KIND = {"client_credentials": "token", "refresh_token": "refresh", EXCHANGE: "exchange"}
 
 
@@ -129,10 +134,10 @@ def wish_of(issuer: Issuer, form: dict[str, str]) -> Wish:
     grant_type = form.get("grant_type", "")
     if grant_type not in _KIND:
         raise UnsupportedGrantType(f"grant_type is not one of {', '.join(_KIND)}")
-    scope = tuple(form.get("scope", "").split())
+    scope = _words(form, "scope", InvalidScope)
     if "audience" in form and "resource" in form and form["audience"] != form["resource"]:
         raise InvalidRequest("audience and resource differ; send one of them")
-    audience = tuple(form.get("audience", form.get("resource", "")).split())
+    audience = _words(form, "audience", InvalidTarget) or _words(form, "resource", InvalidTarget)
     if grant_type == "client_credentials":
         return Wish(scope=scope, audience=audience)
     if grant_type == "refresh_token":
@@ -149,6 +154,16 @@ def wish_of(issuer: Issuer, form: dict[str, str]) -> Wish:
     offline = form.get("requested_token_type") == REFRESH_TOKEN or "offline_access" in scope
     subject = issuer.read_access_token(_needed(form, "subject_token"))
     return Wish(scope=scope, audience=audience, offline=offline, subject=subject)
+
+
+def _words(form: dict[str, str], name: str, wrong: type[RequestError]) -> tuple[str, ...]:
+    """Return the words of a parameter, each once; raises `wrong` for what no token could carry."""
+    text = form.get(name, "")
+    if len(text) > MAX_CLAIM_CHARACTERS or not _WORDS(text):
+        raise wrong(
+            f"{name} has more than {MAX_CLAIM_CHARACTERS} characters, or others than RFC 6749 §3.3 names"
+        )
+    return tuple(dict.fromkeys(text.split()))
 
 
 def _needed(form: dict[str, str], name: str) -> str:
@@ -249,7 +264,7 @@ def _family_state(
         and family.client_id == account.client_id
         and family.revoked_at is None
         and family.ends_at > now
-        and generation >= family.generation - 1
+        and present(family, generation, now) is not None
     )
     if family is None or not good:
         return {"active": False}

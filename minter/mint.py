@@ -16,19 +16,17 @@ as Protocols; the adapters fit them. The order of its steps is the invariants:
 A crash before 6 leaves nothing; after it, the unacknowledged message comes again and ends in 7.
 """
 
-import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 from uuid import UUID
 
 from msgspec import Struct, structs
 
 from minter import capabilities, keys
 from minter.claims import build_claims, check_token, unverified_claims
-from minter.clients import Bans, Client
+from minter.clients import Client
 from minter.errors import (
     Banned,
     ClientMismatch,
@@ -46,10 +44,21 @@ from minter.errors import (
 from minter.keys import Key, RotationPolicy, Signer
 from minter.plans import BACKDATE_SECONDS, Decision, Grant, Plan
 from minter.policy import Policy, check_reply_queue
+from minter.records import (
+    OWN_KINDS,
+    SEVERAL,
+    Control,
+    Recording,
+    RequestRow,
+    Store,
+    TokenRow,
+    UseRow,
+    fts_token_id,
+)
 from minter.requests import Request, Side, check_request_id
 from minter.scopes import parse_scopes
 from minter.sharing import Kept, Place, Shared
-from minter.wishes import Family, Subject
+from minter.wishes import Family
 
 MAX_CLOCK_SKEW_SECONDS = 5.0
 """Beyond this difference to Postgres's clock a process refuses to sign."""
@@ -58,8 +67,6 @@ COVER_SECONDS = 300
 _SAMPLE = 256
 """The signature of every such token, told by FTS's id of it, is verified; the claims of every one
 are checked."""
-SEVERAL = "(several)"
-"""The recorded activity of a request whose files have different ones."""
 _JTI_NUMBERS = (1 << 20) - 1
 """The bits, five hex digits, of a jti that count a request's tokens: no request has 2^20."""
 
@@ -69,136 +76,6 @@ class Submission(Struct, frozen=True, eq=False):
 
     request: Request
     client: str
-
-
-class Control(Struct, frozen=True, eq=False):
-    """What operators may change at any time, as of the recording transaction."""
-
-    clients: Mapping[str, Client]
-    bans: Bans
-    ring: Sequence[Key]
-    issuers: Mapping[str, str]
-    """Issuer URL by VO."""
-
-
-class RequestRow(Struct, frozen=True):
-    """One request as recorded: its tokens and uses have the ids `first_jti`, `first_jti + 1`, ….
-
-    `tokens` is how many ids it may have used: one for each grant, and one for each path that a
-    shared token could be needed for.
-    """
-
-    request_id: UUID
-    client_id: int
-    digest: bytes
-    kind: str
-    activity: str
-    on_behalf_of: str
-    first_jti: UUID
-    tokens: int
-    refusals: list[dict[str, Any]]
-    error: dict[str, Any] | None
-    received_at: datetime
-    renews: UUID | None = None
-    all_or_nothing: bool = False
-
-
-class TokenRow(Struct, frozen=True, gc=False):
-    """One token as recorded: everything but its signature.
-
-    A shared token is written with `file` -1, and read once for each use, as the token of its file.
-    """
-
-    jti: str
-    request_id: UUID
-    client_id: int
-    storage: str
-    key_id: int
-    expires_at: int
-    path: str
-    fts_token_id: int
-    file: int
-    side: Side
-    index: int
-    external_id: str
-    payload: str
-    rule_id: int
-    state: str = "issued"
-    path_hash: int = 0
-    use_id: str = ""
-
-    @property
-    def id(self) -> UUID:
-        """By which its state is kept: the use's, if the token is shared."""
-        return UUID(self.use_id or self.jti)
-
-
-class UseRow(Struct, frozen=True, gc=False):
-    """One use of a shared token as recorded: the file and side that the token `jti` serves."""
-
-    use_id: str
-    jti: str
-    request_id: UUID
-    client_id: int
-    path: str
-    file: int
-    side: Side
-    index: int
-    external_id: str
-
-
-class Recording(Protocol):
-    """The recording transaction; leaving it without an error commits it durably."""
-
-    def control(self) -> tuple[Control, float]:
-        """Read the control tables under a shared lock; also the clock's skew to the database's."""
-        ...
-
-    def rules(self, plans: Iterable[Plan]) -> dict[Plan, int]:
-        """Return the numbers of plans, which are recorded if they are new (I8)."""
-        ...
-
-    def insert_requests(self, rows: Sequence[RequestRow]) -> set[tuple[UUID, int]]:
-        """Insert what is not there yet; return the (request_id, client_id) that were new."""
-        ...
-
-    def copy_tokens(self, rows: Iterable[TokenRow]) -> None:
-        """Add token rows as they come; an error of their iterator undoes all."""
-        ...
-
-    def copy_uses(self, rows: Sequence[UseRow]) -> None:
-        """Add use rows, if there are any."""
-        ...
-
-    def shared_tokens(self, places: Sequence[Place], now: datetime) -> dict[Place, TokenRow]:
-        """Read for each place the shared token that lives longest."""
-        ...
-
-    def subjects(self, jtis: Sequence[UUID]) -> dict[UUID, Subject]:
-        """Read tokens that somebody wants to act with."""
-        ...
-
-    def families(self, ids: Sequence[UUID]) -> dict[UUID, Family]:
-        """Read refresh families, which nobody else can change until the end."""
-        ...
-
-    def save_families(self, families: Sequence[Family]) -> None:
-        """Add families, or bring them to their new generation; one that ends is audited."""
-        ...
-
-    def recorded(
-        self, ids: Sequence[tuple[UUID, int]]
-    ) -> dict[tuple[UUID, int], tuple[RequestRow, list[TokenRow]]]:
-        """Read requests with their tokens, in order of jti."""
-        ...
-
-
-class Store(Protocol):
-    """Where tokens are recorded."""
-
-    def recording(self) -> AbstractContextManager[Recording]:
-        """Open the recording transaction."""
-        ...
 
 
 class Issued(Struct, frozen=True, gc=False):
@@ -333,19 +210,19 @@ class Engine:
         except RequestError as error:  # not a client, or no id to record it under
             outcome.error = error
             return
-        on_behalf_of = request.on_behalf_of
+        on_behalf_of, activity = request.on_behalf_of, _activity(request)
         if request.wish is None:
             decision = self.policy.decide(request, client, control.bans)
         else:
             granted = capabilities.decide(
                 self.policy, request, client, control.clients, control.bans, now, held.subjects, held.families
             )
-            decision, outcome.family, on_behalf_of = granted
+            decision, outcome.family, on_behalf_of, activity = granted
             if outcome.family is not None:
                 held.families[outcome.family.family_id] = outcome.family
         outcome.client, outcome.decision, outcome.error = client, decision, decision.error
         outcome.refusals = [structs.asdict(r.record()) for r in decision.refused]
-        works[request.request_id, name] = _Work(outcome, client, decision, on_behalf_of)
+        works[request.request_id, name] = _Work(outcome, client, decision, on_behalf_of, activity)
 
     def _ready(self, work: "_Work", control: Control, now: datetime) -> bool:
         """Make the request's row; False if no key may sign, so that nothing can be recorded."""
@@ -353,7 +230,7 @@ class Engine:
         base = self.new_jti().int & ~_JTI_NUMBERS
         shared = {(g.plan, g.shared) for g in grants if g.shared}
         work.row = RequestRow(
-            request.request_id, client.client_id, request.digest, request.kind, _activity(request),
+            request.request_id, client.client_id, request.digest, request.kind, work.activity,
             work.on_behalf_of, UUID(int=base), len(grants) + len(shared), work.outcome.refusals,
             work.decision.error.as_dict() if work.decision.error else None, now, request.renews,
             request.all_or_nothing,
@@ -481,6 +358,8 @@ class Engine:
         if not found:
             raise UnknownRequest(f"client {name!r} has made no request {request_id} that is still kept")
         ((row, tokens),) = found.values()
+        if row.kind in OWN_KINDS:
+            raise UnknownRequest("a token of the token endpoint is not given again; ask for a new one")
         if row.error:
             raise from_dict(row.error)
         if row.activity == SEVERAL and control.bans.has("activity", client.vo):
@@ -531,13 +410,31 @@ class Engine:
 class _Work:
     """One request on its way through the steps."""
 
-    __slots__ = ("client", "decision", "key", "on_behalf_of", "outcome", "row", "signing_key", "uses")
+    __slots__ = (
+        "activity",
+        "client",
+        "decision",
+        "key",
+        "on_behalf_of",
+        "outcome",
+        "row",
+        "signing_key",
+        "uses",
+    )
 
-    def __init__(self, outcome: Outcome, client: Client, decision: Decision, on_behalf_of: str = "") -> None:
+    def __init__(
+        self,
+        outcome: Outcome,
+        client: Client,
+        decision: Decision,
+        on_behalf_of: str = "",
+        activity: str = "",
+    ) -> None:
         self.outcome = outcome
         self.client = client
         self.decision = decision
         self.on_behalf_of = on_behalf_of
+        self.activity = activity
         self.key = (outcome.submission.request.request_id, client.client_id)
         self.row: RequestRow
         self.signing_key: Key | None = None
@@ -589,18 +486,9 @@ class _Held:
         wishes = [w for o in outcomes if (w := o.submission.request.wish) is not None]
         subjects = [w.subject[0] for w in wishes if w.subject]
         families = [w.refresh[0] for w in wishes if w.refresh]
-        self.subjects = tx.subjects(subjects) if subjects else {}
         self.families = tx.families(families) if families else {}
-
-
-def fts_token_id(token: bytes) -> int:
-    """Return FTS's id of a token, the first 16 hex digits of its SHA-1, as a signed 64-bit number."""
-    return int.from_bytes(hashlib.sha1(token, usedforsecurity=False).digest()[:8], signed=True)
-
-
-def path_hash(path: str) -> int:
-    """Return the indexed hash of a VO-relative path: 64 bits, signed."""
-    return int.from_bytes(hashlib.sha256(path.encode()).digest()[:8], signed=True)
+        subjects += [family.subject_jti for family in self.families.values()]
+        self.subjects = tx.subjects(subjects) if subjects else {}
 
 
 def check_clock(skew: float) -> None:
@@ -648,10 +536,3 @@ def _share(outcome: Outcome, work: _Work) -> None:
     first = work.outcome
     outcome.issued, outcome.refusals, outcome.error = first.issued, first.refusals, first.error
     outcome.decision = first.decision
-
-
-__all__ = [
-    "Control", "Engine", "Issued", "Observed", "Outcome", "Recording", "RequestRow",
-    "Store", "Submission", "TokenRow", "UseRow", "check_clock", "fts_token_id", "known_client",
-    "path_hash",
-]  # fmt: skip

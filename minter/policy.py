@@ -249,7 +249,7 @@ class Policy:
     def _service(self, need: Need, vo: str) -> Grant:
         services = self.fts[vo]
         first = next(iter(services.values()), None)
-        plan = services.get(_host(need.url)) if need.url else first
+        plan = services.get(host_of(need.url)) if need.url else first
         if plan is None:
             raise UnknownStorage(
                 f"FTS {need.url or '(default)'!r} is not known to this engine, expected one of "
@@ -278,7 +278,7 @@ def _check_plaintext(request: Request, client: Client, grants: Sequence[Grant]) 
         )
 
 
-def _host(url: str) -> str:
+def host_of(url: str) -> str:
     """Return an URL's host in lower case, empty if it cannot be read."""
     try:
         return (urlsplit(url).hostname or "").lower()
@@ -290,7 +290,7 @@ def _services(vo: str, fts: Sequence[FTS]) -> dict[str, Plan]:
     found = {}
     for service in fts:
         if any(fnmatchcase(vo, pattern) for pattern in service.vos):
-            host = _host(service.url)
+            host = host_of(service.url)
             area = Area(
                 vo, service.name, "/", "/", (service.audience or host,),
                 DIALECTS["profile"], "exact", False, True,

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from minter.dialects import Operation
 from minter.errors import UnknownRequest, UnknownStorage
 from minter.followups import RenewRequest
-from minter.mint import SEVERAL, RequestRow, TokenRow, path_hash
 from minter.policy import Policy
+from minter.records import SEVERAL, RequestRow, TokenRow, path_hash
 from minter.requests import File, Need, Request, content_digest
 from minter.scopes import parse_scopes
 

@@ -161,14 +161,16 @@ class Directory:
     def _note_holes(self) -> None:
         """Tell each area of the storages inside it: no token for all of it may reach into them."""
         by_audience: dict[str, list[Area]] = {}
-        self._by_audience: dict[str, list[Area]] = {}
+        self._by_audience: dict[str, list[list[Area]]] = {}
+        self._by_form: dict[str, list[list[Area]]] = {}
         for (host, port), areas in self._areas.items():
             for area in areas:
                 for name in area.audience:
                     by_audience.setdefault(name, []).append(area)
-                forms = {host, f"{host}:{port}", f"https://{host}", f"https://{host}:{port}"}
-                for name in forms.union(area.audience):
-                    self._by_audience.setdefault(name, []).append(area)
+            for name in dict.fromkeys(name for area in areas for name in area.audience):
+                self._by_audience.setdefault(name, []).append(areas)
+            for name in (host, f"{host}:{port}", f"https://{host}", f"https://{host}:{port}"):
+                self._by_form.setdefault(name, []).append(areas)
         for area in self.areas():
             inside = {
                 area.relative(other.prefix)
@@ -196,12 +198,17 @@ class Directory:
         """Return every area, in no particular order."""
         return [area for areas in self._areas.values() for area in areas]
 
-    def at(self, audience: str) -> list[Area]:
-        """Return the areas that an audience stands for: one of theirs, or their endpoint in any form.
+    def at(self, audience: str) -> list[list[Area]]:
+        """Return the areas, longest prefix first, of each endpoint that an audience stands for.
 
-        Rucio names a bare host, DIRAC and the profile an URL; none of them is wider than another.
+        Those whose own audience it is; if there are none, those whose host it names, in any form: Rucio
+        names a bare host, DIRAC and the profile an URL.
         """
-        return self._by_audience.get(audience, [])
+        return self._by_audience.get(audience) or self._by_form.get(audience, [])
+
+    def endpoints(self) -> list[list[Area]]:
+        """Return the areas, longest prefix first, of each endpoint."""
+        return list(self._areas.values())
 
     def url(self, storage: str, path: str, audience: Collection[str]) -> str | None:
         """Return an URL of a VO-relative path at the door of `storage` that has this audience, if any."""

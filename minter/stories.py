@@ -5,7 +5,7 @@ from archives (`minter.archive`), so a trace does not end where retention does.
 """
 
 from collections.abc import Iterable, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
@@ -13,7 +13,8 @@ from msgspec import Struct, json
 from sqlalchemy.engine import Engine as Pool
 
 from minter.database import OWN, floor, transaction
-from minter.mint import path_hash
+from minter.keys import HARD_MAX_SECONDS
+from minter.records import path_hash
 from minter.requests import unix_time
 
 
@@ -109,14 +110,15 @@ AROUND = """
 # LIMITs keep each partitioned table a look-up by key, in the one partition that can have it.
 _STORIES = """
     WITH t AS MATERIALIZED (
-        SELECT * FROM tokens t WHERE {condition} AND t.jti >= %(first)s AND t.jti < %(last)s
+        SELECT * FROM tokens t WHERE {condition} AND {own} AND t.jti >= {first} AND t.jti < %(last)s
         ORDER BY t.jti DESC LIMIT %(limit)s
     )
-    SELECT {columns} FROM t {uses} {around} ORDER BY coalesce(u.use_id, t.jti) DESC LIMIT %(limit)s
+    SELECT {columns} FROM t {uses} {around} WHERE coalesce(u.use_id, t.jti) >= %(first)s
+    ORDER BY coalesce(u.use_id, t.jti) DESC LIMIT %(limit)s
 """
 _OF_USES = """
     WITH u AS MATERIALIZED (
-        SELECT * FROM uses t WHERE {condition} AND t.use_id >= %(first)s AND t.use_id < %(last)s
+        SELECT * FROM uses t WHERE {condition} AND {own} AND t.use_id >= %(first)s AND t.use_id < %(last)s
         ORDER BY t.use_id DESC LIMIT %(limit)s
     )
     SELECT {columns} FROM u CROSS JOIN LATERAL (SELECT * FROM tokens t WHERE t.jti = u.jti LIMIT 1) t {around}
@@ -140,13 +142,19 @@ WALKED = {
 """The questions that walk back from the newest token until there are enough."""
 
 
+_OWN_CLIENT = (
+    "(%(asker)s::text IS NULL OR t.client_id = (SELECT client_id FROM clients WHERE name = %(asker)s))"
+)
+
+
 def queries(by: str) -> list[str]:
     """Return the statements behind `find`, for EXPLAIN."""
     condition = (INDEXED | WALKED)[by]
-    return [
-        statement.format(condition=condition, columns=COLUMNS, uses=USES, around=AROUND)
-        for statement in ((_STORIES, _OF_USES) if by in _OF_FILES else (_STORIES,))
-    ]
+    # A shared token may be older than a use of it, by its life at most.
+    first = "%(before)s" if by in WALKED else "%(first)s"
+    parts = {"condition": condition, "columns": COLUMNS, "uses": USES, "around": AROUND, "own": _OWN_CLIENT}
+    statements = (_STORIES, _OF_USES) if by in _OF_FILES else (_STORIES,)
+    return [statement.format(**parts, first=first) for statement in statements]
 
 
 def story(row: Sequence[Any]) -> Story:
@@ -158,19 +166,31 @@ def story(row: Sequence[Any]) -> Story:
 
 def wanted(by: str, value: object) -> object:
     """Return a question's value as its column holds it: a path is looked for by its hash."""
+    if isinstance(value, str):
+        value = value.replace("\x00", "")  # Postgres has no NUL in text, so nothing was recorded with one
     return path_hash(str(value)) if by == "path" else value
 
 
 def find(
-    engine: Pool, by: str, value: object, since: datetime, until: datetime, limit: int = 100
+    engine: Pool,
+    by: str,
+    value: object,
+    since: datetime,
+    until: datetime,
+    limit: int = 100,
+    asker: str | None = None,
 ) -> list[Story]:
-    """Find tokens by one of INDEXED or WALKED, newest first."""
-    values = {
-        "value": wanted(by, value), "first": floor(since), "last": floor(until), "limit": limit,
-    }  # fmt: skip
+    """Find tokens by one of INDEXED or WALKED, newest first; only those of the client `asker`, if named."""
+    values = bounds(since, until) | {"value": wanted(by, value), "limit": limit, "asker": asker}
     with transaction(engine) as connection:
         rows = [row for query in queries(by) for row in connection.execute(query, values).fetchall()]
     return newest(map(story, rows), limit)
+
+
+def bounds(since: datetime, until: datetime) -> dict[str, UUID]:
+    """Return the ids between which `queries` look."""
+    before = since - timedelta(seconds=HARD_MAX_SECONDS)
+    return {"first": floor(since), "before": floor(before), "last": floor(until)}
 
 
 def find_request(engine: Pool, request_id: UUID) -> tuple[list[Story], list[Refusals]]:

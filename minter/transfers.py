@@ -109,10 +109,10 @@ class _Trace:
         if len(asked) != 1:
             raise InvalidRequest(f"expected exactly one of {', '.join(_QUESTIONS)}")
         ((by, value),) = asked
-        found = await self._web.gatherer.call(self._find, by, value or "")
+        found = await self._web.gatherer.call(self._find, by, value or "", account.name)
         send(resp, {"tokens": [story for story in found if story.client == account.name]})
 
-    def _find(self, by: str, value: str) -> list[stories.Story]:
+    def _find(self, by: str, value: str, client: str) -> list[stories.Story]:
         pool, now = self._web.service.pool, self._web.service.clock()
         asked: Any = _uuid(by, value) if by in ("jti", "request_id") else value
         if by == "request_id":
@@ -120,11 +120,14 @@ class _Trace:
         since = now - timedelta(days=TRACE_DAYS)
         if by == "jti":
             since = min(since, datetime.fromtimestamp(unix_time(asked), UTC) - timedelta(seconds=1))
-        return stories.find(pool, by, asked, since, now + timedelta(days=1), TRACE_LIMIT)
+        return stories.find(pool, by, asked, since, now + timedelta(days=1), TRACE_LIMIT, client)
 
 
 def _uuid(by: str, value: str) -> UUID:
     try:
-        return UUID(value)
+        found = UUID(value)
     except ValueError:
-        raise InvalidRequest(f"{by} is not a UUID") from None
+        found = None
+    if found is None or found.version != 7:  # noqa: PLR2004 - as all of ours are
+        raise InvalidRequest(f"{by} is not a UUIDv7")
+    return found

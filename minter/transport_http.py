@@ -84,10 +84,9 @@ class HttpTransport:
     def trace(self, question: Mapping[str, str]) -> list[dict[str, Any]]:
         """Return what became of this client's tokens, by one of the questions of `/v1/trace`."""
         status, body = self._until_answered("GET", f"trace?{urlencode(question)}")
-        told = msgspec.json.decode(body)
         if status != 200:  # noqa: PLR2004
-            raise from_dict(told)
-        return list(told["tokens"])
+            raise _refusal(status, body)
+        return list(msgspec.json.decode(body)["tokens"])
 
     def _post(self, endpoint: str, request: Struct) -> Answer:
         status, body = self._until_answered("POST", endpoint, msgspec.json.encode(request))
@@ -114,7 +113,7 @@ class HttpTransport:
                 wait = max(wait, float(said)) if said.isdecimal() else wait
                 cause = _refusal(response.status, response.data)
             except urllib3.exceptions.HTTPError as error:
-                if isinstance(error, urllib3.exceptions.SSLError):
+                if "CERTIFICATE_VERIFY_FAILED" in str(error):
                     raise SettingsError(f"the engine's certificate is not trusted: {error}"[:300]) from None
                 cause = error
             if left <= wait:

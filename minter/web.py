@@ -93,10 +93,11 @@ class Web:
         self.settings = service.loaded.settings.http
         self.metrics = metrics
         self.gatherer = Gatherer(service.engine, service.clock, self.settings.waiting_requests)
-        self.credentials = Credentials(service.pool, service.keystore, service.clock)
+        self.credentials = Credentials(service.pool, service.keystore, service.loaded.issuers, service.clock)
         self.ring: list[keys.Key] = []
         self.documents: Mapping[str, bytes] = {}
-        self._built: datetime | None = None
+        self._built: tuple[int, datetime] | None = None
+        self._ready_at = float("-inf")
         self._limit = RateLimit(self.settings.requests_per_second)
 
     # ── what changes ─────────────────────────────────────────────────────────────────────────
@@ -104,12 +105,13 @@ class Web:
     def look(self) -> None:
         """Read again what operators changed; in the engine's thread. Raises Unavailable."""
         now = self.service.clock()
-        changed = self.credentials.refresh()
-        if changed or self._built is None or now - self._built > REBUILD:
+        self.credentials.refresh()
+        version, at = self._built or (-1, now)
+        if version != self.credentials.version or now - at > REBUILD:
             with database.transaction(self.service.pool) as connection:
                 self.ring = database.read_keys(connection)
             self.documents = publish.documents(self.ring, self.service.loaded.issuers, now)
-            self._built = now
+            self._built = self.credentials.version, now
 
     async def watch(self) -> None:
         """Look once a second, for ever; what was read last stays while Postgres is away."""
@@ -123,12 +125,15 @@ class Web:
             await asyncio.sleep(WATCH_SECONDS)
 
     def ready(self) -> None:
-        """Raise unless tokens could be recorded and signed now; in the engine's thread."""
+        """Raise unless tokens could be recorded and signed now; in the engine's thread, once a second."""
+        if time.monotonic() - self._ready_at < WATCH_SECONDS:
+            return
         engine = self.service.engine
         with engine.store.recording() as tx:
             control, _ = tx.control()
         for vo in self.service.loaded.issuers:
             engine.unlock(keys.active(control.ring, vo))
+        self._ready_at = time.monotonic()
 
     # ── what a request brings ────────────────────────────────────────────────────────────────
 
@@ -228,6 +233,8 @@ class _Document:
         send(resp, document)
         resp.set_header("Cache-Control", KEYS_CACHE)
         resp.set_header("Access-Control-Allow-Origin", "*")
+
+    on_head = on_get
 
 
 class _Health:

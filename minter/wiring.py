@@ -10,7 +10,7 @@ from pathlib import Path
 
 import uuid_utils
 
-from minter import catalogue, database, housekeeping, keyring, keys, settings
+from minter import catalogue, database, housekeeping, keyring, keys, recording, settings
 from minter.clients import Client
 from minter.errors import NoUsableKey, SettingsError
 from minter.keys import Algorithm
@@ -68,7 +68,7 @@ class Service:
             _Masters(loaded), lambda key_id: database.read_private_key(self.pool, key_id)
         )
         self.engine = Engine(
-            database.Store(self.pool, clock),
+            recording.Store(self.pool, clock),
             loaded.policy,
             self.keystore.unlock,
             new_uuid7,

@@ -43,6 +43,7 @@ class Subject(Struct, frozen=True, kw_only=True):
     state: str
     key_state: str
     expires_at: datetime
+    shared: bool = False
 
 
 class Family(Struct, frozen=True, kw_only=True):
@@ -53,6 +54,7 @@ class Family(Struct, frozen=True, kw_only=True):
     subject_jti: UUID
     subject_client: str
     on_behalf_of: str
+    activity: str
     sub: str
     act: dict[str, Any] | None
     scope: str

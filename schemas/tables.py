@@ -327,6 +327,7 @@ families = Table(
     Column("subject_jti", UUID(as_uuid=True), nullable=False),
     Column("subject_client", Text, nullable=False),
     Column("on_behalf_of", Text, nullable=False),
+    Column("activity", Text, nullable=False),
     Column("sub", Text, nullable=False),
     Column("act", JSONB),
     Column("scope", Text, nullable=False),

@@ -421,6 +421,65 @@ def test_a_ban_or_cancellation_of_the_subject_ends_its_exchange(served, ask, sub
     assert exchange(ask, "fts", subject) == (400, "invalid_grant")
 
 
+def test_what_may_not_be_had_is_not_had_by_exchange_either(served, ask, subject):
+    catalogue.change_client(served.service.pool, "fts", {"operations": ["read"]}, "tests")
+    try:
+        assert exchange(ask, "fts", subject)["scope"] == f"storage.read:{TOP}/d"
+    finally:
+        catalogue.change_client(served.service.pool, "fts", {"operations": []}, "tests")
+
+
+def test_a_family_ends_with_its_subject_and_with_its_subjects_client(served, ask):
+    subject = ask("rucio", scope=f"storage.read:{TOP}/s", audience=HOST)
+    told = exchange(ask, "fts", subject, scope=f"storage.read:{TOP}/s offline_access")
+    catalogue.disable_client(served.service.pool, "rucio", "tests", disabled=True)
+    try:
+        assert exchange(ask, "fts", subject) == (400, "invalid_grant")
+        assert refresh(ask, "fts", told["refresh_token"]) == (400, "invalid_grant")
+    finally:
+        catalogue.disable_client(served.service.pool, "rucio", "tests", disabled=False)
+    told = refresh(ask, "fts", told["refresh_token"])
+    with served.http("rucio") as http:
+        http.post(f"/{VO}/revoke", data={"token": subject["access_token"]})
+    assert refresh(ask, "fts", told["refresh_token"]) == (400, "invalid_grant")
+
+
+def test_a_banned_activitys_token_is_not_acted_with(served, ask):
+    from minter.client import FileRequest
+
+    with served.client() as client:
+        (token,) = client.mint(
+            [FileRequest(sources=(f"davs://{HOST}:443{TOP}/act/f",))], activity="Bad"
+        ).tokens
+    told = exchange(ask, "fts", {"access_token": token.reveal()}, scope=f"{token.scope} offline_access")
+    catalogue.add_ban(served.service.pool, Ban("activity", "Bad"), "test", "tests")
+    try:
+        assert exchange(ask, "fts", {"access_token": token.reveal()}) == (403, "access_denied")
+        assert refresh(ask, "fts", told["refresh_token"]) == (403, "access_denied")
+    finally:
+        catalogue.lift_ban(served.service.pool, Ban("activity", "Bad"), "tests")
+
+
+def test_tokens_of_the_endpoint_are_not_given_again_by_v1_fetch(served, ask):
+    from minter.errors import UnknownRequest
+
+    found = claims(ask("rucio", scope=f"storage.read:{TOP}/f", audience=HOST))
+    ((request_id,),) = rows(served.service, "SELECT request_id FROM tokens WHERE jti = %s", found["jti"])
+    with served.client() as client, pytest.raises(UnknownRequest):
+        client.fetch(request_id)
+
+
+def test_what_callers_word_makes_no_rules_and_harms_nobody_else(served, ask):
+    assert ask("rucio", scope="storage.read:/a", audience="https://[") == (400, "invalid_target")
+    assert ask("rucio", scope="storage.read:/a " * 200, audience=HOST) == (400, "invalid_scope")
+    assert ask("dirac", scope="compute.\N{GRINNING FACE}") == (400, "invalid_scope")
+    ask("rucio", scope=f"storage.read:{TOP}/r1", audience=HOST)
+    before = rows(served.service, "SELECT count(*) FROM rules")
+    for n in range(5):
+        ask("rucio", scope=f"offline_access storage.read:{TOP}/r{n} junk{n}", audience=f"https://{HOST}")
+    assert rows(served.service, "SELECT count(*) FROM rules") == before
+
+
 # ── introspection and revocation ─────────────────────────────────────────────────────────────
 
 

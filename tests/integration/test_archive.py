@@ -11,7 +11,8 @@ from minter import archive, database, stories, wiring
 from minter.errors import SettingsError
 from minter.followups import FileReport, JobReport, ReportRequest
 from minter.lives import Lives
-from minter.mint import Submission, fts_token_id
+from minter.mint import Submission
+from minter.records import fts_token_id
 from minter.requests import FileRequest, MintRequest, from_mint
 from tests.conftest import load_settings, rows
 from tests.integration.test_mint import SE, mint, submission

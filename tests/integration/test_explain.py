@@ -9,7 +9,7 @@ from uuid import UUID
 import pytest
 
 from minter import database, stories, wiring
-from minter.mint import RequestRow
+from minter.records import RequestRow
 
 pytestmark = pytest.mark.slow
 
@@ -76,18 +76,14 @@ def test_one_indexed_probe_for_each_partition_in_the_time_asked_for(million, by)
         (value,) = tx.execute(f"SELECT {columns[by]} FROM tokens OFFSET 500000 LIMIT 1").fetchone()
     since = (wiring.now() - timedelta(days=1)).replace(hour=0, minute=0, second=0, microsecond=0)
     until = since + timedelta(days=4)  # the days that hold rows: an empty partition is read, not searched
-    bounds = {"first": database.floor(since), "last": database.floor(until), "limit": 100}
+    bounds = {**stories.bounds(since, until), "limit": 100, "asker": None}
     found = scans(plan(million, stories.queries(by)[0], {"value": value, **bounds}))
     assert found
     assert not [kind for _, kind in found if "Seq" in kind]
     assert max(Counter(partition for partition, _ in found).values()) == 1
     if by == "jti":
         assert len(found) == 1
-    narrow = {
-        **bounds,
-        "first": database.floor(wiring.now()),
-        "last": database.floor(wiring.now() + timedelta(hours=1)),
-    }
+    narrow = {**bounds, **stories.bounds(wiring.now(), wiring.now() + timedelta(hours=1))}
     assert len(scans(plan(million, stories.queries(by)[0], {"value": value, **narrow}))) <= 2
 
 
@@ -95,7 +91,7 @@ def test_a_requests_tokens_are_one_range_of_the_primary_key(million):
     with database.transaction(million.pool) as tx:
         (first,) = tx.execute("SELECT jti FROM tokens ORDER BY jti OFFSET 1000 LIMIT 1").fetchone()
     last = UUID(int=first.int + 200)
-    query = f"SELECT {database._COLUMNS} FROM tokens t LEFT JOIN storages s USING (storage_id) WHERE t.jti BETWEEN %s AND %s ORDER BY t.jti"
+    query = f"SELECT {database.TOKEN_COLUMNS} FROM tokens t LEFT JOIN storages s USING (storage_id) WHERE t.jti BETWEEN %s AND %s ORDER BY t.jti"
     found = scans(plan(million, query, (first, last)))
     assert len(found) == 1
     assert not [kind for _, kind in found if "Seq" in kind]

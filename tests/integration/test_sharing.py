@@ -7,7 +7,7 @@ from datetime import timedelta
 import pytest
 from msgspec import structs
 
-from minter import alive, archive, catalogue, database, keys, stack, stories, wiring
+from minter import alive, archive, catalogue, database, keys, recording, stack, stories, wiring
 from minter.clients import Ban, Bans
 from minter.errors import Banned, Expired, Unavailable
 from minter.followups import CancelRequest, FetchRequest, FileReport, JobReport, RenewRequest, ReportRequest
@@ -136,7 +136,7 @@ def test_a_use_that_was_not_committed_is_not_kept(shared, monkeypatch):
         def fail(*_):
             raise Unavailable("Postgres failed")
 
-        broken.setattr(database.Recording, "copy_uses", fail)
+        broken.setattr(recording.Recording, "copy_uses", fail)
         with pytest.raises(Unavailable):
             mint(shared, downloads("d/a"))
     (outcome,) = mint(shared, downloads("d/a"))

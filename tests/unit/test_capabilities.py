@@ -61,6 +61,15 @@ def wishes(draw, made):
 @given(st.data())
 def test_nothing_is_granted_beyond_what_was_asked_the_areas_of_every_audience_and_the_client(data):
     made = data.draw(strategies.storages())
+    if data.draw(st.booleans()):  # one storage inside another, at its door
+        outer = made[0]
+        door = outer.endpoints[0]
+        inner = structs.replace(door, prefix=f"{door.prefix}/inner")
+        made.append(
+            structs.replace(
+                outer, name="INNER", endpoints=(inner,), tape=True, tokens=data.draw(st.booleans())
+            )
+        )
     client = structs.replace(data.draw(strategies.clients()), audiences=ANY, groups=("/g",))
     wish = data.draw(wishes(made))
     policy = Policy({"vo": Directory(made)}, data.draw(strategies.routes()))
@@ -75,14 +84,36 @@ def test_nothing_is_granted_beyond_what_was_asked_the_areas_of_every_audience_an
             assert contains(asked, [scope])
             assert not client.paths or any(path_contains(p, scope.path) for p in client.paths)
             for audience in grant.audience:
-                areas = directory.areas() if audience in ANY else directory.at(audience)
-                assert any(path_contains(a.top, scope.path) for a in areas if a.tokens)
+                if audience in ANY:
+                    assert any(path_contains(a.top, scope.path) for a in directory.areas())
+                    continue
+                for areas in directory.at(audience):
+                    around = next(a for a in areas if path_contains(a.top, scope.path))
+                    inside = [a for a in areas if path_contains(scope.path, a.top)]
+                    for area in (around, *inside):
+                        assert area.tokens
+                        assert may(policy, client, area, scope.name)
         assert set(grant.audience) <= set(wish.audience)
         if storage_scopes:
             assert not grant.extra.groups
             assert set(grant.audience).isdisjoint(ANY) or grant.lifetime.seconds <= ANY_SECONDS
         assert grant.lifetime.seconds <= 6 * 3600
         assert not client.max_lifetime_seconds or grant.lifetime.seconds <= client.max_lifetime_seconds
+
+
+def may(policy, client, area, name):
+    """Say in other words whether client and routes let a scope onto an area."""
+    for operation in capabilities._OPERATIONS[name]:
+        if client.operations and operation not in client.operations:
+            continue
+        for route in policy.routes:
+            if (
+                operation in route.operations
+                and route.storages in (("*",), (area.storage,))
+                and route.tape in (None, area.tape)
+            ):
+                return True
+    return False
 
 
 def test_enough_of_the_cases_ended_in_a_grant():
@@ -93,7 +124,7 @@ def test_enough_of_the_cases_ended_in_a_grant():
 # ── families ─────────────────────────────────────────────────────────────────────────────────
 
 FAMILY = Family(
-    family_id=uuid.uuid4(), client_id=1, subject_jti=uuid.uuid4(), subject_client="rucio", on_behalf_of="", sub="s",
+    family_id=uuid.uuid4(), client_id=1, subject_jti=uuid.uuid4(), subject_client="rucio", on_behalf_of="", activity="", sub="s",
     act=None, scope="storage.read:/a", audience=("a",), rule="r", ends_at=NOW + timedelta(days=7), generation=3,
     rotated_at=NOW,
 )  # fmt: skip

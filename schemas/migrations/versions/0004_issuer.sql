@@ -15,6 +15,7 @@ CREATE TABLE families (
     subject_jti uuid NOT NULL,
     subject_client text NOT NULL,
     on_behalf_of text NOT NULL,
+    activity text NOT NULL,
     sub text NOT NULL,
     act jsonb,
     scope text NOT NULL,
