@@ -49,6 +49,11 @@ HTTP = Spec(
     "counter", "minter_http_responses", ("endpoint", "status"),
     "HTTP responses, by the endpoint's path in the settings; empty for paths that are none.",
 )  # fmt: skip
+FTS_JOBS = Spec(
+    "counter", "minter_fts_jobs", ("outcome",),
+    "Messages that an FTS consumer ended, or tries again: submitted, nothing, refused, retried, unreported,"
+    " set_aside.",
+)  # fmt: skip
 STAGE = Spec(
     "histogram", "minter_stage_seconds", ("stage",),
     "Time of a batch from the stage before to this one; the first, received, begins it.",
@@ -75,7 +80,7 @@ STANDBY = Spec(
 PARTITIONS = Spec("gauge", "minter_partitions_ahead_days", (), "Days that have partitions already (beat).")
 
 SPECS = (
-    TOKENS, REQUESTS, REFUSALS, FOLLOW_UPS, HTTP, STAGE, BATCH, AGE,
+    TOKENS, REQUESTS, REFUSALS, FOLLOW_UPS, HTTP, FTS_JOBS, STAGE, BATCH, AGE,
     QUEUE, LIVING, EXPIRING, SIGNS_UNTIL, STANDBY, PARTITIONS,
 )  # fmt: skip
 
@@ -105,7 +110,7 @@ class Metrics:
         ProcessCollector(registry=self.registry)
 
     def _counter(self, spec: Spec) -> Counter:
-        return Counter(spec.name, spec.help, spec.labels, registry=self.registry)
+        return new_counter(spec, self.registry)
 
     def _histogram(self, spec: Spec, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(spec.name, spec.help, spec.labels, buckets=buckets, registry=self.registry)
@@ -148,6 +153,11 @@ class Metrics:
         for plan, count in Tally(grant.plan for grant in grants).items():
             operation = "+".join(plan.operations) or plan.rule
             self._tokens.labels(vo, "mint", operation, plan.area.storage, what).inc(count)
+
+
+def new_counter(spec: Spec, registry: CollectorRegistry) -> Counter:
+    """Return the counter of one specification, in a registry."""
+    return Counter(spec.name, spec.help, spec.labels, registry=registry)
 
 
 class StateCollector(Collector):

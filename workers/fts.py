@@ -27,11 +27,13 @@ import typer
 from joserfc import jwe, jwk
 from joserfc.errors import JoseError
 from msgspec import Struct
+from prometheus_client import CollectorRegistry
 
 from minter import logs
 from minter.amqp import connect, trust
 from minter.client import JobReport, MinterClient
 from minter.errors import InvalidRequest, MinterError, RequestError, SettingsError, Unavailable
+from minter.metrics import FTS_JOBS, new_counter, serve
 from minter.requests import Answer, TokenAnswer
 
 logger = logging.getLogger("minter.fts")
@@ -228,7 +230,15 @@ class Forwarder:
 class Consumer:
     """Consumes one durable queue, one message at a time; start more processes for more at once."""
 
-    def __init__(self, broker_url: str, queue: str, forwarder: Forwarder, ca: str | None = None) -> None:
+    def __init__(
+        self,
+        broker_url: str,
+        queue: str,
+        forwarder: Forwarder,
+        ca: str | None = None,
+        count: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self._count = count
         self._url = broker_url
         self._ca = ca
         self._queue = queue
@@ -267,6 +277,7 @@ class Consumer:
             answer = self._forwarder.open(body, str(message.content_type))
         except InvalidRequest as error:
             logger.warning("message rejected to the dead letters: %s", error)
+            self._count("set_aside")
             message.reject()
             return
         started, delay = time.monotonic(), FIRST_DELAY_SECONDS
@@ -276,6 +287,7 @@ class Consumer:
                 self._settle(message, answer, done)
             except Unavailable as error:
                 logger.warning("request %s: %s; trying again in %.0f s", answer.request_id, error, delay)
+                self._count("retried")
                 delay = _wait(delay)
             else:
                 return
@@ -285,9 +297,10 @@ class Consumer:
         """Bring one message to its end; raises Unavailable if it is to be tried again."""
         try:
             try:
-                self._forwarder.forward(answer, done)
+                submitted = self._forwarder.forward(answer, done)
             except Refused as error:
                 self._forwarder.refused(answer, error)
+                self._count("refused")
                 message.reject()  # the operators may look at it, or send it again
                 return
         except Unavailable:
@@ -295,10 +308,14 @@ class Consumer:
         except MinterError as error:
             # The engine knows the request no more, or has banned us: FTS has the job, or has refused it.
             logger.warning("request %s cannot be reported: %s", answer.request_id, error)
+            self._count("unreported")
         except Exception:
             logger.exception("request %s failed here, set aside with the dead letters", answer.request_id)
+            self._count("set_aside")
             message.reject()
             return
+        else:
+            self._count("submitted" if submitted else "nothing")
         message.ack()
 
 
@@ -313,6 +330,7 @@ def main(
     key: Annotated[Path | None, typer.Option(help="The private JWK that answers are encrypted to.")] = None,
     ca: Annotated[str | None, typer.Option(help="CA file or directory; the system's if none.")] = None,
     client: Annotated[str | None, typer.Option(help="The client, where the broker URL has no user.")] = None,
+    metrics_port: Annotated[int, typer.Option(help="Where Prometheus finds it, on 127.0.0.1; 0 is off.")] = 0,
 ) -> None:
     """Submit filled jobs from a durable queue to FTS."""
     logs.configure(logging.INFO)
@@ -323,8 +341,13 @@ def main(
     private = msgspec.json.decode(key.read_bytes()) if key else None
     named = dict(entry.split("=", 1) for entry in fts if "=" in entry.partition("://")[0])
     services = {name: FTS(address, ca=ca) for name, address in named.items()} or FTS(fts[0], ca=ca)
+    registry = CollectorRegistry()
+    jobs = new_counter(FTS_JOBS, registry)
+    if metrics_port:
+        serve(registry, "127.0.0.1", metrics_port, 1)
     with MinterClient(url, client, ca=ca) as minter:
-        consumer = Consumer(url, queue, Forwarder(minter, services, private), ca)
+        forwarder = Forwarder(minter, services, private)
+        consumer = Consumer(url, queue, forwarder, ca, lambda outcome: jobs.labels(outcome).inc())
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: setattr(consumer, "stopped", True))
         consumer.run()

@@ -15,6 +15,8 @@ from minter.client import new_request_id
 from minter.demo import read_jobs
 from tests.acceptance.test_workers import OTHER, SE
 from tests.conftest import EXAMPLES, ROOT
+from tests.integration.test_metrics import scrape
+from tests.servers import free_ports
 
 ME = "rucio-alpen"
 QUEUE = "rucio-alpen.jobs"
@@ -35,11 +37,11 @@ def consume(running, key, fts, tmp_path):
     """Start consumers; all are stopped at the end."""
     started = []
 
-    def start():
+    def start(*options):
         url = running.url() if running.on_rabbitmq else running.broker.url
         with (tmp_path / f"fts-{len(started)}.log").open("wb") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "workers.fts", "--queue", QUEUE, "--key", key, "--fts", fts.url, "--client", ME],
+                [sys.executable, "-m", "workers.fts", "--queue", QUEUE, "--key", key, "--fts", fts.url, "--client", ME, *options],
                 env={**os.environ, "MINTER_BROKER_URL": url, "PYTHONPATH": str(ROOT)}, stdout=log, stderr=log, cwd=ROOT,
             )  # fmt: skip
         started.append(process)
@@ -92,7 +94,8 @@ def states(running, request_id):
 
 
 def test_rucios_jobs_reach_fts_complete_and_the_engine_knows_their_ids(running, raw, fts, consume):
-    consume()
+    (port,) = free_ports(1)
+    consume("--metrics-port", str(port))
     # FTS 3.13's REST refuses tokens with tape jobs; its successor takes them, and so does the fake.
     jobs = [body for _, body in read_jobs(EXAMPLES / "rucio-41.5/jobs")][:25]
     ids = [submit(raw, body) for body in jobs]
@@ -105,6 +108,7 @@ def test_rucios_jobs_reach_fts_complete_and_the_engine_knows_their_ids(running, 
         assert len(sent["files"]) == len(numbers)
         assert len(file_ids) in (0, len(numbers))
     assert all(b.startswith("Bearer eyJ") for b in fts.bearers)
+    until(lambda: scrape(port).get(("minter_fts_jobs_total", ("outcome", "submitted"))) == len(filled))
 
 
 @pytest.mark.parametrize(

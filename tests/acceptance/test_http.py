@@ -15,6 +15,7 @@ from minter.errors import InvalidClient, InvalidRequest, SettingsError, Unavaila
 from tests.acceptance.served import VO
 from tests.conftest import EXAMPLES
 from tests.integration.test_mint import OTHER, SE
+from tests.servers import free_ports
 
 COPY = FileRequest(sources=(SE + "h/a",), destinations=(OTHER + "h/a",), size=10**9, external_id="h-a")
 
@@ -281,6 +282,23 @@ def test_a_client_that_is_too_fast_is_told_when_to_come_back(postgres_dsn, tmp_p
             assert http.get(f"/{VO}/v1/trace", params={"path": "/x"}).status_code == 200
         with served.client() as patient:
             assert patient.mint([COPY]).tokens  # waits and gets it
+    finally:
+        served.close()
+
+
+def test_each_process_tells_prometheus_of_itself(postgres_dsn, tmp_path):
+    from tests.acceptance.served import Served
+    from tests.integration.test_metrics import scrape
+
+    (port,) = free_ports(1)
+    served = Served(tmp_path, postgres_dsn, f"[metrics]\nfirst_port = {port}\nports = 4\n", processes=1)
+    try:
+        served.add_client("rucio")
+        with served.client() as one:
+            one.mint([COPY])
+        seen = scrape(port)
+        assert seen["minter_http_responses_total", ("endpoint", f"/{VO}/v1/mint"), ("status", "200")] == 1
+        assert seen["minter_requests_total", ("kind", "mint"), ("outcome", "granted"), ("vo", VO)] == 1
     finally:
         served.close()
 

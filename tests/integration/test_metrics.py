@@ -58,7 +58,8 @@ def test_tokens_requests_and_refusals_are_counted(observed):
         assert value("minter_stage_seconds_count", stage=stage) == 2
     names = {name for name, *_ in seen}
     assert {s.name + "_total" for s in metrics.SPECS if s.kind == "counter"} - {
-        "minter_follow_ups_total"
+        "minter_follow_ups_total",
+        "minter_fts_jobs_total",
     } <= names
     assert not any(word in str(seen) for word in ("jti", "sub", "01a"))
 
