@@ -115,10 +115,14 @@ class Credentials:
         """Return for how many seconds what is known counts as fresh: guessing costs few queries."""
         return max(0.0, self._asked + FRESH_SECONDS - time.monotonic())
 
-    def refresh(self) -> None:
-        """Read the accounts again if the control tables changed."""
-        if self.fresh_for():
+    def refresh(self, since: float) -> None:
+        """Read the accounts again if the control tables changed, unless they were asked after `since`.
+
+        A reading that began before a client was registered does not know it, whenever it ends.
+        """
+        if self._asked >= since:
             return
+        self._asked = time.monotonic()
         with transaction(self._pool) as connection:
             (version,) = one(connection.execute("SELECT version FROM control"))
             if version != self.version:
@@ -133,7 +137,6 @@ class Credentials:
                 self._peppers = dict(self._opened(peppers))
                 self._accounts = {row[1]: _account(*row) for row in rows}
                 self.version = version
-        self._asked = time.monotonic()
 
     def _opened(self, sealed: Iterable[tuple[str, bytes]]) -> Iterator[tuple[str, bytes]]:
         """Yield the keys that open: one VO's trouble is not the others'."""

@@ -105,7 +105,7 @@ class Web:
     def look(self) -> None:
         """Read again what operators changed; in the engine's thread. Raises Unavailable."""
         now = self.service.clock()
-        self.credentials.refresh()
+        self.credentials.refresh(time.monotonic())
         version, at = self._built or (-1, now)
         if version != self.credentials.version or now - at > REBUILD:
             with database.transaction(self.service.pool) as connection:
@@ -166,11 +166,12 @@ class Web:
 
     async def authenticate(self, req: asgi.Request, vo: str, form: Mapping[str, str]) -> Account:
         """Return who asks; raises InvalidClient, TooManyRequests, InvalidRequest."""
+        arrived = time.monotonic()
         who = presented(req.get_header("Authorization"), form)
         account = await self._known(req, who, vo)
         if account is None:
             await asyncio.sleep(self.credentials.fresh_for())  # who was just registered is known then
-            await self.gatherer.call(self.credentials.refresh)
+            await self.gatherer.call(self.credentials.refresh, arrived)
             account = await self._known(req, who, vo)
         if account is None or form.get("client_id", account.name) != account.name:
             raise InvalidClient(
