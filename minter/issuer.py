@@ -172,16 +172,24 @@ def _needed(form: dict[str, str], name: str) -> str:
     return form[name]
 
 
-class _Token:
-    """`/token`: client credentials, exchange, refresh."""
+class _Endpoint:
+    """What takes a form from a client that proves who it is."""
 
     def __init__(self, issuer: Issuer) -> None:
         self._issuer = issuer
 
-    async def on_post(self, req: asgi.Request, resp: asgi.Response) -> None:
-        issuer, web = self._issuer, self._issuer.web
+    async def _read(self, req: asgi.Request) -> tuple[dict[str, str], Account]:
+        web = self._issuer.web
         form = await web.form(req)
-        account = await web.authenticate(req, issuer.vo, form)
+        return form, await web.authenticate(req, self._issuer.vo, form)
+
+
+class _Token(_Endpoint):
+    """`/token`: client credentials, exchange, refresh."""
+
+    async def on_post(self, req: asgi.Request, resp: asgi.Response) -> None:
+        issuer = self._issuer
+        form, account = await self._read(req)
         try:
             wish = wish_of(issuer, form)
             request = Request(
@@ -191,7 +199,7 @@ class _Token:
                 (),
                 wish=wish,
             )
-            outcome = await web.gatherer.mint(Submission(request, account.name))
+            outcome = await issuer.web.gatherer.mint(Submission(request, account.name))
             told = issuer.answer(outcome, exchanged=wish.subject is not None)
         except MinterError as error:
             self._note(req, account, form, error)
@@ -214,17 +222,12 @@ class _Token:
         )
 
 
-class _Introspect:
+class _Introspect(_Endpoint):
     """`/introspect` (RFC 7662): whether a token of this VO is good, asked by one of its clients."""
 
-    def __init__(self, issuer: Issuer) -> None:
-        self._issuer = issuer
-
     async def on_post(self, req: asgi.Request, resp: asgi.Response) -> None:
-        issuer, web = self._issuer, self._issuer.web
-        form = await web.form(req)
-        account = await web.authenticate(req, issuer.vo, form)
-        send(resp, await web.gatherer.call(self._state, _needed(form, "token"), account))
+        form, account = await self._read(req)
+        send(resp, await self._issuer.web.gatherer.call(self._state, _needed(form, "token"), account))
 
     def _state(self, token: str, account: Account) -> dict[str, Any]:
         issuer, service = self._issuer, self._issuer.web.service
@@ -278,17 +281,12 @@ def _family_state(
     }
 
 
-class _Revoke:
+class _Revoke(_Endpoint):
     """`/revoke` (RFC 7009): a refresh token ends with its family; an access token is not given again."""
 
-    def __init__(self, issuer: Issuer) -> None:
-        self._issuer = issuer
-
     async def on_post(self, req: asgi.Request, resp: asgi.Response) -> None:
-        issuer, web = self._issuer, self._issuer.web
-        form = await web.form(req)
-        account = await web.authenticate(req, issuer.vo, form)
-        await web.gatherer.call(self._revoke, _needed(form, "token"), account)
+        form, account = await self._read(req)
+        await self._issuer.web.gatherer.call(self._revoke, _needed(form, "token"), account)
         send(resp, {})
 
     def _revoke(self, token: str, account: Account) -> None:
