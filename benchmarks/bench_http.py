@@ -126,13 +126,19 @@ def wait(url: str) -> None:
 
 
 def paced(url: str, secret_script: Path, rate: float, seconds: int) -> dict[str, float]:
-    """Latencies at a fixed rate: as many connections as it takes, each pausing between its requests."""
-    connections = 32
-    pause = connections / rate * 1000
-    text = secret_script.read_text() + f"\nfunction delay() return math.random(0, {2 * pause:.0f}) end\n"
+    """Latencies at a rate: connections that pause between their requests, as long as a first try says."""
+    connections = 64
     path = secret_script.with_suffix(".paced.lua")
-    path.write_text(text)
-    return wrk(url, seconds, connections, path)
+    pause = connections / rate * 1000
+
+    def run(pause: float, seconds: int) -> dict[str, float]:
+        delay = f"\nfunction delay() return math.random(0, {max(0, 2 * pause):.0f}) end\n"
+        path.write_text(secret_script.read_text() + delay)
+        return wrk(url, seconds, connections, path)
+
+    for _ in range(3):
+        pause += (connections / rate - connections / run(pause, 2)["per_s"]) * 1000
+    return run(pause, seconds)
 
 
 def main() -> None:

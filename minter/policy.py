@@ -171,18 +171,13 @@ class Policy:
     ) -> Grant:
         area, path = self.directories[client.vo].locate(need.url)
         bans.check(client.vo, storage=area.storage)
-        activity = file.activity or request.activity
-
-        def plan_of(narrow: bool) -> Plan:
-            key = (area, need.operations, need.side, narrow)
-            plan = plans.get(key)
-            if plan is None:
-                plan = plans[key] = self._plan(client, activity, request.via_fts, area, need, narrow)
-            if isinstance(plan, RequestError):
-                raise plan.with_traceback(None)
-            return plan
-
-        plan = plan_of(narrow=False)
+        key = (area, need.operations, need.side)
+        plan = plans.get(key)
+        if plan is None:
+            activity = file.activity or request.activity
+            plan = plans[key] = self._plan(client, activity, request.via_fts, area, need)
+        if isinstance(plan, RequestError):
+            raise plan.with_traceback(None)
         if plan.route is not None and plan.route.poll_area and need.operations == ("poll",):
             path = _area_path(area, client, path)
         bans.check_path(client.vo, path)
@@ -191,9 +186,11 @@ class Policy:
                 f"path {path!r} is outside the prefixes of client {client.name!r}: {', '.join(client.paths)}",
                 path=path,
             )
-        shared = _shared_path(plan, path, request, client, bans)
-        if not shared and plan.granularity != "file":
-            plan = plan_of(narrow=True)
+        shared = ""
+        if plan.granularity != "file":
+            shared = _shared_path(plan, path, request, client, bans)
+            if not shared:
+                plan = self._narrow(plan, key, plans, request, need, client)
         return Grant(
             need,
             plan,
@@ -205,7 +202,7 @@ class Policy:
         )
 
     def _plan(
-        self, client: Client, activity: str, via_fts: bool, area: Area, need: Need, narrow: bool
+        self, client: Client, activity: str, via_fts: bool, area: Area, need: Need
     ) -> Plan | RequestError:
         if client.operations and not client.operations.issuperset(need.operations):
             return OperationNotAllowed(
@@ -214,11 +211,28 @@ class Policy:
             )
         route = self.route_of(client, activity, via_fts, area, need)
         if route is not None:
-            return make_plan(route, client, via_fts, area, need, "file" if narrow else route.granularity)
+            return make_plan(route, client, via_fts, area, need, route.granularity)
         return OperationNotAllowed(
             f"no route allows {', '.join(need.operations)} on storage {area.storage!r} "
             f"for client {client.name!r}; add a route or correct the request"
         )
+
+    def _narrow(
+        self,
+        wide: Plan,
+        key: tuple[object, ...],
+        plans: dict[object, Plan | RequestError],
+        request: Request,
+        need: Need,
+        client: Client,
+    ) -> Plan:
+        """Return the plan of a file that must have a token of its own where others share one."""
+        plan = plans.get((*key, "file"))
+        if not isinstance(plan, Plan):
+            assert wide.route is not None
+            plan = make_plan(wide.route, client, request.via_fts, wide.area, need, "file")
+            plans[*key, "file"] = plan
+        return plan
 
     def route_of(self, client: Client, activity: str, via_fts: bool, area: Area, need: Need) -> Route | None:
         """Return the first route that matches, None if there is none."""
