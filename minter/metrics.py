@@ -22,6 +22,7 @@ from minter.database import count_living, read_keys, transaction
 from minter.errors import SettingsError, Unavailable
 from minter.keys import RotationPolicy
 from minter.mint import Observed, Outcome
+from minter.plans import Plan
 
 logger = logging.getLogger(__name__)
 
@@ -127,8 +128,7 @@ class Metrics:
             self._stage.labels(observed.stage).observe(now - self._since)
         self._since = now
         if observed.stage == "answered":
-            for outcome in observed.outcomes:
-                self._count(outcome)
+            self._count(observed.outcomes)
 
     def follow_up(self, task: str, outcome: str) -> None:
         """Count one message about an earlier request."""
@@ -138,19 +138,29 @@ class Metrics:
         """Count one HTTP response."""
         self._http.labels(endpoint, status).inc()
 
-    def _count(self, outcome: Outcome) -> None:
-        vo = outcome.client.vo if outcome.client else ""
-        kind = outcome.submission.request.kind
-        if outcome.error is not None:
-            self._requests.labels(vo, kind, "refused").inc()
-            self._refusals.labels(vo, outcome.error.reason).inc()
-            return
-        self._requests.labels(vo, kind, "repeated" if outcome.repeated else "granted").inc()
-        for reason, count in Tally(r["error"]["reason"] for r in outcome.refusals).items():
-            self._refusals.labels(vo, reason).inc(count)
-        grants = outcome.decision.grants if outcome.decision else ()
-        what = "repeated" if outcome.repeated else "issued"
-        for plan, count in Tally(grant.plan for grant in grants).items():
+    def _count(self, outcomes: Iterable[Outcome]) -> None:
+        """Count a batch: what is alike in it, once."""
+        requests: Tally[tuple[str, ...]] = Tally()
+        refusals: Tally[tuple[str, ...]] = Tally()
+        tokens: Tally[tuple[str, str, Plan]] = Tally()
+        for outcome in outcomes:
+            vo = outcome.client.vo if outcome.client else ""
+            kind = outcome.submission.request.kind
+            if outcome.error is not None:
+                requests[vo, kind, "refused"] += 1
+                refusals[vo, outcome.error.reason] += 1
+                continue
+            requests[vo, kind, "repeated" if outcome.repeated else "granted"] += 1
+            for refusal in outcome.refusals:
+                refusals[vo, refusal["error"]["reason"]] += 1
+            what = "repeated" if outcome.repeated else "issued"
+            for grant in outcome.decision.grants if outcome.decision else ():
+                tokens[vo, what, grant.plan] += 1
+        for labels, count in requests.items():
+            self._requests.labels(*labels).inc(count)
+        for labels, count in refusals.items():
+            self._refusals.labels(*labels).inc(count)
+        for (vo, what, plan), count in tokens.items():
             operation = "+".join(plan.operations) or plan.rule
             self._tokens.labels(vo, "mint", operation, plan.area.storage, what).inc(count)
 
