@@ -70,10 +70,10 @@ class Held(NamedTuple):
     scope: str
     audience: tuple[str, ...]
     left_seconds: int
-    rule: Exchange | None
+    rule: Exchange
     client: str
     on_behalf_of: str
-    activity: str = ""
+    activity: str
 
 
 class Granted(NamedTuple):
@@ -96,19 +96,18 @@ def decide(
     families: Mapping[uuid.UUID, Family],
 ) -> Granted:
     """Decide one request of the token endpoint. Refusals are returned, not raised."""
-    wish, family = request.wish, None
+    wish = request.wish
     assert wish is not None
     try:
         policy.admit(request, client, bans)
-        held = None
-        if wish.refresh is None and wish.subject is None:
-            return _own(policy, client, bans, wish, request.on_behalf_of)
+        family: Family | None
         if wish.refresh is not None:
             family, held = _refreshed(policy, wish, client, now, subjects, families)
         elif wish.subject is not None:
             family, held = _exchanged(policy, wish, client, now, subjects)
-        if held is not None:
-            _check_holder(held, client.vo, clients, bans)
+        else:
+            return _own(policy, client, bans, wish, request.on_behalf_of)
+        _check_holder(held, client.vo, clients, bans)
         grant = _Decider(policy, client, bans, wish, held).grant()
     except _Reused as reuse:
         refused = Refused(None, reuse.error)
@@ -117,10 +116,7 @@ def decide(
         return Granted(Decision([], [Refused(None, error)], error))
     if family is not None and wish.refresh is None:
         family = structs.replace(family, scope=grant.scope, audience=grant.audience)
-    decision = Decision([grant], [])
-    if held is None:
-        return Granted(decision, family, request.on_behalf_of)
-    return Granted(decision, family, held.on_behalf_of, held.activity)
+    return Granted(Decision([grant], []), family, held.on_behalf_of, held.activity)
 
 
 def _own(policy: Policy, client: Client, bans: Bans, wish: Wish, on_behalf_of: str) -> Granted:
@@ -211,7 +207,7 @@ def _exchanged(
 
 
 def _check_subject(subject: Subject) -> None:
-    if subject.key_state == "revoked" or subject.state == "cancelled":
+    if subject.ended:
         raise InvalidGrant("the subject token was cancelled, or its key revoked")
 
 
@@ -412,9 +408,8 @@ class _Decider:
         stands for every storage of the VO is enough to be allowed at one.
         """
         assert scope.path is not None
-        rule = self.held.rule if self.held else None
-        if rule is not None and not exchanges.allows(rule, scope.name):
-            self.left_out.add(Step(f"exchange {rule.name}", f"leaves out {scope.name}"))
+        if self.held is not None and not exchanges.allows(self.held.rule, scope.name):
+            self.left_out.add(Step(f"exchange {self.held.rule.name}", f"leaves out {scope.name}"))
             return {}
         paths = [scope.path]
         for endpoints in self.places:
@@ -482,8 +477,7 @@ class _Decider:
         if word == "offline_access":  # Rucio and FTS ask for it: it stands in the scope, and grants nothing
             return True
         if self.held is not None:
-            rule = self.held.rule
-            return word in self.held.scope.split(" ") and (rule is None or exchanges.allows(rule, word))
+            return word in self.held.scope.split(" ") and exchanges.allows(self.held.rule, word)
         listed = any(fnmatchcase(word, pattern) for pattern in self.client.scopes)
         return listed or (word == "fts" and any(map(self._fts, self.audience)))
 

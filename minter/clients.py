@@ -31,6 +31,10 @@ class Client(Struct, frozen=True, eq=False, kw_only=True):
     groups: tuple[str, ...] = ()
     """Groups that it may have in `wlcg.groups`."""
 
+    def may_reach(self, path: str) -> bool:
+        """Say whether its own prefixes, if it has any, hold a path."""
+        return not self.paths or any(path_contains(prefix, path) for prefix in self.paths)
+
 
 class Ban(NamedTuple):
     """One ban of an operator; `vo` is None for all VOs."""

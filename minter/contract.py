@@ -20,6 +20,12 @@ SCHEMAS = {
 """The schema of each public task's argument; schemas/answer.json is that of every answer."""
 PUBLIC_TASKS = tuple(SCHEMAS)
 
+
+def endpoint(task: str) -> str:
+    """Return the last part of a task's URL over HTTP."""
+    return task.rpartition(".")[2]
+
+
 REQUEST_EXCHANGE = "minter.requests"
 REQUEST_QUEUE = "minter.requests"
 INTERNAL_EXCHANGE = "minter.internal"

@@ -31,7 +31,7 @@ LEEWAY_SECONDS = 30
 FRESH_SECONDS = 0.2
 """The control tables' version is asked for at most this often."""
 _ID = re.compile(r"[!-~]{1,255}").fullmatch
-_WRONG = "client authentication failed; the client's name and secret, or its signed assertion, are needed"
+WRONG = "client authentication failed; the client's name and secret, or a fresh signed assertion, are needed"
 
 
 class Account(Struct, frozen=True):
@@ -73,7 +73,7 @@ def presented(authorization: str | None, form: Mapping[str, str]) -> Presented:
         return Presented(_issuer(form["client_assertion"]), assertion=form["client_assertion"])
     if "client_secret" in form and "client_id" in form:
         return Presented(form["client_id"], form["client_secret"])
-    raise InvalidClient(_WRONG)
+    raise InvalidClient(WRONG)
 
 
 def _basic(header: str) -> Presented:
@@ -81,10 +81,10 @@ def _basic(header: str) -> Presented:
     try:
         pair = base64.b64decode(encoded.strip(), validate=True).decode()
     except ValueError:  # no base64, no ASCII, no UTF-8
-        raise InvalidClient(_WRONG) from None
+        raise InvalidClient(WRONG) from None
     name, colon, secret = pair.partition(":")
     if scheme.lower() != "basic" or not colon:
-        raise InvalidClient(_WRONG)
+        raise InvalidClient(WRONG)
     return Presented(unquote_plus(name), unquote_plus(secret))
 
 
@@ -92,7 +92,7 @@ def _issuer(assertion: str) -> str:
     try:
         claims = jwt.decode(assertion, options={"verify_signature": False})
     except jwt.InvalidTokenError:
-        raise InvalidClient(_WRONG) from None
+        raise InvalidClient(WRONG) from None
     return str(claims.get("iss", ""))
 
 

@@ -7,7 +7,7 @@ JWKS and derived from the VO's master key: DIRAC reads their `exp`, and no stora
 
 import json
 import re
-from datetime import UTC, datetime
+from datetime import datetime
 from hashlib import sha256
 from typing import Any
 from uuid import UUID
@@ -248,8 +248,7 @@ class _Introspect(_Endpoint):
             subject is not None
             and subject.payload == payload
             and subject.expires_at > now
-            and subject.state != "cancelled"
-            and subject.key_state != "revoked"
+            and not subject.ended
             and holder is not None
             and not holder.disabled
         )
@@ -277,7 +276,7 @@ def _family_state(
         "sub": family.sub,
         "client_id": account.name,
         "scope": family.scope,
-        "exp": int(family.ends_at.astimezone(UTC).timestamp()),
+        "exp": int(family.ends_at.timestamp()),
     }
 
 

@@ -48,13 +48,15 @@ class MasterKey:
         return f"MasterKey({self.vo})"
 
     def _cipher(self, purpose: str, material: bytes) -> AESGCM:
+        return AESGCM(self._derived(purpose, material))
+
+    def _derived(self, purpose: str, material: bytes) -> bytes:
         info = f"minter {purpose} {self.vo}".encode()
-        return AESGCM(HKDF(SHA256(), 32, salt=None, info=info).derive(material))
+        return HKDF(SHA256(), 32, salt=None, info=info).derive(material)
 
     def derive(self, purpose: str) -> list[bytes]:
         """Return a key for one purpose from each master key, the first one's first."""
-        info = f"minter {purpose} {self.vo}".encode()
-        return [HKDF(SHA256(), 32, salt=None, info=info).derive(material) for material in self._materials]
+        return [self._derived(purpose, material) for material in self._materials]
 
     def encrypt(self, purpose: str, row: str, secret: bytes) -> bytes:
         """Encrypt `secret` for one row of one purpose."""

@@ -23,6 +23,7 @@ from minter.errors import SettingsError, Unavailable
 from minter.keys import RotationPolicy
 from minter.mint import Observed, Outcome
 from minter.plans import Plan
+from minter.settings import MetricsSettings
 
 logger = logging.getLogger(__name__)
 
@@ -242,6 +243,13 @@ def _gauge(spec: Spec, values: Mapping[tuple[str, ...], float]) -> GaugeMetricFa
     for labels, value in values.items():
         family.add_metric(labels, value)
     return family
+
+
+def serve_process(registry: CollectorRegistry, wanted: MetricsSettings) -> None:
+    """Serve the registry of this process as [metrics] of the settings says, if it does."""
+    if wanted.first_port:
+        port = serve(registry, wanted.listen, wanted.first_port, wanted.ports)
+        logger.info("metrics are on port %d", port)
 
 
 def serve(registry: CollectorRegistry, host: str, first_port: int, ports: int) -> int:

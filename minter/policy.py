@@ -181,7 +181,7 @@ class Policy:
         if plan.route is not None and plan.route.poll_area and need.operations == ("poll",):
             path = _area_path(area, client, path)
         bans.check_path(client.vo, path)
-        if client.paths and not any(path_contains(p, path) for p in client.paths):
+        if not client.may_reach(path):
             raise PathNotAllowed(
                 f"path {path!r} is outside the prefixes of client {client.name!r}: {', '.join(client.paths)}",
                 path=path,
@@ -320,9 +320,7 @@ def _area_path(area: Area, client: Client, path: str) -> str:
 
 def _may_have(area: Area, wide: str, client: Client) -> bool:
     """Say whether a client may have all of a path: its own prefixes hold it, and no other storage."""
-    return not (client.paths and not any(path_contains(p, wide) for p in client.paths)) and not any(
-        path_contains(wide, hole) for hole in area.holes
-    )
+    return client.may_reach(wide) and not any(path_contains(wide, hole) for hole in area.holes)
 
 
 def _shared_path(plan: Plan, path: str, request: Request, client: Client, bans: Bans) -> str:
@@ -357,7 +355,7 @@ def _scope(plan: Plan, path: str, shared: str, client: Client, bans: Bans) -> st
         directory = parent(path)
         if not plan.area.holds_directory(directory) or bans.touches(client.vo, directory):
             continue
-        if client.paths and not any(path_contains(p, directory) for p in client.paths):
+        if not client.may_reach(directory):
             continue
         words.append(f"{needed.scope}:{write(directory)}")
     return _check_scope(words, plan, path)

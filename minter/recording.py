@@ -95,7 +95,7 @@ class Store:
 
 
 class Recording:
-    """The open recording transaction (`mint.Recording`)."""
+    """The open recording transaction (`records.Recording`)."""
 
     def __init__(self, store: Store, connection: "psycopg.Connection[Any]") -> None:
         self._store = store
@@ -162,19 +162,21 @@ class Recording:
 
     def _copy_requests(self, rows: Sequence[RequestRow]) -> None:
         """COPY requests whose ids were made here in: half the time of an INSERT that looks for its like."""
-        if not rows:
-            return
-        with self._connection.cursor().copy(
+        self._copy_lines(
             "COPY requests (request_id, client_id, first_jti, received_at, tokens, digest, kind, activity,"
-            " on_behalf_of, error) FROM STDIN"
-        ) as copy:
-            lines = [
+            " on_behalf_of, error) FROM STDIN",
+            [
                 f"{r.request_id.int:032x}\t{r.client_id}\t{r.first_jti.int:032x}\t{r.received_at}\t{r.tokens}"
                 f"\t\\\\x{r.digest.hex()}\t{r.kind}\t{_copy(r.activity)}\t{_copy(r.on_behalf_of)}"
                 f"\t{_copy(_json(r.error)) if r.error else NULL}\n"
                 for r in rows
-            ]
-            copy.write("".join(lines).encode())
+            ],
+        )
+
+    def _copy_lines(self, statement: str, lines: Sequence[str]) -> None:
+        if lines:
+            with self._connection.cursor().copy(statement) as copy:
+                copy.write("".join(lines).encode())
 
     def copy_tokens(self, rows: Iterable[TokenRow]) -> None:
         """COPY minted tokens in as they come, in lines made here: row-wise adaption costs more.
@@ -215,18 +217,15 @@ class Recording:
 
     def copy_uses(self, rows: Sequence[UseRow]) -> None:
         """COPY the uses of shared tokens in."""
-        if not rows:
-            return
-        with self._connection.cursor().copy(
+        self._copy_lines(
             "COPY uses (use_id, jti, request_id, path_hash, client_id, side, file, position, path,"
-            " external_id) FROM STDIN"
-        ) as copy:
-            lines = [
+            " external_id) FROM STDIN",
+            [
                 f"{u.use_id}\t{u.jti}\t{u.request_id.int:032x}\t{path_hash(u.path)}\t{u.client_id}\t{u.side}"
                 f"\t{u.file}\t{u.index}\t{_copy(u.path)}\t{_copy(u.external_id)}\n"
                 for u in rows
-            ]
-            copy.write("".join(lines).encode())
+            ],
+        )
 
     def shared_tokens(self, places: Sequence[Place], now: datetime) -> dict[Place, TokenRow]:
         """Read for each place the shared token that lives longest, if one lives."""

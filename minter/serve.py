@@ -11,10 +11,8 @@ from granian.http import HTTP1Settings
 from granian.log import LogLevels
 
 from minter import issuer, logs, transfers, web, wiring
-from minter.metrics import Metrics, serve
+from minter.metrics import Metrics, serve_process
 from minter.settings import Loaded
-
-logger = logging.getLogger(__name__)
 
 MAX_HEADER_BYTES = 64 * 1024
 CONNECTIONS = 4_096
@@ -33,10 +31,7 @@ def create() -> "asgi.App[Any, Any]":
     transfers.add_routes(app, made)
     issuer.add_routes(app, made)
     wiring.calm_collector()
-    wanted = loaded.settings.metrics
-    if wanted.first_port:
-        port = serve(metrics.registry, wanted.listen, wanted.first_port, wanted.ports)
-        logger.info("metrics are on port %d", port)
+    serve_process(metrics.registry, loaded.settings.metrics)
     return app
 
 

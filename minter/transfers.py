@@ -28,14 +28,9 @@ def add_routes(app: "asgi.App[Any, Any]", web: Web) -> None:
     lives = Lives(web.service.engine, web.service.pool)
     for vo, issuer in web.service.loaded.issuers.items():
         for task in contract.PUBLIC_TASKS:
-            app.add_route(f"{base_path(issuer)}v1/{endpoint(task)}", _Task(web, lives, vo, task))
+            app.add_route(f"{base_path(issuer)}v1/{contract.endpoint(task)}", _Task(web, lives, vo, task))
         app.add_route(f"{base_path(issuer)}v1/trace", _Trace(web, vo))
         app.add_route(f"{base_path(issuer)}openapi.json", _OpenAPI(issuer))
-
-
-def endpoint(task: str) -> str:
-    """Return the last part of a task's URL."""
-    return task.rpartition(".")[2]
 
 
 class _Task:

@@ -12,6 +12,7 @@ import msgspec
 import urllib3
 from msgspec import Struct
 
+from minter.contract import endpoint
 from minter.errors import InvalidRequest, MinterError, ServerError, SettingsError, Unavailable, from_dict
 from minter.requests import Answer
 
@@ -74,12 +75,12 @@ class HttpTransport:
 
         Raises Unavailable when a request had no answer for `timeout_seconds`.
         """
-        endpoint = task.rpartition(".")[2]
+        path = endpoint(task)
         if len(requests) == 1:
-            yield self._post(endpoint, requests[0])
+            yield self._post(path, requests[0])
             return
         with ThreadPoolExecutor(min(MAX_THREADS, self.window)) as threads:
-            yield from threads.map(lambda request: self._post(endpoint, request), requests)
+            yield from threads.map(lambda request: self._post(path, request), requests)
 
     def trace(self, question: Mapping[str, str]) -> list[dict[str, Any]]:
         """Return what became of this client's tokens, by one of the questions of `/v1/trace`."""
@@ -88,24 +89,24 @@ class HttpTransport:
             raise _refusal(status, body)
         return list(msgspec.json.decode(body)["tokens"])
 
-    def _post(self, endpoint: str, request: Struct) -> Answer:
-        status, body = self._until_answered("POST", endpoint, msgspec.json.encode(request))
+    def _post(self, path: str, request: Struct) -> Answer:
+        status, body = self._until_answered("POST", path, msgspec.json.encode(request))
         try:
             return _answer.decode(body)
         except msgspec.DecodeError:
             raise _refusal(status, body) from None
 
-    def _until_answered(self, method: str, endpoint: str, body: bytes | None = None) -> tuple[int, bytes]:
+    def _until_answered(self, method: str, path: str, body: bytes | None = None) -> tuple[int, bytes]:
         """Return status and body of an answer that is final."""
         started, delay = time.monotonic(), FIRST_DELAY_SECONDS
         headers = {**self._pool.headers, "Content-Type": "application/json"}
         while True:
             left = self.timeout_seconds - (time.monotonic() - started)
-            cause: Exception | None = None
+            cause: Exception
             wait = delay * random.uniform(0.5, 1.5)  # noqa: S311 - jitter
             try:
                 response = self._pool.request(
-                    method, self._base + endpoint, body=body, headers=headers, timeout=max(left, 0.1)
+                    method, self._base + path, body=body, headers=headers, timeout=max(left, 0.1)
                 )
                 if response.status not in PASSING:
                     return response.status, response.data

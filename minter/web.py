@@ -17,7 +17,7 @@ import msgspec
 from falcon import HTTPError, asgi
 
 from minter import database, keys, logs, publish
-from minter.credentials import Account, Credentials, presented
+from minter.credentials import WRONG, Account, Credentials, Presented, presented
 from minter.errors import (
     Conflict,
     Expired,
@@ -174,9 +174,7 @@ class Web:
             await self.gatherer.call(self.credentials.refresh, arrived)
             account = await self._known(req, who, vo)
         if account is None or form.get("client_id", account.name) != account.name:
-            raise InvalidClient(
-                "client authentication failed; the client's name and secret, or a fresh assertion, are needed"
-            )
+            raise InvalidClient(WRONG)
         if wait := self._limit.wait(account.name, time.monotonic()):
             raise TooManyRequests(
                 f"client {account.name!r} asks more than {self.settings.requests_per_second} times a second",
@@ -184,7 +182,7 @@ class Web:
             )
         return account
 
-    async def _known(self, req: asgi.Request, who: Any, vo: str) -> Account | None:
+    async def _known(self, req: asgi.Request, who: Presented, vo: str) -> Account | None:
         if not who.assertion:
             return self.credentials.by_secret(who, vo)
         issuer = self.service.loaded.issuers[vo]

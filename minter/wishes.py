@@ -45,6 +45,11 @@ class Subject(Struct, frozen=True, kw_only=True):
     expires_at: datetime
     shared: bool = False
 
+    @property
+    def ended(self) -> bool:
+        """Whether it was cancelled, or its key revoked."""
+        return self.state == "cancelled" or self.key_state == "revoked"
+
 
 class Family(Struct, frozen=True, kw_only=True):
     """The refresh tokens of one exchange; `generation` is the newest given out, at `rotated_at`."""

@@ -8,10 +8,10 @@ import msgspec
 
 from minter import contract
 from minter.errors import BY_REASON
-from minter.followups import CancelRequest, FetchRequest, RenewRequest, ReportRequest
 from minter.keys import HARD_MAX_SECONDS
 from minter.plans import MAX_CLAIM_CHARACTERS
-from minter.requests import Answer, FillRequest, MintRequest
+from minter.requests import Answer
+from schemas.openapi import TASKS
 
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
@@ -55,15 +55,7 @@ TOKEN = {
 
 def generate() -> dict[str, dict[str, Any]]:
     """Return every schema by its file name."""
-    structs = {
-        contract.MINT: MintRequest,
-        contract.FILL_JOB: FillRequest,
-        contract.RENEW: RenewRequest,
-        contract.FETCH: FetchRequest,
-        contract.REPORT: ReportRequest,
-        contract.CANCEL: CancelRequest,
-    }
-    files: dict[str, type] = {contract.SCHEMAS[task]: struct for task, struct in structs.items()}
+    files: dict[str, type] = {contract.SCHEMAS[task]: struct for task, (struct, _) in TASKS.items()}
     made = {
         name: {"$schema": _DIALECT, **msgspec.json.schema(struct)}
         for name, struct in (files | {"answer.json": Answer}).items()

@@ -11,7 +11,7 @@ from minter.publish import GRANTS
 from minter.requests import Answer, FillRequest, MintRequest
 
 _TEXT = {"type": "string"}
-_TASKS: dict[str, tuple[type, str]] = {
+TASKS: dict[str, tuple[type, str]] = {
     contract.MINT: (MintRequest, "Tokens for each source, destination and operation of each file"),
     contract.FILL_JOB: (FillRequest, "An FTS job, filled with tokens"),
     contract.RENEW: (RenewRequest, "New tokens for a resubmission"),
@@ -80,16 +80,16 @@ _STORIES = {"type": "object", "required": ["tokens"], "properties": {"tokens": {
 
 def document(issuer: str) -> dict[str, Any]:
     """Return the document of one issuer's endpoints."""
-    structs = [struct for struct, _ in _TASKS.values()]
+    structs = [struct for struct, _ in TASKS.values()]
     schemas, components = msgspec.json.schema_components(
         [*structs, Answer], ref_template="#/components/schemas/{name}"
     )
     *bodies, answer = schemas
     paths = {
-        f"/v1/{task.rpartition('.')[2]}": {
+        f"/v1/{contract.endpoint(task)}": {
             "post": _operation(what, {"application/json": {"schema": body}}, answer, answer)
         }
-        for (task, (_, what)), body in zip(_TASKS.items(), bodies, strict=True)
+        for (task, (_, what)), body in zip(TASKS.items(), bodies, strict=True)
     }
     questions = [
         {"name": name, "in": "query", "schema": _TEXT}

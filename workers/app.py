@@ -19,7 +19,7 @@ from minter import contract, housekeeping, logs, wiring
 from minter.amqp import Publisher, connect, declare, queues, tls
 from minter.errors import InvalidRequest, MinterError
 from minter.lives import Lives
-from minter.metrics import Metrics, StateCollector, serve
+from minter.metrics import Metrics, StateCollector, serve_process
 from minter.mint import Observed
 from minter.settings import Loaded
 from workers.batching import Batcher, Suspects
@@ -156,7 +156,7 @@ def _start(**_: Any) -> None:
         batch_bytes=settings.worker.batch_bytes,
         local_client=_local_client(app.loaded),
     )
-    _serve_metrics(metrics.registry)
+    serve_process(metrics.registry, settings.metrics)
 
 
 @beat_init.connect
@@ -174,14 +174,7 @@ def _start_beat(**_: Any) -> None:
             service.clock,
         )
     )
-    _serve_metrics(registry)
-
-
-def _serve_metrics(registry: CollectorRegistry) -> None:
-    wanted = app.loaded.settings.metrics
-    if wanted.first_port:
-        port = serve(registry, wanted.listen, wanted.first_port, wanted.ports)
-        logger.info("metrics are on port %d", port)
+    serve_process(registry, app.loaded.settings.metrics)
 
 
 def _observe(metrics: Metrics) -> Callable[[Observed], None]:
