@@ -437,13 +437,15 @@ class _Decider:
     def _within(self, paths: Sequence[str], areas: Sequence[Area], name: str) -> list[str]:
         """Return of these paths what a scope may be on at one endpoint, whose areas may lie in each other.
 
-        The area of the longest prefix around a path, and all areas inside it, must allow the scope.
+        For each base path the area of the longest prefix around a path, and all areas inside it, must
+        allow the scope.
         """
         found = []
         for path in _meet(paths, [area.top for area in areas]):
-            around = next(area for area in areas if path_contains(area.top, path))
+            # By base path, since each reads the path in its own way; the longest prefix comes first.
+            around = {a.base_path: a for a in reversed(areas) if path_contains(a.top, path)}
             inside = [area for area in areas if area.top != path and path_contains(path, area.top)]
-            allowed = [self._allow(area, name) for area in (around, *inside)]
+            allowed = [self._allow(area, name) for area in (*around.values(), *inside)]
             if all(allowed):
                 found.append(path)
                 self.allowed |= {(name, a.area.storage): a for a in allowed if a is not None}

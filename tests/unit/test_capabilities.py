@@ -11,11 +11,12 @@ from msgspec import structs
 
 from minter import capabilities
 from minter.capabilities import ANY, ANY_SECONDS
-from minter.clients import Bans
+from minter.clients import Bans, Client
 from minter.policy import Policy
 from minter.requests import Request
+from minter.routes import Route
 from minter.scopes import Scope, contains, parse_scopes, path_contains
-from minter.storages import Directory
+from minter.storages import Directory, Endpoint, Storage
 from minter.wishes import GRACE, Family, Wish, act_depth, present
 from tests import strategies
 
@@ -119,6 +120,23 @@ def may(policy, client, area, name):
 def test_enough_of_the_cases_ended_in_a_grant():
     assert SEEN["granted"] > 50
     assert SEEN["refused"] > 50
+
+
+def test_areas_of_different_base_paths_at_one_door_must_all_allow_it():
+    scratch = Storage(
+        vo="vo", name="SCRATCH", base_path="/scratch", endpoints=(Endpoint("h.org", 443, "/scratch"),)
+    )
+    whole = Storage(vo="vo", name="WHOLE", base_path="/", endpoints=(Endpoint("h.org", 443, "/"),))
+    routes = [
+        Route(name="rw", storages=("SCRATCH",), operations=("read", "overwrite")),
+        Route(name="ro", storages=("WHOLE",), operations=("read",)),
+    ]
+    client = Client(client_id=1, name="c", vo="vo", sub="s")
+    wish = Wish(scope=("storage.modify:/x", "storage.read:/x"), audience=("h.org",))
+    request = Request(uuid.uuid4(), "token", b"", (), wish=wish)
+    policy = Policy({"vo": Directory([scratch, whole])}, routes)
+    (grant,) = capabilities.decide(policy, request, client, {}, Bans(), NOW, {}, {}).decision.grants
+    assert grant.scope == "storage.read:/x"
 
 
 # ── families ─────────────────────────────────────────────────────────────────────────────────
