@@ -16,7 +16,7 @@ import msgspec
 from benchmarks.engine import bench, openssl_per_second, versions
 from benchmarks.load import body
 from minter import wiring
-from minter.mint import Submission
+from minter.outcomes import Submission
 from minter.policy import Policy
 from minter.requests import decode_mint
 from minter.routes import Route

@@ -13,7 +13,7 @@ from benchmarks.load import body
 from minter import wiring
 from minter.followups import CancelRequest, FetchRequest, FileReport, RenewRequest, ReportRequest
 from minter.lives import Lives
-from minter.mint import Submission
+from minter.outcomes import Submission
 from minter.requests import decode_mint
 
 FILES, ROUNDS = 1_000, 7

@@ -7,11 +7,12 @@ import msgspec
 from msgspec import structs
 
 from minter.errors import Expired, InvalidRequest, MinterError, RequestError, ServerError, Unavailable
-from minter.mint import Issued, Outcome
+from minter.outcomes import Issued, Outcome
 from minter.plans import BACKDATE_SECONDS
 from minter.requests import (
     MAX_BODY_BYTES,
     Answer,
+    AwaitedToken,
     RefusedNeed,
     Request,
     TokenAnswer,
@@ -37,14 +38,16 @@ def answer(outcome: Outcome, now: datetime) -> Answer:
     if outcome.error is not None:
         return failure(str(request.request_id), outcome.error)
     refusals = [RefusedNeed(**r) for r in outcome.refusals]
-    if request.kind == "fill_job":
+    awaited = [AwaitedToken(*a.need, a.storage, a.scope, a.handle) for a in outcome.awaited]
+    if request.kind == "fill_job" and not awaited:
         try:
             return _filled(request, outcome, refusals, now)
         except (Expired, InvalidRequest) as error:
             return failure(str(request.request_id), error)
     return Answer(
         request_id=str(request.request_id),
-        tokens=[_token(i) for i in outcome.issued],
+        tokens=[] if request.kind == "fill_job" else [_token(i) for i in outcome.issued],
+        awaited=awaited,
         refusals=refusals,
     )
 
@@ -53,7 +56,7 @@ def _token(issued: Issued) -> TokenAnswer:
     file, side, index = issued.need
     return TokenAnswer(
         file, side, index, issued.storage, issued.scope, issued.jti, issued.exp,
-        issued.token.decode(),
+        issued.token.decode(), issued.handle,
     )  # fmt: skip
 
 

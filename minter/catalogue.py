@@ -1,6 +1,6 @@
 """What settings and operators change: issuers, storages, clients, bans; alone, and audited (I8, I9)."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -65,6 +65,25 @@ def sync_catalogue(engine: Pool, issuers: Mapping[str, str], wanted: Mapping[tup
             )
             cursor.executemany("UPDATE storages SET retired_at = now() WHERE vo = %s AND name = %s", gone)
     return len(new) + len(changed) + len(gone)
+
+
+def sync_providers(engine: Pool, names: Iterable[str]) -> None:
+    """Give each provider of the settings its row; one that left them keeps it."""
+    with transaction(engine) as connection:
+        for name in sorted(names):
+            connection.execute(
+                "INSERT INTO providers (name, due_at) SELECT %(name)s, now()"
+                " WHERE NOT EXISTS (SELECT FROM providers WHERE name = %(name)s) ON CONFLICT DO NOTHING",
+                {"name": name},
+            )
+
+
+def set_subject(engine: Pool, name: str, subject: Mapping[str, Any], actor: str) -> None:
+    """Store the token that a client is represented by at a provider; `subject` are columns of `clients`."""
+    shown = {k: str(v) for k, v in subject.items() if k != "subject_token"}
+    with controlling(engine, actor, "client.subject_token", name, shown) as tx:
+        for column, value in subject.items():
+            _update(tx, name, f"{column} = %s", value)
 
 
 def add_client(engine: Pool, client: Client, actor: str) -> int:

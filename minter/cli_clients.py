@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +18,9 @@ from minter.clients import Ban, Client
 from minter.console import AsJson, as_table, guarded, open_service, read_object, show, show_living, whoami
 from minter.dialects import OPERATIONS
 from minter.errors import InvalidRequest, UnknownClient
+from minter.requests import SubjectToken
 from minter.scopes import check_path
+from minter.subjects import Subjects
 
 clients_app = typer.Typer(no_args_is_help=True, help="Register, change and disable clients.")
 
@@ -247,6 +250,34 @@ def clients_rotate(
     with _private_file(secret_file, secret):
         service.set_secret(client, secret, whoami(), timedelta(hours=keep_hours))
     show(as_json, {"name": name}, lambda: f"client {name} has a new secret, in {secret_file}")
+
+
+@clients_app.command("subject-token")
+@guarded
+def clients_subject_token(name: str, as_json: AsJson = False) -> None:
+    """Store the token, read from standard input, that a client is represented by at its provider.
+
+    It is verified first, and encrypted; routes with mode `exchange` exchange it, until it expires.
+    """
+    service = open_service()
+    client = _clients(service).get(name)
+    if client is None:
+        raise UnknownClient(f"client {name!r} is not registered")
+    subjects = Subjects(service.loaded.issuers, service.iams)
+    subject = subjects.verify(client.vo, SubjectToken(sys.stdin.read().strip()))
+    columns = {
+        "subject_token": service.keystore.seal_token(client.vo, name, "client_subject", subject.token),
+        "subject_provider": subject.provider,
+        "subject_scope": subject.scope,
+        "subject_expires_at": database.instant(subject.expires_at),
+    }
+    catalogue.set_subject(service.pool, name, columns, whoami())
+    until = columns["subject_expires_at"]
+    show(
+        as_json,
+        {"client": name, "provider": subject.provider, "expires_at": str(until)},
+        lambda: f"a token of {subject.provider} represents {name} until {until}",
+    )
 
 
 @clients_app.command("disable")

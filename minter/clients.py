@@ -30,6 +30,9 @@ class Client(Struct, frozen=True, eq=False, kw_only=True):
     """Patterns of scopes that it may have beside those of storages."""
     groups: tuple[str, ...] = ()
     """Groups that it may have in `wlcg.groups`."""
+    subject_provider: str = ""
+    """The provider of the subject token that is stored for it, empty if there is none."""
+    subject_scope: str = ""
 
     def may_reach(self, path: str) -> bool:
         """Say whether its own prefixes, if it has any, hold a path."""

@@ -93,7 +93,7 @@ def _token_columns(path: str, use_id: str, of: str) -> str:
         f" extract(epoch FROM t.expires_at)::bigint, {path}, t.fts_token_id, {of}.file, {of}.side::text,"
         f" {of}.position, {of}.external_id, t.payload, coalesce(t.rule_id, 0), coalesce((SELECT l.state::text"
         f" FROM token_states l WHERE l.jti = {use_id or 't.jti'}), t.state::text), {of}.path_hash,"
-        f" {use_id + '::text' if use_id else repr('')}"
+        f" {use_id + '::text' if use_id else repr('')}, t.mode::text"
     )
 
 
@@ -137,10 +137,12 @@ def read_control(connection: "psycopg.Connection[Any]") -> Control:
     """Read clients, bans, keys and issuers in the transaction of `connection`."""
     clients = connection.execute(
         "SELECT client_id, name, vo, sub, operations, paths, max_lifetime_seconds, reply_queues,"
-        " jwe_key, disabled_at IS NOT NULL, default_audience, audiences, scopes, groups FROM clients"
+        " jwe_key, disabled_at IS NOT NULL, default_audience, audiences, scopes, groups,"
+        " subject_provider, subject_scope FROM clients"
     ).fetchall()
     bans = connection.execute("SELECT kind, value, vo FROM bans WHERE lifted_at IS NULL").fetchall()
     issuers = connection.execute("SELECT vo, iss FROM issuers").fetchall()
+    away = connection.execute("SELECT name FROM providers WHERE open_until IS NOT NULL").fetchall()
     return Control(
         {
             name: Client(
@@ -158,6 +160,8 @@ def read_control(connection: "psycopg.Connection[Any]") -> Control:
                 audiences=tuple(audiences),
                 scopes=tuple(scopes),
                 groups=tuple(groups),
+                subject_provider=subject_provider,
+                subject_scope=subject_scope,
             )
             for (
                 number,
@@ -174,11 +178,14 @@ def read_control(connection: "psycopg.Connection[Any]") -> Control:
                 audiences,
                 scopes,
                 groups,
+                subject_provider,
+                subject_scope,
             ) in clients
         },
         Bans(Ban(*row) for row in bans),
         read_keys(connection),
         dict(issuers),
+        frozenset(name for (name,) in away),
     )
 
 

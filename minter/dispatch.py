@@ -6,8 +6,9 @@ from datetime import datetime
 from msgspec import Raw
 
 from minter import contract, followups
+from minter.errors import InvalidRequest
 from minter.lives import Lives
-from minter.mint import Submission
+from minter.outcomes import Submission
 from minter.requests import Answer, Request, decode_fill, decode_mint
 
 _NEW: dict[str, Callable[[Raw | bytes], Request]] = {
@@ -16,13 +17,22 @@ _NEW: dict[str, Callable[[Raw | bytes], Request]] = {
 }
 
 
-def submission(lives: Lives, task: str, client: str, argument: Raw | bytes) -> Submission | None:
+def submission(
+    lives: Lives, task: str, client: str, argument: Raw | bytes, *, private: bool = False
+) -> Submission | None:
     """Return what a task submits to the engine, None if it is about an earlier request.
 
-    Raises InvalidRequest, and what `Lives.renewal` raises.
+    `private`: nobody else can read what was sent, as on a broker, so there may be a subject token in it;
+    it is not verified yet. Raises InvalidRequest, and what `Lives.renewal` raises.
     """
     if task in _NEW:
-        return Submission(_NEW[task](argument), client)
+        request = _NEW[task](argument)
+        if request.subject is not None and not private:
+            raise InvalidRequest(
+                "a subject_token is taken over HTTP only; or have the client's stored, with: minter clients "
+                "subject-token"
+            )
+        return Submission(request, client)
     if task == contract.RENEW:
         return Submission(lives.renewal(client, followups.decode_renew(argument)), client)
     return None

@@ -25,11 +25,15 @@
     │   ├── InvalidTarget            no audience, or one that nobody here has
     │   ├── UnauthorizedClient       no rule lets this client exchange that token
     │   ├── UnsupportedGrantType     the token endpoint has no such grant
+    │   ├── ProviderRefused          an external IAM refused this exchange or refresh for good
+    │   ├── ProviderTokenRejected    what it gave was not what was asked for, and was destroyed
+    │   ├── RefreshTokenLost         its answer was lost on the way, and nothing is left to go on with
     │   └── Undeliverable            it stopped the worker each time; kept on the dead-letter queue
     ├── Unavailable                  nothing was recorded; the same request may be sent again
     │   ├── NoUsableKey              the issuer has no key that may sign now
     │   ├── ClockSkew                this process and Postgres disagree about the time
-    │   └── TooManyRequests          this client, or all together, ask faster than is served
+    │   ├── TooManyRequests          this client, or all together, ask faster than is served
+    │   └── ProviderAway             an external IAM does not answer, or with nothing that can be used
     ├── TokenRejected                a finished token failed its check: it never leaves the engine
     ├── UnknownKey                   no key has that kid, or it is revoked
     ├── SettingsError                the settings file cannot be used
@@ -198,6 +202,24 @@ class UnsupportedGrantType(RequestError):
     code = "unsupported_grant_type"
 
 
+class ProviderRefused(RequestError):
+    """An external IAM refused this exchange or refresh, and will again (RFC 6749 §5.2)."""
+
+    code = "invalid_grant"
+
+
+class ProviderTokenRejected(RequestError):
+    """What an external IAM gave is wider, shorter or otherwise not what was asked for; it was destroyed."""
+
+    code = "invalid_grant"
+
+
+class RefreshTokenLost(RequestError):
+    """A refresh token was spent and its answer never came; the last access token works until it expires."""
+
+    code = "invalid_grant"
+
+
 class Undeliverable(RequestError):
     """The message stopped the worker at each delivery and lies on the dead-letter queue."""
 
@@ -218,6 +240,10 @@ class ClockSkew(Unavailable):
 
 class TooManyRequests(Unavailable):
     """The client, or all clients together, ask faster than is served; `retry_after` is in seconds."""
+
+
+class ProviderAway(Unavailable):
+    """An external IAM does not answer, or with nothing that can be used; `retry_after` is in seconds."""
 
 
 class TokenRejected(MinterError):

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from uuid import UUID
 
 import msgspec
-from msgspec import Meta, Raw, Struct
+from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 
 from minter.errors import InvalidRequest
 from minter.requests import MAX_FILES, Name, Seconds, decode
@@ -32,9 +32,13 @@ class RenewRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
 
 
 class FetchRequest(Struct, frozen=True, forbid_unknown_fields=True):
-    """`minter.fetch`: the tokens that a request was granted, the same bytes (I4)."""
+    """`minter.fetch`: the tokens that a request was granted, the same bytes (I4), or those of handles.
 
-    request_id: UUID
+    A handle may be fetched by the client that asked for its token, and by the consumer that it named.
+    """
+
+    request_id: UUID | UnsetType = UNSET
+    handles: Annotated[tuple[UUID, ...], Meta(max_length=MAX_FILES)] = ()
 
 
 class FileReport(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -103,6 +107,8 @@ def decode_renew(body: Raw | bytes) -> RenewRequest:
 def decode_fetch(body: Raw | bytes) -> FetchRequest:
     """Decode a `minter.fetch` argument; raises InvalidRequest with the place of the fault."""
     wire: FetchRequest = decode(_fetch, body)
+    if isinstance(wire.request_id, UUID) == bool(wire.handles):
+        raise InvalidRequest("expected either request_id or handles")
     return wire
 
 

@@ -12,7 +12,8 @@ from datetime import datetime
 from typing import ParamSpec, TypeVar
 
 from minter.errors import MinterError, ServerError, TooManyRequests, Unavailable
-from minter.mint import Engine, Outcome, Submission
+from minter.mint import Engine
+from minter.outcomes import Outcome, Submission
 
 logger = logging.getLogger(__name__)
 P = ParamSpec("P")

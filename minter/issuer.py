@@ -28,7 +28,7 @@ from minter.errors import (
     TokenRejected,
     UnsupportedGrantType,
 )
-from minter.mint import Outcome, Submission
+from minter.outcomes import Outcome, Submission
 from minter.plans import MAX_CLAIM_CHARACTERS
 from minter.publish import EXCHANGE
 from minter.requests import Request

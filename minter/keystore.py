@@ -21,7 +21,7 @@ from minter import keys
 from minter.errors import NoUsableKey, SettingsError
 
 MASTER_KEY_BYTES = 32
-SIGNING_KEY, PEPPER, REFRESH = "signing_key", "secrets_key", "refresh_token"
+SIGNING_KEY, PEPPER, REFRESH, PROVIDER = "signing_key", "secrets_key", "refresh_token", "provider_token"
 """The purposes that keys are derived for, and associated data begins with."""
 _NONCE_BYTES = 12
 _VERSION = b"\x01"
@@ -42,13 +42,17 @@ class MasterKey:
                 )
         self.vo = vo
         self._materials = materials
+        self._ciphers: dict[tuple[str, bytes], AESGCM] = {}
 
     def __repr__(self) -> str:
         """Name the VO, never show the key."""
         return f"MasterKey({self.vo})"
 
     def _cipher(self, purpose: str, material: bytes) -> AESGCM:
-        return AESGCM(self._derived(purpose, material))
+        key = (purpose, material)
+        if key not in self._ciphers:
+            self._ciphers[key] = AESGCM(self._derived(purpose, material))
+        return self._ciphers[key]
 
     def _derived(self, purpose: str, material: bytes) -> bytes:
         info = f"minter {purpose} {self.vo}".encode()
@@ -137,6 +141,14 @@ class Keystore:
     def hash_secret(self, vo: str, sealed_pepper: bytes, secret: str) -> bytes:
         """Return the keyed hash of a client secret (HMAC-SHA-256): it is checked on every call."""
         return hmac.digest(self.open_pepper(vo, sealed_pepper), secret.encode(), "sha256")
+
+    def seal_token(self, vo: str, owner: object, what: str, token: str) -> bytes:
+        """Return a provider's token, encrypted for its owner's row; `what` tells its several ones apart."""
+        return self._master(vo).encrypt(PROVIDER, f"{what}:{owner}", token.encode())
+
+    def open_token(self, vo: str, owner: object, what: str, sealed: bytes) -> str:
+        """Return a provider's token; raises NoUsableKey if it is another row's."""
+        return self._master(vo).decrypt(PROVIDER, f"{what}:{owner}", sealed).decode()
 
     def unlock(self, key: keys.Key) -> keys.Signer:
         """Return the signer of a key; raises NoUsableKey if it is destroyed or does not open."""

@@ -12,9 +12,10 @@ from typing import Any
 from uuid import UUID
 
 import psycopg
+from msgspec import structs
 from sqlalchemy.engine import Engine as Pool
 
-from minter import answers
+from minter import answers, keeping
 from minter.database import OWN, find_operations, floor, one, read_control, read_request, transaction
 from minter.errors import InvalidRequest, UnknownRequest
 from minter.followups import CancelRequest, FetchRequest, FileReport, JobReport, RenewRequest, ReportRequest
@@ -36,7 +37,12 @@ class Lives:
 
     def fetch(self, name: str, wire: FetchRequest, now: datetime) -> Answer:
         """Return what a request was granted, the same bytes; raises as `Engine.fetch`."""
-        return answers.answer(self.engine.fetch(wire.request_id, name, now), now)
+        if isinstance(wire.request_id, UUID):
+            return answers.answer(self.engine.fetch(wire.request_id, name, now), now)
+        outcome, unknown = self.engine.fetch_handles(wire.handles, name, now)
+        places = {handle: f"handles[{n}]" for n, handle in enumerate(wire.handles)}
+        found = answers.answer(outcome, now)
+        return structs.replace(found, request_id=None, unknown=[places[handle] for handle in unknown])
 
     def renewal(self, name: str, wire: RenewRequest) -> Request:
         """Return the request that renews another; raises UnknownRequest, UnknownStorage."""
@@ -191,8 +197,10 @@ def _named(
 
 def _own(connection: "psycopg.Connection[Any]", client_id: int, jtis: Iterable[UUID]) -> list[UUID]:
     rows = connection.execute(
-        f"SELECT jti FROM tokens t WHERE jti = ANY(%s) AND client_id = %s AND {OWN}",
-        (list(jtis), client_id),
+        f"SELECT jti FROM tokens t WHERE jti = ANY(%(jtis)s) AND client_id = %(client)s AND {OWN}"
+        " UNION ALL SELECT use_id FROM uses u JOIN tokens t USING (jti)"
+        " WHERE use_id = ANY(%(jtis)s) AND u.client_id = %(client)s AND t.mode <> 'mint'",  # a handle
+        {"jtis": list(jtis), "client": client_id},
     ).fetchall()
     return [jti for (jti,) in rows]
 
@@ -235,11 +243,14 @@ def _files_of_jobs(
 def _change(connection: "psycopg.Connection[Any]", jtis: Iterable[UUID], state: str, now: datetime) -> int:
     """Bring tokens into a state, sorted so that two calls cannot deadlock; what has ended stays."""
     active, ended = (now, None) if state == "active" else (None, now)
-    return connection.execute(
+    changed = connection.execute(
         "INSERT INTO token_states (jti, active_at, ended_at, state)"
         " SELECT jti, %s::timestamptz, %s::timestamptz, %s::token_state FROM unnest(%s::uuid[]) AS j (jti)"
         " ON CONFLICT (jti) DO UPDATE SET state = excluded.state, ended_at = excluded.ended_at,"
         " active_at = coalesce(token_states.active_at, excluded.active_at)"
-        " WHERE token_states.ended_at IS NULL AND token_states.state <> excluded.state",
+        " WHERE token_states.ended_at IS NULL AND token_states.state <> excluded.state RETURNING jti",
         (active, ended, state, sorted(set(jtis))),
-    ).rowcount
+    ).fetchall()
+    if ended is not None:
+        keeping.end_uses(connection, [jti for (jti,) in changed])
+    return len(changed)

@@ -21,7 +21,7 @@ from minter import housekeeping, keys
 from minter.database import count_living, read_keys, transaction
 from minter.errors import SettingsError, Unavailable
 from minter.keys import RotationPolicy
-from minter.mint import Observed, Outcome
+from minter.outcomes import Observed, Outcome
 from minter.plans import Plan
 from minter.settings import MetricsSettings
 
@@ -56,6 +56,13 @@ FTS_JOBS = Spec(
     "Messages that an FTS consumer ended, or tries again: submitted, nothing, refused, retried, unreported,"
     " set_aside.",
 )  # fmt: skip
+PROVIDER = Spec(
+    "counter", "minter_provider_requests", ("provider", "grant", "outcome"),
+    "Requests to external IAMs: ok, outrun by another worker, or the error's reason.",
+)  # fmt: skip
+PROVIDER_SECONDS = Spec(
+    "histogram", "minter_provider_request_seconds", ("provider",), "Time that an external IAM took.",
+)  # fmt: skip
 STAGE = Spec(
     "histogram", "minter_stage_seconds", ("stage",),
     "Time of a batch from the stage before to this one; the first, received, begins it.",
@@ -82,7 +89,7 @@ STANDBY = Spec(
 PARTITIONS = Spec("gauge", "minter_partitions_ahead_days", (), "Days that have partitions already (beat).")
 
 SPECS = (
-    TOKENS, REQUESTS, REFUSALS, FOLLOW_UPS, HTTP, FTS_JOBS, STAGE, BATCH, AGE,
+    TOKENS, REQUESTS, REFUSALS, FOLLOW_UPS, HTTP, FTS_JOBS, PROVIDER, PROVIDER_SECONDS, STAGE, BATCH, AGE,
     QUEUE, LIVING, EXPIRING, SIGNS_UNTIL, STANDBY, PARTITIONS,
 )  # fmt: skip
 
@@ -106,6 +113,8 @@ class Metrics:
         self._refusals = self._counter(REFUSALS)
         self._follow_ups = self._counter(FOLLOW_UPS)
         self._http = self._counter(HTTP)
+        self._provider = self._counter(PROVIDER)
+        self._provider_seconds = self._histogram(PROVIDER_SECONDS, _STAGE_BUCKETS)
         self._stage = self._histogram(STAGE, _STAGE_BUCKETS)
         self._batch = self._histogram(BATCH, _BATCH_BUCKETS)
         self._age = self._histogram(AGE, _AGE_BUCKETS)
@@ -139,6 +148,11 @@ class Metrics:
         """Count one HTTP response."""
         self._http.labels(endpoint, status).inc()
 
+    def provider(self, provider: str, grant: str, outcome: str, seconds: float) -> None:
+        """Count one request to an external IAM."""
+        self._provider.labels(provider, grant, outcome).inc()
+        self._provider_seconds.labels(provider).observe(seconds)
+
     def _count(self, outcomes: Iterable[Outcome]) -> None:
         """Count a batch: what is alike in it, once."""
         requests: Tally[tuple[str, ...]] = Tally()
@@ -163,7 +177,8 @@ class Metrics:
             self._refusals.labels(*labels).inc(count)
         for (vo, what, plan), count in tokens.items():
             operation = "+".join(plan.operations) or plan.rule
-            self._tokens.labels(vo, "mint", operation, plan.area.storage, what).inc(count)
+            mode = plan.route.mode if plan.route else "mint"
+            self._tokens.labels(vo, mode, operation, plan.area.storage, what).inc(count)
 
 
 def new_counter(spec: Spec, registry: CollectorRegistry) -> Counter:

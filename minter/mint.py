@@ -17,14 +17,14 @@ A crash before 6 leaves nothing; after it, the unacknowledged message comes agai
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from datetime import datetime
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import datetime, timedelta
+from typing import Any
 from uuid import UUID
 
-from msgspec import Struct, structs
+from msgspec import structs
 
-from minter import capabilities, keys
+from minter import capabilities, keys, managed
 from minter.claims import build_claims, check_token, unverified_claims
 from minter.clients import Client
 from minter.errors import (
@@ -33,7 +33,6 @@ from minter.errors import (
     ClockSkew,
     Conflict,
     Expired,
-    MinterError,
     NoUsableKey,
     ReplyNotAllowed,
     RequestError,
@@ -42,7 +41,9 @@ from minter.errors import (
     from_dict,
 )
 from minter.keys import Key, RotationPolicy, Signer
-from minter.plans import BACKDATE_SECONDS, Decision, Grant, Plan
+from minter.managed import ManagedToken, Wanted
+from minter.outcomes import Awaited, Issued, Observe, Observed, Outcome, Submission, Work, share
+from minter.plans import Grant, Plan
 from minter.policy import Policy, check_reply_queue
 from minter.records import (
     OWN_KINDS,
@@ -52,13 +53,10 @@ from minter.records import (
     RequestRow,
     Store,
     TokenRow,
-    UseRow,
-    fts_token_id,
 )
 from minter.requests import Request, Side, check_request_id
 from minter.scopes import parse_scopes
 from minter.sharing import Kept, Place, Shared
-from minter.wishes import Family
 
 MAX_CLOCK_SKEW_SECONDS = 5.0
 """Beyond this difference to Postgres's clock a process refuses to sign."""
@@ -69,52 +67,6 @@ _SAMPLE = 256
 are checked."""
 _JTI_NUMBERS = (1 << 20) - 1
 """The bits, five hex digits, of a jti that count a request's tokens: no request has 2^20."""
-
-
-class Submission(Struct, frozen=True, eq=False):
-    """One request and who, by the broker's word, sent it."""
-
-    request: Request
-    client: str
-
-
-class Issued(Struct, frozen=True, gc=False):
-    """One token on its way out; its `repr` hides the bytes."""
-
-    need: tuple[int, Side, int]
-    storage: str
-    scope: str
-    jti: str
-    exp: int
-    token: bytes
-
-    def __repr__(self) -> str:
-        """Name the token without showing it."""
-        return f"Issued({self.jti}, {self.need})"
-
-
-class Outcome(Struct, eq=False):
-    """What became of one submission. `error` means that no token was issued for it."""
-
-    submission: Submission
-    issued: list[Issued]
-    refusals: list[dict[str, Any]]
-    error: MinterError | None = None
-    repeated: bool = False
-    client: Client | None = None
-    decision: Decision | None = None
-    family: Family | None = None
-
-
-class Observed(Struct, frozen=True):
-    """One record for `observe`: metrics, logs and audit lines are made from it, never secrets."""
-
-    stage: Literal["received", "decided", "inserted", "copied", "committed", "answered"]
-    outcomes: Sequence[Outcome]
-    at: datetime
-
-
-Observe = Callable[[Observed], None]
 
 
 class Engine:
@@ -128,6 +80,7 @@ class Engine:
         new_jti: Callable[[], UUID],
         observe: Observe,
         *,
+        open_token: Callable[[str, UUID, str, bytes], str] | None = None,
         rotation: RotationPolicy | None = None,
         retention_seconds: int = 30 * 86400,
     ) -> None:
@@ -136,6 +89,7 @@ class Engine:
         self.unlock = unlock
         self.new_jti = new_jti
         self.observe = observe
+        self._open_token = open_token
         self.rotation = rotation or RotationPolicy()
         self.retention_seconds = retention_seconds
         self._kept = Kept()
@@ -149,8 +103,8 @@ class Engine:
         # Lock order: every batch inserts its request_ids sorted, so two batches cannot deadlock.
         pending = sorted(outcomes, key=lambda o: (o.submission.request.request_id, o.submission.client))
         self._observe("received", outcomes, now)
-        works: dict[tuple[UUID, str], _Work] = {}
-        twins: list[tuple[Outcome, _Work]] = []
+        works: dict[tuple[UUID, str], Work] = {}
+        twins: list[tuple[Outcome, Work]] = []
         with self.store.recording() as tx:
             control, skew = tx.control()
             try:
@@ -167,6 +121,7 @@ class Engine:
             self._observe("inserted", outcomes, now)
             fresh = [w for w in ready if w.key in new]
             # The rows stream into COPY while the next ones are signed.
+            self._manage(tx, fresh, rules, now)
             shares = self._shares(tx, fresh, rules, now)
             tx.copy_tokens(row for w in fresh for row in self._sign(w, control, rules, shares, now))
             tx.copy_uses([use for w in fresh for use in w.uses])
@@ -174,16 +129,17 @@ class Engine:
             self._observe("copied", outcomes, now)
             known = [w for w in works.values() if w.key not in new]
             recorded = tx.recorded([w.key for w in known]) if known else {}
+            kept = _managed_of(tx, (token for _, tokens in recorded.values() for token in tokens))
         self._kept.keep(shares)
         self._observe("committed", outcomes, now)
         for work in known:
             if work.key in recorded:
-                self._repeat(work, *recorded[work.key], control, now)
+                self._repeat(work, *recorded[work.key], kept, control, now)
         for outcome, work in twins:
             if work.key in recorded:
-                self._repeat(work.twin(outcome), *recorded[work.key], control, now)
+                self._repeat(work.twin(outcome), *recorded[work.key], kept, control, now)
             else:
-                _share(outcome, work)
+                share(outcome, work)
         self._observe("answered", outcomes, now)
         return outcomes
 
@@ -194,8 +150,8 @@ class Engine:
         outcome: Outcome,
         control: Control,
         now: datetime,
-        works: "dict[tuple[UUID, str], _Work]",
-        twins: "list[tuple[Outcome, _Work]]",
+        works: dict[tuple[UUID, str], Work],
+        twins: list[tuple[Outcome, Work]],
         held: "_Held",
     ) -> None:
         """Decide one submission, or set it beside its equal one in the same batch."""
@@ -212,7 +168,7 @@ class Engine:
             return
         on_behalf_of, activity = request.on_behalf_of, _activity(request)
         if request.wish is None:
-            decision = self.policy.decide(request, client, control.bans)
+            decision = self.policy.decide(request, client, control.bans, control.away)
         else:
             granted = capabilities.decide(
                 self.policy, request, client, control.clients, control.bans, now, held.subjects, held.families
@@ -222,20 +178,22 @@ class Engine:
                 held.families[outcome.family.family_id] = outcome.family
         outcome.client, outcome.decision, outcome.error = client, decision, decision.error
         outcome.refusals = [structs.asdict(r.record()) for r in decision.refused]
-        works[request.request_id, name] = _Work(outcome, client, decision, on_behalf_of, activity)
+        works[request.request_id, name] = Work(outcome, client, decision, on_behalf_of, activity)
 
-    def _ready(self, work: "_Work", control: Control, now: datetime) -> bool:
+    def _ready(self, work: Work, control: Control, now: datetime) -> bool:
         """Make the request's row; False if no key may sign, so that nothing can be recorded."""
         request, client, grants = work.outcome.submission.request, work.client, work.decision.grants
         base = self.new_jti().int & ~_JTI_NUMBERS
-        shared = {(g.plan, g.shared) for g in grants if g.shared}
+        shared = {(g.plan, g.shared) for g in grants if g.shared and not g.managed}
+        work.first_managed = len(grants) + len(shared)
         work.row = RequestRow(
             request.request_id, client.client_id, request.digest, request.kind, work.activity,
-            work.on_behalf_of, UUID(int=base), len(grants) + len(shared), work.outcome.refusals,
+            work.on_behalf_of, UUID(int=base), work.first_managed + sum(g.managed for g in grants),
+            work.outcome.refusals,
             work.decision.error.as_dict() if work.decision.error else None, now, request.renews,
             request.all_or_nothing,
         )  # fmt: skip
-        if not grants:
+        if all(g.managed for g in grants):
             return True
         try:
             work.signing_key = keys.active(control.ring, client.vo)
@@ -245,15 +203,58 @@ class Engine:
             return False
         return True
 
+    def _manage(self, tx: Recording, fresh: Sequence[Work], rules: Mapping[Plan, int], now: datetime) -> None:
+        """Record what providers are to give; what was given for an equal wish before is handed out."""
+        wishes: dict[bytes, Wanted] = {}
+        rows: dict[bytes, TokenRow] = {}
+        uses: list[tuple[Work, Grant, str, bytes]] = []
+        for work in fresh:
+            base, request = work.row.first_jti.int, work.outcome.submission.request
+            fresh_id = base + work.first_managed
+            for number, grant in enumerate(work.decision.grants):
+                if not grant.managed:
+                    continue
+                client_id, jti = work.client.client_id, UUID(int=fresh_id)
+                one = managed.wanted(grant, request, client_id, jti, work.activity, now)
+                if one.digest in wishes:
+                    wishes[one.digest] = wishes[one.digest].joined(one)
+                else:
+                    wishes[one.digest], fresh_id = one, fresh_id + 1
+                    rows[one.digest] = work.managed_row(grant, rules[grant.plan], one)
+                uses.append((work, grant, str(UUID(int=base + number)), one.digest))
+        if not wishes:
+            return
+        kept = tx.join_managed(list(wishes.values()))
+        tx.copy_managed([row for digest, row in rows.items() if str(kept[digest].jti) == row.jti])
+        for work, grant, handle, digest in uses:
+            token = kept[digest]
+            work.manage(grant, handle, token.jti)
+            need: tuple[int, Side, int] = (grant.need.file, grant.need.side, grant.need.index)
+            least = timedelta(seconds=wishes[digest].least_seconds)
+            if token.shows(now + least):
+                work.outcome.issued.append(self._given(token, need, grant.plan.area.storage, handle))
+            else:
+                work.outcome.awaited.append(Awaited(need, grant.plan.area.storage, grant.scope, handle))
+
+    def _given(self, token: ManagedToken, need: tuple[int, Side, int], storage: str, handle: str) -> Issued:
+        """Return the access token of a managed token, opened."""
+        assert token.access is not None
+        assert token.expires_at is not None
+        if self._open_token is None:
+            raise NoUsableKey("this process opens no tokens of providers")
+        access = self._open_token(token.vo, token.jti, "access", token.access)
+        exp = int(token.expires_at.timestamp())
+        return Issued(need, storage, token.scope, handle, exp, access.encode(), handle)
+
     def _shares(
-        self, tx: Recording, fresh: "Sequence[_Work]", rules: Mapping[Plan, int], now: datetime
+        self, tx: Recording, fresh: Sequence[Work], rules: Mapping[Plan, int], now: datetime
     ) -> dict[Place, Shared]:
         """Return the shared tokens that may serve these requests: kept here, or recorded elsewhere."""
         wanted = {
             Place(w.client.client_id, rules[g.plan], g.shared): (w, g)
             for w in fresh
             for g in w.decision.grants
-            if g.shared
+            if g.shared and not g.managed
         }
         if not wanted:
             return {}
@@ -273,7 +274,7 @@ class Engine:
 
     def _sign(
         self,
-        work: "_Work",
+        work: Work,
         control: Control,
         rules: Mapping[Plan, int],
         shares: dict[Place, Shared],
@@ -282,7 +283,7 @@ class Engine:
         """Build, sign and check every token that one new request needs; yield their rows."""
         key, client = work.signing_key, work.client
         if key is None:
-            return  # every file was refused
+            return  # every file was refused, or is a provider's
         signer, issuer = self.unlock(key), control.issuers[client.vo]
         seconds = int(now.timestamp())
         first = str(work.row.first_jti)[:-5]
@@ -299,6 +300,8 @@ class Engine:
         beyond = len(work.decision.grants)  # the ids of new shared tokens follow those of the grants
         for number, grant in enumerate(work.decision.grants):
             jti = f"{first}{number:05x}"
+            if grant.managed:
+                continue
             if not grant.shared:
                 token, row = make(grant, jti)
                 work.add(grant, jti, row.expires_at, token)
@@ -315,23 +318,30 @@ class Engine:
 
     def _repeat(
         self,
-        work: "_Work",
+        work: Work,
         row: RequestRow,
         tokens: Sequence[TokenRow],
+        kept: Mapping[UUID, ManagedToken],
         control: Control,
         now: datetime,
     ) -> None:
         """Answer a repeated request_id from what was recorded (I4)."""
         try:
-            self._answer_again(work, row, tokens, control, now)
+            self._answer_again(work, row, tokens, kept, control, now)
         except (RequestError, NoUsableKey) as error:
-            work.outcome.issued, work.outcome.refusals, work.outcome.error = [], [], error
+            work.outcome.withhold(error)
 
     def _answer_again(
-        self, work: "_Work", row: RequestRow, tokens: Sequence[TokenRow], control: Control, now: datetime
+        self,
+        work: Work,
+        row: RequestRow,
+        tokens: Sequence[TokenRow],
+        kept: Mapping[UUID, ManagedToken],
+        control: Control,
+        now: datetime,
     ) -> None:
         outcome = work.outcome
-        outcome.issued, outcome.refusals, outcome.repeated = [], row.refusals, True
+        outcome.issued, outcome.refusals, outcome.repeated = [], list(row.refusals), True
         outcome.client, outcome.decision = work.client, work.decision
         outcome.error = from_dict(row.error) if row.error else None
         if row.digest != outcome.submission.request.digest:
@@ -342,7 +352,7 @@ class Engine:
         if isinstance(work.decision.error, ReplyNotAllowed):
             raise work.decision.error
         if outcome.error is None:
-            outcome.issued = self._reissue_all(row, tokens, work.client, control, now)
+            self._reissue_all(outcome, row, tokens, kept, control, now)
 
     def fetch(self, request_id: UUID, name: str, now: datetime) -> Outcome:
         """Give again what a request was granted, known by its id alone (I3, I4).
@@ -355,6 +365,7 @@ class Engine:
             check_clock(skew)
             client = known_client(control, name)
             found = tx.recorded([(request_id, client.client_id)])
+            kept = _managed_of(tx, (token for _, tokens in found.values() for token in tokens))
         if not found:
             raise UnknownRequest(f"client {name!r} has made no request {request_id} that is still kept")
         ((row, tokens),) = found.values()
@@ -368,24 +379,78 @@ class Engine:
                 kind="activity",
             )
         request = Request(request_id, "mint", row.digest, ())  # a job's content is not recorded
-        issued = self._reissue_all(row, tokens, client, control, now)
-        return Outcome(Submission(request, name), issued, row.refusals, repeated=True, client=client)
+        outcome = Outcome(Submission(request, name), [], list(row.refusals), repeated=True, client=client)
+        self._reissue_all(outcome, row, tokens, kept, control, now)
+        return outcome
+
+    def fetch_handles(self, handles: Sequence[UUID], name: str, now: datetime) -> tuple[Outcome, list[UUID]]:
+        """Give what managed tokens hold now, to their client or to the consumer that it named.
+
+        Also returns the handles that are not this client's to fetch, or nobody's: it does not learn which.
+        Raises Banned and Expired as `fetch` does.
+        """
+        with self.store.recording() as tx:
+            control, skew = tx.control()
+            check_clock(skew)
+            client = known_client(control, name)
+            used = [(owner, token) for owner, *may, token in tx.used(handles) if name in (owner, *may)]
+            requests = tx.recorded(list({(t.request_id, t.client_id) for _, t in used}))
+            kept = _managed_of(tx, (token for _, token in used))
+        request = Request(handles[0], "mint", b"", ())
+        outcome = Outcome(Submission(request, name), [], [], repeated=True, client=client)
+        for owner, token in used:
+            if control.clients[owner].vo != client.vo or known_client(control, owner).disabled:
+                continue
+            row, _ = requests[token.request_id, token.client_id]
+            self._reissue_all(outcome, row, [token], kept, control, now)
+        found = {token.use_id for _, token in used}
+        return outcome, [handle for handle in handles if str(handle) not in found]
 
     def _reissue_all(
-        self, row: RequestRow, tokens: Sequence[TokenRow], client: Client, control: Control, now: datetime
-    ) -> list[Issued]:
-        """Sign the tokens of a request again; raises Banned for what was banned since (I9).
+        self,
+        outcome: Outcome,
+        row: RequestRow,
+        tokens: Sequence[TokenRow],
+        kept: Mapping[UUID, ManagedToken],
+        control: Control,
+        now: datetime,
+    ) -> None:
+        """Give the tokens of a request again; raises Banned for what was banned since (I9).
 
         A request is withheld whole: half of a chain, or a copy without its source, helps nobody.
         """
-        bans, vo = control.bans, client.vo
-        bans.check(vo, vo=vo, client=client.name, activity=row.activity, on_behalf_of=row.on_behalf_of)
+        assert outcome.client is not None
+        bans, vo = control.bans, outcome.client.vo
+        owner = next((c.name for c in control.clients.values() if c.client_id == row.client_id), "")
+        bans.check(vo, vo=vo, client=outcome.client.name)
+        bans.check(vo, client=owner, activity=row.activity, on_behalf_of=row.on_behalf_of)
         for token in tokens:
             bans.check(vo, storage=token.storage)
             for scope in parse_scopes(str(json.loads(token.payload)["scope"])):
                 if scope.path is not None:
                     bans.check_path(vo, scope.path)
-        return [self.reissue(t, control, now) for t in tokens]
+        for token in tokens:
+            if token.mode == "mint":
+                outcome.issued.append(self.reissue(token, control, now))
+            else:
+                self._give_again(outcome, token, kept.get(UUID(token.jti)), now)
+
+    def _give_again(self, outcome: Outcome, row: TokenRow, token: ManagedToken | None, now: datetime) -> None:
+        """Give what a managed token holds, say that it is waited for, or why it never comes."""
+        need = (row.file, row.side, row.index)
+        ended = row.state in ("cancelled", "finished")
+        if not ended and token is not None and token.shows(now):
+            outcome.issued.append(self._given(token, need, row.storage, row.use_id))
+            return
+        error = token.error if token is not None and token.state == "failed" else None
+        if error is None and not ended and token is not None and row.expires_at > now.timestamp():
+            scope = str(json.loads(row.payload)["scope"])
+            outcome.awaited.append(Awaited(need, row.storage, scope, row.use_id))
+            return
+        over = f"was {row.state}" if ended else "is past its deadline"
+        expired = Expired(f"token {row.id} {over}; renew it under a new request_id", renew=True)
+        where = dict(zip(("file", "side", "index"), need, strict=True))
+        outcome.refusals.append(where | {"error": error or expired.as_dict()})
 
     def reissue(self, row: TokenRow, control: Control, now: datetime) -> Issued:
         """Sign a recorded token again, byte for byte; raises Expired if it is of no use any more."""
@@ -407,78 +472,6 @@ class Engine:
         self.observe(Observed(stage, outcomes, now))
 
 
-class _Work:
-    """One request on its way through the steps."""
-
-    __slots__ = (
-        "activity",
-        "client",
-        "decision",
-        "key",
-        "on_behalf_of",
-        "outcome",
-        "row",
-        "signing_key",
-        "uses",
-    )
-
-    def __init__(
-        self,
-        outcome: Outcome,
-        client: Client,
-        decision: Decision,
-        on_behalf_of: str = "",
-        activity: str = "",
-    ) -> None:
-        self.outcome = outcome
-        self.client = client
-        self.decision = decision
-        self.on_behalf_of = on_behalf_of
-        self.activity = activity
-        self.key = (outcome.submission.request.request_id, client.client_id)
-        self.row: RequestRow
-        self.signing_key: Key | None = None
-        self.uses: list[UseRow] = []
-
-    @property
-    def key_id(self) -> int:
-        """The key that signs for it, 0 if none may."""
-        return self.signing_key.key_id if self.signing_key else 0
-
-    def twin(self, outcome: Outcome) -> "_Work":
-        """Return an equal id of the same batch, to be answered from the row."""
-        return _Work(outcome, self.client, self.decision)
-
-    def add(self, grant: Grant, jti: str, exp: int, token: bytes) -> None:
-        """Note a token for handing out."""
-        need = grant.need
-        where: tuple[int, Side, int] = (need.file, need.side, need.index)
-        self.outcome.issued.append(Issued(where, grant.plan.area.storage, grant.scope, jti, exp, token))
-
-    def use(self, grant: Grant, use_id: str, shared: Shared) -> None:
-        """Note a use of a shared token, which is handed out like one of its own."""
-        self.add(grant, shared.jti, shared.expires_at, shared.token)
-        need = grant.need
-        self.uses.append(
-            UseRow(
-                use_id, shared.jti, self.row.request_id, self.client.client_id, grant.path,
-                need.file, need.side, need.index, grant.external_id,
-            )
-        )  # fmt: skip
-
-    def token_row(
-        self, grant: Grant, rule_id: int, jti: str, payload: bytes, token: bytes, key: Key, now: int
-    ) -> TokenRow:
-        """Return the row of a token, a shared one's as that of no file."""
-        need = grant.need
-        file, index, external_id = (-1, 0, "") if grant.shared else (need.file, need.index, grant.external_id)
-        return TokenRow(
-            jti, self.row.request_id, self.client.client_id, grant.plan.area.storage, key.key_id,
-            now - BACKDATE_SECONDS + grant.lifetime.seconds, grant.path, fts_token_id(token), file,
-            need.side, index, external_id, payload.decode(), rule_id,
-        )  # fmt: skip
-
-
 class _Held:
     """What the wishes of a batch are on: tokens of others, and refresh families, which change with it."""
 
@@ -489,6 +482,12 @@ class _Held:
         self.families = tx.families(families) if families else {}
         subjects += [family.subject_jti for family in self.families.values()]
         self.subjects = tx.subjects(subjects) if subjects else {}
+
+
+def _managed_of(tx: Recording, tokens: Iterable[TokenRow]) -> dict[UUID, ManagedToken]:
+    """Read what is kept of the managed ones among tokens."""
+    jtis = {UUID(token.jti) for token in tokens if token.mode != "mint"}
+    return tx.managed(jtis) if jtis else {}
 
 
 def check_clock(skew: float) -> None:
@@ -521,18 +520,3 @@ def _client(control: Control, request: Request, name: str) -> Client:
             f"the request names client {request.client!r}, but the broker authenticated {name!r}"
         )
     return client
-
-
-def _share(outcome: Outcome, work: _Work) -> None:
-    """Give an equal request of the same batch what the first one got (I4)."""
-    outcome.repeated = True
-    outcome.client = work.client
-    if isinstance(work.outcome.error, NoUsableKey):  # nothing was recorded that could differ
-        outcome.error = work.outcome.error
-        return
-    if outcome.submission.request.digest != work.outcome.submission.request.digest:
-        outcome.error = Conflict("request_id was used before with other content; make a new one")
-        return
-    first = work.outcome
-    outcome.issued, outcome.refusals, outcome.error = first.issued, first.refusals, first.error
-    outcome.decision = first.decision

@@ -93,6 +93,11 @@ class Grant(Struct, frozen=True, eq=False, gc=False):
     """The path that the scopes are on instead, if the token serves other files, too."""
     extra: Extra | None = None
 
+    @property
+    def managed(self) -> bool:
+        """Whether a provider signs the token, and we keep it fresh."""
+        return self.plan.route is not None and self.plan.route.mode != "mint"
+
     def whole(self) -> "Grant":
         """Return the grant of the token that this one is a use of: with all the life it may have."""
         cap = self.plan.cap_seconds
@@ -147,14 +152,23 @@ def matches(route: Route, client: Client, activity: str, via_fts: bool, area: Ar
 
 
 def make_plan(
-    route: Route, client: Client, via_fts: bool, area: Area, need: Need, granularity: Granularity
+    route: Route,
+    client: Client,
+    via_fts: bool,
+    area: Area,
+    need: Need,
+    granularity: Granularity,
+    before: Sequence[Step] = (),
 ) -> Plan:
-    """Return the plan of a need by the route that matches it."""
+    """Return the plan of a need by the route that matches it; `before` are the steps that led to it."""
     asked = need.operations
     steps = [
+        *before,
         Step("storage", f"{area.storage}, dialect {area.dialect.name}, audience {', '.join(area.audience)}"),
         Step("route", f"{route.name}: {', '.join(asked)}"),
     ]  # fmt: skip
+    if route.provider:
+        steps.append(Step(f"route {route.name}, {route.mode}", f"asked of provider {route.provider}"))
     operations = list(asked)
     writes = need.side == "destination" and ("write" in asked or "overwrite" in asked)
     for rule in ("cleanup", "make_parents"):

@@ -9,11 +9,14 @@ quirk or the route's rule that added it.
 import math
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 from urllib.parse import urlsplit
 
 from minter.clients import Bans, Client
 from minter.dialects import DIALECTS, Operation
 from minter.errors import (
+    InvalidGrant,
+    InvalidScope,
     LifetimeNotAllowed,
     NeighbourRefused,
     OperationNotAllowed,
@@ -39,7 +42,16 @@ from minter.plans import (
 )
 from minter.requests import File, Need, Request
 from minter.routes import FTS, PROFILE_MIN_SECONDS, SHIPPED_ROUTES, Route
-from minter.scopes import Scope, check_path, encode_path, parent, path_contains, raw_path
+from minter.scopes import (
+    Scope,
+    check_path,
+    contains,
+    encode_path,
+    parent,
+    parse_scopes,
+    path_contains,
+    raw_path,
+)
 from minter.storages import Area, Directory
 
 _FTS_QUEUE_SECONDS = 3600
@@ -67,13 +79,18 @@ class Policy:
         self.token_lifetime_seconds = token_lifetime_seconds
         # Clients come and go with each change of the control tables; plans hold no limits of
         # theirs beyond this cache, whose size is bounded because activities are free text.
-        self._plans: dict[tuple[Client, str, bool], dict[object, Plan | RequestError]] = {}
+        self._plans: dict[tuple[Any, ...], dict[object, Plan | RequestError]] = {}
         self._plans_of_steps: dict[object, Plan] = {}
         self.own_grants: dict[object, Grant] = {}
         """Kept by `capabilities`."""
 
-    def decide(self, request: Request, client: Client, bans: Bans) -> Decision:
-        """Decide every need of a request. Refusals are returned, not raised."""
+    def decide(
+        self, request: Request, client: Client, bans: Bans, away: frozenset[str] = frozenset()
+    ) -> Decision:
+        """Decide every need of a request. Refusals are returned, not raised.
+
+        `away` names the providers that are not asked now: what stands in for them is taken.
+        """
         try:
             self.admit(request, client, bans)
             service = [self._service(request.service, client.vo)] if request.service else []
@@ -83,7 +100,7 @@ class Policy:
         refused: list[Refused] = []
         whole = True
         for file in request.files:
-            whole &= self._decide_file(request, file, client, bans, grants, refused)
+            whole &= self._decide_file(request, file, client, bans, away, grants, refused)
         if request.all_or_nothing and not whole:
             why = "another file of this all-or-nothing request was refused"
             refused += [Refused(g.need, NeighbourRefused(why)) for g in grants]
@@ -117,19 +134,20 @@ class Policy:
         file: File,
         client: Client,
         bans: Bans,
+        away: frozenset[str],
         grants: list[Grant],
         refused: list[Refused],
     ) -> bool:
         """Decide one file; a copy without a source or destination left is refused whole."""
         activity = file.activity or request.activity
-        plans = self._plans_of(client, activity, request.via_fts)
+        plans = self._plans_of(client, activity, request.via_fts, away, request.routes)
         made: list[Grant] = []
         failed: list[Refused] = []
         for need in file.needs:
             try:
                 if file.activity:
                     bans.check(client.vo, activity=activity)
-                made.append(self._grant(request, file, need, plans, client, bans))
+                made.append(self._grant(request, file, need, plans, client, bans, away))
             except RequestError as error:
                 failed.append(Refused(need, error))
         if failed:
@@ -151,8 +169,8 @@ class Policy:
         grants += made
         return True
 
-    def _plans_of(self, client: Client, activity: str, via_fts: bool) -> dict[object, Plan | RequestError]:
-        key = (client, activity, via_fts)
+    def _plans_of(self, *key: Any) -> dict[object, Plan | RequestError]:
+        """Return the plans made before for this client and whatever else they depend on."""
         plans = self._plans.get(key)
         if plans is None:
             if len(self._plans) >= _CACHE_LIMIT:
@@ -168,6 +186,7 @@ class Policy:
         plans: dict[object, Plan | RequestError],
         client: Client,
         bans: Bans,
+        away: frozenset[str],
     ) -> Grant:
         area, path = self.directories[client.vo].locate(need.url)
         bans.check(client.vo, storage=area.storage)
@@ -175,7 +194,7 @@ class Policy:
         plan = plans.get(key)
         if plan is None:
             activity = file.activity or request.activity
-            plan = plans[key] = self._plan(client, activity, request.via_fts, area, need)
+            plan = plans[key] = self._plan(client, activity, request, area, need, away)
         if isinstance(plan, RequestError):
             raise plan.with_traceback(None)
         if plan.route is not None and plan.route.poll_area and need.operations == ("poll",):
@@ -191,27 +210,35 @@ class Policy:
             shared = _shared_path(plan, path, request, client, bans)
             if not shared:
                 plan = self._narrow(plan, key, plans, request, need, client)
+        scope = _scope(plan, path, shared, client, bans)
+        if plan.route is not None and plan.route.mode == "exchange":
+            _check_subject(plan.route, request, client, scope)
         return Grant(
             need,
             plan,
             path,
-            _scope(plan, path, shared, client, bans),
+            scope,
             _lifetime(plan, request, file, need),
             file.external_id,
             shared,
         )
 
     def _plan(
-        self, client: Client, activity: str, via_fts: bool, area: Area, need: Need
+        self, client: Client, activity: str, request: Request, area: Area, need: Need, away: frozenset[str]
     ) -> Plan | RequestError:
         if client.operations and not client.operations.issuperset(need.operations):
             return OperationNotAllowed(
                 f"client {client.name!r} may not {', '.join(need.operations)}, "
                 f"only {', '.join(sorted(client.operations))}"
             )
-        route = self.route_of(client, activity, via_fts, area, need)
-        if route is not None:
-            return make_plan(route, client, via_fts, area, need, route.granularity)
+        via_fts = request.via_fts
+        routes = [r for r in self.routes if not request.routes or r.name in request.routes]
+        fitting = [r for r in routes if matches(r, client, activity, via_fts, area, need)]
+        if fitting:
+            route, stands_in = _there(fitting, away)
+            if request.routes:
+                stands_in = (Step("fallback", "stands in for a provider's token"), *stands_in)
+            return make_plan(route, client, via_fts, area, need, route.granularity, stands_in)
         return OperationNotAllowed(
             f"no route allows {', '.join(need.operations)} on storage {area.storage!r} "
             f"for client {client.name!r}; add a route or correct the request"
@@ -235,8 +262,9 @@ class Policy:
         return plan
 
     def route_of(self, client: Client, activity: str, via_fts: bool, area: Area, need: Need) -> Route | None:
-        """Return the first route that matches, None if there is none."""
-        return next((r for r in self.routes if matches(r, client, activity, via_fts, area, need)), None)
+        """Return the first route by which we sign that matches, None if there is none."""
+        own = (r for r in self.routes if r.mode == "mint")
+        return next((r for r in own if matches(r, client, activity, via_fts, area, need)), None)
 
     def plan_of_steps(
         self,
@@ -271,6 +299,44 @@ class Policy:
             )
         life = Lifetime(plan.cap_seconds, plan.cap_seconds, BACKDATE_SECONDS)
         return Grant(need, plan, "", "fts", life, "")
+
+
+def _there(fitting: Sequence[Route], away: frozenset[str]) -> tuple[Route, Sequence[Step]]:
+    """Return the first route that fits, or what stands in for it while its provider is away, and why.
+
+    If nothing can, it is the first after all: its tokens wait for the provider.
+    """
+    first = fitting[0]
+    if first.provider not in away:
+        return first, ()
+    by_name = {route.name: route for route in fitting if route.provider not in away}
+    instead = next((by_name[name] for name in first.fallback if name in by_name), None)
+    if instead is None:
+        return first, (Step(f"provider {first.provider}", "is away: the token waits for it"),)
+    why = f"provider {first.provider} is away: route {instead.name} stands in"
+    return instead, (Step(f"route {first.name}, fallback", why),)
+
+
+def _words(scopes: Sequence[Scope]) -> str:
+    return " ".join(map(str, sorted(scopes)))[:200]
+
+
+def _check_subject(route: Route, request: Request, client: Client, scope: str) -> None:
+    """Raise InvalidGrant or InvalidScope unless a token of the route's provider may be exchanged for it."""
+    subject = request.subject
+    provider = subject.provider if subject is not None else client.subject_provider
+    if provider == route.provider:
+        held = parse_scopes(subject.scope if subject is not None else client.subject_scope)
+        on_storage = [s for s in held if s.path is not None]
+        # One that says what it is for on storages is never made more of.
+        if on_storage and not contains(on_storage, parse_scopes(scope)):
+            raise InvalidScope(f"the subject token does not hold {scope[:200]!r}, only {_words(on_storage)}")
+        return
+    what = f"the subject token is of provider {provider!r}" if provider else "there is no subject token"
+    raise InvalidGrant(
+        f"{what}, and route {route.name!r} exchanges one of provider {route.provider!r}; send one with the "
+        "request, or store the client's with: minter clients subject-token"
+    )
 
 
 def check_reply_queue(queue: str | None, client: Client) -> None:

@@ -4,7 +4,7 @@ It knows nothing about what makes a token right.
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from itertools import chain
@@ -18,11 +18,14 @@ from psycopg import sql
 from psycopg.types.json import Jsonb
 from sqlalchemy.engine import Engine as Pool
 
+from minter import keeping
 from minter.database import (
     CONTROL_LOCK,
     REQUEST_COLUMNS,
     TOKEN_COLUMNS,
+    USE_COLUMNS,
     floor,
+    instant,
     one,
     read_control,
     request_row,
@@ -30,6 +33,7 @@ from minter.database import (
     transaction,
 )
 from minter.keys import HARD_MAX_SECONDS
+from minter.managed import ManagedToken, Wanted
 from minter.plans import Plan
 from minter.records import OWN_KINDS, Control, RequestRow, TokenRow, UseRow, path_hash
 from minter.sharing import Place
@@ -49,11 +53,20 @@ _BEGIN_RECORDING = sql.SQL(
 
 
 class Store:
-    """Where tokens are recorded; `clock` is the entry point's, compared with Postgres's."""
+    """Where tokens are recorded; `clock` is the entry point's, compared with Postgres's.
 
-    def __init__(self, engine: Pool, clock: Callable[[], datetime]) -> None:
+    `seal` encrypts what a provider's token is made of, for a VO.
+    """
+
+    def __init__(
+        self,
+        engine: Pool,
+        clock: Callable[[], datetime],
+        seal: Callable[[str, UUID, str, str], bytes] | None = None,
+    ) -> None:
         self.engine = engine
         self._clock = clock
+        self._seal = seal
         self._version = -1
         self._control: Control | None = None
         self._storage_ids: dict[tuple[str, str], int] = {}
@@ -84,6 +97,11 @@ class Store:
             self._vo_of = {c.client_id: c.vo for c in self._control.clients.values()}
             self._version = version
         return self._control, skew
+
+    def seal(self, client_id: int, jti: UUID, what: str, secret: str) -> bytes:
+        """Encrypt one secret of a client's managed token."""
+        assert self._seal is not None, "this process keeps no tokens of providers"
+        return self._seal(self._vo_of[client_id], jti, what, secret)
 
     def rule_id(self, plan: Plan) -> int | None:
         """Return the number of a rule whose row is committed, None if that is not known here."""
@@ -219,13 +237,44 @@ class Recording:
         """COPY the uses of shared tokens in."""
         self._copy_lines(
             "COPY uses (use_id, jti, request_id, path_hash, client_id, side, file, position, path,"
-            " external_id) FROM STDIN",
+            " external_id, consumer) FROM STDIN",
             [
                 f"{u.use_id}\t{u.jti}\t{u.request_id.int:032x}\t{path_hash(u.path)}\t{u.client_id}\t{u.side}"
-                f"\t{u.file}\t{u.index}\t{_copy(u.path)}\t{_copy(u.external_id)}\n"
+                f"\t{u.file}\t{u.index}\t{_copy(u.path)}\t{_copy(u.external_id)}\t{_copy(u.consumer)}\n"
                 for u in rows
             ],
         )
+
+    def join_managed(self, wanted: Sequence[Wanted]) -> dict[bytes, ManagedToken]:
+        """Add managed tokens, or uses to those that are there; return them by digest."""
+        return keeping.join(self._connection, wanted, self._store.seal)
+
+    def managed(self, jtis: Collection[UUID]) -> dict[UUID, ManagedToken]:
+        """Read what is kept of managed tokens."""
+        return keeping.read(self._connection, jtis)
+
+    def copy_managed(self, rows: Sequence[TokenRow]) -> None:
+        """COPY the token rows of new managed tokens: nothing of them is signed here."""
+        self._copy_lines(
+            "COPY tokens (jti, request_id, expires_at, path_hash, client_id, storage_id, state, mode, side,"
+            " file, position, external_id, payload, rule_id) FROM STDIN",
+            [
+                f"{t.jti}\t{t.request_id.int:032x}\t{instant(t.expires_at)}\t{path_hash(t.path)}\t{t.client_id}"
+                f"\t{self._store.storage_id(t.client_id, t.storage)}\t{t.state}\t{t.mode}\t{t.side}\t{t.file}"
+                f"\t{t.index}\t\t{_copy(t.payload)}\t{t.rule_id}\n"
+                for t in rows
+            ],
+        )
+
+    def used(self, handles: Sequence[UUID]) -> list[tuple[str, str, TokenRow]]:
+        """Read uses by their ids: the client's name, the consumer's, and the token."""
+        rows = self._connection.execute(
+            f"SELECT c.name, u.consumer, {USE_COLUMNS} FROM uses u JOIN tokens t USING (jti)"
+            " JOIN clients c ON c.client_id = u.client_id LEFT JOIN storages s USING (storage_id)"
+            " WHERE u.use_id = ANY(%s)",
+            (list(handles),),
+        ).fetchall()
+        return [(name, consumer, TokenRow(*row)) for name, consumer, *row in rows]
 
     def shared_tokens(self, places: Sequence[Place], now: datetime) -> dict[Place, TokenRow]:
         """Read for each place the shared token that lives longest, if one lives."""
@@ -235,7 +284,7 @@ class Recording:
             FROM unnest(%s::int[], %s::int[], %s::bigint[]) WITH ORDINALITY AS w (client, rule, hash, n)
             JOIN tokens t ON t.path_hash = w.hash AND t.rule_id = w.rule AND t.client_id = w.client
             LEFT JOIN storages s USING (storage_id)
-            WHERE t.file < 0 AND t.expires_at > %s AND t.jti >= %s
+            WHERE t.file < 0 AND t.mode = 'mint' AND t.expires_at > %s AND t.jti >= %s
             ORDER BY w.n, t.expires_at DESC
             """,
             (

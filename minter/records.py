@@ -4,7 +4,7 @@ The adapters fit `Store` and `Recording`; rows are plain values.
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import datetime
 from typing import Any, Protocol
@@ -14,6 +14,7 @@ from msgspec import Struct
 
 from minter.clients import Bans, Client
 from minter.keys import Key
+from minter.managed import ManagedToken, Wanted
 from minter.plans import Plan
 from minter.requests import Side
 from minter.sharing import Place
@@ -35,6 +36,8 @@ class Control(Struct, frozen=True, eq=False):
     ring: Sequence[Key]
     issuers: Mapping[str, str]
     """Issuer URL by VO."""
+    away: frozenset[str] = frozenset()
+    """Providers that are not asked now."""
 
 
 class RequestRow(Struct, frozen=True):
@@ -82,6 +85,7 @@ class TokenRow(Struct, frozen=True, gc=False):
     state: str = "issued"
     path_hash: int = 0
     use_id: str = ""
+    mode: str = "mint"
 
     @property
     def id(self) -> UUID:
@@ -101,6 +105,8 @@ class UseRow(Struct, frozen=True, gc=False):
     side: Side
     index: int
     external_id: str
+    consumer: str = ""
+    """Another client that may fetch it, if it is one of a managed token."""
 
 
 class Recording(Protocol):
@@ -122,6 +128,18 @@ class Recording(Protocol):
         """Add token rows as they come; an error of their iterator undoes all."""
         ...
 
+    def join_managed(self, wanted: Sequence[Wanted]) -> dict[bytes, ManagedToken]:
+        """Add managed tokens, or uses to those that are there; return them by digest."""
+        ...
+
+    def copy_managed(self, rows: Sequence[TokenRow]) -> None:
+        """Add the token rows of new managed tokens, if there are any."""
+        ...
+
+    def managed(self, jtis: Collection[UUID]) -> dict[UUID, ManagedToken]:
+        """Read what is kept of managed tokens."""
+        ...
+
     def copy_uses(self, rows: Sequence[UseRow]) -> None:
         """Add use rows, if there are any."""
         ...
@@ -140,6 +158,10 @@ class Recording(Protocol):
 
     def save_families(self, families: Sequence[Family]) -> None:
         """Add families, or bring them to their new generation; one that ends is audited."""
+        ...
+
+    def used(self, handles: Sequence[UUID]) -> list[tuple[str, str, TokenRow]]:
+        """Read uses by their ids: the client's name, the consumer's, and the token."""
         ...
 
     def recorded(

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from uuid import UUID
 
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import UNSET, Meta, Struct, UnsetType, structs
 
 from minter.dialects import Operation
 from minter.errors import InvalidRequest, RequestError
@@ -27,6 +27,7 @@ MAX_AHEAD_SECONDS = 5 * 60
 """How far a request_id may lie in the future."""
 
 Name = Annotated[str, Meta(min_length=1, max_length=255)]
+Token = Annotated[str, Meta(min_length=1, max_length=16_384)]
 Url = Annotated[str, Meta(min_length=1, max_length=8_192)]
 Seconds = Annotated[int, Meta(ge=0, le=MAX_SECONDS)]
 MAX_BYTES = 2**63 - 1
@@ -76,6 +77,12 @@ class MintRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     all_or_nothing: bool = False
     lifetime_seconds: Seconds | None = None
     reply_queue: Name | None = None
+    subject_token: Token | UnsetType = UNSET
+    consumer: Name | UnsetType = UNSET
+
+    def __repr__(self) -> str:
+        """Count the files: a subject token is not to be shown."""
+        return f"MintRequest({self.request_id}, {len(self.files)} files)"
 
 
 class FillRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -92,6 +99,12 @@ class FillRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     on_behalf_of: Annotated[str, Meta(max_length=255)] = ""
     all_or_nothing: bool = False
     reply_queue: Name | None = None
+    subject_token: Token | UnsetType = UNSET
+    consumer: Name | UnsetType = UNSET
+
+    def __repr__(self) -> str:
+        """Name the request: a subject token is not to be shown."""
+        return f"FillRequest({self.request_id})"
 
 
 class Need(Struct, frozen=True, gc=False):
@@ -122,8 +135,27 @@ class File(Struct, frozen=True):
     external_id: str = ""
 
 
+class SubjectToken(Struct, frozen=True):
+    """A provider's token that somebody sent to act with (RFC 8693 §2.1); `provider` once it was verified."""
+
+    token: str
+    provider: str = ""
+    scope: str = ""
+    expires_at: int = 0
+    sub: str = ""
+    client: str = ""
+
+    def __repr__(self) -> str:
+        """Name the provider, never show the token."""
+        return f"SubjectToken({self.provider})"
+
+
 class Request(Struct, frozen=True):
-    """One submission, native or an FTS job, in the form that is decided on."""
+    """One submission, native or an FTS job, in the form that is decided on.
+
+    `subject` is a token to exchange at a provider, `consumer` another client that may fetch what it gives;
+    `routes`, if there are any, are the only ones that may be taken.
+    """
 
     request_id: UUID
     kind: Literal["mint", "fill_job", "renew", "token", "exchange", "refresh"]
@@ -141,6 +173,9 @@ class Request(Struct, frozen=True):
     job: Mapping[str, Any] | None = None
     renews: UUID | None = None
     wish: Wish | None = None
+    subject: SubjectToken | None = None
+    consumer: str = ""
+    routes: tuple[str, ...] = ()
 
     @property
     def unix_time(self) -> float:
@@ -177,6 +212,8 @@ def decode(decoder: "msgspec.json.Decoder[Any]", body: bytes | msgspec.Raw) -> A
 
 def content_digest(request: Struct) -> bytes:
     """Return the digest by which an equal request is known again (I4)."""
+    if getattr(request, "subject_token", UNSET) is not UNSET:  # a credential, which may be a fresh one
+        request = structs.replace(request, subject_token=UNSET)
     return sha256(msgspec.json.encode(request, order="deterministic")).digest()
 
 
@@ -213,7 +250,13 @@ def from_mint(wire: MintRequest) -> Request:
         all_or_nothing=wire.all_or_nothing,
         lifetime_seconds=wire.lifetime_seconds,
         reply_queue=wire.reply_queue,
+        subject=_subject(wire.subject_token),
+        consumer=wire.consumer or "",
     )
+
+
+def _subject(token: str | UnsetType) -> SubjectToken | None:
+    return SubjectToken(token) if isinstance(token, str) else None
 
 
 def _native_file(number: int, file: FileRequest) -> File:
@@ -310,6 +353,8 @@ def from_fill(wire: FillRequest) -> Request:
         service=Need(-1, "service", 0, wire.fts or "", ()),
         via_fts=True,
         job=wire.job,
+        subject=_subject(wire.subject_token),
+        consumer=wire.consumer or "",
     )
 
 
@@ -400,7 +445,10 @@ def _fill_file(
 
 
 class TokenAnswer(Struct, frozen=True):
-    """One token of an answer; `token` is the only secret in it. `exp` is a NumericDate."""
+    """One token of an answer; `token` is the only secret in it. `exp` is a NumericDate.
+
+    One of a provider has a `handle`, by which the one that follows it is fetched.
+    """
 
     file: int
     side: Side
@@ -410,10 +458,22 @@ class TokenAnswer(Struct, frozen=True):
     jti: str
     exp: int
     token: str
+    handle: str = ""
 
     def __repr__(self) -> str:
         """Name the token without showing it."""
         return f"TokenAnswer({self.jti}, file={self.file}, {self.side}[{self.index}])"
+
+
+class AwaitedToken(Struct, frozen=True):
+    """A provider's token that is not there yet: to be fetched by its handle, which is no secret."""
+
+    file: int
+    side: Side
+    index: int
+    storage: str
+    scope: str
+    handle: str
 
 
 class RefusedNeed(Struct, frozen=True):
@@ -436,14 +496,16 @@ class Alive(Struct, frozen=True):
 class Answer(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The answer to every task (schemas/answer.json).
 
-    `error` is set when the whole request is refused. `job`, `refused` and `bearer` come with a
-    filled job. `changed` counts the tokens that a report or a cancellation changed, `unknown` has
-    the places of what it named and nobody knows, `alive` what works on. A large answer comes in
-    `parts` messages, numbered from 0 by `part`.
+    `error` is set when the whole request is refused. `awaited` are tokens of providers that are not there
+    yet; a job with any of them is filled when the same request is sent again. `job`, `refused` and
+    `bearer` come with a filled job. `changed` counts the tokens that a report or a cancellation changed,
+    `unknown` has the places of what it named and nobody knows, `alive` what works on. A large answer
+    comes in `parts` messages, numbered from 0 by `part`.
     """
 
     request_id: str | None = None
     tokens: list[TokenAnswer] = []
+    awaited: list[AwaitedToken] = []
     refusals: list[RefusedNeed] = []
     error: dict[str, Any] | None = None
     job: dict[str, Any] | None = None

@@ -17,6 +17,7 @@ PROFILE_MIN_SECONDS = 15 * 60
 PROFILE_MAX_SECONDS = 6 * 3600
 """Longest access token without an agreed mitigation (WLCG §4.3.1)."""
 
+Mode = Literal["mint", "exchange", "client_credentials"]
 Granularity = Literal["file", "directory", "storage"]
 Mitigation = Literal["narrow_write", "narrow_read", "one_storage", "no_modify", "fts_only", "pull_mode"]
 
@@ -29,6 +30,9 @@ class Route(Struct, frozen=True, eq=False, forbid_unknown_fields=True, kw_only=T
     a poll token to the storage's prefix, `forbid` names quirks that must not add scopes.
     `granularity` is what one token is for: one file; or every file of a directory, or of a storage's
     prefix, that the same client asks for in the same way while the token's life covers it.
+    `mode` says who signs: we, or `provider`, where a token is exchanged or asked for with our own
+    credentials, and kept fresh as long as the transfer lives. While the provider is away, the first of the
+    routes named in `fallback` that matches, and can be had, stands in.
     `plaintext_queue` lets its tokens lie unencrypted on a durable queue of a client without a key. A
     `max_lifetime_seconds` above the profile's 6 h needs `mitigations` and a `risk_assessment`.
     """
@@ -41,7 +45,9 @@ class Route(Struct, frozen=True, eq=False, forbid_unknown_fields=True, kw_only=T
     operations: tuple[Operation, ...] = ()
     via: Literal["fts", "direct", "any"] = "any"
     tape: bool | None = None
-    mode: Literal["mint"] = "mint"
+    mode: Mode = "mint"
+    provider: str = ""
+    fallback: tuple[str, ...] = ()
     granularity: Granularity = "file"
     max_lifetime_seconds: int = PROFILE_MAX_SECONDS
     wait_seconds: int = 3600
@@ -63,6 +69,11 @@ class Route(Struct, frozen=True, eq=False, forbid_unknown_fields=True, kw_only=T
             raise SettingsError(
                 f"route {self.name!r}: max_lifetime_seconds {self.max_lifetime_seconds} exceeds "
                 f"the hard limit {HARD_MAX_SECONDS}"
+            )
+        if (self.mode == "mint") != (not self.provider) or (self.fallback and self.mode == "mint"):
+            raise SettingsError(
+                f"route {self.name!r}: mode {self.mode} needs {'no' if self.mode == 'mint' else 'a'} provider"
+                ", and only a provider has a fallback"
             )
         long = self.max_lifetime_seconds > PROFILE_MAX_SECONDS
         if long and not (self.mitigations and self.risk_assessment):

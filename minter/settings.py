@@ -8,7 +8,7 @@ the file. Unknown keys are refused with a suggestion.
 import json
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated
@@ -22,6 +22,7 @@ from minter.exchanges import Exchange
 from minter.keys import Algorithm, RotationPolicy
 from minter.plans import SEVERAL_STORAGES
 from minter.policy import Policy
+from minter.providers import Provider
 from minter.routes import FTS, SHIPPED_RISK_ASSESSMENT, SHIPPED_ROUTES, Route
 from minter.rucio import RSERule, storages_from_export
 from minter.storages import Directory, Storage
@@ -123,6 +124,7 @@ class Settings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     rucio: tuple[RucioSettings, ...] = ()
     routes: tuple[Route, ...] = SHIPPED_ROUTES
     fts: tuple[FTS, ...] = ()
+    providers: tuple[Provider, ...] = ()
     exchanges: tuple[Exchange, ...] = ()
 
 
@@ -208,12 +210,39 @@ class Loaded:
         settings = self.settings
         if len({i.iss for i in settings.issuers.values()}) < len(settings.issuers):
             raise SettingsError("two issuers have the same iss, expected one VO for each (§2.1)")
+        self._check_providers()
         longest = max(r.max_lifetime_seconds for r in settings.routes)
         if settings.rotation.lifetime_seconds <= longest:
             raise SettingsError(
                 f"rotation.lifetime_seconds {settings.rotation.lifetime_seconds} is shorter than "
                 f"the longest token, {longest} s"
             )
+
+    def _check_providers(self) -> None:
+        for provider in self.settings.providers:
+            provider.check()
+        names = [p.name for p in self.settings.providers]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise SettingsError(f"providers named twice: {', '.join(sorted(twice))}")
+        routes = {r.name for r in self.settings.routes}
+        for route in self.settings.routes:
+            if route.provider and route.provider not in names:
+                raise SettingsError(
+                    f"route {route.name!r}: provider {route.provider!r} is none of [[providers]], expected "
+                    f"one of {', '.join(names) or 'none'}"
+                )
+            if unknown := [name for name in route.fallback if name not in routes or name == route.name]:
+                raise SettingsError(f"route {route.name!r}: fallback {unknown[0]!r} is no other route")
+
+    def provider_secret(self, provider: Provider) -> str:
+        """Return a provider's client secret or PEM key; raises SettingsError."""
+        path = self.folder / provider.secret_file
+        try:
+            if path.stat().st_mode & 0o077:
+                raise SettingsError(f"secret file {path} is open to others; chmod 600 it")
+            return path.read_text(encoding="utf-8").strip()
+        except OSError as error:
+            raise SettingsError(f"secret file {path} cannot be read: {error.strerror}") from error
 
     def _doubts(self) -> Iterator[str]:
         """Yield what `minter check` warns about: right, but worth an operator's look."""
@@ -228,10 +257,19 @@ class Loaded:
                 yield f"{storage.name}: audience any opens every storage of the VO"
         for route in self.settings.routes:
             yield from _doubts_of(route)
+        for provider in self.settings.providers:
+            yield from _doubts_of_provider(provider, self.settings.routes)
         if not self.settings.database.archive_folder:
             yield "no database.archive_folder: days that are over stay in the database"
         if not self.settings.fts:
             yield "no [[fts]]: FTS jobs cannot be filled"
+
+
+def _doubts_of_provider(provider: Provider, routes: Iterable[Route]) -> Iterator[str]:
+    if not provider.how.tried:
+        yield f"provider {provider.name}: {provider.how.software} is from documentation, not tried"
+    if not any(route.provider == provider.name for route in routes):
+        yield f"provider {provider.name}: no route asks it for tokens"
 
 
 def _doubts_of(route: Route) -> Iterator[str]:
@@ -280,6 +318,7 @@ _KNOWN_KEYS = {
         Storage,
         Route,
         FTS,
+        Provider,
         Exchange,
         RSERule,
     )

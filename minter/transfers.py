@@ -9,12 +9,13 @@ from typing import Any
 from uuid import UUID
 
 from falcon import asgi
+from msgspec import structs
 
 from minter import answers, contract, dispatch, logs, stories
 from minter.credentials import Account
 from minter.errors import InvalidRequest, ReplyNotAllowed, from_dict
 from minter.lives import Lives
-from minter.mint import Outcome, Submission
+from minter.outcomes import Outcome, Submission
 from minter.requests import MAX_BODY_BYTES, Answer, unix_time
 from minter.web import Web, base_path, send, status_of
 from schemas.openapi import document
@@ -52,7 +53,12 @@ class _Task:
 
     async def _answer(self, account: Account, body: bytes) -> tuple[Answer, Outcome | None]:
         gatherer, now = self._web.gatherer, self._web.service.clock()
-        made = await gatherer.call(dispatch.submission, self._lives, self._task, account.name, body)
+        made = await gatherer.call(
+            dispatch.submission, self._lives, self._task, account.name, body, private=True
+        )
+        if made is not None and made.request.subject is not None:
+            subject = await self._web.verify_subject(self._vo, made.request.subject)
+            made = Submission(structs.replace(made.request, subject=subject), made.client)
         if made is None:
             return await gatherer.call(
                 dispatch.follow_up, self._lives, self._task, account.name, body, now

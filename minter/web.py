@@ -34,6 +34,8 @@ from minter.errors import (
 from minter.gather import Gatherer
 from minter.metrics import Metrics
 from minter.ratelimits import RateLimit
+from minter.requests import SubjectToken
+from minter.subjects import Subjects
 from minter.wiring import Service
 
 logger = logging.getLogger(__name__)
@@ -94,11 +96,16 @@ class Web:
         self.metrics = metrics
         self.gatherer = Gatherer(service.engine, service.clock, self.settings.waiting_requests)
         self.credentials = Credentials(service.pool, service.keystore, service.loaded.issuers, service.clock)
+        self._subjects = Subjects(service.loaded.issuers, service.iams)
         self.ring: list[keys.Key] = []
         self.documents: Mapping[str, bytes] = {}
         self._built: tuple[int, datetime] | None = None
         self._ready_at = float("-inf")
         self._limit = RateLimit(self.settings.requests_per_second)
+
+    async def verify_subject(self, vo: str, subject: SubjectToken) -> SubjectToken:
+        """Return what a provider's token holds; not in the engine's thread, for the provider may be slow."""
+        return await asyncio.to_thread(self._subjects.verify, vo, subject)
 
     # ── what changes ─────────────────────────────────────────────────────────────────────────
 

@@ -12,10 +12,13 @@ import uuid_utils
 
 from minter import catalogue, database, housekeeping, keyring, keys, recording, settings
 from minter.clients import Client
+from minter.documents import SharedDocuments
 from minter.errors import NoUsableKey, SettingsError
+from minter.iam import IAM
 from minter.keys import Algorithm
 from minter.keystore import Keystore, MasterKey, read_master_key
-from minter.mint import Engine, Observed
+from minter.mint import Engine
+from minter.outcomes import Observed
 
 _GC_ALLOCATIONS = 20_000
 
@@ -68,11 +71,12 @@ class Service:
             _Masters(loaded), lambda key_id: database.read_private_key(self.pool, key_id)
         )
         self.engine = Engine(
-            recording.Store(self.pool, clock),
+            recording.Store(self.pool, clock, self.keystore.seal_token),
             loaded.policy,
             self.keystore.unlock,
             new_uuid7,
             observe,
+            open_token=self.keystore.open_token,
             rotation=loaded.settings.rotation,
             retention_seconds=loaded.settings.database.retention_days * 86400,
         )
@@ -80,7 +84,18 @@ class Service:
     def prepare(self) -> None:
         """Bring settings into rows and make partitions: at start, and by beat ever after."""
         catalogue.sync_catalogue(self.pool, self.loaded.issuers, self.loaded.catalogue())
+        catalogue.sync_providers(self.pool, [p.name for p in self.loaded.settings.providers])
         self.make_partitions()
+
+    def iams(self) -> dict[str, IAM]:
+        """Return a client of each provider; raises SettingsError for a secret that cannot be read."""
+        made = {}
+        for provider in self.loaded.settings.providers:
+            known = SharedDocuments(self.pool, provider, self.clock)
+            ca = str(self.loaded.folder / provider.ca) if provider.ca else None
+            secret = self.loaded.provider_secret(provider)
+            known.iam = made[provider.name] = IAM(provider, secret, known, self.clock, ca)
+        return made
 
     def create_key(self, vo: str, algorithm: Algorithm, actor: str) -> tuple[str, str]:
         """Make a signing key; return its kid and state."""

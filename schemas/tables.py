@@ -109,6 +109,10 @@ clients = Table(
     Column("audiences", ARRAY(Text), nullable=False, server_default=text("'{}'")),
     Column("scopes", ARRAY(Text), nullable=False, server_default=text("'{}'")),
     Column("groups", ARRAY(Text), nullable=False, server_default=text("'{}'")),
+    Column("subject_token", LargeBinary),
+    Column("subject_provider", Text, nullable=False, server_default=text("''")),
+    Column("subject_scope", Text, nullable=False, server_default=text("''")),
+    Column("subject_expires_at", Instant),
     CheckConstraint("name ~ '^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$'", name="name"),
     CheckConstraint("octet_length(sub) BETWEEN 1 AND 255 AND sub ~ '^[ -~]+$'", name="sub"),
     CheckConstraint("max_lifetime_seconds > 0", name="max_lifetime_seconds"),
@@ -289,6 +293,7 @@ uses = Table(
     Column("position", SmallInteger, nullable=False),
     Column("path", Text, nullable=False),
     Column("external_id", Text, nullable=False),
+    Column("consumer", Text, nullable=False, server_default=text("''")),
     Index("uses_jti_idx", "jti"),
     Index("uses_path_hash_idx", "path_hash"),
     Index(
@@ -350,6 +355,82 @@ assertions = Table(
     Column("expires_at", Instant, nullable=False),
 )
 
+# One row for each external IAM: when the next request may leave, and whether it answers (docs/adr/0012).
+# `documents` are its discovery and JWKS, fetched once for all processes.
+providers = Table(
+    "providers",
+    metadata,
+    Column("name", Text, primary_key=True),
+    Column("due_at", Instant, nullable=False),
+    Column("failures", Integer, nullable=False, server_default=text("0")),
+    Column("pauses", Integer, nullable=False, server_default=text("0")),
+    Column("open_until", Instant),
+    Column("probed_until", Instant),
+    Column("documents", JSONB),
+    Column("documents_at", Instant),
+)
+
+# What is kept of a managed token beside its rows in `tokens` and `uses`; secrets are encrypted, and gone
+# when it is finished. `lead_seconds` before `needed_at` it is due; both are NULL when nothing is left to do.
+# A `lease` is one worker's; `spent` says that a refresh token was sent whose answer is not known.
+managed = Table(
+    "managed",
+    metadata,
+    Column("jti", UUID(as_uuid=True), primary_key=True),
+    Column("client_id", Integer, nullable=False),
+    Column("digest", LargeBinary, nullable=False),
+    Column("provider", Text, nullable=False),
+    Column("mode", token_mode, nullable=False),
+    Column("state", token_state, nullable=False),
+    Column("scope", Text, nullable=False),
+    Column("audience", ARRAY(Text), nullable=False),
+    Column("storage", Text, nullable=False),
+    Column("on_behalf_of", Text, nullable=False),
+    Column("activity", Text, nullable=False),
+    Column("fallback", ARRAY(Text), nullable=False),
+    Column("uses", Integer, nullable=False),
+    Column("cap_seconds", Integer, nullable=False),
+    Column("least_seconds", Integer, nullable=False),
+    Column("deadline", Instant, nullable=False),
+    Column("lead_seconds", Integer),
+    Column("needed_at", Instant),
+    Column("retry_at", Instant),
+    Column("leased_until", Instant),
+    Column("lease", UUID(as_uuid=True)),
+    Column("tries", Integer, nullable=False, server_default=text("0")),
+    Column("spent", Boolean, nullable=False, server_default=text("false")),
+    Column("subject", LargeBinary),
+    Column("refresh", LargeBinary),
+    Column("access", LargeBinary),
+    Column("expires_at", Instant),
+    Column("granted_scope", Text, nullable=False, server_default=text("''")),
+    Column("fts_token_id", BigInteger),
+    Column("error", JSONB),
+    CheckConstraint("octet_length(digest) = 32", name="digest"),
+    CheckConstraint("mode <> 'mint'", name="mode"),
+    CheckConstraint("(lead_seconds IS NULL) = (needed_at IS NULL)", name="lead"),
+    CheckConstraint("(lease IS NULL) = (leased_until IS NULL)", name="lease"),
+    CheckConstraint("(access IS NULL) OR (expires_at IS NOT NULL)", name="access"),
+    CheckConstraint(
+        "CASE state WHEN 'queued' THEN access IS NULL WHEN 'issued' THEN access IS NOT NULL"
+        " WHEN 'failed' THEN lead_seconds IS NULL AND error IS NOT NULL"
+        " WHEN 'finished' THEN lead_seconds IS NULL AND access IS NULL AND refresh IS NULL"
+        " AND subject IS NULL"
+        " ELSE false END",
+        name="state",
+    ),
+    Index(
+        "managed_one_alive_idx", "digest", unique=True, postgresql_where=text("state IN ('queued', 'issued')")
+    ),
+    Index(
+        "managed_needed_idx", "provider", "lead_seconds", "needed_at",
+        postgresql_where=text("lead_seconds IS NOT NULL"),
+    ),
+    Index("managed_leased_idx", "provider", postgresql_where=text("lease IS NOT NULL")),
+    Index("managed_deadline_idx", "deadline"),
+    Index("managed_fts_token_id_idx", "fts_token_id", postgresql_where=text("fts_token_id IS NOT NULL")),
+)  # fmt: skip
+
 CONTROLLED = ("issuers", "storages", "clients", "bans", "signing_keys")
 """Tables whose every change bumps control.version."""
 
@@ -369,7 +450,14 @@ def bump_trigger(table: str) -> str:
     )
 
 
+PROVIDERS_BUMP = (
+    "CREATE TRIGGER bump_control AFTER INSERT OR DELETE OR UPDATE OF open_until ON providers"
+    " FOR EACH STATEMENT EXECUTE FUNCTION bump_control()"
+)
+"""A budget is no control: only a breaker that opens or closes is."""
+
 event.listen(metadata, "before_create", DDL(BUMP.replace("%", "%%")))
 event.listen(metadata, "after_create", DDL("INSERT INTO control DEFAULT VALUES"))
 for _name in CONTROLLED:
     event.listen(metadata.tables[_name], "after_create", DDL(bump_trigger(_name)))
+event.listen(providers, "after_create", DDL(PROVIDERS_BUMP))

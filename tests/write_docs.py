@@ -5,6 +5,7 @@ import msgspec
 from minter import dialects, metrics, settings
 from minter.exchanges import Exchange
 from minter.keys import RotationPolicy
+from minter.providers import PROVIDER_DIALECTS, Provider
 from minter.routes import FTS, Route
 from minter.rucio import RSERule
 from minter.storages import Endpoint, Storage
@@ -42,6 +43,25 @@ def dialects_page() -> str:
             f"  - **{q.name}**: {q.meaning} ({q.source}; {'tried' if q.tried else 'not tried'})"
             for q in d.quirks
         ]
+    lines += [
+        "",
+        "## External IAMs",
+        "",
+        "Written from `minter/providers.py`. *Target* is the parameter for audiences (of an exchange / of client credentials);",
+        "*offline* how a refresh token is asked for; *reuse* whether a refresh token whose answer was lost works again.",
+        "",
+        "| dialect | software | target | offline | reuse | source | tried |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for p in PROVIDER_DIALECTS.values():
+        several = ", one each" if p.separate else ""
+        offline = " and ".join(
+            name for name, on in (("requested_token_type", p.refresh_type), ("scope", p.offline_scope)) if on
+        )
+        lines.append(
+            f"| `{p.name}` | {p.software} | {p.target} / {p.credentials_target}{several} | {offline} | {p.reuse} | "
+            f"{p.source} | {'yes' if p.tried else 'no'} |"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -56,6 +76,7 @@ PARTS = {
     "[issuers.VO]": settings.IssuerSettings,
     "[[storages]]": Storage,
     "[[storages.endpoints]]": Endpoint,
+    "[[providers]]": Provider,
     "[[rucio]]": settings.RucioSettings,
     "[[rucio.rses]]": RSERule,
     "[[routes]]": Route,

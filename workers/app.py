@@ -20,7 +20,7 @@ from minter.amqp import Publisher, connect, declare, queues, tls
 from minter.errors import InvalidRequest, MinterError
 from minter.lives import Lives
 from minter.metrics import Metrics, StateCollector, serve_process
-from minter.mint import Observed
+from minter.outcomes import Observed
 from minter.settings import Loaded
 from workers.batching import Batcher, Suspects
 

@@ -32,7 +32,8 @@ from minter.errors import (
     UnknownClient,
 )
 from minter.lives import Lives
-from minter.mint import Engine, Outcome, Submission
+from minter.mint import Engine
+from minter.outcomes import Outcome, Submission
 from minter.requests import MAX_BODY_BYTES, Answer
 from workers import replies
 

@@ -9,7 +9,7 @@ import pytest
 from minter import wiring
 from minter.answers import answer
 from minter.errors import Unavailable
-from minter.mint import Submission
+from minter.outcomes import Submission
 from minter.requests import FillRequest, from_fill
 from tests.integration.test_mint import OTHER, SE, mint
 from workers.fts import FTS, Away, Forwarder, Refused, TooLate

@@ -23,7 +23,7 @@ from minter.followups import (
     decode_report,
 )
 from minter.lives import Lives
-from minter.mint import Submission
+from minter.outcomes import Submission
 from minter.policy import asked_scopes
 from minter.requests import FileOperation, FileRequest, FillRequest, MintRequest, from_fill, from_mint
 from tests.conftest import EXAMPLES, rows

@@ -7,7 +7,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from minter import metrics, wiring
 from minter.errors import SettingsError
-from minter.mint import Submission
+from minter.outcomes import Submission
 from minter.requests import FileRequest, MintRequest, from_mint
 from tests.conftest import load_settings
 from tests.integration.test_mint import SE, mint, submission
@@ -60,6 +60,7 @@ def test_tokens_requests_and_refusals_are_counted(observed):
     assert {s.name + "_total" for s in metrics.SPECS if s.kind == "counter"} - {
         "minter_follow_ups_total",
         "minter_fts_jobs_total",
+        "minter_provider_requests_total",
     } <= names
     assert not any(word in str(seen) for word in ("jti", "sub", "01a"))
 

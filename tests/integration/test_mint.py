@@ -12,7 +12,7 @@ from msgspec import structs
 from minter import catalogue, database, keys, recording, stack, stories, wiring
 from minter.errors import Unavailable
 from minter.keystore import new_master_key
-from minter.mint import Submission
+from minter.outcomes import Submission
 from minter.records import fts_token_id
 from minter.requests import FileRequest, FillRequest, MintRequest, from_fill, from_mint
 from tests.conftest import load_settings, rows

@@ -12,7 +12,7 @@ from minter.clients import Ban, Bans
 from minter.errors import Banned, Expired, Unavailable
 from minter.followups import CancelRequest, FetchRequest, FileReport, JobReport, RenewRequest, ReportRequest
 from minter.lives import Lives
-from minter.mint import Submission
+from minter.outcomes import Submission
 from minter.policy import Policy
 from minter.requests import FileOperation, FileRequest, MintRequest, from_mint
 from minter.routes import Route

@@ -1,0 +1,436 @@
+"""One external IAM over HTTP: asked for tokens, and what comes back looked at before anybody has it.
+
+What an IAM answers is input like any other: its size and time are bounded, redirects are not followed, and
+a token that is wider, longer or for others than what was asked for is refused (RFC 6749, RFC 8693).
+"""
+
+import base64
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import quote_plus, urlencode
+
+import jwt
+import msgspec
+import urllib3
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
+from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
+from msgspec import Struct
+
+from minter.errors import (
+    InvalidGrant,
+    MinterError,
+    ProviderAway,
+    ProviderRefused,
+    ProviderTokenRejected,
+    SettingsError,
+)
+from minter.providers import Provider, Target
+from minter.scopes import Scope, contains
+
+MAX_ANSWER_BYTES = 256 * 1024
+CONNECT_SECONDS = 5.0
+LEEWAY_SECONDS = 60
+"""How far an IAM's clock may be off ours."""
+_ALGORITHMS = ["RS256", "RS384", "RS512", "PS256", "ES256", "ES384", "ES512", "EdDSA"]
+_TYPE = "urn:ietf:params:oauth:token-type:"
+_GRANT_EXCHANGE = "urn:ietf:params:oauth:grant-type:token-exchange"
+_ASSERTION_TYPE = "urn:ietf:params:oauth:client-assertion-type:jwt-bearer"
+_ASSERTION_SECONDS = 60
+_TRANSIENT_CODES = frozenset({"temporarily_unavailable", "server_error", "slow_down"})
+_OK, _TOO_MANY, _SERVER = 200, 429, 500
+
+
+Form = list[tuple[str, str]]
+
+
+class Documents(Struct, frozen=True):
+    """What an IAM says of itself: its endpoints (RFC 8414, OpenID Discovery) and its keys."""
+
+    issuer: str
+    token_endpoint: str
+    jwks: list[dict[str, Any]]
+    introspection_endpoint: str = ""
+    revocation_endpoint: str = ""
+
+
+class Asked(Struct, frozen=True):
+    """What a token is asked for: its most, and the shortest life, in seconds, that is of use."""
+
+    scope: str
+    audience: tuple[str, ...]
+    cap_seconds: int
+    least_seconds: int = 0
+
+
+class Obtained(Struct, frozen=True):
+    """What an IAM gave: an access token that was checked, or why it was rejected, and a refresh token.
+
+    `dropped` are the scopes that it left out without a word. `refresh` is there even where `error` is: the
+    refresh token before it is spent. `repr` shows no token.
+    """
+
+    access: str = ""
+    scope: str = ""
+    expires_at: int = 0
+    refresh: str = ""
+    dropped: tuple[str, ...] = ()
+    error: MinterError | None = None
+
+    def __repr__(self) -> str:
+        """Say what there is without showing it."""
+        return f"Obtained({self.scope!r}, exp={self.expires_at}, refresh={bool(self.refresh)})"
+
+
+class Misconfigured(ProviderRefused):
+    """The IAM does not take us for its client, or not this grant: its operators or ours must repair it."""
+
+
+class Lost(ProviderAway):
+    """The request may have reached the IAM, and what it did with it is not known."""
+
+
+class IAM:
+    """A client of one external IAM; may be used by several threads.
+
+    `documents` gives what is known of it, with `fresh=True` what is news; `secret` is our client secret
+    there, or a PEM private key.
+    """
+
+    def __init__(
+        self,
+        provider: Provider,
+        secret: str,
+        documents: Callable[..., Documents],
+        clock: Callable[[], datetime],
+        ca: str | None = None,
+    ) -> None:
+        self.provider = provider
+        self._secret = secret
+        self._key = _private_key(provider, secret) if provider.authentication == "private_key_jwt" else None
+        self.documents = documents
+        self._clock = clock
+        folder = ca is not None and Path(ca).is_dir()
+        self._http = urllib3.PoolManager(
+            maxsize=provider.in_flight,
+            ca_certs=None if folder else ca,
+            ca_cert_dir=ca if folder else None,
+            retries=False,
+            timeout=urllib3.Timeout(connect=CONNECT_SECONDS, read=provider.timeout_seconds),
+        )
+
+    def __repr__(self) -> str:
+        """Name the provider; the secret stays hidden."""
+        return f"IAM({self.provider.name})"
+
+    # ── documents ────────────────────────────────────────────────────────────────────────────
+
+    def fetch_documents(self) -> Documents:
+        """Fetch discovery and JWKS; raises ProviderAway for anything that is not the provider's own."""
+        base = self.provider.issuer.rstrip("/")
+        found = self._get(f"{base}/.well-known/openid-configuration")
+        if str(found.get("issuer", "")).rstrip("/") != base:
+            raise ProviderAway(
+                f"provider {self.provider.name}: discovery names another issuer, expected {base}"
+            )
+        jwks = self._get(self._same_scheme(found, "jwks_uri")).get("keys")
+        if not isinstance(jwks, list) or not jwks:
+            raise ProviderAway(f"provider {self.provider.name}: the JWKS has no keys")
+        return Documents(
+            str(found["issuer"]),
+            self._same_scheme(found, "token_endpoint"),
+            jwks,
+            str(found.get("introspection_endpoint", "")),
+            str(found.get("revocation_endpoint", "")),
+        )
+
+    def _same_scheme(self, found: Mapping[str, Any], name: str) -> str:
+        url = str(found.get(name, ""))
+        if not url.startswith(("https://", self.provider.issuer.partition("//")[0] + "//")):
+            raise ProviderAway(f"provider {self.provider.name}: discovery has no {name} that may be used")
+        return url
+
+    def _get(self, url: str) -> dict[str, Any]:
+        status, told, _ = self._call("GET", url)
+        if status != _OK or told is None:
+            raise ProviderAway(f"provider {self.provider.name} answers {status} for {url[:200]}")
+        return told
+
+    # ── tokens ───────────────────────────────────────────────────────────────────────────────
+
+    def client_credentials(self, asked: Asked) -> Obtained:
+        """Ask for a token of our own (RFC 6749 §4.4); raises ProviderAway or ProviderRefused."""
+        target = self.provider.how.credentials_target
+        return self._token([("grant_type", "client_credentials"), *self._wish(asked, target)], asked)
+
+    def exchange(self, asked: Asked, subject: str) -> Obtained:
+        """Exchange a subject token, for a refresh token too (RFC 8693 §2.1); raises as above."""
+        how = self.provider.how
+        form = [
+            ("grant_type", _GRANT_EXCHANGE),
+            ("subject_token", subject),
+            ("subject_token_type", _TYPE + "access_token"),
+            *self._wish(asked, how.target, " offline_access" if how.offline_scope else ""),
+        ]
+        if how.refresh_type:
+            form.append(("requested_token_type", _TYPE + "refresh_token"))
+        return self._token(form, asked)
+
+    def refresh(self, asked: Asked, refresh_token: str) -> Obtained:
+        """Refresh (RFC 6749 §6); raises as above, and Lost where the refresh token may be spent."""
+        form = [("grant_type", "refresh_token"), ("refresh_token", refresh_token)]
+        return self._token([*form, *self._wish(asked, self.provider.how.target)], asked)
+
+    def introspect(self, token: str, hint: Literal["access_token", "refresh_token"]) -> dict[str, Any]:
+        """Return what the IAM says of a token (RFC 7662); raises ProviderAway or ProviderRefused."""
+        return self._post(
+            self.documents().introspection_endpoint, [("token", token), ("token_type_hint", hint)]
+        )
+
+    def revoke(self, refresh_token: str) -> None:
+        """Revoke a refresh token with all that descends from it (RFC 7009); raises as above."""
+        form = [("token", refresh_token), ("token_type_hint", "refresh_token")]
+        self._post(self.documents().revocation_endpoint, form)
+
+    def _wish(self, asked: Asked, target: Target, more: str = "") -> Form:
+        provider = self.provider
+        by_scope = [provider.audience_scope + audience for audience in asked.audience]
+        scope = " ".join([asked.scope + more, *(by_scope if provider.audience_scope else ())])
+        wish = [("scope", scope)]
+        if target != "none":
+            targets = asked.audience if provider.how.separate else (" ".join(asked.audience),)
+            wish += [(target, one) for one in targets]
+        if provider.how.lifetime_parameter:
+            wish.append((provider.how.lifetime_parameter, str(asked.cap_seconds)))
+        return wish
+
+    def _token(self, form: Form, asked: Asked) -> Obtained:
+        told = self._post(self.documents().token_endpoint, form)
+        refresh = told.get("refresh_token", "")
+        access = told.get("access_token", "")
+        if not isinstance(access, str) or not isinstance(refresh, str) or not (access or refresh):
+            raise Lost(f"provider {self.provider.name} answers without a token")
+        if told.get("issued_token_type") == _TYPE + "refresh_token" and not refresh:
+            refresh, access = access, ""  # RFC 8693 §2.2.1: what was issued stands in access_token
+        if not access:
+            return Obtained(refresh=refresh)
+        try:
+            scope, expires_at = self._checked(access, asked)
+        except (ProviderTokenRejected, ProviderAway) as error:
+            return Obtained(refresh=refresh, error=error)
+        has = set(scope.split(" "))
+        dropped = tuple(word for word in asked.scope.split(" ") if word not in has)
+        return Obtained(access, scope, expires_at, refresh, dropped)
+
+    # ── what came back ───────────────────────────────────────────────────────────────────────
+
+    def _checked(self, token: str, asked: Asked) -> tuple[str, int]:
+        """Return scope and exp of an access token that is what was asked for, or less of it."""
+        claims = self.verified(token)
+        audience = claims.get("aud", [])
+        audience = {audience} if isinstance(audience, str) else set(audience)
+        if audience != set(asked.audience):
+            raise self._rejected(f"its audience is {sorted(map(str, audience))}"[:300], "aud")
+        words = [w for w in str(claims.get("scope", "")).split(" ") if w]
+        extra, by_scope = self.provider.how.extra_scopes, self.provider.audience_scope
+        granted = [w for w in words if w not in extra and not (by_scope and w.startswith(by_scope))]
+        if not granted:
+            raise self._rejected("it grants nothing of what was asked for", "scope")
+        if wider := [w for w in granted if not _within(w, asked.scope)]:
+            raise self._rejected(f"scope {wider[0][:200]!r} was not asked for", "scope")
+        left = int(claims["exp"]) - self._clock().timestamp()
+        if left > asked.cap_seconds + LEEWAY_SECONDS:
+            raise self._rejected(f"it lives {left:.0f} s, expected at most {asked.cap_seconds} s", "exp")
+        if left < asked.least_seconds:
+            raise self._rejected(f"it lives {left:.0f} s, expected at least {asked.least_seconds} s", "exp")
+        return " ".join(granted), int(claims["exp"])
+
+    def verified(self, token: str, audience: tuple[str, ...] | None = None) -> dict[str, Any]:
+        """Return the claims of a token that this provider signed and that is in its time.
+
+        With `audience` it must name one of these. Raises ProviderTokenRejected.
+        """
+        documents = self.documents()
+        try:
+            header = jwt.get_unverified_header(token)
+            key = _key(documents.jwks, header) or _key(self.documents(fresh=True).jwks, header)
+            if key is None:
+                raise self._rejected("no key of the provider has its kid", "")
+            claims: dict[str, Any] = jwt.decode(
+                token,
+                key,
+                algorithms=_ALGORITHMS,
+                issuer=[documents.issuer],
+                audience=audience,
+                leeway=LEEWAY_SECONDS,
+                # The clock is ours: PyJWT's own would be another.
+                options={"require": ["exp", "iss"], "verify_aud": audience is not None, "verify_exp": False,
+                         "verify_nbf": False, "verify_iat": False},
+            )  # fmt: skip
+        except (jwt.InvalidTokenError, ValueError, TypeError) as error:
+            raise self._rejected(f"it does not verify ({type(error).__name__})", "") from None
+        now = self._clock().timestamp()
+        for name in ("exp", "nbf", "iat"):
+            at = claims.get(name, now if name == "exp" else 0)
+            if isinstance(at, bool) or not isinstance(at, int | float):
+                raise self._rejected(f"{name} is no number", name)
+            if at <= now if name == "exp" else at > now + LEEWAY_SECONDS:
+                raise self._rejected(f"it is not in its time, by {name}", name)
+        return claims
+
+    def _rejected(self, why: str, claim: str) -> ProviderTokenRejected:
+        fields = {"claim": claim} if claim else {}
+        return ProviderTokenRejected(
+            f"a token of provider {self.provider.name} was rejected: {why}", **fields
+        )
+
+    # ── HTTP ─────────────────────────────────────────────────────────────────────────────────
+
+    def _post(self, url: str, form: Form) -> dict[str, Any]:
+        """Send a form as ourselves; raises ProviderRefused for a no, Misconfigured, ProviderAway, or Lost."""
+        name = self.provider.name
+        if not url:
+            raise ProviderAway(f"provider {name} has no such endpoint in its discovery document")
+        status, told, retry_after = self._call("POST", url, form)
+        if status == _OK and told is not None:
+            return told
+        if status == _OK:
+            if url == self.documents().revocation_endpoint:
+                return {}
+            raise Lost(f"provider {name} answers with what is no JSON object")
+        code = str((told or {}).get("error", ""))
+        description = str((told or {}).get("error_description", ""))
+        why = f"provider {name} answers {status} {_plain(code)} {_plain(description)}".strip()
+        if status in (_TOO_MANY, 503) or code in _TRANSIENT_CODES:
+            raise ProviderAway(why, retry_after=retry_after)
+        if status >= _SERVER or told is None or not code:
+            raise ProviderAway(why)
+        if code in ("invalid_client", "unauthorized_client"):
+            raise Misconfigured(f"{why}; are client_id and secret_file of [[providers]] right?")
+        raise ProviderRefused(why, provider=name, provider_error=_plain(code))
+
+    def _call(
+        self, method: str, url: str, form: Form | None = None
+    ) -> tuple[int, dict[str, Any] | None, float]:
+        """Return status, JSON object and Retry-After of an answer; bounded in size and time as a whole."""
+        headers = {"Accept": "application/json"}
+        body = None
+        if form is not None:
+            form = self._authenticated(form, headers)
+            headers["Content-Type"] = "application/x-www-form-urlencoded"
+            body = urlencode(form)
+        until = time.monotonic() + self.provider.timeout_seconds
+        try:
+            with self._http.request(
+                method, url, body=body, headers=headers, redirect=False, preload_content=False
+            ) as response:
+                content = _read(response, until)
+                status, said = response.status, response.headers.get("Retry-After", "")
+        except (urllib3.exceptions.NewConnectionError, urllib3.exceptions.ConnectTimeoutError) as error:
+            raise self._away(error) from None
+        except (urllib3.exceptions.HTTPError, TimeoutError) as error:
+            if "CERTIFICATE_VERIFY_FAILED" in str(error):
+                raise self._away(error) from None
+            raise Lost(f"provider {self.provider.name}: {_reason(error)}") from None
+        try:
+            told = msgspec.json.decode(content)
+        except msgspec.DecodeError:
+            told = None
+        return status, told if isinstance(told, dict) else None, float(said) if said.isdecimal() else 0.0
+
+    def _away(self, error: Exception) -> ProviderAway:
+        return ProviderAway(f"provider {self.provider.name} cannot be reached ({_reason(error)})")
+
+    def _authenticated(self, form: Form, headers: dict[str, str]) -> Form:
+        """Add who we are, in the way that the provider was told (RFC 6749 §2.3, RFC 7523 §2.2)."""
+        provider = self.provider
+        if provider.authentication == "client_secret_basic":
+            pair = f"{quote_plus(provider.client_id)}:{quote_plus(self._secret)}"
+            headers["Authorization"] = "Basic " + base64.b64encode(pair.encode()).decode()
+            return form
+        if self._key is None:
+            return [*form, ("client_id", provider.client_id), ("client_secret", self._secret)]
+        now = int(self._clock().timestamp())
+        claims = {
+            "iss": provider.client_id, "sub": provider.client_id, "aud": self.documents().token_endpoint,
+            "iat": now, "exp": now + _ASSERTION_SECONDS, "jti": str(uuid.uuid4()),
+        }  # fmt: skip
+        algorithm = "ES256" if isinstance(self._key, EllipticCurvePrivateKey) else "RS256"
+        assertion = jwt.encode(claims, self._key, algorithm)
+        return [
+            *form,
+            ("client_id", provider.client_id),
+            ("client_assertion_type", _ASSERTION_TYPE),
+            ("client_assertion", assertion),
+        ]
+
+
+def check_subject(iam: IAM, token: str, audience: tuple[str, ...]) -> dict[str, Any]:
+    """Return the claims of a subject token of this provider that names us in `aud`; raises InvalidGrant."""
+    try:
+        return iam.verified(token, audience)
+    except ProviderTokenRejected as error:
+        why = error.message.partition(": ")[2]
+        raise InvalidGrant(
+            f"the subject token is no good: {why}; it must be signed by {iam.provider.issuer}, be in its "
+            f"time, and name one of {', '.join(audience)} in aud"
+        ) from None
+
+
+def _within(word: str, asked: str) -> bool:
+    """Say whether a granted scope is inside what was asked for; odd ones never are."""
+    words = asked.split(" ")
+    if word in words:
+        return True
+    try:
+        return contains({Scope.parse(w) for w in words}, [Scope.parse(word)])
+    except MinterError:
+        return False
+
+
+def _key(jwks: list[dict[str, Any]], header: Mapping[str, Any]) -> jwt.PyJWK | None:
+    """Return the key that a header names, or the only one if it names none; None if there is none."""
+    kid = header.get("kid")
+    found = [k for k in jwks if (kid is None or k.get("kid") == kid) and k.get("use", "sig") == "sig"]
+    if len(found) != 1:
+        return None
+    return jwt.PyJWK(found[0], algorithm=str(header.get("alg")))
+
+
+def _read(response: urllib3.BaseHTTPResponse, until: float) -> bytes:
+    """Read a body, bounded in size and in time as a whole: a server may let it trickle."""
+    parts, size = [], 0
+    while chunk := response.read1(16_384):
+        parts.append(chunk)
+        size += len(chunk)
+        if size > MAX_ANSWER_BYTES:
+            raise TimeoutError(f"an answer of more than {MAX_ANSWER_BYTES} bytes")
+        if time.monotonic() > until:
+            raise TimeoutError("the answer takes too long")
+    return b"".join(parts)
+
+
+def _reason(error: Exception) -> str:
+    return str(error)[:200] if isinstance(error, TimeoutError) else type(error).__name__
+
+
+def _plain(text: str) -> str:
+    """Return what an IAM says, fit for a log line: printable, short, and without anything like a token."""
+    words = ["".join(c for c in word if c.isprintable()) for word in text.split()]
+    return " ".join(w for w in words if "eyJ" not in w and len(w) < 80)[:200]  # noqa: PLR2004
+
+
+def _private_key(provider: Provider, pem: str) -> RSAPrivateKey | EllipticCurvePrivateKey:
+    try:
+        key = load_pem_private_key(pem.encode(), None)
+    except (ValueError, TypeError):
+        key = None
+    if not isinstance(key, RSAPrivateKey | EllipticCurvePrivateKey):
+        raise SettingsError(
+            f"provider {provider.name}: secret_file is no PEM private key, RSA or EC"
+        ) from None
+    return key

@@ -1,0 +1,451 @@
+"""The keeper: gets managed tokens from their providers and keeps them fresh, within the providers' limits.
+
+One turn saves what came back, and takes what is due: leased rows, each with a slot of the shared budget. A
+request leaves at its slot or not at all. The steps, and what a crash after each leaves:
+
+1. Lease, in one transaction with the budget. After it: the lease runs out, another worker goes on.
+2. Ask, with no transaction open. After it: a refresh token that works once only may be spent, its row says
+   so, and what follows is a new exchange, the route's fallback, or `refresh_token_lost`.
+3. Save, under the lease: the new refresh token is in its row before anybody can have the access token.
+"""
+
+import logging
+import random
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from datetime import datetime, timedelta
+from typing import Any
+
+from msgspec import Struct, structs
+from sqlalchemy.engine import Engine as Pool
+
+from minter import keeping, logs
+from minter.budgets import backoff_seconds
+from minter.clients import Bans
+from minter.database import one, read_control, transaction
+from minter.errors import (
+    Banned,
+    MinterError,
+    ProviderAway,
+    ProviderRefused,
+    RefreshTokenLost,
+    RequestError,
+    Unavailable,
+    UnknownClient,
+)
+from minter.followups import RenewRequest
+from minter.iam import IAM, Asked, Lost, Misconfigured, Obtained
+from minter.keeping import Leased, Result, Taken
+from minter.keystore import Keystore
+from minter.lives import Lives
+from minter.managed import LEAST_SECONDS, MAX_TRIES, next_need
+from minter.outcomes import Submission
+from minter.plans import BACKDATE_SECONDS
+from minter.records import SEVERAL, Control, fts_token_id
+from minter.requests import Request
+from minter.scopes import parse_scopes
+
+logger = logging.getLogger("minter.keeper")
+
+TOLERANCE_SECONDS = 0.02
+"""How late a request may leave: what is later would come on top of what leaves in its time."""
+IDLE_SECONDS = 0.05
+"""How long a keeper rests when nothing is due: the longest that a token waits to be noticed."""
+CHORES_SECONDS = 5.0
+FIRST_DELAY_SECONDS, MAX_DELAY_SECONDS = 0.1, 10.0
+STAND_INS = 100
+"""So many tokens one turn stands in for."""
+
+Observe = Callable[[str, str, str, float], None]
+"""Called for each request: provider, grant, outcome, seconds."""
+
+
+class Answer(Struct, frozen=True):
+    """What became of one request to a provider; `sent` is False if it never left."""
+
+    grant: str
+    obtained: Obtained | None = None
+    error: MinterError | None = None
+    sent: bool = True
+    seconds: float = 0.0
+
+
+class Keeper:
+    """One process's part in keeping tokens; `run` until stopped. Its providers share nothing but threads."""
+
+    def __init__(
+        self,
+        pool: Pool,
+        keystore: Keystore,
+        lives: Lives,
+        iams: Mapping[str, IAM],
+        clock: Callable[[], datetime],
+        observe: Observe = lambda *_: None,
+        jitter: Callable[[float], float] = lambda bound: random.uniform(0, bound),  # noqa: S311 - jitter
+    ) -> None:
+        self._pool = pool
+        self._keystore = keystore
+        self._lives = lives
+        self._iams = iams
+        self._clock = clock
+        self._observe = observe
+        self._jitter = jitter
+        self._out: dict[Future[Answer], tuple[IAM, Taken, Leased]] = {}
+        self._unsaved: list[tuple[IAM, Taken, Leased, Answer]] = []
+        self._threads = {name: ThreadPoolExecutor(_threads(iam), name) for name, iam in iams.items()}
+        self._version = -1
+        self._control: Control
+        self._chores_at = float("-inf")
+        self.stopped = False
+
+    def run(self) -> None:
+        """Keep tokens until `stopped`; what is out then is waited for and saved."""
+        delay = FIRST_DELAY_SECONDS
+        while not self.stopped or self._out or self._unsaved:
+            try:
+                busy = self.turn()
+                delay = FIRST_DELAY_SECONDS
+            except Unavailable as error:
+                logger.warning("cannot go on, trying again in %.1f s: %s", delay, error)
+                time.sleep(delay * random.uniform(0.5, 1.5))  # noqa: S311 - jitter
+                delay = min(2 * delay, MAX_DELAY_SECONDS)
+                continue
+            if self._out:
+                wait(self._out, IDLE_SECONDS / 5, FIRST_COMPLETED)
+            elif not busy:
+                time.sleep(IDLE_SECONDS)
+        for threads in self._threads.values():
+            threads.shutdown()
+
+    def turn(self) -> bool:
+        """Save what came back, take what is due; say whether there was anything."""
+        done = [future for future in self._out if future.done()]
+        self._unsaved += [(*self._out.pop(future), future.result()) for future in done]
+        self._save()
+        if self.stopped:
+            return bool(done)
+        taken = [self._take(iam) for iam in self._iams.values()]
+        if time.monotonic() - self._chores_at > CHORES_SECONDS:
+            self._chores_at = time.monotonic()
+            self._chores()
+        return bool(done) or any(taken)
+
+    # ── taking ───────────────────────────────────────────────────────────────────────────────
+
+    def _take(self, iam: IAM) -> bool:
+        provider, now, started = iam.provider, self._clock(), time.monotonic()
+        free = _threads(iam) - sum(1 for _, taken, _ in self._out.values() if taken.provider == provider.name)
+        if free <= 0:
+            return False
+        lease_seconds = 2 * provider.timeout_seconds + 30
+        taken = keeping.take(self._pool, provider, uuid.uuid4(), free, now, lease_seconds)
+        if taken is None:
+            return False
+        control = self._current()
+        for number, token in enumerate(taken.tokens):
+            slot = taken.slots.first + number * taken.slots.interval - now
+            refused = _forbidden(token, control.bans)
+            if refused is None:
+                future = self._threads[provider.name].submit(
+                    self._ask, iam, token, started + slot.total_seconds()
+                )
+            else:
+                future = Future()
+                future.set_result(Answer("", error=refused, sent=False))
+            self._out[future] = (iam, taken, token)
+        return True
+
+    def _current(self) -> Control:
+        with transaction(self._pool) as connection:
+            (version,) = one(connection.execute("SELECT version FROM control"))
+            if version != self._version:
+                self._control, self._version = read_control(connection), version
+        return self._control
+
+    # ── asking: in a thread of the provider's, without a transaction ─────────────────────────
+
+    def _ask(self, iam: IAM, token: Leased, slot: float) -> Answer:
+        time.sleep(max(0.0, slot - time.monotonic()))
+        if time.monotonic() - slot > TOLERANCE_SECONDS:
+            return Answer("", sent=False)
+        started = time.perf_counter()
+        grant, error, obtained = "none", None, None
+        try:
+            grant, send = self._request(iam, token)
+            obtained = send()
+        except MinterError as caught:
+            error = caught
+        except Exception as caught:
+            logger.exception("asking provider %s failed here", iam.provider.name)
+            error = ProviderAway(f"the keeper failed here ({type(caught).__name__})")
+        return Answer(grant, obtained, error, seconds=time.perf_counter() - started)
+
+    def _request(self, iam: IAM, token: Leased) -> tuple[str, Callable[[], Obtained]]:
+        """Return which grant to use and how; raises RefreshTokenLost if there is nothing to go on with."""
+        left = int((token.deadline - self._clock()).total_seconds())
+        least = max(LEAST_SECONDS, min(token.least_seconds, left))
+        asked = Asked(token.scope, tuple(token.audience), token.cap_seconds, min(least, token.cap_seconds))
+        if token.mode == "client_credentials":
+            return "client_credentials", lambda: iam.client_credentials(asked)
+        if token.refresh is not None and (iam.provider.replays or not token.spent):
+            refresh = self._keystore.open_token(token.vo, token.jti, "refresh", token.refresh)
+            # What was left out once is not asked for again: some refuse the whole for it.
+            asked = structs.replace(asked, scope=token.granted_scope or token.scope)
+            return "refresh_token", lambda: iam.refresh(asked, refresh)
+        if token.subject is not None:
+            subject = self._keystore.open_token(token.vo, token.jti, "subject", token.subject)
+        elif token.client_subject is not None:
+            subject = self._keystore.open_token(
+                token.vo, token.client, "client_subject", token.client_subject
+            )
+        elif token.spent:
+            raise RefreshTokenLost(
+                f"a refresh token of provider {iam.provider.name} was sent and its answer never came; it "
+                "works once only, and there is no subject token to exchange again: renew the request"
+            )
+        else:
+            raise RefreshTokenLost(
+                f"provider {iam.provider.name} gave no refresh token, and there is no subject token to "
+                "exchange again: renew the request"
+            )
+        return "token_exchange", lambda: iam.exchange(asked, subject)
+
+    # ── saving ───────────────────────────────────────────────────────────────────────────────
+
+    def _save(self) -> None:
+        """Save what came back, in one statement; what cannot be saved now is kept for the next turn."""
+        if not self._unsaved:
+            return
+        now, unsaved = self._clock(), self._unsaved
+        results: list[Result] = []
+        failed: list[tuple[IAM, Taken, Leased, MinterError]] = []
+        for iam, taken, token, answer in unsaved:
+            if not answer.sent and answer.error is None:
+                continue
+            made = self._result(iam, taken, token, answer, now)
+            if isinstance(made, Result):
+                results.append(made)
+            elif token.fallback and not isinstance(made, Banned | UnknownClient):
+                failed.append((iam, taken, token, made))
+            else:
+                results.append(_failure(taken.lease, token, made))
+                _log_failure(iam, token, made)
+        for taken in {t.lease: t for _, t, _, _ in unsaved}.values():
+            unsent = [k for _, t, k, a in unsaved if t is taken and not a.sent and a.error is None]
+            if unsent:
+                keeping.release(self._pool, unsent, taken.lease)
+        saved = keeping.save(self._pool, results)
+        self._unsaved = []
+        self._note(unsaved, saved, now)
+        for iam, taken, token, error in failed:
+            self._stand_in(iam, token, taken.lease, error)
+
+    def _result(
+        self, iam: IAM, taken: Taken, token: Leased, answer: Answer, now: datetime
+    ) -> Result | MinterError:
+        """Return what to save after one request, or the error that ends the token."""
+        keep = Result(
+            jti=token.jti, lease=taken.lease, lead_seconds=token.lead_seconds, needed_at=token.needed_at,
+            tries=token.tries,
+        )  # fmt: skip
+        again = structs.replace(
+            keep,
+            tries=token.tries + 1,
+            retry_at=now + timedelta(seconds=backoff_seconds(token.tries, self._jitter)),
+        )
+        error = answer.error
+        if isinstance(error, Lost) and answer.grant == "refresh_token" and not iam.provider.replays:
+            return structs.replace(again, spent=True, error=error.as_dict())
+        if isinstance(error, Unavailable | Misconfigured):
+            return structs.replace(again, error=error.as_dict())
+        if isinstance(error, ProviderRefused) and answer.grant == "refresh_token":
+            if token.subject is None and token.client_subject is None:
+                return error
+            return structs.replace(keep, refresh=b"")  # exchanged anew, at the next slot
+        if error is not None:
+            return error
+        assert answer.obtained is not None
+        return self._given(iam, token, answer.obtained, keep, again, now)
+
+    def _given(
+        self, iam: IAM, token: Leased, obtained: Obtained, keep: Result, again: Result, now: datetime
+    ) -> Result | MinterError:
+        """Return what to save of an answer that was given: the refresh token even of a rejected one."""
+        seal = self._keystore.seal_token
+        refresh = seal(token.vo, token.jti, "refresh", obtained.refresh) if obtained.refresh else None
+        if obtained.error is not None:
+            final = token.tries + 1 >= MAX_TRIES
+            return obtained.error if final else structs.replace(again, refresh=refresh)
+        if not obtained.access:
+            return structs.replace(keep, refresh=refresh)
+        expires_at = datetime.fromtimestamp(obtained.expires_at, now.tzinfo)
+        lead_seconds, needed_at = next_need(expires_at, token.deadline, now, iam.provider)
+        return Result(
+            jti=token.jti,
+            lease=keep.lease,
+            state="issued",
+            access=seal(token.vo, token.jti, "access", obtained.access),
+            refresh=refresh,
+            expires_at=expires_at,
+            scope=obtained.scope,
+            fts_token_id=fts_token_id(obtained.access.encode()),
+            lead_seconds=lead_seconds,
+            needed_at=needed_at,
+        )
+
+    def _note(
+        self, answers: Sequence[tuple[IAM, Taken, Leased, Answer]], saved: set[uuid.UUID], now: datetime
+    ) -> None:
+        """Tell the breaker, the metrics and the log what became of requests that were sent."""
+        for name, iam in self._iams.items():
+            sent = [(t, k, a) for i, t, k, a in answers if i is iam and a.sent and a.grant != "none"]
+            if not sent:
+                continue
+            health = [
+                (
+                    isinstance(a.error, ProviderAway),
+                    float(a.error.fields.get("retry_after", 0) if a.error else 0),
+                )
+                for _, _, a in sent
+            ]
+            before, after = keeping.note_health(self._pool, name, health, now, self._jitter)
+            if before.open_until != after.open_until:
+                until = after.open_until.isoformat() if after.open_until else None
+                logs.event(
+                    logger, "provider paused" if until else "provider is back", provider=name, until=until
+                )
+            for _, token, answer in sent:
+                error = answer.error or (answer.obtained.error if answer.obtained else None)
+                outcome = error.reason if error else "ok" if token.jti in saved else "outrun"
+                self._observe(name, answer.grant, outcome, answer.seconds)
+                dropped = answer.obtained.dropped if answer.obtained else ()
+                logs.event(
+                    logger, "provider asked", provider=name, grant=answer.grant, outcome=outcome,
+                    jti=str(token.jti), client=token.client, vo=token.vo,
+                    dropped=" ".join(dropped) or None, error=error.message if error else None,
+                )  # fmt: skip
+
+    # ── standing in ──────────────────────────────────────────────────────────────────────────
+
+    def _stand_in(self, iam: IAM, token: Leased, lease: uuid.UUID, why: MinterError) -> None:
+        """Let the routes of the fallback serve what a managed token served; or it fails, with its reason."""
+        instead: dict[uuid.UUID, uuid.UUID] = {}
+        uses = keeping.living_uses(self._pool, token.jti)
+        try:
+            for request_id in dict.fromkeys(use[1] for use in uses):
+                needs = {use[2:]: use[0] for use in uses if use[1] == request_id}
+                instead |= self._minted(token, request_id, needs)
+        except RequestError as error:
+            keeping.save(self._pool, [_failure(lease, token, error)])
+            _log_failure(iam, token, error)
+            return
+        keeping.stand_in(self._pool, token.jti, lease, instead)
+        logs.event(
+            logger, "stood in", provider=iam.provider.name, jti=str(token.jti), reason=why.reason,
+            uses=len(instead),
+        )  # fmt: skip
+
+    def _minted(
+        self, token: Leased, request_id: uuid.UUID, needs: Mapping[tuple[int, Any, int], uuid.UUID]
+    ) -> dict[uuid.UUID, uuid.UUID]:
+        """Decide and mint anew, as a renewal of what one request was granted; raises what refuses it."""
+        now = self._clock()
+        files = tuple(sorted({file for file, _, _ in needs}))
+        new_id = self._lives.engine.new_jti()
+        renewal = self._lives.renewal(
+            token.client, RenewRequest(request_id=new_id, renews=request_id, files=files)
+        )
+        life = int((token.deadline - now).total_seconds()) + BACKDATE_SECONDS
+        request = _only(renewal, needs, life, tuple(token.fallback))
+        (outcome,) = self._lives.engine.mint_many([Submission(request, token.client)], now)
+        if outcome.error is not None:
+            raise outcome.error
+        given = {i.need: uuid.UUID(i.jti) for i in outcome.issued} | {
+            a.need: uuid.UUID(a.handle) for a in outcome.awaited
+        }
+        if missing := [use for need, use in needs.items() if need not in given]:
+            first = outcome.refusals[0]["error"]["error_description"] if outcome.refusals else "no reason"
+            raise RefreshTokenLost(
+                f"the fallback refuses {len(missing)} of {len(needs)} tokens: {first}"[:400]
+            )
+        return {use: given[need] for need, use in needs.items()}
+
+    # ── chores ───────────────────────────────────────────────────────────────────────────────
+
+    def _chores(self) -> None:
+        """Stand in where a provider is paused, see whether it is back, finish what is overdue."""
+        now = self._clock()
+        for iam in self._iams.values():
+            lease, seconds = uuid.uuid4(), 2 * iam.provider.timeout_seconds + 30
+            paused = ProviderAway(f"provider {iam.provider.name} is paused")
+            for token in keeping.strand(self._pool, iam.provider, lease, STAND_INS, now, seconds):
+                self._stand_in(iam, token, lease, paused)
+            if keeping.probe(self._pool, iam.provider, now, seconds):
+                self._probe(iam, now)
+        keeping.end_overdue(self._pool, now)
+
+    def _probe(self, iam: IAM, now: datetime) -> None:
+        try:
+            iam.fetch_documents()
+        except ProviderAway:
+            failed = True
+        else:
+            failed = False
+            logs.event(logger, "provider is back", provider=iam.provider.name, until=None)
+        keeping.note_health(self._pool, iam.provider.name, [(failed, 0.0)], now, self._jitter)
+
+
+def _threads(iam: IAM) -> int:
+    """Return how many requests this process may have out: some wait for their slots."""
+    return min(2 * iam.provider.in_flight, 64)
+
+
+def _forbidden(token: Leased, bans: Bans) -> MinterError | None:
+    """Return why a token must not be kept any longer, None if nothing is against it (I9)."""
+    if token.client_disabled:
+        return UnknownClient(f"client {token.client!r} is disabled")
+    try:
+        bans.check(
+            token.vo, vo=token.vo, client=token.client, on_behalf_of=token.on_behalf_of,
+            activity=token.activity, storage=token.storage,
+        )  # fmt: skip
+        for scope in parse_scopes(token.scope):
+            if scope.path is not None:
+                bans.check_path(token.vo, scope.path)
+    except Banned as error:
+        return error
+    if token.activity == SEVERAL and bans.has("activity", token.vo):
+        return Banned(
+            "an activity of this VO is banned, and the request's files have several", kind="activity"
+        )
+    return None
+
+
+def _failure(lease: uuid.UUID, token: Leased, error: MinterError) -> Result:
+    """Return the end of a token: what it still holds works on until it expires."""
+    return Result(
+        jti=token.jti, lease=lease, state="failed", refresh=b"", subject=b"", tries=token.tries,
+        error=error.as_dict(),
+    )  # fmt: skip
+
+
+def _log_failure(iam: IAM, token: Leased, error: MinterError) -> None:
+    logs.event(
+        logger, "managed token failed", provider=iam.provider.name, jti=str(token.jti), client=token.client,
+        vo=token.vo, reason=error.reason, error=error.message,
+    )  # fmt: skip
+
+
+def _only(
+    request: Request, needs: Mapping[tuple[int, str, int], object], life_seconds: int, routes: tuple[str, ...]
+) -> Request:
+    """Return a renewal of some needs only, for as long as they last, by the fallback's routes."""
+    files = []
+    for file in request.files:
+        kept = [n for n in file.needs if (n.file, n.side, n.index) in needs]
+        if kept:
+            life = [structs.replace(n, life_seconds=life_seconds, one_token=False) for n in kept]
+            files.append(structs.replace(file, needs=tuple(life)))
+    return structs.replace(request, files=tuple(files), service=None, routes=routes, all_or_nothing=False)

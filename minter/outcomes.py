@@ -1,0 +1,188 @@
+"""Outcomes: what goes into the engine, what comes out, and one request on its way through its steps."""
+
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from typing import Any, Literal
+from uuid import UUID
+
+from msgspec import Struct
+
+from minter.clients import Client
+from minter.errors import Conflict, MinterError, NoUsableKey
+from minter.keys import Key
+from minter.managed import Wanted
+from minter.plans import BACKDATE_SECONDS, Decision, Grant
+from minter.records import RequestRow, TokenRow, UseRow, fts_token_id
+from minter.requests import Request, Side
+from minter.sharing import Shared
+from minter.wishes import Family
+
+
+class Submission(Struct, frozen=True, eq=False):
+    """One request and who, by the broker's word, sent it."""
+
+    request: Request
+    client: str
+
+
+class Issued(Struct, frozen=True, gc=False):
+    """One token on its way out; its `repr` hides the bytes."""
+
+    need: tuple[int, Side, int]
+    storage: str
+    scope: str
+    jti: str
+    exp: int
+    token: bytes
+    handle: str = ""
+
+    def __repr__(self) -> str:
+        """Name the token without showing it."""
+        return f"Issued({self.jti}, {self.need})"
+
+
+class Awaited(Struct, frozen=True, gc=False):
+    """A managed token that there is nothing of yet: it can be fetched by its handle."""
+
+    need: tuple[int, Side, int]
+    storage: str
+    scope: str
+    handle: str
+
+
+class Outcome(Struct, eq=False):
+    """What became of one submission. `error` means that no token was issued for it, nor is awaited."""
+
+    submission: Submission
+    issued: list[Issued]
+    refusals: list[dict[str, Any]]
+    error: MinterError | None = None
+    repeated: bool = False
+    client: Client | None = None
+    decision: Decision | None = None
+    family: Family | None = None
+    awaited: list[Awaited] = []
+
+    def withhold(self, error: MinterError) -> None:
+        """Take back what was to be given, for an error of the whole."""
+        self.issued, self.refusals, self.awaited, self.error = [], [], [], error
+
+
+class Observed(Struct, frozen=True):
+    """One record for `observe`: metrics, logs and audit lines are made from it, never secrets."""
+
+    stage: Literal["received", "decided", "inserted", "copied", "committed", "answered"]
+    outcomes: Sequence[Outcome]
+    at: datetime
+
+
+Observe = Callable[[Observed], None]
+
+
+class Work:
+    """One request on its way through the steps."""
+
+    __slots__ = (
+        "activity",
+        "client",
+        "decision",
+        "first_managed",
+        "key",
+        "on_behalf_of",
+        "outcome",
+        "row",
+        "signing_key",
+        "uses",
+    )
+
+    def __init__(
+        self,
+        outcome: Outcome,
+        client: Client,
+        decision: Decision,
+        on_behalf_of: str = "",
+        activity: str = "",
+    ) -> None:
+        self.outcome = outcome
+        self.client = client
+        self.decision = decision
+        self.on_behalf_of = on_behalf_of
+        self.activity = activity
+        self.key = (outcome.submission.request.request_id, client.client_id)
+        self.row: RequestRow
+        self.signing_key: Key | None = None
+        self.uses: list[UseRow] = []
+        self.first_managed = 0
+
+    @property
+    def key_id(self) -> int:
+        """The key that signs for it, 0 if none may."""
+        return self.signing_key.key_id if self.signing_key else 0
+
+    def twin(self, outcome: Outcome) -> "Work":
+        """Return an equal id of the same batch, to be answered from the row."""
+        return Work(outcome, self.client, self.decision)
+
+    def add(self, grant: Grant, jti: str, exp: int, token: bytes) -> None:
+        """Note a token for handing out."""
+        need = grant.need
+        where: tuple[int, Side, int] = (need.file, need.side, need.index)
+        self.outcome.issued.append(Issued(where, grant.plan.area.storage, grant.scope, jti, exp, token))
+
+    def use(self, grant: Grant, use_id: str, shared: Shared) -> None:
+        """Note a use of a shared token, which is handed out like one of its own."""
+        self.add(grant, shared.jti, shared.expires_at, shared.token)
+        need = grant.need
+        self.uses.append(
+            UseRow(
+                use_id, shared.jti, self.row.request_id, self.client.client_id, grant.path,
+                need.file, need.side, need.index, grant.external_id,
+            )
+        )  # fmt: skip
+
+    def manage(self, grant: Grant, handle: str, jti: UUID) -> None:
+        """Note a use of a managed token."""
+        need = grant.need
+        self.uses.append(
+            UseRow(
+                handle, str(jti), self.row.request_id, self.client.client_id, grant.path,
+                need.file, need.side, need.index, grant.external_id,
+                self.outcome.submission.request.consumer,
+            )
+        )  # fmt: skip
+
+    def managed_row(self, grant: Grant, rule_id: int, wanted: Wanted) -> TokenRow:
+        """Return the row of a managed token: what was decided, and nothing signed."""
+        return TokenRow(
+            str(wanted.jti), self.row.request_id, self.client.client_id, wanted.storage, 0,
+            int(wanted.deadline.timestamp()), grant.shared or grant.path, 0, -1, grant.need.side, 0, "",
+            wanted.payload(self.client.name), rule_id, mode=wanted.mode, state="queued",
+        )  # fmt: skip
+
+    def token_row(
+        self, grant: Grant, rule_id: int, jti: str, payload: bytes, token: bytes, key: Key, now: int
+    ) -> TokenRow:
+        """Return the row of a token, a shared one's as that of no file."""
+        need = grant.need
+        file, index, external_id = (-1, 0, "") if grant.shared else (need.file, need.index, grant.external_id)
+        return TokenRow(
+            jti, self.row.request_id, self.client.client_id, grant.plan.area.storage, key.key_id,
+            now - BACKDATE_SECONDS + grant.lifetime.seconds, grant.path, fts_token_id(token), file,
+            need.side, index, external_id, payload.decode(), rule_id,
+        )  # fmt: skip
+
+
+def share(outcome: Outcome, work: Work) -> None:
+    """Give an equal request of the same batch what the first one got (I4)."""
+    outcome.repeated = True
+    outcome.client = work.client
+    if isinstance(work.outcome.error, NoUsableKey):  # nothing was recorded that could differ
+        outcome.error = work.outcome.error
+        return
+    if outcome.submission.request.digest != work.outcome.submission.request.digest:
+        outcome.error = Conflict("request_id was used before with other content; make a new one")
+        return
+    first = work.outcome
+    outcome.issued, outcome.refusals, outcome.error = first.issued, first.refusals, first.error
+    outcome.awaited = first.awaited
+    outcome.decision = first.decision

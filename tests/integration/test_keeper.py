@@ -1,0 +1,481 @@
+"""Managed tokens from a provider that does as it is told: recorded, obtained, kept fresh, stood in for."""
+
+import json
+import threading
+import time
+import uuid
+from datetime import UTC, datetime, timedelta
+
+import jwt
+import pytest
+import urllib3
+from msgspec import structs
+
+from minter import catalogue, database, keeping, wiring
+from minter.clients import Ban
+from minter.documents import SharedDocuments
+from minter.errors import InvalidGrant
+from minter.fake_iam import Behaviour, FakeIAM
+from minter.followups import CancelRequest, FetchRequest, FileReport, ReportRequest
+from minter.iam import IAM
+from minter.keeper import Keeper
+from minter.lives import Lives
+from minter.outcomes import Submission
+from minter.policy import Policy
+from minter.providers import Provider
+from minter.requests import FileOperation, FileRequest, MintRequest, from_mint
+from minter.routes import Route
+from tests.conftest import rows
+from tests.integration.test_mint import SE
+
+ME = "rucio-alpen"
+OPERATIONS = ("read", "write", "overwrite", "retry", "stat")
+MINTED = Route(name="minted", operations=OPERATIONS)
+
+
+class Clock:
+    """The entry point's clock, which a test may put forward."""
+
+    def __init__(self):
+        self.ahead = timedelta()
+
+    def __call__(self):
+        return datetime.now(UTC) + self.ahead
+
+
+class Bench:
+    """An engine and a keeper with one provider, whose time is the test's."""
+
+    def __init__(self, service, iam, *routes, **provider):
+        self.clock = Clock()
+        self.service = service
+        self.fake = iam
+        self.provider = Provider(
+            name="iam", issuer=iam.issuer, client_id="minter", secret_file="-",
+            **{"requests_per_second": 500.0, "timeout_seconds": 2.0} | provider,
+        )  # fmt: skip
+        self.routes = routes
+        old = service.engine.policy
+        service.engine.policy = Policy(old.directories, routes, ())
+        service.engine.store._clock = lambda: datetime.now(UTC)  # Postgres's, whatever the test's is
+        catalogue.sync_providers(service.pool, ["iam"])
+        self.lives = Lives(service.engine, service.pool)
+        known = SharedDocuments(service.pool, self.provider, self.clock)
+        known.iam = self.iam = IAM(self.provider, "minter-secret", known, self.clock)
+        self.asked = []
+        self.keeper = Keeper(
+            service.pool, service.keystore, self.lives, {"iam": self.iam}, self.clock,
+            lambda *asked: self.asked.append(asked[1:3]), jitter=lambda bound: bound / 100,
+        )  # fmt: skip
+
+    def ask(self, *names, subject=None, client=ME, **options):
+        files = tuple(
+            FileRequest(operations=(FileOperation("download", SE + n),), external_id=n) for n in names
+        )
+        request = from_mint(
+            MintRequest(
+                request_id=options.pop("request_id", None) or wiring.new_uuid7(), files=files, **options
+            )
+        )
+        if subject:
+            from minter.requests import SubjectToken
+
+            request = structs.replace(request, subject=SubjectToken(subject, "iam"))
+        (outcome,) = self.service.engine.mint_many([Submission(request, client)], self.clock())
+        return outcome
+
+    def subject(self, **claims):
+        told = {"sub": "atlas-user", "aud": "minter", "scope": "storage.read:/", **claims}
+        return self.fake.sign(told)
+
+    def turn(self, seconds=5.0, until=None):
+        """Let the keeper do what is due now, or whatever it takes until something has happened."""
+        end = time.monotonic() + seconds
+        quiet = 0
+        while time.monotonic() < end and (not until() if until else quiet < 3):
+            self.keeper._chores_at = float("-inf")
+            quiet = 0 if self.keeper.turn() or self.keeper._out else quiet + 1
+            time.sleep(0.005)
+
+    def fetch(self, outcome, client=ME):
+        return self.lives.fetch(client, FetchRequest(outcome.submission.request.request_id), self.clock())
+
+    def forward(self, **by):
+        self.clock.ahead += timedelta(**by)
+        self.fake.behaviour = structs.replace(
+            self.fake.behaviour, skew_seconds=int(self.clock.ahead.total_seconds())
+        )
+
+    def row(self):
+        (found,) = rows(
+            self.service, "SELECT state::text, tries, spent, lead_seconds, error, uses FROM managed"
+        )
+        return dict(zip(("state", "tries", "spent", "lead", "error", "uses"), found, strict=True))
+
+
+@pytest.fixture
+def iam():
+    server = FakeIAM(0)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def exchange(**route):
+    return Route(
+        name="asked", operations=OPERATIONS, mode="exchange", provider="iam",
+        **{"transfer_seconds": 12 * 3600} | route,
+    )  # fmt: skip
+
+
+def own(**route):
+    return Route(name="own", operations=OPERATIONS, mode="client_credentials", provider="iam", **route)
+
+
+def test_client_credentials_are_asked_for_and_shared(service, iam):
+    bench = Bench(service, iam, own(granularity="directory"))
+    first = bench.ask("data/a", "data/b")
+    assert len(first.awaited) == 2
+    assert not first.issued
+    assert bench.fetch(first).awaited
+    bench.turn()
+    assert bench.asked == [("client_credentials", "ok")]
+    given = bench.fetch(first).tokens
+    assert len(given) == 2
+    assert given[0].token == given[1].token
+    assert {t.handle for t in given} == {a.handle for a in first.awaited}
+    claims = jwt.decode(given[0].token, options={"verify_signature": False})
+    assert claims["scope"] == given[0].scope == "storage.read:/atlas/atlasdatadisk/rucio/data/data"
+    second = bench.ask("data/c")  # the third file costs no request
+    assert [i.token.decode() for i in second.issued] == [given[0].token]
+    assert bench.row()["uses"] == 3
+    again = bench.ask("data/c", request_id=second.submission.request.request_id)
+    assert again.repeated
+    assert [i.handle for i in again.issued] == [i.handle for i in second.issued]
+    bench.turn()
+    assert len(bench.asked) == 1
+
+
+def test_an_exchanged_token_is_kept_fresh_until_its_transfer_ends(service, iam):
+    bench = Bench(service, iam, exchange(), outage_margin_seconds=1200)
+    outcome = bench.ask("a", subject=bench.subject())
+    bench.turn()
+    first = bench.fetch(outcome).tokens[0]
+    bench.forward(minutes=35)
+    bench.turn()
+    assert bench.fetch(outcome).tokens[0].token == first.token  # 25 minutes are left: more than the margin
+    bench.forward(minutes=10)
+    bench.turn()
+    second = bench.fetch(outcome).tokens[0]
+    assert second.token != first.token
+    assert bench.asked == [("token_exchange", "ok"), ("refresh_token", "ok")]
+    done = bench.lives.report(
+        ME, ReportRequest(files=(FileReport(state="finished", external_id="a"),)), bench.clock()
+    )
+    assert done.changed == 1
+    assert bench.row()["state"] == "finished"
+    (secrets,) = rows(service, "SELECT access, refresh, subject FROM managed")
+    assert secrets == (None, None, None)
+    bench.forward(minutes=45)
+    bench.turn()
+    assert len(bench.asked) == 2
+    assert bench.fetch(outcome).refusals[0].error["reason"] == "expired"
+
+
+def test_nothing_is_refreshed_after_the_deadline(service, iam):
+    bench = Bench(service, iam, exchange(transfer_seconds=3600, wait_seconds=600))
+    bench.ask("a", subject=bench.subject())
+    bench.turn()
+    bench.forward(hours=1, minutes=20)
+    bench.turn()
+    assert bench.row()["state"] == "finished"
+    assert len(bench.asked) <= 2
+
+
+def test_secrets_lie_encrypted(service, iam):
+    bench = Bench(service, iam, exchange())
+    subject = bench.subject()
+    outcome = bench.ask("a", subject=subject)
+    assert "eyJ" not in repr(outcome.submission.request)
+    bench.turn()
+    token = bench.fetch(outcome).tokens[0].token
+    with database.transaction(service.pool) as connection:
+        dump = json.dumps(
+            [str(r) for r in connection.execute("SELECT m.*, t.* FROM managed m, tokens t").fetchall()]
+        )
+    for secret in (subject, token, *bench.fake._refresh):
+        assert secret not in dump
+        assert secret[:20] not in dump or secret[:20] == token[:20]
+        assert secret.encode().hex() not in dump
+
+
+def test_who_may_fetch_a_handle(service, iam):
+    from minter import stack
+
+    stack.add_client(service, "consumer", "alpen", "test")
+    stack.add_client(service, "thief", "alpen", "test")
+    bench = Bench(service, iam, own())
+    outcome = bench.ask("a", consumer="consumer")
+    bench.turn()
+    handle = uuid.UUID(outcome.awaited[0].handle)
+    for name, gets in ((ME, True), ("consumer", True), ("thief", False)):
+        answer = bench.lives.fetch(name, FetchRequest(handles=(handle, wiring.new_uuid7())), bench.clock())
+        assert bool(answer.tokens) is gets
+        assert answer.unknown == (["handles[1]"] if gets else ["handles[0]", "handles[1]"])
+    catalogue.add_ban(service.pool, Ban("client", ME, "alpen"), "test", "test")
+    from minter.errors import Banned
+
+    with pytest.raises(Banned):
+        bench.lives.fetch("consumer", FetchRequest(handles=(handle,)), bench.clock())
+
+
+def test_no_subject_token_no_exchange(service, iam):
+    bench = Bench(service, iam, exchange())
+    outcome = bench.ask("a")
+    assert outcome.refusals[0]["error"]["reason"] == "invalid_grant"
+    assert "no subject token" in outcome.refusals[0]["error"]["error_description"]
+
+
+def test_the_stored_subject_token_serves(service, iam):
+    bench = Bench(service, iam, exchange())
+    sealed = service.keystore.seal_token("alpen", ME, "client_subject", bench.subject())
+    until = bench.clock() + timedelta(days=1)
+    catalogue.set_subject(
+        service.pool, ME,
+        {"subject_token": sealed, "subject_provider": "iam", "subject_scope": "storage.read:/", "subject_expires_at": until},
+        "test",
+    )  # fmt: skip
+    outcome = bench.ask("a")
+    bench.turn()
+    assert bench.fetch(outcome).tokens
+    assert bench.asked == [("token_exchange", "ok")]
+
+
+REJECTED = {
+    "wrong_key": "does not verify", "wrong_issuer": "does not verify", "wrong_audience": "audience",
+    "wider_scope": "was not asked for", "no_expiry": "does not verify", "long_life": "at most",
+    "short_life": "at least", "future": "not in its time", "opaque": "does not verify",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", REJECTED)
+def test_what_was_not_asked_for_is_destroyed(service, iam, fault):
+    bench = Bench(service, iam, own())
+    iam.behaviour = Behaviour(fault=fault)
+    outcome = bench.ask("a")
+    bench.turn(until=lambda: bench.row()["state"] == "failed")
+    answer = bench.fetch(outcome)
+    assert not answer.tokens
+    assert answer.refusals[0].error["reason"] == "provider_token_rejected"
+    assert REJECTED[fault] in answer.refusals[0].error["error_description"]
+    assert len(bench.asked) == 4
+    assert rows(service, "SELECT access FROM managed") == [(None,)]
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "down",
+        "error_500",
+        "busy_429",
+        "garbage",
+        "html",
+        "huge",
+        "redirect",
+        "lost_answer",
+        "trickle",
+        "slow",
+    ],
+)
+def test_an_answer_that_is_none_is_waited_for(service, iam, fault):
+    bench = Bench(service, iam, own(), timeout_seconds=0.3)
+    iam.behaviour = Behaviour(fault=fault, slow_seconds=1.0)
+    outcome = bench.ask("a")
+    bench.turn(until=lambda: len(bench.asked) >= 2)
+    assert {o for _, o in bench.asked} <= {"provider_away", "lost"}
+    assert bench.fetch(outcome).awaited
+    assert "eyJ" not in json.dumps(bench.row()["error"])
+    iam.behaviour = Behaviour()
+    bench.forward(minutes=5)
+    bench.turn(until=lambda: bench.row()["state"] == "issued")
+    assert bench.fetch(outcome).tokens
+
+
+def test_a_wrong_secret_is_waited_for_and_shown(service, iam):
+    bench = Bench(service, iam, own())
+    iam.behaviour = Behaviour(fault="invalid_client")
+    outcome = bench.ask("a")
+    bench.turn(until=lambda: len(bench.asked) >= 5)
+    assert bench.fetch(outcome).awaited
+    assert bench.row()["error"]["reason"] == "misconfigured"
+    iam.behaviour = Behaviour()
+    bench.forward(minutes=5)
+    bench.turn(until=lambda: bench.row()["state"] == "issued")
+    assert bench.fetch(outcome).tokens
+
+
+def test_dropped_scopes_are_reported(service, iam, caplog):
+    bench = Bench(service, iam, own())
+    iam.behaviour = Behaviour(fault="narrow_scope")
+    files = (
+        FileRequest(operations=(FileOperation("upload", SE + "a"), FileOperation("download", SE + "b"))),
+    )
+    request = from_mint(MintRequest(request_id=wiring.new_uuid7(), files=files))
+    (outcome,) = service.engine.mint_many([Submission(request, ME)], bench.clock())
+    bench.turn()
+    wide = {a.handle: a.scope for a in outcome.awaited}
+    for token in bench.fetch(outcome).tokens:
+        claims = jwt.decode(token.token, options={"verify_signature": False})
+        assert claims["scope"] == token.scope
+        assert set(token.scope.split()) <= set(wide[token.handle].split())
+
+
+def test_a_lost_refresh_is_exchanged_again(service, iam):
+    bench = Bench(service, iam, exchange(), timeout_seconds=0.5, outage_margin_seconds=1200)
+    outcome = bench.ask("a", subject=bench.subject())
+    bench.turn()
+    iam.behaviour = Behaviour(fault="lost_answer")
+    bench.forward(minutes=45)
+    bench.turn(until=lambda: len(bench.asked) == 2)
+    assert bench.asked[-1] == ("refresh_token", "lost")
+    assert bench.row()["spent"]
+    iam.behaviour = structs.replace(iam.behaviour, fault="")
+    bench.forward(seconds=30)
+    bench.turn(until=lambda: len(bench.asked) == 3)
+    assert bench.asked[-1] == ("token_exchange", "ok")
+    assert bench.fetch(outcome).tokens[0].exp > bench.clock().timestamp() + 3000
+
+
+@pytest.mark.parametrize("reuse", ["safe", "spent"])
+def test_a_lost_refresh_without_a_subject(service, iam, reuse):
+    bench = Bench(service, iam, exchange(), timeout_seconds=0.5, reuse=reuse, outage_margin_seconds=1200)
+    outcome = bench.ask("a", subject=bench.subject())
+    bench.turn()
+    with database.transaction(service.pool) as connection:
+        connection.execute("UPDATE managed SET subject = NULL")
+    iam.behaviour = Behaviour(fault="lost_answer", reuse=True)
+    bench.forward(minutes=45)
+    bench.turn(until=lambda: len(bench.asked) == 2)
+    iam.behaviour = structs.replace(iam.behaviour, fault="")
+    bench.forward(seconds=30)
+    bench.turn(until=lambda: bench.row()["state"] == "failed" or len(bench.asked) == 3)
+    answer = bench.fetch(outcome)
+    assert answer.tokens  # the last one works still
+    if reuse == "safe":
+        assert bench.asked[-1] == ("refresh_token", "ok")
+        return
+    assert bench.row()["error"]["reason"] == "refresh_token_lost"
+    bench.forward(minutes=30)
+    assert bench.fetch(outcome).refusals[0].error["reason"] == "refresh_token_lost"
+
+
+def test_a_worker_that_died_with_a_refresh_token(service, iam):
+    """A lease that ran out, on a token whose refresh token may be spent: it is not presented again."""
+    bench = Bench(service, iam, exchange(), outage_margin_seconds=1200)
+    outcome = bench.ask("a", subject=bench.subject())
+    bench.turn()
+    bench.forward(minutes=45)
+    dead = keeping.take(service.pool, bench.provider, uuid.uuid4(), 5, bench.clock(), 30.0)
+    assert len(dead.tokens) == 1
+    assert not dead.tokens[0].spent
+    bench.turn(seconds=0.3)
+    assert len(bench.asked) == 1  # its lease is not over
+    bench.forward(seconds=31)
+    bench.turn()
+    assert bench.asked[-1] == ("token_exchange", "ok")
+    assert (
+        keeping.save(service.pool, [keeping.Result(jti=dead.tokens[0].jti, lease=dead.lease, state="issued")])
+        == set()
+    )
+    assert bench.fetch(outcome).tokens
+
+
+def test_a_refresh_that_is_refused_ends_in_the_fallback(service, iam):
+    bench = Bench(service, iam, exchange(fallback=("minted",)), MINTED, outage_margin_seconds=1200)
+    outcome = bench.ask("a", subject=bench.subject())
+    bench.turn()
+    handle = bench.fetch(outcome).tokens[0].handle
+    with database.transaction(service.pool) as connection:
+        connection.execute("UPDATE managed SET subject = NULL")
+    iam._families.clear()
+    bench.forward(minutes=45)
+    bench.turn()
+    (token,) = bench.fetch(outcome).tokens
+    claims = jwt.decode(token.token, options={"verify_signature": False})
+    assert claims["iss"] != iam.issuer
+    assert claims["scope"] == "storage.read:/atlas/atlasdatadisk/rucio/data/a"
+    assert bench.row()["state"] == "finished"
+    assert (
+        bench.lives.fetch(ME, FetchRequest(handles=(uuid.UUID(handle),)), bench.clock()).tokens[0].token
+        == token.token
+    )
+    ((steps,),) = rows(service, "SELECT steps FROM rules WHERE route = 'minted'")
+    assert ["fallback", "stands in for a provider's token"] in steps
+
+
+def test_a_paused_provider_is_stood_in_for_and_asked_again_when_it_is_back(service, iam):
+    bench = Bench(service, iam, own(fallback=("minted",)), MINTED)
+    iam.behaviour = Behaviour(fault="error_500")
+    waiting = [bench.ask(f"f{n}") for n in range(8)]
+    assert all(o.awaited for o in waiting)
+    bench.turn(until=lambda: not rows(service, "SELECT 1 FROM managed WHERE state <> 'finished'"))
+    for outcome in waiting:  # what waited was stood in for
+        (token,) = bench.fetch(outcome).tokens
+        assert jwt.decode(token.token, options={"verify_signature": False})["iss"] != iam.issuer
+    asked = len(bench.asked)
+    fresh = bench.ask("g")  # what comes now is minted at once, and says why
+    assert fresh.issued
+    assert any("is away: route minted stands in" in s.text for s in fresh.decision.grants[0].plan.steps)
+    assert len(bench.asked) == asked
+    iam.behaviour = Behaviour()
+    bench.forward(minutes=6)
+    bench.turn(until=lambda: not rows(service, "SELECT 1 FROM providers WHERE open_until IS NOT NULL"))
+    assert bench.ask("h").awaited
+
+
+def test_bans_stop_the_refresh(service, iam):
+    bench = Bench(service, iam, exchange(), outage_margin_seconds=1200)
+    bench.ask("a", subject=bench.subject())
+    bench.turn()
+    catalogue.add_ban(service.pool, Ban("path", "/atlas/atlasdatadisk/rucio/data/a", "alpen"), "test", "test")
+    bench.forward(minutes=45)
+    bench.turn()
+    assert len(bench.asked) == 1
+    assert bench.row()["error"]["reason"] == "banned"
+
+
+def test_cancelled_handles_are_not_given(service, iam):
+    bench = Bench(service, iam, own())
+    outcome = bench.ask("a")
+    bench.turn()
+    gone = bench.lives.cancel(ME, CancelRequest(external_ids=("a",)), bench.clock())
+    assert gone.changed == 1
+    assert bench.fetch(outcome).refusals[0].error["reason"] == "expired"
+
+
+def test_subject_tokens_are_verified(service, iam):
+    from minter.iam import check_subject
+
+    bench = Bench(service, iam, own())
+    assert check_subject(bench.iam, bench.subject(), ("minter",))["sub"] == "atlas-user"
+    iam.behaviour = Behaviour(life_seconds=-10)
+    expired = bench.subject()
+    iam.behaviour = Behaviour()
+    other = FakeIAM(0)
+    foreign = other.sign({"sub": "x", "aud": "minter", "scope": "storage.read:/"})
+    other.server_close()
+    for token in (
+        expired,
+        foreign,
+        bench.subject(aud="somebody"),
+        "eyJ.x.y",
+        "",
+        iam.sign({"aud": "minter"}, "wrong_key"),
+    ):
+        with pytest.raises(InvalidGrant) as caught:
+            check_subject(bench.iam, token, ("minter",))
+        assert "eyJ" not in str(caught.value)
+    assert urllib3.__version__ >= "2"
