@@ -118,7 +118,7 @@ def parts(whole: Answer, max_bytes: int = MAX_BODY_BYTES) -> list[bytes]:
     A filled job is never divided: at most 2 000 files of it fit in what AMQP carries.
     """
     body = encode(whole)
-    if len(body) <= max_bytes or len(whole.tokens) + len(whole.refusals) < 2:  # noqa: PLR2004
+    if len(body) <= max_bytes or len(whole.tokens) + len(whole.awaited) + len(whole.refusals) < 2:  # noqa: PLR2004
         return [body]
     count = len(body) // max_bytes + 1
     return [
@@ -126,6 +126,7 @@ def parts(whole: Answer, max_bytes: int = MAX_BODY_BYTES) -> list[bytes]:
             structs.replace(
                 whole,
                 tokens=whole.tokens[number::count],
+                awaited=whole.awaited[number::count],
                 refusals=whole.refusals[number::count],
                 part=number,
                 parts=count,

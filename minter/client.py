@@ -10,6 +10,7 @@ errors are of the tree in `minter.errors`: one file's refusal is in `result.refu
 refused as a whole raises.
 """
 
+import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
@@ -19,7 +20,7 @@ import uuid_utils
 from msgspec import Struct
 
 from minter.contract import CANCEL, FETCH, FILL_JOB, MINT, RENEW, REPORT
-from minter.errors import InvalidRequest, MinterError, SettingsError, from_dict
+from minter.errors import InvalidRequest, MinterError, SettingsError, Unavailable, from_dict
 from minter.followups import CancelRequest, FetchRequest, FileReport, JobReport, RenewRequest, ReportRequest
 from minter.requests import (
     MAX_FILES,
@@ -34,11 +35,12 @@ from minter.requests import (
 from minter.transport_http import HttpTransport
 
 __all__ = [
-    "Alive", "Changed", "FileOperation", "FileReport", "FileRequest", "FilledJob", "JobReport",
+    "Alive", "Awaited", "Changed", "FileOperation", "FileReport", "FileRequest", "FilledJob", "JobReport",
     "MintResult", "MinterClient", "MinterError", "Refusal", "Token", "new_request_id",
 ]  # fmt: skip
 
 DEFAULT_TIMEOUT_SECONDS = 60.0
+AWAIT_SECONDS = 0.2
 
 
 def new_request_id() -> uuid.UUID:
@@ -49,7 +51,7 @@ def new_request_id() -> uuid.UUID:
 class Token:
     """One token. `str` and `repr` hide it; `reveal()` gives it to whoever sends it on."""
 
-    __slots__ = ("_token", "exp", "file", "index", "jti", "scope", "side", "storage")
+    __slots__ = ("_token", "exp", "file", "handle", "index", "jti", "scope", "side", "storage")
 
     def __init__(self, answer: TokenAnswer, first_file: int = 0) -> None:
         self._token = answer.token
@@ -60,6 +62,8 @@ class Token:
         self.scope = answer.scope
         self.jti = answer.jti
         self.exp = answer.exp
+        self.handle = answer.handle
+        """By which the one that follows it is fetched, if a provider signed it; empty otherwise."""
 
     def reveal(self) -> str:
         """Return the compact JWS itself: a secret."""
@@ -81,12 +85,24 @@ class Refusal(Struct, frozen=True):
     error: MinterError
 
 
+class Awaited(Struct, frozen=True):
+    """A provider's token that is not there yet; fetch it by its handle, which is no secret."""
+
+    file: int
+    side: str
+    index: int
+    storage: str
+    scope: str
+    handle: str
+
+
 class MintResult(Struct, frozen=True):
     """What a request got; files are numbered as they were given."""
 
     request_ids: tuple[uuid.UUID, ...]
     tokens: tuple[Token, ...]
     refusals: tuple[Refusal, ...]
+    awaited: tuple[Awaited, ...] = ()
 
 
 class FilledJob(Struct, frozen=True):
@@ -156,6 +172,7 @@ class MinterClient:
             url, client, secret, timeout_seconds=timeout_seconds, ca=ca, window=window
         )
         self.client = self._transport.client
+        self._timeout_seconds = timeout_seconds
 
     def __repr__(self) -> str:
         """Name the client; the URL may hold a password."""
@@ -189,7 +206,8 @@ class MinterClient:
         """Return tokens for up to 2 000 files in one request.
 
         `options` are those of `MintRequest`: vo, activity, on_behalf_of, all_or_nothing,
-        lifetime_seconds. Raises RequestError if the request is refused whole, Unavailable if the
+        lifetime_seconds, subject_token (over HTTP) and consumer, another client that may fetch what a
+        provider signs. Raises RequestError if the request is refused whole, Unavailable if the
         engine cannot answer in time; then the same `request_id` may be sent again.
         """
         request = MintRequest(request_id=request_id or new_request_id(), files=tuple(files), **options)
@@ -233,7 +251,11 @@ class MinterClient:
         fts: str | None = None,
         **options: Any,
     ) -> FilledJob:
-        """Return an FTS job filled with tokens, and the bearer token to submit it with."""
+        """Return an FTS job filled with tokens, and the bearer token to submit it with.
+
+        Where providers sign, it is waited for their tokens; raises Unavailable if they do not come within
+        the client's timeout: then the same `request_id` may be sent again.
+        """
         (filled,) = self.fill_jobs(
             [job], request_ids=[request_id] if request_id else None, fts=fts, **options
         )
@@ -257,7 +279,8 @@ class MinterClient:
             for i, job in zip(ids, jobs, strict=True)
         ]
         filled: list[FilledJob | MinterError] = []
-        for request, answer in zip(requests, self.ask(FILL_JOB, requests), strict=True):
+        for request, first in zip(requests, self.ask(FILL_JOB, requests), strict=True):
+            answer = self._complete(request, first)
             filled.append(
                 from_dict(answer.error)
                 if answer.error
@@ -272,6 +295,17 @@ class MinterClient:
             if progress is not None:
                 progress(len(filled), len(requests))
         return filled
+
+    def _complete(self, request: FillRequest, answer: Answer) -> Answer:
+        """Send a request again until the tokens of providers are there, or it takes too long."""
+        until = time.monotonic() + self._timeout_seconds
+        while answer.awaited:
+            if time.monotonic() > until:
+                error = Unavailable(f"{len(answer.awaited)} tokens of providers are not there yet; ask again")
+                return Answer(request_id=answer.request_id, error=error.as_dict())
+            time.sleep(AWAIT_SECONDS)
+            (answer,) = self.ask(FILL_JOB, [request])
+        return answer
 
     # ── what became of it ────────────────────────────────────────────────────────────────────
 
@@ -296,11 +330,16 @@ class MinterClient:
         )
         return _minted(request.request_id, self._one(RENEW, request))
 
-    def fetch(self, request_id: uuid.UUID) -> MintResult:
+    def fetch(self, request_id: uuid.UUID | None = None, *, handles: Sequence[str] = ()) -> MintResult:
         """Return what a request was granted before: the same bytes, while they are of use.
 
-        Raises UnknownRequest, or Expired with an offer to renew.
+        What providers sign is the token of the moment. By `handles` a consumer fetches it that the request
+        named; one that is nobody's, or not this client's, is left out. Raises UnknownRequest, or Expired
+        with an offer to renew.
         """
+        if request_id is None:
+            wanted = FetchRequest(handles=tuple(map(uuid.UUID, handles)))
+            return _minted(None, self._one(FETCH, wanted))
         return _minted(request_id, self._one(FETCH, FetchRequest(request_id)))
 
     def report(self, files: Sequence[FileReport] = (), *, jobs: Sequence[JobReport] = ()) -> Changed:
@@ -369,6 +408,7 @@ def _chunks(files: Iterable[FileRequest], size: int) -> Iterator[tuple[FileReque
 def _result(requests: Sequence[MintRequest], answers: Sequence[Answer], *, whole: bool = True) -> MintResult:
     tokens: list[Token] = []
     refusals: list[Refusal] = []
+    awaited: list[Awaited] = []
     first = 0
     for request, answer in zip(requests, answers, strict=True):
         if answer.error is not None:
@@ -378,14 +418,22 @@ def _result(requests: Sequence[MintRequest], answers: Sequence[Answer], *, whole
             refusals += [Refusal(first + n, "request", -1, error) for n in range(len(request.files))]
         tokens += sorted((Token(t, first) for t in answer.tokens), key=lambda t: (t.file, t.side, t.index))
         refusals += [Refusal(r.file + first, r.side, r.index, from_dict(r.error)) for r in answer.refusals]
+        awaited += _awaited(answer, first)
         first += len(request.files)
-    return MintResult(tuple(r.request_id for r in requests), tuple(tokens), tuple(refusals))
+    ids = tuple(r.request_id for r in requests)
+    return MintResult(ids, tuple(tokens), tuple(refusals), tuple(awaited))
 
 
-def _minted(request_id: uuid.UUID, answer: Answer) -> MintResult:
+def _awaited(answer: Answer, first: int = 0) -> Iterator[Awaited]:
+    for a in answer.awaited:
+        yield Awaited(a.file + first, a.side, a.index, a.storage, a.scope, a.handle)
+
+
+def _minted(request_id: uuid.UUID | None, answer: Answer) -> MintResult:
     tokens = sorted(map(Token, answer.tokens), key=lambda t: (t.file, t.side, t.index))
     refusals = [Refusal(r.file, r.side, r.index, from_dict(r.error)) for r in answer.refusals]
-    return MintResult((request_id,), tuple(tokens), tuple(refusals))
+    ids = (request_id,) if request_id else ()
+    return MintResult(ids, tuple(tokens), tuple(refusals), tuple(_awaited(answer)))
 
 
 def _shifted(where: str, start: int) -> str:

@@ -34,6 +34,8 @@ def _package(name: str) -> Path:
 class Server(ABC):
     """One child process that listens on a unix socket in a short, private folder."""
 
+    start_seconds = START_SECONDS
+
     def __init__(self, folder: Path, socket_folder: Path | None = None) -> None:
         self.folder = folder
         # A socket's path holds 107 bytes at most, so it cannot lie in any state folder.
@@ -55,7 +57,7 @@ class Server(ABC):
 
     def wait(self) -> None:
         """Wait until the server answers; raises SettingsError with its log's end if it does not."""
-        deadline = time.monotonic() + START_SECONDS
+        deadline = time.monotonic() + self.start_seconds
         while not self.ready():
             if self.process is None or self.process.poll() is not None or time.monotonic() > deadline:
                 tail = self.log.read_text(errors="replace")[-1500:]

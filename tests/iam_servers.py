@@ -1,0 +1,152 @@
+"""Real authorization servers for the tests, which nobody here wrote: Keycloak and npm oidc-provider.
+
+Both are started by us on free ports and stopped by process id. What cannot be had is skipped, and counted.
+"""
+
+import os
+import shutil
+import subprocess
+import time
+import urllib.request
+import zipfile
+from pathlib import Path
+
+import httpx
+import pytest
+
+from minter.embedded import Server
+from tests.conftest import ROOT
+from tests.servers import free_ports
+
+KEYCLOAK = "26.7.3"
+_ARTIFACT = f"org/keycloak/keycloak-quarkus-dist/{KEYCLOAK}/keycloak-quarkus-dist-{KEYCLOAK}.zip"
+_JAVA = ["-Xms64m", "-Xmx384m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1"]
+_OFF = "identity-brokering-api,twitter-broker,workflows,organization,kerberos,ciba,device-flow,impersonation"
+
+
+class OidcProvider(Server):
+    """npm oidc-provider with tests/providers/oidc-provider/server.js; `requests` is its own log."""
+
+    def __init__(self, folder: Path, **environ: str) -> None:
+        super().__init__(folder)
+        self.environ = {**os.environ, **environ}
+        (self.port,) = free_ports(1)
+        self.issuer = f"http://127.0.0.1:{self.port}"
+        self.requests = folder / "requests.jsonl"
+
+    def start(self) -> None:
+        if shutil.which("npm") is None:
+            pytest.skip("npm is not installed, so oidc-provider cannot be had")
+        program = self.folder / "program"
+        shutil.copytree(ROOT / "tests/providers/oidc-provider", program, dirs_exist_ok=True)
+        quiet = ["--silent", "--no-audit", "--no-fund"]
+        subprocess.run(["npm", "ci", *quiet], cwd=program, check=True, capture_output=True)
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                ["node", "server.js", str(self.port), str(self.requests)],
+                cwd=program, env=self.environ, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+            )  # fmt: skip
+        self.wait()
+
+    def ready(self) -> bool:
+        return _answers(f"{self.issuer}/jwks")
+
+    def subject(self, scope: str, client: str = "minter") -> str:
+        """Return a token of Rucio's that names the client that may act with it."""
+        form = {"grant_type": "client_credentials", "scope": scope, "audience": client}
+        return httpx.post(f"{self.issuer}/token", data=form, auth=("rucio", "rucio-secret")).json()[
+            "access_token"
+        ]
+
+
+class Keycloak(Server):
+    """Keycloak with the realm of tests/providers/keycloak, on an H2 database in its folder."""
+
+    start_seconds = 90.0
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        (self.port,) = free_ports(1)
+        self.issuer = f"http://127.0.0.1:{self.port}/realms/vo"
+        self.home = _keycloak()
+
+    def start(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(self.home / "template/db.mv.db", self.folder / "db.mv.db")
+        opens = [
+            f"--add-opens=java.base/java.{name}=ALL-UNNAMED"
+            for name in ("util", "util.concurrent", "security", "lang")
+        ]
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [
+                    "java", *_JAVA, "-Djava.security.egd=file:/dev/urandom", *opens,
+                    "-Djava.util.concurrent.ForkJoinPool.common.threadFactory="
+                    "io.quarkus.bootstrap.forkjoin.QuarkusForkJoinWorkerThreadFactory",
+                    "-Djava.util.logging.manager=org.jboss.logmanager.LogManager",
+                    f"-Dkc.home.dir={self.home}", f"-Djboss.server.config.dir={self.home}/conf",
+                    "-Dpicocli.disable.closures=true", "-cp", f"{self.home}/lib/quarkus-run.jar",
+                    "io.quarkus.bootstrap.runner.QuarkusEntryPoint", "start", "--optimized", "--http-enabled=true",
+                    "--http-host=127.0.0.1", f"--http-port={self.port}", f"--hostname=http://127.0.0.1:{self.port}",
+                    "--cache=local", f"--db-url=jdbc:h2:file:{self.folder}/db;NON_KEYWORDS=VALUE",
+                ],
+                cwd=self.folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+            )  # fmt: skip
+        self.wait()
+
+    def ready(self) -> bool:
+        return _answers(f"{self.issuer}/.well-known/openid-configuration")
+
+    def subject(self, scope: str, _client: str = "minter") -> str:
+        """Return a token of Rucio's that names the clients that may act with it."""
+        form = {"grant_type": "client_credentials", "scope": scope}
+        url = f"{self.issuer}/protocol/openid-connect/token"
+        return httpx.post(url, data=form, auth=("rucio", "rucio-secret")).json()["access_token"]
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(url, timeout=2).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def _keycloak() -> Path:
+    """Return a built Keycloak with the realm in a template database: made once in the user's cache."""
+    if shutil.which("java") is None:
+        pytest.skip("Java is not installed, so Keycloak cannot be had")
+    cache = Path(os.environ.get("MINTER_TEST_CACHE", Path.home() / ".cache/minter-tests"))
+    home = cache / f"keycloak-{KEYCLOAK}"
+    realm = ROOT / "tests/providers/keycloak/realm.json"
+    made = home / "template/realm.json"
+    if made.exists() and made.read_bytes() == realm.read_bytes():
+        return home
+    cache.mkdir(parents=True, exist_ok=True)
+    if not home.exists():
+        archive = cache / "keycloak.zip"
+        try:
+            urllib.request.urlretrieve(f"https://repo1.maven.org/maven2/{_ARTIFACT}", archive)
+        except OSError as error:
+            pytest.skip(f"Maven Central cannot be reached, so Keycloak cannot be had: {error}")
+        with zipfile.ZipFile(archive) as packed:
+            packed.extractall(cache)
+        archive.unlink()
+    environ = {**os.environ, "JAVA_OPTS": " ".join(_JAVA)}
+    program = ["sh", str(home / "bin/kc.sh")]
+    features = ["--features=parameterized-scopes,resource-indicators", f"--features-disabled={_OFF}"]
+    build = ["build", "--db=dev-file", *features, "--health-enabled=false", "--metrics-enabled=false"]
+    _run([*program, *build], environ)
+    shutil.rmtree(home / "template", ignore_errors=True)
+    (home / "template").mkdir()
+    url = f"--db-url=jdbc:h2:file:{home}/template/db;NON_KEYWORDS=VALUE"
+    _run([*program, "import", "--optimized", url, "--file", str(realm)], environ)
+    shutil.copy(realm, made)
+    return home
+
+
+def _run(command: list[str], environ: dict[str, str]) -> None:
+    started = time.monotonic()
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, (
+        f"{command[2]} after {time.monotonic() - started:.0f} s: {done.stdout[-2000:]}"
+    )
