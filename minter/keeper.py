@@ -13,9 +13,12 @@ import logging
 import random
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import datetime, timedelta
+from queue import Empty, SimpleQueue
 from typing import Any
 
 from msgspec import Struct, structs
@@ -49,10 +52,12 @@ from minter.scopes import parse_scopes
 
 logger = logging.getLogger("minter.keeper")
 
-TOLERANCE_SECONDS = 0.02
+TOLERANCE_SECONDS = 0.014
 """How late a request may leave: what is later would come on top of what leaves in its time."""
 IDLE_SECONDS = 0.05
 """How long a keeper rests when nothing is due: the longest that a token waits to be noticed."""
+TOGETHER, TOGETHER_SECONDS = 4, 0.02
+"""With more requests out than that, answers of this time are saved together."""
 CHORES_SECONDS = 5.0
 FIRST_DELAY_SECONDS, MAX_DELAY_SECONDS = 0.1, 10.0
 STAND_INS = 100
@@ -92,7 +97,8 @@ class Keeper:
         self._clock = clock
         self._observe = observe
         self._jitter = jitter
-        self._out: dict[Future[Answer], tuple[IAM, Taken, Leased]] = {}
+        self._out: Counter[str] = Counter()
+        self._came: SimpleQueue[tuple[IAM, Taken, Leased, Answer]] = SimpleQueue()
         self._unsaved: list[tuple[IAM, Taken, Leased, Answer]] = []
         self._threads = {name: ThreadPoolExecutor(_threads(iam), name) for name, iam in iams.items()}
         self._version = -1
@@ -103,7 +109,7 @@ class Keeper:
     def run(self) -> None:
         """Keep tokens until `stopped`; what is out then is waited for and saved."""
         delay = FIRST_DELAY_SECONDS
-        while not self.stopped or self._out or self._unsaved:
+        while not self.stopped or self._out.total() or self._unsaved:
             try:
                 busy = self.turn()
                 delay = FIRST_DELAY_SECONDS
@@ -112,8 +118,10 @@ class Keeper:
                 time.sleep(delay * random.uniform(0.5, 1.5))  # noqa: S311 - jitter
                 delay = min(2 * delay, MAX_DELAY_SECONDS)
                 continue
-            if self._out:
-                wait(self._out, IDLE_SECONDS / 5, FIRST_COMPLETED)
+            if self._out.total() > TOGETHER:
+                time.sleep(TOGETHER_SECONDS)
+            elif self._out.total():
+                self._wait()
             elif not busy:
                 time.sleep(IDLE_SECONDS)
         for threads in self._threads.values():
@@ -121,8 +129,9 @@ class Keeper:
 
     def turn(self) -> bool:
         """Save what came back, take what is due; say whether there was anything."""
-        done = [future for future in self._out if future.done()]
-        self._unsaved += [(*self._out.pop(future), future.result()) for future in done]
+        while not self._came.empty():
+            self._note_came(self._came.get_nowait())
+        done = len(self._unsaved)
         self._save()
         if self.stopped:
             return bool(done)
@@ -132,11 +141,20 @@ class Keeper:
             self._chores()
         return bool(done) or any(taken)
 
+    def _wait(self) -> None:
+        """Wait for the next answer, but not for long: something may be due."""
+        with suppress(Empty):
+            self._note_came(self._came.get(timeout=IDLE_SECONDS / 5))
+
+    def _note_came(self, came: tuple[IAM, Taken, Leased, Answer]) -> None:
+        self._out[came[0].provider.name] -= 1
+        self._unsaved.append(came)
+
     # ── taking ───────────────────────────────────────────────────────────────────────────────
 
     def _take(self, iam: IAM) -> bool:
         provider, now, started = iam.provider, self._clock(), time.monotonic()
-        free = _threads(iam) - sum(1 for _, taken, _ in self._out.values() if taken.provider == provider.name)
+        free = _threads(iam) - self._out[provider.name]
         if free <= 0:
             return False
         lease_seconds = 2 * provider.timeout_seconds + 30
@@ -147,14 +165,12 @@ class Keeper:
         for number, token in enumerate(taken.tokens):
             slot = taken.slots.first + number * taken.slots.interval - now
             refused = _forbidden(token, control.bans)
+            self._out[provider.name] += 1
             if refused is None:
-                future = self._threads[provider.name].submit(
-                    self._ask, iam, token, started + slot.total_seconds()
-                )
+                at = started + slot.total_seconds()
+                self._threads[provider.name].submit(self._run, iam, taken, token, at)
             else:
-                future = Future()
-                future.set_result(Answer("", error=refused, sent=False))
-            self._out[future] = (iam, taken, token)
+                self._came.put((iam, taken, token, Answer("", error=refused, sent=False)))
         return True
 
     def _current(self) -> Control:
@@ -165,6 +181,9 @@ class Keeper:
         return self._control
 
     # ── asking: in a thread of the provider's, without a transaction ─────────────────────────
+
+    def _run(self, iam: IAM, taken: Taken, token: Leased, slot: float) -> None:
+        self._came.put((iam, taken, token, self._ask(iam, token, slot)))
 
     def _ask(self, iam: IAM, token: Leased, slot: float) -> Answer:
         time.sleep(max(0.0, slot - time.monotonic()))

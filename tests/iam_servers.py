@@ -21,6 +21,7 @@ from tests.servers import free_ports
 KEYCLOAK = "26.7.3"
 _ARTIFACT = f"org/keycloak/keycloak-quarkus-dist/{KEYCLOAK}/keycloak-quarkus-dist-{KEYCLOAK}.zip"
 _JAVA = ["-Xms64m", "-Xmx384m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1"]
+_FACTORY = "io.quarkus.bootstrap.forkjoin.QuarkusForkJoinWorkerThreadFactory"
 _OFF = "identity-brokering-api,twitter-broker,workflows,organization,kerberos,ciba,device-flow,impersonation"
 
 
@@ -81,8 +82,7 @@ class Keycloak(Server):
             self.process = subprocess.Popen(
                 [
                     "java", *_JAVA, "-Djava.security.egd=file:/dev/urandom", *opens,
-                    "-Djava.util.concurrent.ForkJoinPool.common.threadFactory="
-                    "io.quarkus.bootstrap.forkjoin.QuarkusForkJoinWorkerThreadFactory",
+                    f"-Djava.util.concurrent.ForkJoinPool.common.threadFactory={_FACTORY}",
                     "-Djava.util.logging.manager=org.jboss.logmanager.LogManager",
                     f"-Dkc.home.dir={self.home}", f"-Djboss.server.config.dir={self.home}/conf",
                     "-Dpicocli.disable.closures=true", "-cp", f"{self.home}/lib/quarkus-run.jar",

@@ -94,7 +94,7 @@ class Bench:
         quiet = 0
         while time.monotonic() < end and (not until() if until else quiet < 3):
             self.keeper._chores_at = float("-inf")
-            quiet = 0 if self.keeper.turn() or self.keeper._out else quiet + 1
+            quiet = 0 if self.keeper.turn() or self.keeper._out.total() else quiet + 1
             time.sleep(0.005)
 
     def fetch(self, outcome, client=ME):
