@@ -7,6 +7,7 @@ nothing beyond that token is granted.
 """
 
 import json
+import re
 import uuid
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
@@ -43,7 +44,7 @@ from minter.policy import Policy, host_of
 from minter.requests import Need, Request
 from minter.scopes import STORAGE_SCOPES, Scope, intersect, parse_scopes, path_contains
 from minter.storages import Area
-from minter.wishes import MAX_ACT_DEPTH, Family, Subject, Wish, act_depth, present
+from minter.wishes import MAX_ACT_DEPTH, Family, Subject, SubjectToken, Wish, act_depth, present
 
 ANY = ("https://wlcg.cern.ch/jwt/v1/any",)
 ANY_SECONDS = 3600
@@ -62,8 +63,14 @@ _OPERATIONS: dict[str, tuple[Operation, ...]] = {
 """What a client must be allowed, one of them, to have a scope."""
 
 
+_SUB = re.compile(r"[ -~]{1,255}").fullmatch
+
+
 class Held(NamedTuple):
-    """What a token that is acted with holds: the most that may be granted on it, and for whom."""
+    """What a token that is acted with holds: the most that may be granted on it, and for whom.
+
+    A provider's has no `audience` that counts here, for it is meant for us, and no route has allowed it yet.
+    """
 
     sub: str
     act: dict[str, Any] | None
@@ -103,6 +110,8 @@ def decide(
         family: Family | None
         if wish.refresh is not None:
             family, held = _refreshed(policy, wish, client, now, subjects, families)
+        elif wish.foreign is not None:
+            family, held = None, _foreign(policy, wish.foreign, client, now, offline=wish.offline)
         elif wish.subject is not None:
             family, held = _exchanged(policy, wish, client, now, subjects)
         else:
@@ -140,6 +149,8 @@ def _own(policy: Policy, client: Client, bans: Bans, wish: Wish, on_behalf_of: s
 def _check_holder(held: Held, vo: str, clients: Mapping[str, Client], bans: Bans) -> None:
     """Raise Banned or InvalidGrant if the client whose token it is may have none itself any more (I9)."""
     bans.check(vo, client=held.client, on_behalf_of=held.on_behalf_of, activity=held.activity)
+    if not held.audience:
+        return  # a provider's client
     holder = clients.get(held.client)
     if holder is None or holder.disabled:
         raise InvalidGrant(f"client {held.client!r}, whose token it is, is disabled")
@@ -204,6 +215,36 @@ def _exchanged(
         rotated_at=now.replace(microsecond=0),
     )
     return family, held
+
+
+def _foreign(
+    policy: Policy,
+    subject: SubjectToken,
+    client: Client,
+    now: datetime,
+    *,
+    offline: bool,
+) -> Held:
+    """Return what a provider's token holds; its `sub` gets the provider's name before it."""
+    if offline:
+        raise InvalidGrant("refresh tokens are given on our own tokens only; ask without offline_access")
+    left = int(subject.expires_at - now.timestamp())
+    if left < MIN_LEFT_SECONDS:
+        raise InvalidGrant(f"the subject token lives {max(left, 0)} s more")
+    whose = subject.client or subject.sub
+    rule = exchanges.find(
+        policy.exchanges, client.vo, client.name, whose, offline=False, provider=subject.provider
+    )
+    if rule is None:
+        raise UnauthorizedClient(
+            f"no exchange rule lets client {client.name!r} act with tokens of client {whose[:100]!r} of "
+            f"provider {subject.provider!r}"
+        )
+    # Their names are not ours: a `sub` of theirs may be that of a client here.
+    sub = f"{subject.provider}:{subject.sub}"
+    if not _SUB(sub):
+        raise InvalidGrant("the subject token's sub is longer than 255 characters, or not of ASCII")
+    return Held(sub, {"sub": client.sub}, subject.scope, (), left, rule, "", sub, "")
 
 
 def _check_subject(subject: Subject) -> None:
@@ -360,7 +401,7 @@ class _Decider:
     # ── audiences ────────────────────────────────────────────────────────────────────────────
 
     def _audience(self, asked: tuple[str, ...]) -> tuple[str, ...]:
-        if self.held is not None:
+        if self.held is not None and self.held.audience:
             if outside := [a for a in asked if a not in self.held.audience]:
                 raise InvalidTarget(f"audience {outside[0][:200]!r} is not the subject token's")
             return asked or self.held.audience
@@ -386,7 +427,7 @@ class _Decider:
                 endpoints = directory.at(audience)
                 listed = any(fnmatchcase(audience, pattern) for pattern in self.client.audiences)
                 known = bool(endpoints) or self._fts(audience) or listed
-            if not (known or self.held):
+            if not (known or (self.held and self.held.audience)):
                 raise InvalidTarget(
                     f"audience {audience[:200]!r} is of no storage or FTS here, and not listed for client "
                     f"{self.client.name!r}"
@@ -459,7 +500,7 @@ class _Decider:
         operations = [
             o for o in _OPERATIONS[name] if not self.client.operations or o in self.client.operations
         ]
-        if self.held is not None and operations:  # a route allowed it when the token was made
+        if self.held is not None and self.held.audience and operations:  # a route allowed it at first
             return _Allowed(area)
         for operation in operations:
             need = Need(-1, "operation", 0, "", (operation,))

@@ -12,6 +12,9 @@ Patterns = tuple[str, ...]
 class Exchange(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Lets `clients` exchange the tokens of `subject_clients` (RFC 8693); the first that fits decides.
 
+    With `providers`, it is for tokens of these external IAMs, which name us in `aud`, instead of our own;
+    their `subject_clients` are their own names, and no refresh tokens are given for them.
+
     Patterns are shell globs; `scopes` are of scope names, without paths. With `offline_access` they get
     refresh tokens, whose family ends with the subject token of a transfer, or after `max_refresh_seconds`.
     """
@@ -20,15 +23,16 @@ class Exchange(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     clients: Patterns
     subject_clients: Patterns
     vos: Patterns = ("*",)
+    providers: Patterns = ()
     scopes: Patterns = ("storage.*",)
     offline_access: bool = False
     max_refresh_seconds: Annotated[int, Meta(ge=3600, le=400 * 86400)] = 7 * 86400
 
 
 def find(
-    rules: Iterable[Exchange], vo: str, client: str, subject_client: str, *, offline: bool
+    rules: Iterable[Exchange], vo: str, client: str, subject_client: str, *, offline: bool, provider: str = ""
 ) -> Exchange | None:
-    """Return the rule that allows an exchange, None if none does.
+    """Return the rule that allows an exchange, of a token of ours or of a provider; None if none does.
 
     A client never gets refresh tokens for its own tokens: it can ask for new ones.
     """
@@ -36,7 +40,7 @@ def find(
     def fits(value: str, patterns: Patterns) -> bool:
         return any(fnmatchcase(value, pattern) for pattern in patterns)
 
-    if offline and client == subject_client:
+    if offline and (client == subject_client or provider):
         return None
     return next(
         (
@@ -45,6 +49,7 @@ def find(
             if fits(vo, rule.vos)
             and fits(client, rule.clients)
             and fits(subject_client, rule.subject_clients)
+            and (fits(provider, rule.providers) if provider else not rule.providers)
             and (rule.offline_access or not offline)
         ),
         None,

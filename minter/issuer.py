@@ -33,7 +33,7 @@ from minter.plans import MAX_CLAIM_CHARACTERS
 from minter.publish import EXCHANGE
 from minter.requests import Request
 from minter.web import Web, base_path, send
-from minter.wishes import Family, Wish, present
+from minter.wishes import Family, SubjectToken, Wish, present
 
 ACCESS_TOKEN = "urn:ietf:params:oauth:token-type:access_token"  # noqa: S105 - a name, RFC 8693 §3
 JWT_TOKEN = "urn:ietf:params:oauth:token-type:jwt"  # noqa: S105
@@ -109,6 +109,19 @@ class Issuer:
         except (jwt.InvalidTokenError, StopIteration, TokenRejected, UnicodeError, KeyError, ValueError):
             raise InvalidGrant(f"not an access token of {self.iss} that verifies") from None
 
+    async def foreign(self, form: dict[str, str]) -> SubjectToken | None:
+        """Return a form's subject token, verified, if it says that it is not ours; raises InvalidGrant."""
+        token = form.get("subject_token")
+        if token is None or not self.web.service.loaded.settings.providers:
+            return None
+        try:
+            issuer = jwt.decode(token, options={"verify_signature": False}).get("iss")
+        except jwt.InvalidTokenError:
+            return None
+        if issuer == self.iss:
+            return None
+        return await self.web.verify_subject(self.vo, SubjectToken(token))
+
     # ── answers ──────────────────────────────────────────────────────────────────────────────
 
     def answer(self, outcome: Outcome, *, exchanged: bool) -> dict[str, Any]:
@@ -129,8 +142,11 @@ class Issuer:
         return told
 
 
-def wish_of(issuer: Issuer, form: dict[str, str]) -> Wish:
-    """Return what a form asks for; raises InvalidRequest, InvalidGrant or UnsupportedGrantType."""
+def wish_of(issuer: Issuer, form: dict[str, str], foreign: SubjectToken | None = None) -> Wish:
+    """Return what a form asks for, on a provider's token if it is `foreign` and was verified.
+
+    Raises InvalidRequest, InvalidGrant or UnsupportedGrantType.
+    """
     grant_type = form.get("grant_type", "")
     if grant_type not in _KIND:
         raise UnsupportedGrantType(f"grant_type is not one of {', '.join(_KIND)}")
@@ -152,6 +168,8 @@ def wish_of(issuer: Issuer, form: dict[str, str]) -> Wish:
     if "actor_token" in form:
         raise InvalidRequest("actor_token is not taken: the authenticated client is the actor")
     offline = form.get("requested_token_type") == REFRESH_TOKEN or "offline_access" in scope
+    if foreign is not None:
+        return Wish(scope=scope, audience=audience, offline=offline, foreign=foreign)
     subject = issuer.read_access_token(_needed(form, "subject_token"))
     return Wish(scope=scope, audience=audience, offline=offline, subject=subject)
 
@@ -191,7 +209,7 @@ class _Token(_Endpoint):
         issuer = self._issuer
         form, account = await self._read(req)
         try:
-            wish = wish_of(issuer, form)
+            wish = wish_of(issuer, form, await issuer.foreign(form))
             request = Request(
                 wiring.new_uuid7(),
                 _KIND[form["grant_type"]],  # type: ignore[arg-type]
@@ -200,7 +218,7 @@ class _Token(_Endpoint):
                 wish=wish,
             )
             outcome = await issuer.web.gatherer.mint(Submission(request, account.name))
-            told = issuer.answer(outcome, exchanged=wish.subject is not None)
+            told = issuer.answer(outcome, exchanged=bool(wish.subject or wish.foreign))
         except MinterError as error:
             self._note(req, account, form, error)
             raise

@@ -52,7 +52,7 @@ from minter.scopes import parse_scopes
 
 logger = logging.getLogger("minter.keeper")
 
-TOLERANCE_SECONDS = 0.014
+TOLERANCE_SECONDS = 0.012
 """How late a request may leave: what is later would come on top of what leaves in its time."""
 IDLE_SECONDS = 0.05
 """How long a keeper rests when nothing is due: the longest that a token waits to be noticed."""
@@ -157,8 +157,7 @@ class Keeper:
         free = _threads(iam) - self._out[provider.name]
         if free <= 0:
             return False
-        lease_seconds = 2 * provider.timeout_seconds + 30
-        taken = keeping.take(self._pool, provider, uuid.uuid4(), free, now, lease_seconds)
+        taken = keeping.take(self._pool, provider, uuid.uuid4(), free, now, _lease_seconds(iam))
         if taken is None:
             return False
         control = self._current()
@@ -397,7 +396,7 @@ class Keeper:
         """Stand in where a provider is paused, see whether it is back, finish what is overdue."""
         now = self._clock()
         for iam in self._iams.values():
-            lease, seconds = uuid.uuid4(), 2 * iam.provider.timeout_seconds + 30
+            lease, seconds = uuid.uuid4(), _lease_seconds(iam)
             paused = ProviderAway(f"provider {iam.provider.name} is paused")
             for token in keeping.strand(self._pool, iam.provider, lease, STAND_INS, now, seconds):
                 self._stand_in(iam, token, lease, paused)
@@ -419,6 +418,11 @@ class Keeper:
 def _threads(iam: IAM) -> int:
     """Return how many requests this process may have out: some wait for their slots."""
     return min(2 * iam.provider.in_flight, 64)
+
+
+def _lease_seconds(iam: IAM) -> float:
+    """Return for how long a token is one worker's: until its answer is there, and saved."""
+    return iam.provider.timeout_seconds + 20
 
 
 def _forbidden(token: Leased, bans: Bans) -> MinterError | None:

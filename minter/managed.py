@@ -14,7 +14,7 @@ import msgspec
 from msgspec import Struct, structs
 
 from minter.keys import HARD_MAX_SECONDS
-from minter.plans import BACKDATE_SECONDS, Grant
+from minter.plans import BACKDATE_SECONDS, FTS_QUEUE_SECONDS, Grant
 from minter.providers import PATIENCE_SECONDS, Provider, lead_of
 from minter.requests import Request
 from minter.routes import Mode
@@ -103,7 +103,8 @@ def wanted(grant: Grant, request: Request, client_id: int, jti: UUID, activity: 
         client_id, route.provider, route.mode, grant.scope, grant.audience, request.on_behalf_of, activity,
         sha256(subject.encode()).hexdigest(), grant.plan.rule,
     )  # fmt: skip
-    keep = min(max(life.wanted, life.seconds), HARD_MAX_SECONDS) - BACKDATE_SECONDS
+    # From its coming, which takes a while, it shall last as long as one that we sign at once.
+    keep = min(max(life.wanted, life.seconds), HARD_MAX_SECONDS) + PATIENCE_SECONDS - BACKDATE_SECONDS
     return Wanted(
         jti=jti,
         client_id=client_id,
@@ -118,8 +119,8 @@ def wanted(grant: Grant, request: Request, client_id: int, jti: UUID, activity: 
         fallback=route.fallback,
         subject=subject,
         cap_seconds=grant.plan.cap_seconds,
-        # FTS takes the token as it is, so this one must last for the whole need, as far as the cap goes.
-        least_seconds=life.seconds - BACKDATE_SECONDS if grant.need.one_token else LEAST_SECONDS,
+        # FTS takes the token as it is: its queue can be cut to an hour, what comes after cannot.
+        least_seconds=life.fixed + FTS_QUEUE_SECONDS if grant.need.one_token else LEAST_SECONDS,
         deadline=now + timedelta(seconds=keep),
         needed_at=now + timedelta(seconds=PATIENCE_SECONDS),
     )

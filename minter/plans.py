@@ -21,6 +21,8 @@ from minter.storages import Area
 
 BACKDATE_SECONDS = 60
 """How far iat and nbf lie in the past (WLCG §4.3.1): FTS and XRootD have no leeway."""
+FTS_QUEUE_SECONDS = 3600
+"""FTS counts `max_time_in_queue` in whole hours, and reads 0 as no limit."""
 MAX_CLAIM_CHARACTERS = 1_024
 """FTS stores scope and audience in columns of this width."""
 

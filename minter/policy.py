@@ -30,6 +30,7 @@ from minter.errors import (
 from minter.exchanges import Exchange
 from minter.plans import (
     BACKDATE_SECONDS,
+    FTS_QUEUE_SECONDS,
     MAX_CLAIM_CHARACTERS,
     Decision,
     Grant,
@@ -54,8 +55,6 @@ from minter.scopes import (
 )
 from minter.storages import Area, Directory
 
-_FTS_QUEUE_SECONDS = 3600
-"""FTS counts `max_time_in_queue` in whole hours, and reads 0 as no limit."""
 _CACHE_LIMIT = 512
 
 
@@ -455,7 +454,7 @@ def _lifetime(plan: Plan, request: Request, file: File, need: Need) -> Lifetime:
     transfer = once * (1 + max(file.retries, route.retries))
     wait = route.wait_seconds if need.wait_seconds is None else need.wait_seconds
     if need.one_token:
-        wait = max(wait, _FTS_QUEUE_SECONDS)
+        wait = max(wait, FTS_QUEUE_SECONDS)
     fixed = BACKDATE_SECONDS + transfer + route.margin_seconds
     if need.one_token:  # FTS: staging and archiving need the same token, and whole hours of queue
         fixed += need.after_seconds
@@ -471,7 +470,7 @@ def _lifetime(plan: Plan, request: Request, file: File, need: Need) -> Lifetime:
         derived = fixed + wait if need.life_seconds is None else need.life_seconds
         wanted = max(derived, PROFILE_MIN_SECONDS)
     seconds = min(wanted, cap)
-    queue = _FTS_QUEUE_SECONDS if need.one_token else 0
+    queue = FTS_QUEUE_SECONDS if need.one_token else 0
     least = BACKDATE_SECONDS + route.margin_seconds + queue
     if seconds < least:
         raise LifetimeNotAllowed(

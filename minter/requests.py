@@ -14,7 +14,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType, structs
 
 from minter.dialects import Operation
 from minter.errors import InvalidRequest, RequestError
-from minter.wishes import Wish
+from minter.wishes import SubjectToken, Wish
 
 MAX_FILES = 2_000
 """Files in one request; the client library splits larger ones."""
@@ -133,21 +133,6 @@ class File(Struct, frozen=True):
     transfer_seconds: int | None = None
     activity: str = ""
     external_id: str = ""
-
-
-class SubjectToken(Struct, frozen=True):
-    """A provider's token that somebody sent to act with (RFC 8693 §2.1); `provider` once it was verified."""
-
-    token: str
-    provider: str = ""
-    scope: str = ""
-    expires_at: int = 0
-    sub: str = ""
-    client: str = ""
-
-    def __repr__(self) -> str:
-        """Name the provider, never show the token."""
-        return f"SubjectToken({self.provider})"
 
 
 class Request(Struct, frozen=True):

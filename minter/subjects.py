@@ -7,7 +7,7 @@ from msgspec import structs
 
 from minter.errors import InvalidGrant
 from minter.iam import IAM, check_subject
-from minter.requests import SubjectToken
+from minter.wishes import SubjectToken
 
 
 class Subjects:

@@ -34,9 +34,9 @@ from minter.errors import (
 from minter.gather import Gatherer
 from minter.metrics import Metrics
 from minter.ratelimits import RateLimit
-from minter.requests import SubjectToken
 from minter.subjects import Subjects
 from minter.wiring import Service
+from minter.wishes import SubjectToken
 
 logger = logging.getLogger(__name__)
 

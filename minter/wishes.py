@@ -17,11 +17,30 @@ MAX_ACT_DEPTH = 2
 """How many actors may be named in `act`, one in the other (RFC 8693 §4.1)."""
 
 
+class SubjectToken(Struct, frozen=True):
+    """A provider's token to act with (RFC 8693 §2.1); `provider` is there once it was verified.
+
+    `client` is who asked the provider for it, by its `client_id` or `azp`.
+    """
+
+    token: str
+    provider: str = ""
+    scope: str = ""
+    expires_at: int = 0
+    sub: str = ""
+    client: str = ""
+
+    def __repr__(self) -> str:
+        """Name the provider, never show the token."""
+        return f"SubjectToken({self.provider})"
+
+
 class Wish(Struct, frozen=True, kw_only=True):
     """What a token is wanted for; an empty scope or audience means what its default or subject has.
 
     `subject` is the jti of one of our tokens and its payload, `refresh` the family and generation of a
-    refresh token; both were verified. `offline` says whether a refresh token is wanted.
+    refresh token, `foreign` a provider's token; all were verified. `offline` says whether a refresh token
+    is wanted.
     """
 
     scope: tuple[str, ...] = ()
@@ -29,6 +48,7 @@ class Wish(Struct, frozen=True, kw_only=True):
     offline: bool = False
     subject: tuple[UUID, str] | None = None
     refresh: tuple[UUID, int] | None = None
+    foreign: SubjectToken | None = None
 
 
 class Subject(Struct, frozen=True, kw_only=True):

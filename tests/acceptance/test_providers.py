@@ -1,6 +1,5 @@
 """One contract for every IAM: Keycloak and npm oidc-provider, which nobody here wrote, and our own fake."""
 
-import threading
 import time
 import uuid
 from datetime import UTC, datetime
@@ -10,34 +9,13 @@ import pytest
 from msgspec import structs
 
 from minter.errors import InvalidGrant, ProviderRefused
-from minter.fake_iam import FakeIAM
 from minter.iam import IAM, Asked, Misconfigured, check_subject
 from minter.providers import Provider
 from tests.conftest import ROOT
-from tests.iam_servers import Keycloak, OidcProvider
+from tests.iam_servers import Fake, Keycloak, OidcProvider
 
 SE, FILE = "https://se.example.org", "storage.read:/vo/file"
 ASKED = Asked(FILE, (SE,), 6 * 3600)
-
-
-class Fake:
-    """Our own, as the other servers are."""
-
-    def __init__(self, _folder):
-        self.server = FakeIAM(0)
-        self.issuer = self.server.issuer
-
-    def start(self):
-        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.01,))
-        self.thread.start()
-
-    def stop(self):
-        self.server.shutdown()
-        self.thread.join()
-        self.server.server_close()
-
-    def subject(self, scope, client="minter"):
-        return self.server.sign({"sub": "rucio", "aud": client, "scope": scope})
 
 
 KINDS = {

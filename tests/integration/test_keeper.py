@@ -78,7 +78,7 @@ class Bench:
             )
         )
         if subject:
-            from minter.requests import SubjectToken
+            from minter.wishes import SubjectToken
 
             request = structs.replace(request, subject=SubjectToken(subject, "iam"))
         (outcome,) = self.service.engine.mint_many([Submission(request, client)], self.clock())
@@ -189,7 +189,7 @@ def test_nothing_is_refreshed_after_the_deadline(service, iam):
     bench = Bench(service, iam, exchange(transfer_seconds=3600, wait_seconds=600))
     bench.ask("a", subject=bench.subject())
     bench.turn()
-    bench.forward(hours=1, minutes=20)
+    bench.forward(hours=1, minutes=35)
     bench.turn()
     assert bench.row()["state"] == "finished"
     assert len(bench.asked) <= 2

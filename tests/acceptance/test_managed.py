@@ -1,0 +1,274 @@
+"""Tokens of an external IAM, with real processes: the HTTP service, keepers, and an IAM that is another server's."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+
+import jwt
+import pytest
+
+from minter.client import FileOperation, FileReport, FileRequest
+from minter.errors import InvalidGrant, InvalidRequest, InvalidScope
+from minter.fake_iam import Behaviour
+from tests.acceptance.served import VO, Served
+from tests.conftest import ROOT, rows
+from tests.iam_servers import Fake, OidcProvider
+
+SE = "davs://se01.boreas.example.org:443/atlas/atlasdatadisk/rucio/data/"
+HOST, TOP = "se01.boreas.example.org", "/atlas/atlasdatadisk/rucio"
+OPERATIONS = '["read", "write", "overwrite", "retry", "stat"]'
+
+
+def settings(issuer, dialect):
+    return f"""
+[[providers]]
+name = "iam"
+issuer = "{issuer}"
+client_id = "minter"
+dialect = "{dialect}"
+secret_file = "iam.secret"
+requests_per_second = 200
+timeout_seconds = 2
+
+[[routes]]
+name = "by-iam"
+activities = ["exchanged"]
+operations = {OPERATIONS}
+mode = "exchange"
+provider = "iam"
+transfer_seconds = 36000
+
+[[routes]]
+name = "own"
+activities = ["own", "stood in for"]
+operations = {OPERATIONS}
+mode = "client_credentials"
+provider = "iam"
+fallback = ["minted"]
+
+[[routes]]
+name = "minted"
+operations = {OPERATIONS}
+
+[[exchanges]]
+name = "visitors"
+clients = ["rucio"]
+providers = ["iam"]
+subject_clients = ["rucio"]
+scopes = ["storage.read"]
+"""
+
+
+class Kept(Served):
+    """The HTTP service, and keepers that can be killed."""
+
+    def __init__(self, folder, postgres_dsn, iam):
+        secret = folder / "iam.secret"
+        secret.touch(mode=0o600)
+        secret.write_text("minter-secret")
+        super().__init__(folder, postgres_dsn, settings(iam.issuer, iam.dialect))
+        self.iam = iam
+        self.keepers = []
+        for name in ("rucio", "consumer", "thief"):
+            self.add_client(name)
+
+    def spawn(self, count=1):
+        for _ in range(count):
+            with (self.folder / "keeper.log").open("ab") as log:
+                self.keepers.append(
+                    subprocess.Popen(
+                        [sys.executable, "-m", "workers.keeper"],
+                        env=self.environ,
+                        stdout=log,
+                        stderr=log,
+                        cwd=ROOT,
+                    )
+                )
+
+    def kill(self, number=signal.SIGKILL):
+        for keeper in self.keepers:
+            keeper.send_signal(number)
+            keeper.wait(30)
+        self.keepers.clear()
+
+    def close(self):
+        self.kill(signal.SIGTERM)
+        super().close()
+
+
+@pytest.fixture(scope="module", params=["fake", pytest.param("oidc-provider", marks=pytest.mark.slow)])
+def kept(request, postgres_dsn, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("kept")
+    iam = Fake() if request.param == "fake" else OidcProvider(folder / "iam", AT_TTL="14400")
+    iam.start()
+    made = Kept(folder, postgres_dsn, iam)
+    made.spawn(2)
+    yield made
+    made.close()
+    iam.stop()
+
+
+def read(name, activity, **options):
+    files = [FileRequest(operations=(FileOperation("download", SE + name),), external_id=name)]
+    return {"files": files, "activity": activity, **options}
+
+
+def until(what, seconds=20):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if found := what():
+            return found
+        time.sleep(0.05)
+    raise AssertionError("it did not happen in time")
+
+
+def test_from_a_subject_token_to_a_token_kept_fresh(kept):
+    subject = kept.iam.subject(f"storage.read:{TOP}")
+    with kept.client() as client:
+        asked = client.mint(**read("x/1", "exchanged"), subject_token=subject, consumer="consumer")
+        assert not asked.refusals, asked.refusals
+        (awaited,) = asked.awaited
+        (token,) = until(lambda: client.fetch(*asked.request_ids).tokens)
+        assert token.handle == awaited.handle
+        claims = jwt.decode(token.reveal(), options={"verify_signature": False})
+        assert claims["iss"] == kept.iam.issuer
+        assert claims["scope"] == f"storage.read:{TOP}/data/x/1"
+        assert claims["aud"] == HOST
+        rows(kept.service, "SELECT 1")
+        with kept.service.pool.begin() as tx:  # its end is near
+            tx.exec_driver_sql("UPDATE managed SET needed_at = now() WHERE state = 'issued'")
+        fresh = until(
+            lambda: [t for t in client.fetch(*asked.request_ids).tokens if t.reveal() != token.reveal()]
+        )
+        assert fresh[0].handle == token.handle
+        assert fresh[0].exp >= token.exp
+        with kept.client("consumer") as consumer:
+            assert consumer.fetch(handles=[token.handle]).tokens[0].reveal() == fresh[0].reveal()
+        with kept.client("thief") as thief:
+            assert not thief.fetch(handles=[token.handle]).tokens
+        assert client.report([FileReport(state="finished", external_id="x/1")]).tokens == 1
+        assert rows(kept.service, "SELECT state::text, refresh FROM managed") == [("finished", None)]
+        story = client.trace(external_id="x/1")[0]
+        assert (story["mode"], story["state"], story["route"]) == ("exchange", "finished", "by-iam")
+        assert str(fresh[0].reveal()) not in str(story)
+
+
+def test_what_a_subject_token_must_be(kept):
+    with kept.client() as client:
+        with pytest.raises(InvalidGrant, match="name one of"):
+            client.mint(
+                **read("x/2", "exchanged"), subject_token=kept.iam.subject(f"storage.read:{TOP}", "rucio")
+            )
+        with pytest.raises(InvalidGrant, match="no JWT"):
+            client.mint(**read("x/2", "exchanged"), subject_token="not-a-token")
+        narrow = client.mint(
+            **read("x/2", "exchanged"), subject_token=kept.iam.subject("storage.read:/atlas/other")
+        )
+        assert isinstance(narrow.refusals[0].error, InvalidScope)
+        none = client.mint(**read("x/2", "exchanged"))
+        assert isinstance(none.refusals[0].error, InvalidGrant)
+
+
+def test_the_stored_subject_token(kept):
+    done = subprocess.run(
+        [sys.executable, "-m", "minter.cli", "clients", "subject-token", "rucio", "--json"],
+        input=kept.iam.subject(f"storage.read:{TOP}"), env=kept.environ, capture_output=True, text=True, check=False, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "eyJ" not in done.stdout
+    with kept.client() as client:
+        asked = client.mint(**read("x/3", "exchanged"))
+        until(lambda: client.fetch(*asked.request_ids).tokens)
+
+
+def test_a_job_is_filled_when_the_tokens_are_there(kept):
+    if isinstance(kept.iam, Fake):
+        kept.iam.server.behaviour = Behaviour(life_seconds=4 * 3600)
+    job = {
+        "files": [{"sources": [SE + "x/4"], "destinations": [SE + "x/5"], "filesize": 1, "activity": "own"}],
+        "params": {},
+    }
+    with kept.client() as client:
+        filled = client.fill_job(job)
+    ((source,),) = [f["source_tokens"] for f in filled.job["files"]]
+    assert jwt.decode(source, options={"verify_signature": False})["iss"] == kept.iam.issuer
+    assert filled.bearer.handle == ""
+
+
+def test_an_outage_is_stood_in_for_and_ends(kept):
+    if not isinstance(kept.iam, Fake):
+        pytest.skip("a real server fails when it likes")
+    kept.iam.server.behaviour = Behaviour(fault="error_500")
+    with kept.client() as client:
+        waiting = [client.mint(**read(f"y/{n}", "own")) for n in range(8)]
+        for asked in waiting:
+            (token,) = until(lambda asked=asked: client.fetch(*asked.request_ids).tokens)
+            assert jwt.decode(token.reveal(), options={"verify_signature": False})["iss"] == kept.iss
+        assert client.mint(**read("y/9", "own")).tokens  # at once, while the provider is paused
+        kept.iam.server.behaviour = Behaviour()
+        until(lambda: client.mint(**read(f"z/{uuid.uuid4()}", "own")).awaited, 60)
+
+
+def test_keepers_die_and_nothing_is_lost(kept):
+    with kept.client() as client:
+        asked = [client.mint(**read(f"k/{n}", "own")) for n in range(10)]
+        kept.kill()
+        kept.spawn(1)
+        for one in asked:
+            until(lambda one=one: client.fetch(*one.request_ids).tokens, 60)
+
+
+def test_a_visitors_token_at_the_token_endpoint(kept):
+    exchange = {
+        "grant_type": "urn:ietf:params:oauth:grant-type:token-exchange",
+        "subject_token_type": "urn:ietf:params:oauth:token-type:access_token",
+        "audience": HOST,
+    }
+    subject = kept.iam.subject(f"storage.read:{TOP}/data storage.modify:{TOP}/data")
+    told = kept.token("rucio", **exchange, subject_token=subject).json()
+    claims = jwt.decode(told["access_token"], options={"verify_signature": False})
+    assert claims["iss"] == kept.iss
+    assert claims["scope"] == f"storage.read:{TOP}/data"  # the rule lets reading through only
+    assert claims["sub"] == "iam:rucio"
+    assert claims["act"]["sub"]
+    cases = {
+        "invalid_grant": {"subject_token": kept.iam.subject(f"storage.read:{TOP}", "rucio")},
+        "invalid_scope": {"subject_token": subject, "scope": "storage.read:/atlas/elsewhere"},
+        "invalid_target": {"subject_token": subject, "audience": "nobody.example.org"},
+    }
+    for error, form in cases.items():
+        refused = kept.token("rucio", **exchange | form)
+        assert refused.status_code == 400, refused.text
+        assert refused.json()["error"] == error
+    refused = kept.token("consumer", **exchange, subject_token=subject).json()
+    assert refused["error"] == "unauthorized_client"
+    refused = kept.token(
+        "rucio", **exchange, subject_token=subject, scope=f"storage.read:{TOP} offline_access"
+    ).json()
+    assert refused["error"] == "invalid_grant"
+
+
+def test_nothing_secret_in_logs_or_rows(kept):
+    text = (kept.folder / "keeper.log").read_text() + kept.log()
+    assert "eyJ" not in text
+    assert "minter-secret" not in text
+    assert '"provider asked"' in text or "provider asked" in text
+    with kept.service.pool.begin() as tx:
+        dump = str(tx.exec_driver_sql("SELECT * FROM managed").fetchall()) + str(
+            tx.exec_driver_sql("SELECT * FROM clients").fetchall()
+        )
+    assert "eyJ" not in dump
+    assert os.environ.get("HOME")
+
+
+def test_subject_tokens_do_not_go_over_a_broker(service):
+    from minter import contract, dispatch
+    from minter.lives import Lives
+
+    body = f'{{"request_id":"{uuid.uuid4()}","files":[{{"sources":["{SE}a"]}}],"subject_token":"eyJ.x.y"}}'
+    with pytest.raises(InvalidRequest, match="over HTTP only"):
+        dispatch.submission(Lives(service.engine, service.pool), contract.MINT, "rucio-alpen", body.encode())
+    assert VO
