@@ -19,6 +19,7 @@ from minter import answers, keeping
 from minter.database import OWN, find_operations, floor, one, read_control, read_request, transaction
 from minter.errors import InvalidRequest, UnknownRequest
 from minter.followups import CancelRequest, FetchRequest, FileReport, JobReport, RenewRequest, ReportRequest
+from minter.fts_events import FTSEvent
 from minter.keys import LAST_EXPIRY
 from minter.mint import Engine, known_client
 from minter.renewals import renewal
@@ -71,6 +72,39 @@ class Lives:
             unknown += [f"files[{n}]" for n in range(len(wire.files)) if n not in known]
         return Answer(changed=changed, unknown=unknown)
 
+    def events(self, vo: str, found: Sequence[FTSEvent], now: datetime) -> tuple[int, int]:
+        """Note what FTS says of its transfers; return the number of tokens changed, and of unknown events.
+
+        A file is known by the job that was reported, or else by Rucio's request id as `external_id`.
+        """
+        with transaction(self.pool) as connection:
+            clients = _clients_of(connection, vo)
+            files_of = _files_of_jobs(connection, clients, {event.job_id for event in found})
+            by_file: dict[tuple[UUID, int], list[int]] = defaultdict(list)
+            by_id: dict[str, list[int]] = defaultdict(list)
+            for number, event in enumerate(found):
+                request_id, _, by_file_id = files_of.get(event.job_id, (None, {}, {}))
+                file = by_file_id.get(event.file_id)
+                if request_id is not None and file is not None:
+                    by_file[request_id, file].append(number)
+                elif event.external_id:
+                    by_id[event.external_id].append(number)
+            known = [
+                (number, id_)
+                for where, id_ in _by_file(connection, clients, {request_id for request_id, _ in by_file})
+                for number in by_file.get(where, ())
+            ]
+            known += [
+                (number, id_)
+                for external_id, id_ in _by_external_id(connection, clients, by_id, now)
+                for number in by_id[external_id]
+            ]
+            changed = sum(
+                _change(connection, (id_ for n, id_ in known if found[n].state == state), state, now)
+                for state in ("active", "finished")
+            )
+        return changed, len(found) - len({number for number, _ in known})
+
     def cancel(self, name: str, wire: CancelRequest, now: datetime) -> Answer:
         """Cancel tokens that are not finished; returns those that work until they expire."""
         with transaction(self.pool) as connection:
@@ -83,7 +117,7 @@ class Lives:
                 known = {t.file for t in found[1]}
                 unknown = [f"files[{n}]" for n, file in enumerate(wire.files) if file not in known]
             else:
-                by_id = _by_external_id(connection, client_id, wire.external_ids, now)
+                by_id = _by_external_id(connection, [client_id], wire.external_ids, now)
                 ids = [id_ for _, id_ in by_id]
                 known_ids = {external_id for external_id, _ in by_id}
                 unknown = [
@@ -118,6 +152,11 @@ def end_family(pool: Pool, name: str, family_id: UUID) -> None:
         )
 
 
+def _clients_of(connection: "psycopg.Connection[Any]", vo: str) -> list[int]:
+    rows = connection.execute("SELECT client_id FROM clients WHERE vo = %s", (vo,)).fetchall()
+    return [client_id for (client_id,) in rows]
+
+
 def _note_jobs(connection: "psycopg.Connection[Any]", client_id: int, jobs: Sequence[JobReport]) -> list[str]:
     unknown = []
     for number, job in enumerate(jobs):
@@ -135,7 +174,7 @@ def _note_jobs(connection: "psycopg.Connection[Any]", client_id: int, jobs: Sequ
 
 
 def _by_external_id(
-    connection: "psycopg.Connection[Any]", client_id: int, ids: Iterable[str], now: datetime
+    connection: "psycopg.Connection[Any]", client_ids: Sequence[int], ids: Iterable[str], now: datetime
 ) -> list[tuple[str, UUID]]:
     wanted = [i.replace("\x00", "") for i in ids]  # as they were recorded: Postgres has no NUL
     # The index holds 8 bytes of each external_id, in Postgres's own hash.
@@ -148,14 +187,14 @@ def _by_external_id(
         " UNION ALL ".join(
             f"SELECT external_id, {id_} FROM {table}"
             " WHERE hashtextextended(external_id, 0) = ANY(%(hashes)s::bigint[])"
-            " AND external_id = ANY(%(wanted)s) AND external_id <> '' AND client_id = %(client)s"
+            " AND external_id = ANY(%(wanted)s) AND external_id <> '' AND client_id = ANY(%(clients)s)"
             f" AND {id_} >= %(first)s"
             for table, id_ in (("tokens", "jti"), ("uses", "use_id"))
         ),
         {
             "hashes": hashes or [],
             "wanted": wanted,
-            "client": client_id,
+            "clients": list(client_ids),
             "first": floor(now - LAST_EXPIRY),
         },
     ).fetchall()
@@ -168,7 +207,7 @@ def _named(
     by_id: dict[str, list[int]] = defaultdict(list)
     by_jti: dict[UUID, list[int]] = defaultdict(list)
     by_file: dict[tuple[UUID, int], list[int]] = defaultdict(list)
-    files_of = _files_of_jobs(connection, client_id, {r.job_id for r in reports if r.job_id is not None})
+    files_of = _files_of_jobs(connection, [client_id], {r.job_id for r in reports if r.job_id is not None})
     for number, report in enumerate(reports):
         if report.external_id is not None:
             by_id[report.external_id].append(number)
@@ -183,13 +222,13 @@ def _named(
                 by_file[request_id, file].append(number)
     found = [
         (number, jti)
-        for external_id, jti in _by_external_id(connection, client_id, by_id, now)
+        for external_id, jti in _by_external_id(connection, [client_id], by_id, now)
         for number in by_id[external_id]
     ]
     found += [(number, jti) for jti in _own(connection, client_id, by_jti) for number in by_jti[jti]]
     found += [
         (number, jti)
-        for where, jti in _by_file(connection, client_id, {request_id for request_id, _ in by_file})
+        for where, jti in _by_file(connection, [client_id], {request_id for request_id, _ in by_file})
         for number in by_file.get(where, ())
     ]
     return set(found)
@@ -206,12 +245,13 @@ def _own(connection: "psycopg.Connection[Any]", client_id: int, jtis: Iterable[U
 
 
 def _by_file(
-    connection: "psycopg.Connection[Any]", client_id: int, requests: Iterable[UUID]
+    connection: "psycopg.Connection[Any]", client_ids: Sequence[int], requests: Iterable[UUID]
 ) -> list[tuple[tuple[UUID, int], UUID]]:
     """Return ((request_id, file), id) of all tokens and uses of these requests."""
     ranges = connection.execute(
-        "SELECT request_id, first_jti, tokens FROM requests WHERE request_id = ANY(%s) AND client_id = %s",
-        (list(requests), client_id),
+        "SELECT request_id, first_jti, tokens FROM requests WHERE request_id = ANY(%s)"
+        " AND client_id = ANY(%s)",
+        (list(requests), list(client_ids)),
     ).fetchall()
     if sum(count for *_, count in ranges) > MAX_TOKENS:
         raise InvalidRequest(
@@ -227,12 +267,12 @@ def _by_file(
 
 
 def _files_of_jobs(
-    connection: "psycopg.Connection[Any]", client_id: int, jobs: Iterable[UUID]
+    connection: "psycopg.Connection[Any]", client_ids: Sequence[int], jobs: Iterable[UUID]
 ) -> dict[UUID | None, tuple[UUID, dict[int | None, int], dict[int | None, int]]]:
     """Return of each job its request, and the files' numbers there by place and by FTS's file_id."""
     rows = connection.execute(
-        "SELECT job_id, request_id, files, file_ids FROM jobs WHERE job_id = ANY(%s) AND client_id = %s",
-        (list(jobs), client_id),
+        "SELECT job_id, request_id, files, file_ids FROM jobs WHERE job_id = ANY(%s) AND client_id = ANY(%s)",
+        (list(jobs), list(client_ids)),
     ).fetchall()
     return {
         job: (request, dict(enumerate(files)), dict(zip(ids, files, strict=False)))

@@ -12,7 +12,14 @@ from datetime import datetime, timedelta
 from typing import Literal, NamedTuple
 
 import kombu
-from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, start_http_server
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    start_http_server,
+)
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 from sqlalchemy.engine import Engine as Pool
@@ -56,6 +63,13 @@ FTS_JOBS = Spec(
     "Messages that an FTS consumer ended, or tries again: submitted, nothing, refused, retried, unreported,"
     " set_aside.",
 )  # fmt: skip
+EVENTS = Spec(
+    "counter", "minter_fts_events", ("vo", "outcome"),
+    "FTS monitoring messages: noted, unknown (of nobody's token), nothing (they change nothing), broken.",
+)  # fmt: skip
+LAST_EVENT = Spec(
+    "gauge", "minter_fts_last_event_timestamp_seconds", ("broker",), "When a broker gave its last message."
+)
 PROVIDER = Spec(
     "counter", "minter_provider_requests", ("provider", "grant", "outcome"),
     "Requests to external IAMs: ok, outrun by another worker, or the error's reason.",
@@ -89,8 +103,8 @@ STANDBY = Spec(
 PARTITIONS = Spec("gauge", "minter_partitions_ahead_days", (), "Days that have partitions already (beat).")
 
 SPECS = (
-    TOKENS, REQUESTS, REFUSALS, FOLLOW_UPS, HTTP, FTS_JOBS, PROVIDER, PROVIDER_SECONDS, STAGE, BATCH, AGE,
-    QUEUE, LIVING, EXPIRING, SIGNS_UNTIL, STANDBY, PARTITIONS,
+    TOKENS, REQUESTS, REFUSALS, FOLLOW_UPS, HTTP, FTS_JOBS, EVENTS, LAST_EVENT, PROVIDER,
+    PROVIDER_SECONDS, STAGE, BATCH, AGE, QUEUE, LIVING, EXPIRING, SIGNS_UNTIL, STANDBY, PARTITIONS,
 )  # fmt: skip
 
 _STAGE_BUCKETS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
@@ -179,6 +193,11 @@ class Metrics:
             operation = "+".join(plan.operations) or plan.rule
             mode = plan.route.mode if plan.route else "mint"
             self._tokens.labels(vo, mode, operation, plan.area.storage, what).inc(count)
+
+
+def new_gauge(spec: Spec, registry: CollectorRegistry) -> Gauge:
+    """Return the gauge of one specification, in a registry."""
+    return Gauge(spec.name, spec.help, spec.labels, registry=registry)
 
 
 def new_counter(spec: Spec, registry: CollectorRegistry) -> Counter:

@@ -84,6 +84,32 @@ class HttpSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     token_lifetime_seconds: Annotated[int, Meta(ge=900, le=21_600)] = 7200
 
 
+class FTSEventsSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Where FTS's monitoring messages come from (`python -m workers.events`): STOMP brokers, `host:port`.
+
+    FTS sends each message to one of its brokers, so all of them are named. `destinations` are queues of
+    ours, such as ActiveMQ makes of a virtual topic. `fts_vo` is the VO's name at FTS, the same as here if
+    empty; `host` is the virtual host, the broker's name if empty. With `tls`, brokers are verified with
+    `ca`, and know us by `certificate` and `key`, or by user and password.
+    """
+
+    vo: str
+    brokers: Annotated[tuple[str, ...], Meta(min_length=1)]
+    destinations: tuple[str, ...] = (
+        "/queue/Consumer.minter.transfer.fts_monitoring_start",
+        "/queue/Consumer.minter.transfer.fts_monitoring_complete",
+        "/queue/Consumer.minter.transfer.fts_monitoring_state",
+    )
+    fts_vo: str = ""
+    host: str = ""
+    user: str = ""
+    password_file: str = ""
+    tls: bool = True
+    ca: str = ""
+    certificate: str = ""
+    key: str = ""
+
+
 class WorkerSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """How a worker batches: by time, by messages, by bytes; whichever comes first."""
 
@@ -126,6 +152,7 @@ class Settings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     fts: tuple[FTS, ...] = ()
     providers: tuple[Provider, ...] = ()
     exchanges: tuple[Exchange, ...] = ()
+    fts_events: tuple[FTSEventsSettings, ...] = ()
 
 
 class Loaded:
@@ -234,9 +261,9 @@ class Loaded:
             if unknown := [name for name in route.fallback if name not in routes or name == route.name]:
                 raise SettingsError(f"route {route.name!r}: fallback {unknown[0]!r} is no other route")
 
-    def provider_secret(self, provider: Provider) -> str:
-        """Return a provider's client secret or PEM key; raises SettingsError."""
-        path = self.folder / provider.secret_file
+    def secret(self, file: str) -> str:
+        """Return a secret or key that lies in a file only its owner may read; raises SettingsError."""
+        path = self.folder / file
         try:
             if path.stat().st_mode & 0o077:
                 raise SettingsError(f"secret file {path} is open to others; chmod 600 it")
@@ -311,6 +338,7 @@ _KNOWN_KEYS = {
         DatabaseSettings,
         BrokerSettings,
         HttpSettings,
+        FTSEventsSettings,
         WorkerSettings,
         IssuerSettings,
         RucioSettings,

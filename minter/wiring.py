@@ -93,7 +93,7 @@ class Service:
         for provider in self.loaded.settings.providers:
             known = SharedDocuments(self.pool, provider, self.clock)
             ca = str(self.loaded.folder / provider.ca) if provider.ca else None
-            secret = self.loaded.provider_secret(provider)
+            secret = self.loaded.secret(provider.secret_file)
             known.iam = made[provider.name] = IAM(provider, secret, known, self.clock, ca)
         return made
 

@@ -52,7 +52,7 @@ class RabbitMQ(Server):
         super().__init__(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.port, self._dist, self._epmd = free_ports(3)
-        self.tls_port = free_ports(1)[0]
+        self.tls_port, self.stomp_port = free_ports(2)
         self.ca = certificates(folder)
         (folder / "rabbitmq.conf").write_text(
             f"listeners.tcp.1 = 127.0.0.1:{self.port}\nlisteners.ssl.1 = 127.0.0.1:{self.tls_port}\n"
@@ -60,6 +60,9 @@ class RabbitMQ(Server):
             f"ssl_options.keyfile = {folder}/host.key\nvm_memory_high_watermark.absolute = 2GB\n"
             "disk_free_limit.absolute = 50MB\nlog.file.level = warning\n"
         )
+        with (folder / "rabbitmq.conf").open("a") as conf:
+            conf.write(f"stomp.listeners.tcp.1 = 127.0.0.1:{self.stomp_port}\n")
+        (folder / "plugins").write_text("[rabbitmq_stomp].")
         self.environ = {
             **os.environ,
             "HOME": str(folder),

@@ -82,6 +82,7 @@ PARTS = {
     "[[routes]]": Route,
     "[[fts]]": FTS,
     "[[exchanges]]": Exchange,
+    "[[fts_events]]": settings.FTSEventsSettings,
 }
 
 

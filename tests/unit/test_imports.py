@@ -13,7 +13,7 @@ ROWS = [
     {"keys", "storages", "clients"},
     {"routes", "rucio", "sites", "wishes", "exchanges", "providers", "budgets"},
     {"requests", "dirac"},
-    {"plans", "followups"},
+    {"plans", "followups", "fts_events"},
     {"policy", "claims", "sharing"},
     {"capabilities", "managed"},
     {"records"},

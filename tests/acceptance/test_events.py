@@ -1,0 +1,143 @@
+"""FTS's monitoring messages over a real STOMP broker, RabbitMQ's plugin: they end and keep tokens."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+
+import pytest
+import stomp
+
+from minter import wiring
+from minter.followups import JobReport, ReportRequest
+from minter.lives import Lives
+from minter.outcomes import Submission
+from minter.requests import FileRequest, MintRequest, from_mint
+from tests.conftest import EXAMPLES, MASTER_KEY, ROOT, rows
+from tests.integration.test_mint import SE
+from tests.servers import RabbitMQ, installed
+from tests.unit.test_fts_events import told
+
+pytestmark = pytest.mark.rabbitmq
+ME = "rucio-alpen"
+QUEUE = "/queue/Consumer.minter.transfer.fts_monitoring_complete"
+
+
+@pytest.fixture(scope="module")
+def node(tmp_path_factory):
+    if not installed():
+        reason = "RabbitMQ is not installed (apt-get install rabbitmq-server)"
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
+    server = RabbitMQ(tmp_path_factory.mktemp("stomp") / "node")
+    server.start()
+    yield server
+    server.stop()
+
+
+class Events:
+    """The consumer as a process."""
+
+    def __init__(self, node, dsn, folder):
+        (folder / "secret").touch(mode=0o600)
+        (folder / "secret").write_text("guest")
+        text = (EXAMPLES / "settings.toml").read_text().replace('"rucio-41.5/', f'"{EXAMPLES}/rucio-41.5/')
+        text += f'\n[[fts_events]]\nvo = "alpen"\nfts_vo = "minter"\ntls = false\nhost = "/"\nuser = "guest"\npassword_file = "secret"\nbrokers = ["127.0.0.1:{node.stomp_port}"]\n'
+        (folder / "settings.toml").write_text(text)
+        self.environ = {
+            **os.environ, "MINTER_SETTINGS": str(folder / "settings.toml"), "MINTER_DSN": dsn,
+            "MINTER_MASTER_KEY_ALPEN": MASTER_KEY, "PYTHONPATH": str(ROOT),
+        }  # fmt: skip
+        self.log = folder / "events.log"
+        self.start()
+
+    def start(self):
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "workers.events"], env=self.environ, stdout=log, stderr=log, cwd=ROOT
+            )
+
+    def stop(self, number=signal.SIGTERM):
+        self.process.send_signal(number)
+        self.process.wait(30)
+
+
+@pytest.fixture
+def events(node, dsn, tmp_path):
+    made = Events(node, dsn, tmp_path)
+    yield made
+    made.stop()
+
+
+@pytest.fixture
+def send(node):
+    connection = stomp.Connection12([("127.0.0.1", node.stomp_port)], vhost="/")
+    connection.connect("guest", "guest", wait=True)
+    yield lambda body: connection.send(QUEUE, body, headers={"persistent": "true"})
+    connection.disconnect()
+
+
+def issue(service, name, external_id):
+    file = FileRequest(sources=(SE + name,), destinations=(SE + name + "2",), external_id=external_id)
+    request = from_mint(MintRequest(request_id=wiring.new_uuid7(), files=(file,)))
+    (outcome,) = service.engine.mint_many([Submission(request, ME)], wiring.now())
+    assert len(outcome.issued) == 2
+    return request.request_id
+
+
+def states(service):
+    return sorted(s for (s,) in rows(service, "SELECT state::text FROM token_states"))
+
+
+def until(what, seconds=30):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if what():
+            return
+        time.sleep(0.1)
+    raise AssertionError("it did not happen in time")
+
+
+def test_tokens_follow_their_transfers(service, events, send):
+    external_id = uuid.uuid4().hex
+    issue(service, "a", external_id)
+    by_job = issue(service, "b", "")
+    job = uuid.uuid4()
+    Lives(service.engine, service.pool).report(
+        ME, ReportRequest(jobs=(JobReport(job, by_job, (0,), (77,)),)), wiring.now()
+    )
+    send(told("start", file_metadata={"request_id": external_id}) + b" ")
+    until(lambda: states(service) == ["active", "active"])
+    send(b"not a message \x04")
+    send(told("complete", vo="another", file_metadata={"request_id": external_id}))
+    send(told("complete", file_metadata={"request_id": "nobody's"}))
+    send(told("complete", job_id=str(job), file_id=77, file_metadata=None) + b"\x04")
+    until(lambda: states(service) == ["active", "active", "finished", "finished"])
+    send(told("complete", file_metadata={"request_id": external_id}))
+    send(told("complete", file_metadata={"request_id": external_id}))  # they come at least once
+    until(lambda: states(service) == ["finished"] * 4)
+    text = events.log.read_text()
+    assert "guest" not in text
+    assert any(json.loads(line).get("unknown") == 1 for line in text.splitlines() if '"unknown"' in line)
+
+
+def test_what_was_not_noted_comes_again(service, events, send, node):
+    first, second = uuid.uuid4().hex, uuid.uuid4().hex
+    issue(service, "c", first)
+    issue(service, "d", second)
+    until(lambda: "listening" in events.log.read_text())
+    events.stop(signal.SIGKILL)
+    send(told("complete", file_metadata={"request_id": first}))
+    events.start()
+    until(lambda: states(service) == ["finished", "finished"])
+    node.kill()
+    node.start()
+    connection = stomp.Connection12([("127.0.0.1", node.stomp_port)], vhost="/")
+    connection.connect("guest", "guest", wait=True)
+    connection.send(
+        QUEUE, told("complete", file_metadata={"request_id": second}), headers={"persistent": "true"}
+    )
+    until(lambda: states(service) == ["finished"] * 4, 60)
+    connection.disconnect()

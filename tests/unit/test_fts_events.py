@@ -1,0 +1,89 @@
+"""What FTS's monitoring messages say; the vectors follow msg_producer of fts3 3.14.4."""
+
+import json
+
+import pytest
+
+from minter.errors import InvalidRequest
+from minter.fts_events import read_event
+from tests.conftest import ROOT
+
+VECTORS = ROOT / "tests/vectors/fts"
+
+
+def told(kind, **changes):
+    body = json.loads((VECTORS / f"{kind}.json").read_text().rstrip(" \x04\n"))
+    return json.dumps(body | changes).encode()
+
+
+COMPLETE = {
+    "finished": ({}, "finished"),
+    "archiving": ({"is_archiving": True}, "active"),
+    "tried again": (
+        {"t_final_transfer_state": "Error", "is_recoverable": True, "retry": 0, "retry_max": 3},
+        None,
+    ),
+    "numbers as text": (
+        {"t_final_transfer_state": "Error", "is_recoverable": True, "retry": "1", "retry_max": "3"},
+        None,
+    ),
+    "last try": (
+        {"t_final_transfer_state": "Error", "is_recoverable": True, "retry": 3, "retry_max": 3},
+        "finished",
+    ),
+    "hopeless": ({"t_final_transfer_state": "Error", "is_recoverable": False, "retry_max": 3}, "finished"),
+    "another replica": ({"t_final_transfer_state": "Error", "job_state": "ACTIVE"}, None),
+    "a hop": ({"t_final_transfer_state": "Error", "job_state": "FAILED", "job_multihop": True}, "finished"),
+    "cancelled": ({"t_final_transfer_state": "Abort"}, "finished"),
+}
+
+
+@pytest.mark.parametrize("case", COMPLETE)
+def test_complete(case):
+    changes, state = COMPLETE[case]
+    event = read_event(told("complete", **changes))
+    assert (event and event.state) == state
+
+
+STATES = {
+    "ACTIVE": "active", "ARCHIVING": "active", "FINISHED": "finished", "FAILED": "finished", "CANCELED": "finished",
+    "SUBMITTED": None, "READY": None, "STAGING": None, "NOT_USED": None, "TOKEN_PREP": None, "STARTED": "active",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_states(name):
+    event = read_event(told("state", file_state=name, job_state="FINISHED"))
+    assert (event and event.state) == STATES[name]
+
+
+@pytest.mark.parametrize("tail", [b"", b" ", b"\x04", b" \n", b"\x00"])
+def test_start_names_the_file(tail):
+    event = read_event(told("start") + tail)
+    assert event.state == "active"
+    assert str(event.job_id) == "c3b5e6a2-9d1e-11f0-8d43-fa163e0a1b2c"
+    assert event.file_id == 4400012345
+    assert event.external_id == "8f1b0c2d3e4f5a6b7c8d9e0f1a2b3c4d"
+    assert event.vo
+
+
+@pytest.mark.parametrize("metadata", [None, "", "text", [], {"request_id": None}, {}])
+def test_a_file_without_metadata(metadata):
+    assert read_event(told("complete", file_metadata=metadata)).external_id == ""
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b'{"t_final_transfer_state":"Ok"}',
+        b"\xff\xfe",
+        b'{"file_state":"ACTIVE","job_id":"x","file_id":1}',
+    ],
+)
+def test_what_is_no_message(body):
+    with pytest.raises(InvalidRequest, match="monitoring message"):
+        read_event(body)

@@ -1,0 +1,232 @@
+"""FTS's monitoring messages: `python -m workers.events`. They move tokens to active and finished.
+
+A message is acknowledged when what it says is committed, so it comes again after a crash of ours; to note
+it twice changes nothing. One connection goes to each broker; a broken one is made again, with back-off.
+"""
+
+import logging
+import random
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from queue import Empty, Queue
+from threading import Event, Thread
+from typing import Any
+
+import stomp
+from msgspec import Struct
+from prometheus_client import CollectorRegistry
+
+from minter import logs, wiring
+from minter.errors import InvalidRequest, SettingsError, Unavailable
+from minter.fts_events import FTSEvent, read_event
+from minter.lives import Lives
+from minter.metrics import EVENTS, LAST_EVENT, new_counter, new_gauge, serve_process
+from minter.settings import FTSEventsSettings
+
+logger = logging.getLogger("minter.events")
+
+TOGETHER, TOGETHER_SECONDS = 500, 0.5
+"""So many messages, or those of this time, are noted in one transaction."""
+PREFETCH = 2 * TOGETHER
+CONNECT_SECONDS = 10.0
+HEARTBEAT_MILLISECONDS = 15_000
+FIRST_DELAY_SECONDS, MAX_DELAY_SECONDS = 1.0, 60.0
+
+
+class Message(Struct, frozen=True):
+    """One message, and the connection that it is acknowledged on."""
+
+    source: "Source"
+    connection: Any
+    ack: str
+    body: bytes
+
+
+class Listener(stomp.ConnectionListener):
+    """Hands messages over: what is slow here would cost the connection its heartbeats."""
+
+    def __init__(self, source: "Source", connection: Any) -> None:
+        self._source = source
+        self._connection = connection
+        self.connected, self.lost = Event(), Event()
+
+    def on_connected(self, _frame: Any) -> None:
+        """Note that the broker has taken us."""
+        self.connected.set()
+
+    def on_message(self, frame: Any) -> None:
+        """Put a message into the queue."""
+        body = frame.body if isinstance(frame.body, bytes) else frame.body.encode()
+        self._source.queue.put(Message(self._source, self._connection, frame.headers["ack"], body))
+
+    def on_error(self, frame: Any) -> None:
+        """Say what the broker says; it closes the connection afterwards."""
+        logger.warning("broker %s: %s", self._source.address, str(frame.headers.get("message", ""))[:200])
+        self.lost.set()
+
+    def on_disconnected(self) -> None:
+        """Note that the connection is gone."""
+        self.lost.set()
+
+
+class Source:
+    """One broker of one VO's FTS; `run` in a thread of its own."""
+
+    def __init__(
+        self, wanted: FTSEventsSettings, address: str, folder: Path, password: str, queue: "Queue[Message]"
+    ) -> None:
+        host, colon, port = address.rpartition(":")
+        if not colon or not port.isdecimal():
+            raise SettingsError(f"fts_events: broker {address!r} is not host:port")
+        self.wanted = wanted
+        self.address = address
+        self.queue = queue
+        self._place = (host, int(port))
+        self._folder = folder
+        self._password = password
+
+    def __repr__(self) -> str:
+        """Name the broker; the password stays hidden."""
+        return f"Source({self.address})"
+
+    def run(self, stopped: Event) -> None:
+        """Keep a connection until `stopped`."""
+        delay = FIRST_DELAY_SECONDS
+        while not stopped.is_set():
+            started = time.monotonic()
+            try:
+                self._consume(stopped)
+            except (stomp.exception.StompException, OSError, ValueError) as error:
+                logger.warning("broker %s is away (%s)", self.address, type(error).__name__)
+            if time.monotonic() - started > MAX_DELAY_SECONDS:
+                delay = FIRST_DELAY_SECONDS
+            stopped.wait(delay * random.uniform(0.5, 1.5))  # noqa: S311 - jitter
+            delay = min(2 * delay, MAX_DELAY_SECONDS)
+
+    def _consume(self, stopped: Event) -> None:
+        wanted = self.wanted
+        connection = stomp.Connection12(
+            [self._place], auto_decode=False, reconnect_attempts_max=1, vhost=wanted.host or self._place[0],
+            heartbeats=(HEARTBEAT_MILLISECONDS, HEARTBEAT_MILLISECONDS),
+        )  # fmt: skip
+        if wanted.tls:
+            connection.set_ssl(
+                for_hosts=[self._place], ca_certs=self._path(wanted.ca),
+                cert_file=self._path(wanted.certificate), key_file=self._path(wanted.key),
+            )  # fmt: skip
+        listener = Listener(self, connection)
+        connection.set_listener("", listener)
+        login = {"username": wanted.user, "passcode": self._password} if wanted.user else {}
+        connection.connect(**login, wait=False)
+        try:
+            if not listener.connected.wait(CONNECT_SECONDS):
+                raise TimeoutError("no answer")
+            for number, destination in enumerate(wanted.destinations):
+                many = {"prefetch-count": str(PREFETCH), "activemq.prefetchSize": str(PREFETCH)}
+                connection.subscribe(destination, id=str(number), ack="client-individual", headers=many)
+            logger.info("listening to %s", self.address)
+            while not stopped.is_set() and not listener.lost.wait(1.0):
+                pass
+        finally:
+            connection.disconnect()
+
+    def _path(self, name: str) -> str | None:
+        return str(self._folder / name) if name else None
+
+
+class Consumer:
+    """Notes messages in batches, in the order in which they came."""
+
+    def __init__(self, lives: Lives, registry: CollectorRegistry, clock: Any) -> None:
+        self._lives = lives
+        self._clock = clock
+        self._count = new_counter(EVENTS, registry)
+        self._last = new_gauge(LAST_EVENT, registry)
+        self.queue: Queue[Message] = Queue(4 * PREFETCH)
+        self.stopped = Event()
+
+    def run(self) -> None:
+        """Note what comes until `stopped`; while Postgres is away nothing is acknowledged."""
+        delay = FIRST_DELAY_SECONDS
+        batch: list[Message] = []
+        while not self.stopped.is_set():
+            batch = batch or self._gather()
+            try:
+                self._note(batch)
+            except Unavailable as error:
+                logger.warning("events cannot be noted, trying again in %.0f s: %s", delay, error)
+                self.stopped.wait(delay * random.uniform(0.5, 1.5))  # noqa: S311 - jitter
+                delay = min(2 * delay, MAX_DELAY_SECONDS)
+                continue
+            batch, delay = [], FIRST_DELAY_SECONDS
+
+    def _gather(self) -> list[Message]:
+        batch: list[Message] = []
+        until = time.monotonic() + TOGETHER_SECONDS
+        while len(batch) < TOGETHER and (left := until - time.monotonic()) > 0:
+            try:
+                batch.append(self.queue.get(timeout=left))
+            except Empty:
+                break
+        return batch
+
+    def _note(self, batch: Sequence[Message]) -> None:
+        """Note one batch and acknowledge it; raises Unavailable, and then nothing was done."""
+        by_vo: dict[str, list[FTSEvent]] = {}
+        outcomes: list[tuple[str, str, int]] = []
+        for message in batch:
+            vo, fts_vo = message.source.wanted.vo, message.source.wanted.fts_vo
+            try:
+                event = read_event(message.body)
+            except InvalidRequest as error:
+                logger.warning("a message of %s is dropped: %s", message.source.address, error)
+                outcomes.append((vo, "broken", 1))
+                continue
+            if event is not None and event.vo == (fts_vo or vo):
+                by_vo.setdefault(vo, []).append(event)
+            else:
+                outcomes.append((vo, "nothing", 1))
+        for vo, events in by_vo.items():
+            changed, unknown = self._lives.events(vo, events, self._clock())
+            outcomes += [(vo, "noted", len(events) - unknown), (vo, "unknown", unknown)]
+            logs.event(logger, "events noted", vo=vo, events=len(events), unknown=unknown, changed=changed)
+        for vo, outcome, count in outcomes:
+            self._count.labels(vo, outcome).inc(count)
+        for message in batch:
+            self._last.labels(message.source.address).set_to_current_time()
+            try:
+                message.connection.ack(message.ack)
+            except (stomp.exception.StompException, OSError):
+                logger.info("a connection went before a message was acknowledged; it comes again")
+
+
+def main() -> None:
+    """Consume FTS's messages until SIGTERM."""
+    logs.configure(logging.INFO)
+    logging.getLogger("stomp.py").setLevel(logging.WARNING)  # its debug lines show passwords and bodies
+    service = wiring.Service(wiring.load_settings())
+    registry = CollectorRegistry()
+    consumer = Consumer(Lives(service.engine, service.pool), registry, service.clock)
+    sources = [
+        Source(wanted, address, service.loaded.folder, password, consumer.queue)
+        for wanted in service.loaded.settings.fts_events
+        for password in [service.loaded.secret(wanted.password_file) if wanted.password_file else ""]
+        for address in wanted.brokers
+    ]
+    if not sources:
+        raise SettingsError("no [[fts_events]] in the settings: there is nothing to listen to")
+    serve_process(registry, service.loaded.settings.metrics)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: consumer.stopped.set())
+    threads = [Thread(target=source.run, args=(consumer.stopped,), daemon=True) for source in sources]
+    for thread in threads:
+        thread.start()
+    consumer.run()
+    for thread in threads:
+        thread.join(CONNECT_SECONDS)
+
+
+if __name__ == "__main__":
+    main()
