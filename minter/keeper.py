@@ -19,7 +19,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import datetime, timedelta
 from queue import Empty, SimpleQueue
-from typing import Any
 
 from msgspec import Struct, structs
 from sqlalchemy.engine import Engine as Pool
@@ -34,21 +33,18 @@ from minter.errors import (
     ProviderAway,
     ProviderRefused,
     RefreshTokenLost,
-    RequestError,
     Unavailable,
     UnknownClient,
 )
-from minter.followups import RenewRequest
 from minter.iam import IAM, Asked, Lost, Misconfigured, Obtained
 from minter.keeping import Leased, Result, Taken
 from minter.keystore import Keystore
 from minter.lives import Lives
 from minter.managed import LEAST_SECONDS, MAX_TRIES, next_need
-from minter.outcomes import Submission
-from minter.plans import BACKDATE_SECONDS
+from minter.pushes import Pushes, Send
 from minter.records import SEVERAL, Control, fts_token_id
-from minter.requests import Request
 from minter.scopes import parse_scopes
+from minter.stand_ins import StandIns, failure
 
 logger = logging.getLogger("minter.keeper")
 
@@ -88,14 +84,16 @@ class Keeper:
         iams: Mapping[str, IAM],
         clock: Callable[[], datetime],
         observe: Observe = lambda *_: None,
+        send: Send | None = None,
         jitter: Callable[[float], float] = lambda bound: random.uniform(0, bound),  # noqa: S311 - jitter
     ) -> None:
         self._pool = pool
         self._keystore = keystore
-        self._lives = lives
         self._iams = iams
         self._clock = clock
         self._observe = observe
+        self._pushes = Pushes(pool, keystore, self._current, send) if send is not None else None
+        self._stand_ins = StandIns(pool, lives, self._pushes)
         self._jitter = jitter
         self._out: Counter[str] = Counter()
         self._came: SimpleQueue[tuple[IAM, Taken, Leased, Answer]] = SimpleQueue()
@@ -136,6 +134,8 @@ class Keeper:
         if self.stopped:
             return bool(done)
         taken = [self._take(iam) for iam in self._iams.values()]
+        if self._pushes is not None:
+            self._pushes.turn(self._clock())
         if time.monotonic() - self._chores_at > CHORES_SECONDS:
             self._chores_at = time.monotonic()
             self._chores()
@@ -238,7 +238,7 @@ class Keeper:
             return
         now, unsaved = self._clock(), self._unsaved
         results: list[Result] = []
-        failed: list[tuple[IAM, Taken, Leased, MinterError]] = []
+        failed: list[tuple[Taken, Leased, MinterError]] = []
         for iam, taken, token, answer in unsaved:
             if not answer.sent and answer.error is None:
                 continue
@@ -246,10 +246,9 @@ class Keeper:
             if isinstance(made, Result):
                 results.append(made)
             elif token.fallback and not isinstance(made, Banned | UnknownClient):
-                failed.append((iam, taken, token, made))
+                failed.append((taken, token, made))
             else:
-                results.append(_failure(taken.lease, token, made))
-                _log_failure(iam, token, made)
+                results.append(failure(token, taken.lease, made))
         for taken in {t.lease: t for _, t, _, _ in unsaved}.values():
             unsent = [k for _, t, k, a in unsaved if t is taken and not a.sent and a.error is None]
             if unsent:
@@ -257,8 +256,8 @@ class Keeper:
         saved = keeping.save(self._pool, results)
         self._unsaved = []
         self._note(unsaved, saved, now)
-        for iam, taken, token, error in failed:
-            self._stand_in(iam, token, taken.lease, error)
+        for taken, token, error in failed:
+            self._stand_ins.give(token, taken.lease, error, now)
 
     def _result(
         self, iam: IAM, taken: Taken, token: Leased, answer: Answer, now: datetime
@@ -345,51 +344,6 @@ class Keeper:
                     dropped=" ".join(dropped) or None, error=error.message if error else None,
                 )  # fmt: skip
 
-    # ── standing in ──────────────────────────────────────────────────────────────────────────
-
-    def _stand_in(self, iam: IAM, token: Leased, lease: uuid.UUID, why: MinterError) -> None:
-        """Let the routes of the fallback serve what a managed token served; or it fails, with its reason."""
-        instead: dict[uuid.UUID, uuid.UUID] = {}
-        uses = keeping.living_uses(self._pool, token.jti)
-        try:
-            for request_id in dict.fromkeys(use[1] for use in uses):
-                needs = {use[2:]: use[0] for use in uses if use[1] == request_id}
-                instead |= self._minted(token, request_id, needs)
-        except RequestError as error:
-            keeping.save(self._pool, [_failure(lease, token, error)])
-            _log_failure(iam, token, error)
-            return
-        keeping.stand_in(self._pool, token.jti, lease, instead)
-        logs.event(
-            logger, "stood in", provider=iam.provider.name, jti=str(token.jti), reason=why.reason,
-            uses=len(instead),
-        )  # fmt: skip
-
-    def _minted(
-        self, token: Leased, request_id: uuid.UUID, needs: Mapping[tuple[int, Any, int], uuid.UUID]
-    ) -> dict[uuid.UUID, uuid.UUID]:
-        """Decide and mint anew, as a renewal of what one request was granted; raises what refuses it."""
-        now = self._clock()
-        files = tuple(sorted({file for file, _, _ in needs}))
-        new_id = self._lives.engine.new_jti()
-        renewal = self._lives.renewal(
-            token.client, RenewRequest(request_id=new_id, renews=request_id, files=files)
-        )
-        life = int((token.deadline - now).total_seconds()) + BACKDATE_SECONDS
-        request = _only(renewal, needs, life, tuple(token.fallback))
-        (outcome,) = self._lives.engine.mint_many([Submission(request, token.client)], now)
-        if outcome.error is not None:
-            raise outcome.error
-        given = {i.need: uuid.UUID(i.jti) for i in outcome.issued} | {
-            a.need: uuid.UUID(a.handle) for a in outcome.awaited
-        }
-        if missing := [use for need, use in needs.items() if need not in given]:
-            first = outcome.refusals[0]["error"]["error_description"] if outcome.refusals else "no reason"
-            raise RefreshTokenLost(
-                f"the fallback refuses {len(missing)} of {len(needs)} tokens: {first}"[:400]
-            )
-        return {use: given[need] for need, use in needs.items()}
-
     # ── chores ───────────────────────────────────────────────────────────────────────────────
 
     def _chores(self) -> None:
@@ -399,7 +353,7 @@ class Keeper:
             lease, seconds = uuid.uuid4(), _lease_seconds(iam)
             paused = ProviderAway(f"provider {iam.provider.name} is paused")
             for token in keeping.strand(self._pool, iam.provider, lease, STAND_INS, now, seconds):
-                self._stand_in(iam, token, lease, paused)
+                self._stand_ins.give(token, lease, paused, now)
             if keeping.probe(self._pool, iam.provider, now, seconds):
                 self._probe(iam, now)
         keeping.end_overdue(self._pool, now)
@@ -444,31 +398,3 @@ def _forbidden(token: Leased, bans: Bans) -> MinterError | None:
             "an activity of this VO is banned, and the request's files have several", kind="activity"
         )
     return None
-
-
-def _failure(lease: uuid.UUID, token: Leased, error: MinterError) -> Result:
-    """Return the end of a token: what it still holds works on until it expires."""
-    return Result(
-        jti=token.jti, lease=lease, state="failed", refresh=b"", subject=b"", tries=token.tries,
-        error=error.as_dict(),
-    )  # fmt: skip
-
-
-def _log_failure(iam: IAM, token: Leased, error: MinterError) -> None:
-    logs.event(
-        logger, "managed token failed", provider=iam.provider.name, jti=str(token.jti), client=token.client,
-        vo=token.vo, reason=error.reason, error=error.message,
-    )  # fmt: skip
-
-
-def _only(
-    request: Request, needs: Mapping[tuple[int, str, int], object], life_seconds: int, routes: tuple[str, ...]
-) -> Request:
-    """Return a renewal of some needs only, for as long as they last, by the fallback's routes."""
-    files = []
-    for file in request.files:
-        kept = [n for n in file.needs if (n.file, n.side, n.index) in needs]
-        if kept:
-            life = [structs.replace(n, life_seconds=life_seconds, one_token=False) for n in kept]
-            files.append(structs.replace(file, needs=tuple(life)))
-    return structs.replace(request, files=tuple(files), service=None, routes=routes, all_or_nothing=False)

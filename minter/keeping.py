@@ -44,16 +44,18 @@ def join(
         WITH new AS (
             INSERT INTO managed AS m (jti, client_id, digest, provider, mode, state, scope, audience, storage,
                 on_behalf_of, activity, fallback, uses, cap_seconds, least_seconds, deadline,
-                lead_seconds, needed_at, subject)
+                lead_seconds, needed_at, subject, pushes)
             SELECT j, c, d, p, o::token_mode, 'queued', s,
                 ARRAY(SELECT jsonb_array_elements_text(a::jsonb)), g, b, v,
-                ARRAY(SELECT jsonb_array_elements_text(f::jsonb)), u, x, l, e, t, w, z
+                ARRAY(SELECT jsonb_array_elements_text(f::jsonb)), u, x, l, e, t, w, z, q
             FROM unnest(%s::uuid[], %s::int[], %s::bytea[], %s::text[], %s::text[], %s::text[], %s::text[],
                 %s::text[], %s::text[], %s::text[], %s::text[], %s::int[], %s::int[], %s::int[],
-                %s::timestamptz[], %s::int[], %s::timestamptz[], %s::bytea[])
-                AS w (j, c, d, p, o, s, a, g, b, v, f, u, x, l, e, t, w, z)
+                %s::timestamptz[], %s::int[], %s::timestamptz[], %s::bytea[],
+                %s::bool[])
+                AS w (j, c, d, p, o, s, a, g, b, v, f, u, x, l, e, t, w, z, q)
             ON CONFLICT (digest) WHERE state IN ('queued', 'issued') DO UPDATE SET
                 uses = m.uses + excluded.uses,
+                pushes = m.pushes OR excluded.pushes,
                 deadline = greatest(m.deadline, excluded.deadline),
                 least_seconds = greatest(m.least_seconds, excluded.least_seconds),
                 -- Due at once if what is left of its life is too short for this use.
@@ -85,6 +87,7 @@ def join(
             [w.lead_seconds for w in wanted],
             [w.needed_at for w in wanted],
             [seal(w.client_id, w.jti, "subject", w.subject) if w.subject else None for w in wanted],
+            [w.pushes for w in wanted],
         ),
     ).fetchall()
     return {bytes(digest): _token(*row) for digest, *row in rows}
@@ -378,11 +381,11 @@ def strand(
     return [Leased(**dict(zip(Leased.__struct_fields__, row, strict=True))) for row in rows]
 
 
-def living_uses(engine: Pool, jti: UUID) -> list[tuple[UUID, UUID, int, str, int]]:
-    """Return what a managed token serves still: (use_id, request_id, file, side, position)."""
+def living_uses(engine: Pool, jti: UUID) -> list[tuple[UUID, UUID, str, int, str, int]]:
+    """Return what a managed token serves still: (use_id, request_id, queue, file, side, position)."""
     with transaction(engine) as connection:
         return connection.execute(
-            "SELECT u.use_id, u.request_id, u.file, u.side::text, u.position FROM uses u"
+            "SELECT u.use_id, u.request_id, u.queue, u.file, u.side::text, u.position FROM uses u"
             " WHERE u.jti = %s AND NOT EXISTS (SELECT FROM token_states l WHERE l.jti = u.use_id"
             " AND l.ended_at IS NOT NULL) ORDER BY u.use_id",
             (jti,),
@@ -406,6 +409,70 @@ def stand_in(engine: Pool, jti: UUID, lease: UUID, instead: Mapping[UUID, UUID])
                 (list(instead), list(instead.values())),
             )
     return bool(mine)
+
+
+# ── pushed to durable queues ─────────────────────────────────────────────────────────────────
+
+
+class Unpushed(Struct, frozen=True, kw_only=True):
+    """A managed token that changed since it was pushed, and one use that wants to know."""
+
+    jti: UUID
+    client: str
+    vo: str
+    state: str
+    storage: str
+    granted_scope: str
+    access: bytes | None
+    expires_at: datetime | None
+    fts_token_id: int
+    error: dict[str, Any] | None
+    use_id: UUID | None
+    request_id: UUID | None
+    file: int
+    side: str
+    position: int
+    queue: str
+
+
+_UNPUSHED = ", ".join(
+    {"client": "c.name", "vo": "c.vo", "state": "m.state::text", "side": "coalesce(u.side::text, '')",
+     "use_id": "u.use_id", "request_id": "u.request_id", "file": "coalesce(u.file, 0)",
+     "position": "coalesce(u.position, 0)", "queue": "coalesce(u.queue, '')"}.get(name, f"m.{name}")
+    for name in Unpushed.__struct_fields__
+)  # fmt: skip
+PUSH_SECONDS = 30
+
+
+def unpushed(engine: Pool, now: datetime, most: int) -> list[Unpushed]:
+    """Take tokens that are to be pushed, for a while; one row for each use that wants to know."""
+    with transaction(engine) as connection:
+        rows = connection.execute(
+            f"""
+            WITH m AS (
+                UPDATE managed SET pushing_until = %(now)s + make_interval(secs => {PUSH_SECONDS})
+                WHERE jti IN (
+                    SELECT jti FROM managed WHERE pushes AND fts_token_id IS DISTINCT FROM pushed_id
+                        AND (pushing_until IS NULL OR pushing_until <= %(now)s)
+                    LIMIT %(most)s FOR UPDATE SKIP LOCKED)
+                RETURNING *)
+            SELECT {_UNPUSHED} FROM m JOIN clients c USING (client_id)
+            LEFT JOIN uses u ON u.jti = m.jti AND u.queue <> '' AND NOT EXISTS (
+                SELECT FROM token_states l WHERE l.jti = u.use_id AND l.ended_at IS NOT NULL)
+            """,
+            {"now": now, "most": most},
+        ).fetchall()
+    return [Unpushed(**dict(zip(Unpushed.__struct_fields__, row, strict=True))) for row in rows]
+
+
+def pushed(engine: Pool, done: Mapping[UUID, int]) -> None:
+    """Note which tokens were pushed, by the FTS id of each; one that changed meanwhile is pushed again."""
+    with transaction(engine) as connection:
+        connection.execute(
+            "UPDATE managed m SET pushed_id = r.id, pushing_until = NULL"
+            " FROM unnest(%s::uuid[], %s::bigint[]) AS r (jti, id) WHERE m.jti = r.jti",
+            (list(done), list(done.values())),
+        )
 
 
 # ── how the provider is ──────────────────────────────────────────────────────────────────────

@@ -53,6 +53,7 @@ class Wanted(Struct, frozen=True, kw_only=True):
     needed_at: datetime
     lead_seconds: int = PATIENCE_SECONDS
     uses: int = 1
+    pushes: bool = False
 
     def __repr__(self) -> str:
         """Name it without the subject token."""
@@ -63,6 +64,7 @@ class Wanted(Struct, frozen=True, kw_only=True):
         return structs.replace(
             self,
             uses=self.uses + 1,
+            pushes=self.pushes or other.pushes,
             deadline=max(self.deadline, other.deadline),
             least_seconds=max(self.least_seconds, other.least_seconds),
         )
@@ -123,6 +125,7 @@ def wanted(grant: Grant, request: Request, client_id: int, jti: UUID, activity: 
         least_seconds=life.fixed + FTS_QUEUE_SECONDS if grant.need.one_token else LEAST_SECONDS,
         deadline=now + timedelta(seconds=keep),
         needed_at=now + timedelta(seconds=PATIENCE_SECONDS),
+        pushes=request.reply_queue is not None,
     )
 
 

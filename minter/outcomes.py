@@ -142,12 +142,12 @@ class Work:
 
     def manage(self, grant: Grant, handle: str, jti: UUID) -> None:
         """Note a use of a managed token."""
-        need = grant.need
+        need, request = grant.need, self.outcome.submission.request
         self.uses.append(
             UseRow(
                 handle, str(jti), self.row.request_id, self.client.client_id, grant.path,
                 need.file, need.side, need.index, grant.external_id,
-                self.outcome.submission.request.consumer,
+                request.consumer, request.reply_queue or "",
             )
         )  # fmt: skip
 

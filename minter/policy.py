@@ -348,7 +348,14 @@ def check_reply_queue(queue: str | None, client: Client) -> None:
 
 def _check_plaintext(request: Request, client: Client, grants: Sequence[Grant]) -> None:
     """Raise ReplyNotAllowed for tokens that would lie unencrypted on a durable queue (I5)."""
-    if request.reply_queue is None or client.jwe_key is not None:
+    if request.reply_queue is None:
+        return
+    if request.job is not None and any(g.managed for g in grants):
+        raise ReplyNotAllowed(
+            "a job with tokens of a provider is filled when they are there, so it cannot go to a durable "
+            "queue; ask for it again without reply_queue until it is filled"
+        )
+    if client.jwe_key is not None:
         return
     if not all(g.plan.route is None or g.plan.route.plaintext_queue for g in grants):
         raise ReplyNotAllowed(

@@ -237,10 +237,10 @@ class Recording:
         """COPY the uses of shared tokens in."""
         self._copy_lines(
             "COPY uses (use_id, jti, request_id, path_hash, client_id, side, file, position, path,"
-            " external_id, consumer) FROM STDIN",
+            " external_id, consumer, queue) FROM STDIN",
             [
                 f"{u.use_id}\t{u.jti}\t{u.request_id.int:032x}\t{path_hash(u.path)}\t{u.client_id}\t{u.side}"
-                f"\t{u.file}\t{u.index}\t{_copy(u.path)}\t{_copy(u.external_id)}\t{_copy(u.consumer)}\n"
+                f"\t{u.file}\t{u.index}\t{_copy(u.path)}\t{_copy(u.external_id)}\t{_copy(u.consumer)}\t{_copy(u.queue)}\n"
                 for u in rows
             ],
         )

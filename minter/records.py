@@ -107,6 +107,8 @@ class UseRow(Struct, frozen=True, gc=False):
     external_id: str
     consumer: str = ""
     """Another client that may fetch it, if it is one of a managed token."""
+    queue: str = ""
+    """The client's durable queue that it is pushed to, if it is one of a managed token."""
 
 
 class Recording(Protocol):

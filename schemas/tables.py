@@ -294,6 +294,7 @@ uses = Table(
     Column("path", Text, nullable=False),
     Column("external_id", Text, nullable=False),
     Column("consumer", Text, nullable=False, server_default=text("''")),
+    Column("queue", Text, nullable=False, server_default=text("''")),
     Index("uses_jti_idx", "jti"),
     Index("uses_path_hash_idx", "path_hash"),
     Index(
@@ -372,7 +373,9 @@ providers = Table(
 
 # What is kept of a managed token beside its rows in `tokens` and `uses`; secrets are encrypted, and gone
 # when it is finished. `lead_seconds` before `needed_at` it is due; both are NULL when nothing is left to do.
-# A `lease` is one worker's; `spent` says that a refresh token was sent whose answer is not known.
+# Each new token is pushed to the queues of its uses, which is done when `pushed_id` is `fts_token_id` (0 for
+# an end without one). A `lease` is one worker's; `spent` says that a refresh token was sent whose answer is
+# not known.
 managed = Table(
     "managed",
     metadata,
@@ -406,6 +409,9 @@ managed = Table(
     Column("granted_scope", Text, nullable=False, server_default=text("''")),
     Column("fts_token_id", BigInteger),
     Column("error", JSONB),
+    Column("pushes", Boolean, nullable=False, server_default=text("false")),
+    Column("pushed_id", BigInteger),
+    Column("pushing_until", Instant),
     CheckConstraint("octet_length(digest) = 32", name="digest"),
     CheckConstraint("mode <> 'mint'", name="mode"),
     CheckConstraint("(lead_seconds IS NULL) = (needed_at IS NULL)", name="lead"),
@@ -427,6 +433,10 @@ managed = Table(
         postgresql_where=text("lead_seconds IS NOT NULL"),
     ),
     Index("managed_leased_idx", "provider", postgresql_where=text("lease IS NOT NULL")),
+    Index(
+        "managed_unpushed_idx", "jti",
+        postgresql_where=text("pushes AND (fts_token_id IS DISTINCT FROM pushed_id)"),
+    ),
     Index("managed_deadline_idx", "deadline"),
     Index("managed_fts_token_id_idx", "fts_token_id", postgresql_where=text("fts_token_id IS NOT NULL")),
 )  # fmt: skip

@@ -2,15 +2,44 @@
 
 import logging
 import signal
+from collections.abc import Sequence
 from typing import Any
 
 from minter import logs, wiring
-from minter.errors import SettingsError
+from minter.amqp import Publisher, connect
+from minter.errors import SettingsError, Unavailable
 from minter.keeper import Keeper
 from minter.lives import Lives
 from minter.metrics import Metrics, serve_process
+from minter.pushes import Push
+from minter.settings import Loaded
+from workers import replies
 
 logger = logging.getLogger("minter.keeper")
+
+
+class Sender:
+    """Sends answers to clients' durable queues, each a JWE to its client's key."""
+
+    def __init__(self, loaded: Loaded) -> None:
+        self._publisher = Publisher(connect(loaded.broker_url, loaded.broker_ca))
+
+    def __call__(self, pushes: Sequence[Push]) -> None:
+        """Publish and wait for the confirms; raises Unavailable if the broker is away, or a queue is gone."""
+        messages = [
+            message
+            for push in pushes
+            for message in replies.queued(
+                push.answer, push.queue, str(push.answer.request_id), push.client.jwe_key
+            )
+        ]
+        try:
+            gone = self._publisher.publish(messages)
+        except self._publisher.errors as error:
+            self._publisher.close()
+            raise Unavailable(f"tokens could not be pushed ({type(error).__name__})") from error
+        if gone:
+            raise Unavailable(f"queue {gone[0].routing_key} does not exist; run: minter broker setup")
 
 
 def main() -> None:
@@ -23,14 +52,9 @@ def main() -> None:
     if not iams:
         raise SettingsError("no [[providers]] in the settings: there is nothing to keep")
     serve_process(metrics.registry, service.loaded.settings.metrics)
-    keeper = Keeper(
-        service.pool,
-        service.keystore,
-        Lives(service.engine, service.pool),
-        iams,
-        service.clock,
-        metrics.provider,
-    )
+    lives = Lives(service.engine, service.pool)
+    send = Sender(service.loaded) if service.loaded.broker_url else None
+    keeper = Keeper(service.pool, service.keystore, lives, iams, service.clock, metrics.provider, send)
 
     def stop(*_: Any) -> None:
         keeper.stopped = True

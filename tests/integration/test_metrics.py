@@ -61,6 +61,7 @@ def test_tokens_requests_and_refusals_are_counted(observed):
         "minter_follow_ups_total",
         "minter_fts_jobs_total",
         "minter_provider_requests_total",
+        "minter_fts_events_total",
     } <= names
     assert not any(word in str(seen) for word in ("jti", "sub", "01a"))
 

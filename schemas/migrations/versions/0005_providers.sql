@@ -4,7 +4,9 @@ ALTER TABLE clients
     ADD COLUMN subject_scope text DEFAULT '' NOT NULL,
     ADD COLUMN subject_expires_at timestamptz;
 
-ALTER TABLE uses ADD COLUMN consumer text DEFAULT '' NOT NULL;
+ALTER TABLE uses
+    ADD COLUMN consumer text DEFAULT '' NOT NULL,
+    ADD COLUMN queue text DEFAULT '' NOT NULL;
 
 CREATE TABLE providers (
     name text NOT NULL,
@@ -51,6 +53,9 @@ CREATE TABLE managed (
     granted_scope text DEFAULT '' NOT NULL,
     fts_token_id bigint,
     error jsonb,
+    pushes boolean DEFAULT false NOT NULL,
+    pushed_id bigint,
+    pushing_until timestamptz,
     CONSTRAINT managed_pkey PRIMARY KEY (jti),
     CONSTRAINT managed_digest_check CHECK (octet_length(digest) = 32),
     CONSTRAINT managed_mode_check CHECK (mode <> 'mint'),
@@ -68,3 +73,4 @@ CREATE INDEX managed_needed_idx ON managed (provider, lead_seconds, needed_at) W
 CREATE INDEX managed_leased_idx ON managed (provider) WHERE lease IS NOT NULL;
 CREATE INDEX managed_deadline_idx ON managed (deadline);
 CREATE INDEX managed_fts_token_id_idx ON managed (fts_token_id) WHERE fts_token_id IS NOT NULL;
+CREATE INDEX managed_unpushed_idx ON managed (jti) WHERE pushes AND (fts_token_id IS DISTINCT FROM pushed_id);

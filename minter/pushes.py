@@ -1,0 +1,99 @@
+"""Pushes: what becomes of managed tokens, sent to the durable queues of the requests that asked for it.
+
+The row says what was pushed last, so each change is sent at least once, whoever dies meanwhile.
+"""
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+from msgspec import Struct
+from sqlalchemy.engine import Engine as Pool
+
+from minter import keeping, logs
+from minter.clients import Client
+from minter.errors import Unavailable
+from minter.keeping import Unpushed
+from minter.keystore import Keystore
+from minter.records import Control
+from minter.requests import Answer, RefusedNeed, TokenAnswer
+
+logger = logging.getLogger("minter.pushes")
+
+MOST = 200
+"""So many tokens are pushed in one go."""
+
+
+class Push(Struct, frozen=True):
+    """An answer for one of a client's durable queues."""
+
+    client: Client
+    queue: str
+    answer: Answer
+
+
+Send = Callable[[Sequence[Push]], None]
+Told = tuple[str, str, UUID, TokenAnswer | RefusedNeed]
+"""What one use is told: its client, queue and request, and the token or its end."""
+
+
+class Pushes:
+    """Finds what is to be pushed; `send` publishes, and raises Unavailable while the broker is away."""
+
+    def __init__(self, pool: Pool, keystore: Keystore, control: Callable[[], Control], send: Send) -> None:
+        self._pool = pool
+        self._keystore = keystore
+        self._control = control
+        self._send = send
+
+    def turn(self, now: datetime) -> None:
+        """Push what changed; what is not confirmed is pushed again, later."""
+        changed = keeping.unpushed(self._pool, now, MOST)
+        told: list[Told] = [
+            (one.client, one.queue, one.request_id, self._told(one))
+            for one in changed
+            if one.request_id is not None and one.state in ("issued", "failed")
+        ]
+        try:
+            self.send(told)
+        except Unavailable as error:
+            logger.warning("not pushed: %s", error)
+            return
+        if changed:
+            keeping.pushed(self._pool, {one.jti: one.fts_token_id for one in changed})
+
+    def send(self, told: Iterable[Told]) -> None:
+        """Send one answer for each request and queue; raises Unavailable."""
+        answers: dict[tuple[str, str, UUID], list[TokenAnswer | RefusedNeed]] = {}
+        for client, queue, request_id, one in told:
+            answers.setdefault((client, queue, request_id), []).append(one)
+        if not answers:
+            return
+        clients = self._control().clients
+        pushes = [
+            Push(
+                clients[client],
+                queue,
+                Answer(
+                    request_id=str(request_id),
+                    tokens=[a for a in given if isinstance(a, TokenAnswer)],
+                    refusals=[a for a in given if isinstance(a, RefusedNeed)],
+                ),
+            )
+            for (client, queue, request_id), given in answers.items()
+            if queue in clients[client].reply_queues
+        ]
+        self._send(pushes)
+        logs.event(logger, "pushed", answers=len(pushes))
+
+    def _told(self, one: Unpushed) -> TokenAnswer | RefusedNeed:
+        side: Any = one.side
+        if one.state == "failed" or one.access is None or one.expires_at is None:
+            return RefusedNeed(one.file, side, one.position, one.error or {})
+        token = self._keystore.open_token(one.vo, one.jti, "access", one.access)
+        exp, handle = int(one.expires_at.timestamp()), str(one.use_id)
+        return TokenAnswer(
+            one.file, side, one.position, one.storage, one.granted_scope, handle, exp, token, handle
+        )

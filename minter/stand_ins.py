@@ -1,0 +1,123 @@
+"""Stand-ins: tokens of the routes named in a fallback, for those that a provider does not give.
+
+They are decided and recorded as a renewal of what the request was granted, by these routes only; the
+handles stay, and lead to them from then on.
+"""
+
+import logging
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+from msgspec import structs
+from sqlalchemy.engine import Engine as Pool
+
+from minter import keeping, logs
+from minter.errors import MinterError, RefreshTokenLost, RequestError, Unavailable
+from minter.followups import RenewRequest
+from minter.keeping import Leased, Result
+from minter.lives import Lives
+from minter.outcomes import Issued, Outcome, Submission
+from minter.plans import BACKDATE_SECONDS
+from minter.pushes import Pushes
+from minter.requests import Request, TokenAnswer
+
+logger = logging.getLogger("minter.stand_ins")
+
+Needs = Mapping[tuple[int, Any, int], UUID]
+"""Uses by file, side and index."""
+
+
+class StandIns:
+    """Gives leased tokens their stand-ins; `pushes` is there where a broker is."""
+
+    def __init__(self, pool: Pool, lives: Lives, pushes: Pushes | None) -> None:
+        self._pool = pool
+        self._lives = lives
+        self._pushes = pushes
+
+    def give(self, token: Leased, lease: UUID, why: MinterError, now: datetime) -> None:
+        """Let the fallback's routes serve what a token served; or it fails, with the reason.
+
+        While the queues that want to know cannot be reached, nothing is changed: the lease runs out, and it
+        is tried again.
+        """
+        instead: dict[UUID, UUID] = {}
+        uses = keeping.living_uses(self._pool, token.jti)
+        queues = {use[0]: use[2] for use in uses if use[2]}
+        try:
+            for request_id in dict.fromkeys(use[1] for use in uses):
+                needs: Needs = {use[3:]: use[0] for use in uses if use[1] == request_id}
+                outcome = self._minted(token, request_id, needs, now)
+                given = {i.need: UUID(i.jti) for i in outcome.issued}
+                given |= {a.need: UUID(a.handle) for a in outcome.awaited}
+                instead |= {use: given[need] for need, use in needs.items()}
+                if self._pushes is not None:
+                    self._pushes.send(
+                        (token.client, queues[needs[i.need]], request_id, _answered(i, needs[i.need]))
+                        for i in outcome.issued
+                        if needs.get(i.need) in queues
+                    )
+        except RequestError as error:
+            fail(self._pool, token, lease, error)
+            return
+        except Unavailable as error:
+            logger.warning("no stand-in for %s yet: %s", token.jti, error)
+            return
+        keeping.stand_in(self._pool, token.jti, lease, instead)
+        logs.event(logger, "stood in", jti=str(token.jti), reason=why.reason, uses=len(instead))
+
+    def _minted(self, token: Leased, request_id: UUID, needs: Needs, now: datetime) -> Outcome:
+        """Decide and mint anew what one request was granted; raises what refuses it."""
+        engine = self._lives.engine
+        files = tuple(sorted({file for file, _, _ in needs}))
+        wire = RenewRequest(request_id=engine.new_jti(), renews=request_id, files=files)
+        life = int((token.deadline - now).total_seconds()) + BACKDATE_SECONDS
+        request = _only(self._lives.renewal(token.client, wire), needs, life, tuple(token.fallback))
+        (outcome,) = engine.mint_many([Submission(request, token.client)], now)
+        if outcome.error is not None:
+            raise outcome.error
+        given = {issued.need for issued in outcome.issued} | {awaited.need for awaited in outcome.awaited}
+        if missing := [need for need in needs if need not in given]:
+            first = outcome.refusals[0]["error"]["error_description"] if outcome.refusals else "no reason"
+            raise RefreshTokenLost(
+                f"the fallback refuses {len(missing)} of {len(needs)} tokens: {first}"[:400]
+            )
+        return outcome
+
+
+def fail(pool: Pool, token: Leased, lease: UUID, error: MinterError) -> None:
+    """End a token with its reason; what it still holds works on until it expires."""
+    keeping.save(pool, [failure(token, lease, error)])
+
+
+def failure(token: Leased, lease: UUID, error: MinterError) -> Result:
+    """Return the end of a token, as it is saved."""
+    logs.event(
+        logger, "managed token failed", jti=str(token.jti), client=token.client, vo=token.vo,
+        reason=error.reason, error=error.message,
+    )  # fmt: skip
+    return Result(
+        jti=token.jti, lease=lease, state="failed", refresh=b"", subject=b"", tries=token.tries,
+        fts_token_id=0, error=error.as_dict(),
+    )  # fmt: skip
+
+
+def _only(request: Request, needs: Needs, life_seconds: int, routes: tuple[str, ...]) -> Request:
+    """Return a renewal of some needs only, for as long as they last, by the fallback's routes."""
+    files = []
+    for file in request.files:
+        kept = [n for n in file.needs if (n.file, n.side, n.index) in needs]
+        if kept:
+            life = [structs.replace(n, life_seconds=life_seconds, one_token=False) for n in kept]
+            files.append(structs.replace(file, needs=tuple(life)))
+    return structs.replace(request, files=tuple(files), service=None, routes=routes, all_or_nothing=False)
+
+
+def _answered(issued: Issued, use_id: UUID) -> TokenAnswer:
+    file, side, index = issued.need
+    return TokenAnswer(
+        file, side, index, issued.storage, issued.scope, issued.jti, issued.exp, issued.token.decode(),
+        str(use_id),
+    )  # fmt: skip

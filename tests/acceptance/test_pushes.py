@@ -1,0 +1,131 @@
+"""Managed tokens over the brokers: handles at once, tokens pushed to the client's durable queue when they come."""
+
+import json
+import subprocess
+import sys
+import time
+
+import jwt
+import kombu
+import pytest
+from joserfc import jwe, jwk
+
+from minter import catalogue
+from minter.amqp import declare
+from minter.client import new_request_id
+from minter.fake_iam import Behaviour
+from tests.acceptance.conftest import Raw, Running
+from tests.acceptance.test_managed import settings
+from tests.conftest import EXAMPLES, ROOT
+from tests.iam_servers import Fake
+from tests.integration.test_mint import SE
+
+ME, QUEUE = "rucio-alpen", "rucio-alpen.managed"
+
+
+@pytest.fixture(scope="module")
+def pushing(broker, database_dsn, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pushing")
+    iam = Fake()
+    iam.start()
+    (folder / "iam.secret").touch(mode=0o600)
+    (folder / "iam.secret").write_text("minter-secret")
+    path = folder / "settings.toml"
+    text = (EXAMPLES / "settings.toml").read_text().replace('"rucio-41.5/', f'"{EXAMPLES}/rucio-41.5/')
+    path.write_text(text + settings(iam.issuer, "generic"))
+    engine = Running(broker, database_dsn, folder, settings=path)
+    catalogue.sync_providers(engine.service.pool, ["iam"])
+    engine.iam = iam
+    engine.key = folder / "jwe.json"
+    engine.minter("clients", "change", ME, "--reply-queue", QUEUE, "--new-jwe-key", engine.key)
+    engine.setup_users()
+    if not engine.on_rabbitmq:
+        with kombu.Connection(engine.url()) as connection:
+            declare(connection, [QUEUE])
+    engine.start_worker()
+    with (folder / "keeper.log").open("ab") as log:
+        keeper = subprocess.Popen(
+            [sys.executable, "-m", "workers.keeper"], env=engine.environ, stdout=log, stderr=log, cwd=ROOT
+        )
+    yield engine
+    keeper.terminate()
+    keeper.wait(30)
+    engine.close()
+    iam.stop()
+
+
+def next_answer(engine, seconds=40):
+    key = jwk.import_key(json.loads(engine.key.read_text()))
+    with kombu.Connection(engine.url()) as connection:
+        channel = connection.channel()
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            message = channel.basic_get(QUEUE, no_ack=True)
+            if message is not None:
+                body = message.body if isinstance(message.body, str) else message.body.decode()
+                assert message.content_type == "application/jose"
+                return json.loads(jwe.decrypt_compact(body, key).plaintext)
+            time.sleep(0.1)
+    raise AssertionError("nothing was pushed")
+
+
+def ask(engine, name, activity):
+    raw = Raw(engine)
+    body = {
+        "request_id": str(new_request_id()), "activity": activity, "reply_queue": QUEUE,
+        "files": [{"operations": [{"operation": "download", "url": SE + name}], "external_id": name}],
+    }  # fmt: skip
+    told = raw.ask(body)
+    raw.connection.release()
+    return body["request_id"], told
+
+
+def test_a_handle_first_and_then_the_token(pushing):
+    request_id, told = ask(pushing, "p/1", "own")
+    assert "tokens" not in told  # they go to the queue
+    first = next_answer(pushing)
+    assert first["request_id"] == request_id
+    (awaited,) = first["awaited"]
+    second = next_answer(pushing)
+    assert second["request_id"] == request_id
+    (token,) = second["tokens"]
+    assert token["handle"] == awaited["handle"]
+    assert jwt.decode(token["token"], options={"verify_signature": False})["iss"] == pushing.iam.issuer
+    with pushing.service.pool.begin() as tx:
+        tx.exec_driver_sql("UPDATE managed SET needed_at = now(), lead_seconds = 60 WHERE state = 'issued'")
+    third = next_answer(pushing)
+    assert third["tokens"][0]["handle"] == awaited["handle"]
+    assert third["tokens"][0]["token"] != token["token"]
+
+
+def test_a_stand_in_is_pushed_too(pushing):
+    pushing.iam.server.behaviour = Behaviour(fault="error_500")
+    asked = [ask(pushing, f"s/{n}", "own")[0] for n in range(6)]
+    tokens = {}
+    while set(tokens) != set(asked):  # those asked for after the pause began have no handle first
+        answer = next_answer(pushing)
+        if answer.get("tokens"):
+            tokens[answer["request_id"]] = answer["tokens"]
+    pushing.iam.server.behaviour = Behaviour()
+    for (token,) in tokens.values():
+        assert jwt.decode(token["token"], options={"verify_signature": False})["iss"] != pushing.iam.issuer
+
+
+def test_a_job_does_not_go_to_a_queue_before_it_is_filled(pushing):
+    job = {
+        "files": [
+            {"sources": [SE + "j/1"], "destinations": [SE + "j/2"], "filesize": 1, "activity": "exchanged"}
+        ],
+        "params": {},
+    }
+    raw = Raw(pushing)
+    from minter.contract import FILL_JOB
+
+    pushing.iam.server.behaviour = Behaviour()
+    job["files"][0]["activity"] = "own"
+    with pushing.service.pool.begin() as tx:
+        tx.exec_driver_sql("UPDATE providers SET open_until = NULL, failures = 0, pauses = 0")
+    told = raw.ask({"request_id": str(new_request_id()), "job": job, "reply_queue": QUEUE}, task=FILL_JOB)
+    raw.connection.release()
+    assert told["error"]["reason"] == "reply_not_allowed"
+    assert "eyJ" not in pushing.logs()
