@@ -34,15 +34,25 @@ class Slots(Struct, frozen=True):
 
 
 def reserve(
-    due_at: datetime, now: datetime, requests_per_second: float, wanted: int, free_in_flight: int
+    due_at: datetime,
+    now: datetime,
+    requests_per_second: float,
+    wanted: int,
+    free_in_flight: int,
+    horizon: timedelta = HORIZON,
 ) -> Slots:
     """Return as many of the wanted slots as there are before the horizon (GCRA without tolerance)."""
     interval = timedelta(seconds=1 / (requests_per_second * USED_SHARE))
     first = max(due_at, now)
     # One that may leave at once is always there: the interval may be longer than the horizon.
-    room = math.ceil((now + HORIZON - first) / interval) if first < now + HORIZON else 0
+    room = math.ceil((now + horizon - first) / interval) if first < now + horizon else 0
     count = max(0, min(wanted, free_in_flight, room))
     return Slots(count, first, interval)
+
+
+def two(due_at: datetime, now: datetime, requests_per_second: float) -> Slots:
+    """Return the next two slots, however far ahead: for discovery and JWKS, which all else waits for."""
+    return Slots(2, max(due_at, now), timedelta(seconds=1 / (requests_per_second * USED_SHARE)))
 
 
 class Breaker(Struct, frozen=True):

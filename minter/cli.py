@@ -13,6 +13,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Annotated
 
+import msgspec
 import typer
 from rich.console import Console
 
@@ -25,6 +26,7 @@ from minter import (
     cli_trace,
     database,
     demo,
+    drill,
     housekeeping,
     keys,
     migrations,
@@ -110,6 +112,52 @@ def demo_command(
                 )
             )
     raise typer.Exit(code)
+
+
+@app.command("drill")
+@guarded
+def drill_command(
+    mode: Annotated[
+        str, typer.Option(help="mint, exchange, or mixed: exchange, and mint while it is away.")
+    ] = "exchange",
+    fault: Annotated[
+        str, typer.Option(help="How the provider fails: down, slow, error_500, busy_429, garbage, …")
+    ] = "down",
+    share: Annotated[float, typer.Option(help="Share of the requests that fail in the outage.")] = 1.0,
+    transfers: Annotated[int, typer.Option(help="Transfers, one file each.")] = 2_000,
+    hours: Annotated[float, typer.Option(help="Hours in all, of the drill's time.")] = 11.0,
+    outage_from: Annotated[float, typer.Option(help="Hours before the outage.")] = 3.75,
+    outage_hours: Annotated[float, typer.Option(help="Hours that it lasts.")] = 2.0,
+    budget: Annotated[float, typer.Option(help="Requests a second that the provider may see.")] = 1.0,
+    skew_seconds: Annotated[int, typer.Option(help="How wrong the provider's clock is in the outage.")] = 0,
+    scale: Annotated[float, typer.Option(help="How much faster than real time.")] = 240.0,
+    keepers: Annotated[int, typer.Option(help="Keeper processes.")] = 2,
+    output: Annotated[Path, typer.Option(help="The plot, SVG.")] = Path("drill.svg"),
+    as_json: AsJson = False,
+) -> None:
+    """Rehearse an outage of the provider with the real engine; say what fails, and draw it."""
+    plan = msgspec.convert(
+        {
+            "mode": mode, "fault": fault, "share": share, "transfers": transfers, "hours": hours,
+            "outage_from_hours": outage_from, "outage_hours": outage_hours, "budget": budget,
+            "skew_seconds": skew_seconds, "scale": scale, "keepers": keepers,
+        },
+        drill.Plan,
+    )  # fmt: skip
+    report = drill.rehearse(plan)
+    drill.plot(report, output)
+    show(
+        as_json,
+        report,
+        lambda: (
+            f"{report.failed} of {report.transfers} transfers would have failed, {report.refused} were refused\n"
+            f"at most {report.most_at_risk} tokens had less than 30 min left\n"
+            f"the provider saw {report.requests} requests, at most {report.most_per_second:.2f}/s over a minute "
+            f"({plan.budget:g}/s allowed), {report.after_outage_per_second:.2f}/s in the hour after the outage\n"
+            f"plot: {output}"
+        ),
+    )
+    raise typer.Exit(1 if report.failed else 0)
 
 
 @app.command()

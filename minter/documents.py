@@ -11,7 +11,7 @@ import msgspec
 from sqlalchemy.engine import Engine as Pool
 
 from minter import keeping
-from minter.errors import ProviderAway
+from minter.errors import ProviderAway, Unavailable
 from minter.iam import IAM, Documents
 from minter.providers import Provider
 
@@ -20,6 +20,7 @@ FRESH = timedelta(hours=1)
 NEWS = timedelta(seconds=60)
 """So often at most they are fetched because of a key that nobody knows."""
 FAILED = timedelta(seconds=30)
+MOST_DELAY_SECONDS = 1.0
 KEPT_SECONDS = 30.0
 """For so long a process does not ask Postgres again."""
 
@@ -36,7 +37,7 @@ class SharedDocuments:
         self.iam: IAM
 
     def __call__(self, *, fresh: bool = False) -> Documents:
-        """Return the documents; raises ProviderAway while there are none."""
+        """Return the documents; raises Unavailable, or ProviderAway, while there are none."""
         if self._known is not None and not fresh and time.monotonic() - self._asked < KEPT_SECONDS:
             return self._known
         found, at = keeping.documents(self._pool, self._provider.name)
@@ -44,12 +45,13 @@ class SharedDocuments:
         self._asked = time.monotonic()
         now = self._clock()
         older_than = now - (NEWS if fresh else FRESH)
-        if (at is None or at < older_than) and keeping.lease_documents(
-            self._pool, self._provider, now, older_than
-        ):
-            self._fetch(now)
+        if at is None or at < older_than:
+            delay = keeping.lease_documents(self._pool, self._provider, now, older_than)
+            if delay is not None:
+                time.sleep(min(delay.total_seconds(), MOST_DELAY_SECONDS))
+                self._fetch(now)
         if self._known is None:
-            raise ProviderAway(f"provider {self._provider.name}: its discovery document could not be had yet")
+            raise Unavailable(f"provider {self._provider.name}: its discovery document could not be had yet")
         return self._known
 
     def _fetch(self, now: datetime) -> None:

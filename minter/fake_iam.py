@@ -40,7 +40,10 @@ BEFORE: frozenset[str] = frozenset(
 
 
 class Behaviour(Struct, kw_only=True):
-    """How it behaves now. `share` of the requests fail; lives in seconds; `rotates`: refresh tokens do."""
+    """How it behaves now: `share` of the requests fail; refresh tokens rotate, if `rotates`.
+
+    Since `origin` its time passes `time_scale` times as fast.
+    """
 
     fault: Fault = ""
     share: float = 1.0
@@ -51,6 +54,7 @@ class Behaviour(Struct, kw_only=True):
     reuse: bool = False
     skew_seconds: int = 0
     time_scale: float = 1.0
+    origin: float = 0.0
     refresh_tokens: bool = True
 
 
@@ -79,12 +83,11 @@ class FakeIAM(ThreadingHTTPServer):
         self._refresh: dict[str, str] = {}
         self._lock = threading.Lock()
         self._log = log.open("a", buffering=1) if log else None
-        self._started = time.time()
 
     def now(self) -> float:
         """Return the time by its own clock, which may run faster, or be wrong."""
-        elapsed = (time.time() - self._started) * self.behaviour.time_scale
-        return self._started + elapsed + self.behaviour.skew_seconds
+        behaviour, real = self.behaviour, time.time()
+        return real + (behaviour.time_scale - 1) * (real - behaviour.origin) + behaviour.skew_seconds
 
     def jwks(self) -> dict[str, Any]:
         """Return the public keys."""

@@ -24,7 +24,7 @@ from msgspec import Struct, structs
 from sqlalchemy.engine import Engine as Pool
 
 from minter import keeping, logs
-from minter.budgets import backoff_seconds
+from minter.budgets import HORIZON, backoff_seconds
 from minter.clients import Bans
 from minter.database import one, read_control, transaction
 from minter.errors import (
@@ -74,7 +74,10 @@ class Answer(Struct, frozen=True):
 
 
 class Keeper:
-    """One process's part in keeping tokens; `run` until stopped. Its providers share nothing but threads."""
+    """One process's part in keeping tokens; `run` until stopped.
+
+    `time_scale` is how much faster than real time `clock` runs: 1 but in drills.
+    """
 
     def __init__(
         self,
@@ -85,6 +88,7 @@ class Keeper:
         clock: Callable[[], datetime],
         observe: Observe = lambda *_: None,
         send: Send | None = None,
+        time_scale: float = 1.0,
         jitter: Callable[[float], float] = lambda bound: random.uniform(0, bound),  # noqa: S311 - jitter
     ) -> None:
         self._pool = pool
@@ -94,6 +98,7 @@ class Keeper:
         self._observe = observe
         self._pushes = Pushes(pool, keystore, self._current, send) if send is not None else None
         self._stand_ins = StandIns(pool, lives, self._pushes)
+        self._scale = time_scale
         self._jitter = jitter
         self._out: Counter[str] = Counter()
         self._came: SimpleQueue[tuple[IAM, Taken, Leased, Answer]] = SimpleQueue()
@@ -157,7 +162,9 @@ class Keeper:
         free = _threads(iam) - self._out[provider.name]
         if free <= 0:
             return False
-        taken = keeping.take(self._pool, provider, uuid.uuid4(), free, now, _lease_seconds(iam))
+        taken = keeping.take(
+            self._pool, provider, uuid.uuid4(), free, now, self._lease_seconds(iam), HORIZON * self._scale
+        )
         if taken is None:
             return False
         control = self._current()
@@ -166,11 +173,15 @@ class Keeper:
             refused = _forbidden(token, control.bans)
             self._out[provider.name] += 1
             if refused is None:
-                at = started + slot.total_seconds()
+                at = started + slot.total_seconds() / self._scale
                 self._threads[provider.name].submit(self._run, iam, taken, token, at)
             else:
                 self._came.put((iam, taken, token, Answer("", error=refused, sent=False)))
         return True
+
+    def _lease_seconds(self, iam: IAM) -> float:
+        """Return for how long a token is one worker's: until its answer is there, and saved."""
+        return (iam.provider.timeout_seconds + 20) * self._scale
 
     def _current(self) -> Control:
         with transaction(self._pool) as connection:
@@ -350,7 +361,7 @@ class Keeper:
         """Stand in where a provider is paused, see whether it is back, finish what is overdue."""
         now = self._clock()
         for iam in self._iams.values():
-            lease, seconds = uuid.uuid4(), _lease_seconds(iam)
+            lease, seconds = uuid.uuid4(), self._lease_seconds(iam)
             paused = ProviderAway(f"provider {iam.provider.name} is paused")
             for token in keeping.strand(self._pool, iam.provider, lease, STAND_INS, now, seconds):
                 self._stand_ins.give(token, lease, paused, now)
@@ -372,11 +383,6 @@ class Keeper:
 def _threads(iam: IAM) -> int:
     """Return how many requests this process may have out: some wait for their slots."""
     return min(2 * iam.provider.in_flight, 64)
-
-
-def _lease_seconds(iam: IAM) -> float:
-    """Return for how long a token is one worker's: until its answer is there, and saved."""
-    return iam.provider.timeout_seconds + 20
 
 
 def _forbidden(token: Leased, bans: Bans) -> MinterError | None:

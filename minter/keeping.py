@@ -15,7 +15,7 @@ from msgspec import Struct, structs
 from psycopg.types.json import Jsonb
 from sqlalchemy.engine import Engine as Pool
 
-from minter.budgets import Breaker, Slots, reserve
+from minter.budgets import HORIZON, Breaker, Slots, reserve, two
 from minter.database import transaction
 from minter.managed import ManagedToken, Wanted
 from minter.providers import LEADS, Provider
@@ -202,7 +202,13 @@ class Taken(Struct, frozen=True):
 
 
 def take(
-    engine: Pool, provider: Provider, lease: UUID, most: int, now: datetime, lease_seconds: float
+    engine: Pool,
+    provider: Provider,
+    lease: UUID,
+    most: int,
+    now: datetime,
+    lease_seconds: float,
+    horizon: timedelta = HORIZON,
 ) -> Taken | None:
     """Lease tokens that are due, and reserve a slot for each within the budget; None if there is nothing.
 
@@ -217,7 +223,8 @@ def take(
         if state == "open":
             return None
         wanted = 1 if state == "half_open" else most
-        slots = reserve(due_at, now, provider.requests_per_second, wanted, provider.in_flight - leased)
+        free = provider.in_flight - leased
+        slots = reserve(due_at, now, provider.requests_per_second, wanted, free, horizon)
         if not slots.count:
             return None
         until = now + timedelta(seconds=lease_seconds)
@@ -481,13 +488,13 @@ def pushed(engine: Pool, done: Mapping[UUID, int]) -> None:
 def probe(engine: Pool, provider: Provider, now: datetime, seconds: float) -> bool:
     """Say whether this process shall see if a paused provider is back, while no token waits for it."""
     with transaction(engine) as connection:
-        due_at, breaker, leased = _locked(connection, provider.name, now)
-        slots = reserve(due_at, now, provider.requests_per_second, 2, provider.in_flight - leased)
-        if breaker.state(now) != "half_open" or not slots.count:
+        due_at, breaker, _ = _locked(connection, provider.name, now)
+        if breaker.state(now) != "half_open":
             return False
+        slots = two(due_at, now, provider.requests_per_second)
         connection.execute(
             "UPDATE providers SET due_at = %s, probed_until = %s WHERE name = %s",
-            (structs.replace(slots, count=2).due_at, now + timedelta(seconds=seconds), provider.name),
+            (slots.due_at, now + timedelta(seconds=seconds), provider.name),
         )
     return True
 
@@ -536,22 +543,27 @@ def documents(engine: Pool, provider: str) -> tuple[Any, datetime | None]:
     return (None, None) if row is None else (row[0], row[1])
 
 
-def lease_documents(engine: Pool, provider: Provider, now: datetime, older_than: datetime) -> bool:
-    """Say whether this process shall fetch the documents now, for which it has a slot of the budget."""
+def lease_documents(
+    engine: Pool, provider: Provider, now: datetime, older_than: datetime
+) -> timedelta | None:
+    """Return how long this process shall wait before it fetches the documents, None if it shall not.
+
+    Their slots come after those that are given out, but never later for what comes after them.
+    """
     with transaction(engine) as connection:
-        due_at, breaker, leased = _locked(connection, provider.name, now)
+        due_at, breaker, _ = _locked(connection, provider.name, now)
         row = connection.execute(
             "SELECT FROM providers WHERE name = %s AND (documents_at IS NULL OR documents_at < %s)",
             (provider.name, older_than),
         ).fetchone()
-        slots = reserve(due_at, now, provider.requests_per_second, 2, provider.in_flight - leased)
-        if row is None or breaker.state(now) == "open" or not slots.count:
-            return False
+        if row is None or breaker.state(now) == "open":
+            return None
+        slots = two(due_at, now, provider.requests_per_second)
         connection.execute(
             "UPDATE providers SET due_at = %s, documents_at = %s WHERE name = %s",
-            (structs.replace(slots, count=2).due_at, now, provider.name),
+            (slots.due_at, now, provider.name),
         )
-    return True
+    return slots.first - now
 
 
 def save_documents(engine: Pool, provider: str, found: Any, at: datetime) -> None:

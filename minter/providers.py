@@ -127,9 +127,11 @@ class Provider(Struct, frozen=True, eq=False, forbid_unknown_fields=True, kw_onl
         return any(fnmatchcase(vo, pattern) for pattern in self.vos)
 
 
-LEADS = (60, 120, 300, 600, 1_200, 1_800, 2_700, 3_600, 5_400, 7_200, 10_800, 14_400, 21_600, 43_200, 86_400)
+LEADS = (60, 120, 300, 600, 1_200, 1_800, 2_700, 3_600, 5_400, 8_100, 10_800, 14_400, 21_600, 43_200, 86_400)
 """How long before its end a token is refreshed, in seconds: few values, so that the ones due are found
 by one index probe for each, soonest end first."""
+RECOVERY_SECONDS = 900
+"""Until an IAM that is back was noticed, and was asked for those that end first."""
 PATIENCE_SECONDS = LEADS[3]
 """A token that is waited for comes before those that work longer than this, and after those that do not."""
 
@@ -137,8 +139,9 @@ PATIENCE_SECONDS = LEADS[3]
 def lead_of(life_seconds: int, outage_margin_seconds: int) -> int:
     """Return how long before its end a token is to be refreshed: one of LEADS.
 
-    That is the margin, or a third of a long life, but never before a third of the life is over.
+    That is the margin and what it takes to come back from an outage as long, or a third of a long life,
+    but never before a third of the life is over.
     """
-    wanted = max(outage_margin_seconds, life_seconds // 3)
-    most = 2 * life_seconds // 3
-    return max((lead for lead in LEADS if lead <= min(wanted, most)), default=LEADS[0])
+    wanted = max(outage_margin_seconds + RECOVERY_SECONDS, life_seconds // 3)
+    enough = next((lead for lead in LEADS if lead >= wanted), LEADS[-1])
+    return max((lead for lead in LEADS if lead <= min(enough, 2 * life_seconds // 3)), default=LEADS[0])

@@ -136,6 +136,16 @@ class RucioSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     rses: tuple[RSERule, ...] = ()
 
 
+class DrillSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The clock of a drill (`minter drill`), which writes this itself: never for anything else.
+
+    From `origin` (seconds since the epoch) on, time passes `time_scale` times as fast.
+    """
+
+    time_scale: Annotated[float, Meta(ge=1, le=1_000)] = 1.0
+    origin: float = 0.0
+
+
 class Settings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Everything that a VO configures."""
 
@@ -153,6 +163,7 @@ class Settings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     providers: tuple[Provider, ...] = ()
     exchanges: tuple[Exchange, ...] = ()
     fts_events: tuple[FTSEventsSettings, ...] = ()
+    drill: DrillSettings = DrillSettings()
 
 
 class Loaded:
@@ -286,10 +297,16 @@ class Loaded:
             yield from _doubts_of(route)
         for provider in self.settings.providers:
             yield from _doubts_of_provider(provider, self.settings.routes)
+        yield from _doubts_of_clock(self.settings.drill)
         if not self.settings.database.archive_folder:
             yield "no database.archive_folder: days that are over stay in the database"
         if not self.settings.fts:
             yield "no [[fts]]: FTS jobs cannot be filled"
+
+
+def _doubts_of_clock(drill: DrillSettings) -> Iterator[str]:
+    if drill != DrillSettings():
+        yield "[drill] is set: this engine's clock is not the time"
 
 
 def _doubts_of_provider(provider: Provider, routes: Iterable[Route]) -> Iterator[str]:

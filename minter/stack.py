@@ -22,14 +22,16 @@ from minter.embedded import Postgres, Valkey
 from minter.keystore import new_master_key
 
 STOP_SECONDS = 30.0
+CELERY = ("celery", "-A", "workers.app")
 
 
 class Stack:
     """A running embedded engine; `environ` is what a process needs to join it."""
 
-    def __init__(self, settings_path: Path, folder: Path, workers: int) -> None:
+    def __init__(self, settings_path: Path, folder: Path, workers: int, keepers: int = 1) -> None:
         self.folder = folder
         self.workers = workers
+        self.keepers = keepers
         self.environ = {
             **os.environ,
             "MINTER_SETTINGS": str(settings_path.resolve()),
@@ -70,7 +72,9 @@ class Stack:
         self._exit.callback(self.stop_processes)
         for number in range(self.workers):
             self.spawn_worker(number)
-        self.spawn("beat", "beat", "--schedule", str(self.folder / "beat-schedule"))
+        self.spawn("beat", *CELERY, "beat", "--schedule", str(self.folder / "beat-schedule"))
+        for number in range(self.keepers if self.service.loaded.settings.providers else 0):
+            self.spawn(f"keeper-{number}", "workers.keeper")
 
     def _master_key(self, vo: str) -> None:
         """Give the VO a master key in the state folder, unless it has one."""
@@ -96,16 +100,16 @@ class Stack:
     def spawn_worker(self, number: int) -> "subprocess.Popen[bytes]":
         """Start one worker process."""
         return self.spawn(
-            f"worker-{number}", "worker", "--pool", "solo", "--concurrency", "1",
+            f"worker-{number}", *CELERY, "worker", "--pool", "solo", "--concurrency", "1",
             "--without-gossip", "--without-mingle", "--without-heartbeat",
             "--loglevel", "INFO", "--hostname", f"minter-{number}@localhost",
         )  # fmt: skip
 
     def spawn(self, name: str, *arguments: str) -> "subprocess.Popen[bytes]":
-        """Start a Celery process whose output goes to a file of its name."""
+        """Start a module as a process whose output goes to a file of its name."""
         with (self.folder / f"{name}.log").open("ab") as log:
             process = subprocess.Popen(  # noqa: S603 - our own command
-                [sys.executable, "-m", "celery", "-A", "workers.app", *arguments],
+                [sys.executable, "-m", *arguments],
                 env=self.environ, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 start_new_session=True,
             )  # fmt: skip

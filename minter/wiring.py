@@ -28,6 +28,14 @@ def now() -> datetime:
     return datetime.now(UTC)
 
 
+def clock_of(drill: settings.DrillSettings) -> Callable[[], datetime]:
+    """Return the clock of a process: the time, or that of a drill."""
+    if drill.time_scale == 1:
+        return now
+    origin, scale = datetime.fromtimestamp(drill.origin, UTC), drill.time_scale
+    return lambda: origin + scale * (now() - origin)
+
+
 def new_uuid7() -> uuid.UUID:
     """Return a fresh UUIDv7 (RFC 9562 §5.7)."""
     return uuid.UUID(int=uuid_utils.uuid7().int)
@@ -60,18 +68,18 @@ class Service:
         self,
         loaded: settings.Loaded,
         observe: Callable[[Observed], None] = lambda _: None,
-        clock: Callable[[], datetime] = now,
+        clock: Callable[[], datetime] | None = None,
     ) -> None:
         if not loaded.dsn:
             raise SettingsError("no DSN: set MINTER_DSN or database.dsn")
         self.loaded = loaded
-        self.clock = clock
+        self.clock = clock or clock_of(loaded.settings.drill)
         self.pool = database.pool(loaded.dsn, loaded.settings.database.pool_size)
         self.keystore = Keystore(
             _Masters(loaded), lambda key_id: database.read_private_key(self.pool, key_id)
         )
         self.engine = Engine(
-            recording.Store(self.pool, clock, self.keystore.seal_token),
+            recording.Store(self.pool, clock or now, self.keystore.seal_token),
             loaded.policy,
             self.keystore.unlock,
             new_uuid7,

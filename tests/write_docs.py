@@ -83,6 +83,7 @@ PARTS = {
     "[[fts]]": FTS,
     "[[exchanges]]": Exchange,
     "[[fts_events]]": settings.FTSEventsSettings,
+    "[drill]": settings.DrillSettings,
 }
 
 

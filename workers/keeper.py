@@ -54,7 +54,8 @@ def main() -> None:
     serve_process(metrics.registry, service.loaded.settings.metrics)
     lives = Lives(service.engine, service.pool)
     send = Sender(service.loaded) if service.loaded.broker_url else None
-    keeper = Keeper(service.pool, service.keystore, lives, iams, service.clock, metrics.provider, send)
+    scale = service.loaded.settings.drill.time_scale
+    keeper = Keeper(service.pool, service.keystore, lives, iams, service.clock, metrics.provider, send, scale)
 
     def stop(*_: Any) -> None:
         keeper.stopped = True

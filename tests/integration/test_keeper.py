@@ -160,7 +160,7 @@ def test_client_credentials_are_asked_for_and_shared(service, iam):
 
 
 def test_an_exchanged_token_is_kept_fresh_until_its_transfer_ends(service, iam):
-    bench = Bench(service, iam, exchange(), outage_margin_seconds=1200)
+    bench = Bench(service, iam, exchange(), outage_margin_seconds=300)
     outcome = bench.ask("a", subject=bench.subject())
     bench.turn()
     first = bench.fetch(outcome).tokens[0]
@@ -334,7 +334,7 @@ def test_dropped_scopes_are_reported(service, iam, caplog):
 
 
 def test_a_lost_refresh_is_exchanged_again(service, iam):
-    bench = Bench(service, iam, exchange(), timeout_seconds=0.5, outage_margin_seconds=1200)
+    bench = Bench(service, iam, exchange(), timeout_seconds=0.5, outage_margin_seconds=300)
     outcome = bench.ask("a", subject=bench.subject())
     bench.turn()
     iam.behaviour = Behaviour(fault="lost_answer")
@@ -351,7 +351,7 @@ def test_a_lost_refresh_is_exchanged_again(service, iam):
 
 @pytest.mark.parametrize("reuse", ["safe", "spent"])
 def test_a_lost_refresh_without_a_subject(service, iam, reuse):
-    bench = Bench(service, iam, exchange(), timeout_seconds=0.5, reuse=reuse, outage_margin_seconds=1200)
+    bench = Bench(service, iam, exchange(), timeout_seconds=0.5, reuse=reuse, outage_margin_seconds=300)
     outcome = bench.ask("a", subject=bench.subject())
     bench.turn()
     with database.transaction(service.pool) as connection:
@@ -374,7 +374,7 @@ def test_a_lost_refresh_without_a_subject(service, iam, reuse):
 
 def test_a_worker_that_died_with_a_refresh_token(service, iam):
     """A lease that ran out, on a token whose refresh token may be spent: it is not presented again."""
-    bench = Bench(service, iam, exchange(), outage_margin_seconds=1200)
+    bench = Bench(service, iam, exchange(), outage_margin_seconds=300)
     outcome = bench.ask("a", subject=bench.subject())
     bench.turn()
     bench.forward(minutes=45)
@@ -394,7 +394,7 @@ def test_a_worker_that_died_with_a_refresh_token(service, iam):
 
 
 def test_a_refresh_that_is_refused_ends_in_the_fallback(service, iam):
-    bench = Bench(service, iam, exchange(fallback=("minted",)), MINTED, outage_margin_seconds=1200)
+    bench = Bench(service, iam, exchange(fallback=("minted",)), MINTED, outage_margin_seconds=300)
     outcome = bench.ask("a", subject=bench.subject())
     bench.turn()
     handle = bench.fetch(outcome).tokens[0].handle
@@ -437,7 +437,7 @@ def test_a_paused_provider_is_stood_in_for_and_asked_again_when_it_is_back(servi
 
 
 def test_bans_stop_the_refresh(service, iam):
-    bench = Bench(service, iam, exchange(), outage_margin_seconds=1200)
+    bench = Bench(service, iam, exchange(), outage_margin_seconds=300)
     bench.ask("a", subject=bench.subject())
     bench.turn()
     catalogue.add_ban(service.pool, Ban("path", "/atlas/atlasdatadisk/rucio/data/a", "alpen"), "test", "test")

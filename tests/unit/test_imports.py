@@ -45,7 +45,7 @@ ROWS = [
     {"transfers", "issuer"},
     {"serve"},
     {"console"},
-    {"demo", "cli_clients", "cli_control", "cli_publish", "cli_storages", "cli_trace"},
+    {"demo", "drill", "cli_clients", "cli_control", "cli_publish", "cli_storages", "cli_trace"},
     {"cli"},
 ]
 PURE = set().union(*ROWS[:11])

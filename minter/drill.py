@@ -1,0 +1,366 @@
+"""The drill: transfers at a chosen rate while the provider fails in a chosen way, with the real engine.
+
+Database, broker, workers and keepers are the real ones, embedded; the provider is `minter.fake_iam`. The
+clock of all of them runs `scale` times as fast. A transfer fails if at any moment that it runs, looked at
+every few minutes of its time, there is no valid token behind its handle.
+"""
+
+import json
+import random
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import pygal
+import urllib3
+from msgspec import Struct
+
+from minter import catalogue
+from minter.client import FileOperation, FileRequest, MinterClient, new_request_id
+from minter.contract import MINT
+from minter.database import transaction
+from minter.errors import ProviderAway
+from minter.fake_iam import Behaviour, Fault
+from minter.providers import LEADS
+from minter.requests import Answer, MintRequest
+from minter.stack import Stack
+
+Mode = Literal["mint", "exchange", "mixed"]
+CLIENT, PROVIDER = "drill", "iam"
+RISK_SECONDS = 1800
+"""A token that has less left than this, and is not refreshed yet, counts as at risk."""
+FILES = 20
+"""Files in one request."""
+TICK_SECONDS = 1.0
+"""Of real time: how often the driver submits, and looks."""
+HOUR = 3600
+
+_SETTINGS = """
+[issuers.vo]
+iss = "https://tokens.drill.example.org/vo/"
+[broker]
+local_client = "drill"
+[drill]
+time_scale = {scale}
+origin = {origin}
+[[storages]]
+vo = "vo"
+name = "SE"
+dialect = "dcache"
+base_path = "/data"
+endpoints = [{{ host = "se.drill.example.org", prefix = "/data/vo" }}]
+[[providers]]
+name = "iam"
+issuer = "{issuer}"
+client_id = "minter"
+secret_file = "iam.secret"
+requests_per_second = {budget}
+in_flight = 60
+timeout_seconds = 2
+outage_margin_seconds = {margin}
+[[routes]]
+name = "asked"
+activities = ["exchange", "mixed"]
+operations = ["read"]
+mode = "exchange"
+provider = "iam"
+{fallback}
+[[routes]]
+name = "minted"
+operations = ["read"]
+max_lifetime_seconds = 86400
+mitigations = ["no_modify", "one_storage"]
+risk_assessment = "none: a drill"
+"""
+
+
+class Plan(Struct, frozen=True, kw_only=True):
+    """What is rehearsed. Hours are of the drill's own time, `budget` is in requests a second of it, too."""
+
+    mode: Mode = "exchange"
+    fault: Fault = "down"
+    share: float = 1.0
+    transfers: int = 2_000
+    arrive_hours: float = 2.0
+    wait_hours: tuple[float, float] = (1.0, 7.0)
+    run_hours: float = 1.0
+    hours: float = 11.0
+    outage_from_hours: float = 3.75
+    outage_hours: float = 2.0
+    life_hours: float = 6.0
+    margin_hours: float = 2.0
+    budget: float = 1.0
+    skew_seconds: int = 0
+    scale: float = 240.0
+    keepers: int = 2
+
+
+class Sample(Struct, frozen=True):
+    """One look: hours since the start, and what was found."""
+
+    hours: float
+    at_risk: int
+    overdue: int
+    running: int
+    failed: int
+
+
+class Report(Struct, frozen=True, kw_only=True):
+    """What came of it; requests are those that the provider's own log has, by minute of the drill's time."""
+
+    plan: Plan
+    submitted: int
+    transfers: int
+    failed: int
+    refused: int
+    most_at_risk: int
+    requests: int
+    most_per_second: float
+    after_outage_per_second: float
+    samples: list[Sample]
+    per_minute: list[tuple[float, float]]
+
+
+class Drill:
+    """One rehearsal, in a folder of its own."""
+
+    def __init__(self, plan: Plan, folder: Path) -> None:
+        self.plan = plan
+        self.folder = folder
+        self._port = _free_port()
+        self.issuer = f"http://127.0.0.1:{self._port}/"
+        self._log = folder / "provider.jsonl"
+        self._http = urllib3.PoolManager()
+        self._random = random.Random(1)  # noqa: S311 - the same transfers each time
+
+    def run(self) -> Report:
+        """Rehearse; raises what the embedded servers raise if they do not start."""
+        with (self.folder / "provider.log").open("ab") as log:
+            provider = subprocess.Popen(  # noqa: S603 - our own command
+                [sys.executable, "-m", "minter.fake_iam", str(self._port), str(self._log)],
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+            )  # fmt: skip
+        try:
+            self._until_up()
+            self.origin = time.time()
+            with Stack(self._settings(), self.folder, workers=1, keepers=self.plan.keepers) as stack:
+                self.stack = stack
+                self._behave()
+                self._prepare()
+                samples = self._play()
+                return self._report(samples)
+        finally:
+            provider.terminate()
+            provider.wait(30)
+
+    # ── before ───────────────────────────────────────────────────────────────────────────────
+
+    def _settings(self) -> Path:
+        secret = self.folder / "iam.secret"
+        secret.touch(mode=0o600)
+        secret.write_text("minter-secret")
+        path = self.folder / "settings.toml"
+        path.write_text(
+            _SETTINGS.format(
+                scale=self.plan.scale, origin=self.origin, issuer=self.issuer, budget=self.plan.budget,
+                margin=int(self.plan.margin_hours * HOUR),
+                fallback='fallback = ["minted"]' if self.plan.mode == "mixed" else "",
+            )
+        )  # fmt: skip
+        return path
+
+    def _until_up(self) -> None:
+        for _ in range(200):
+            try:
+                self._http.request("GET", self.issuer + "jwks", retries=False)
+            except urllib3.exceptions.HTTPError:
+                time.sleep(0.05)
+            else:
+                return
+        raise ProviderAway("the drill's provider did not start")
+
+    def _behave(self, *, outage: bool = False) -> None:
+        plan = self.plan
+        behaviour = Behaviour(
+            fault=plan.fault if outage else "", share=plan.share, slow_seconds=3.0,
+            life_seconds=int(plan.life_hours * HOUR), time_scale=plan.scale, origin=self.origin,
+            skew_seconds=plan.skew_seconds if outage else 0,
+        )  # fmt: skip
+        self._http.request("POST", self.issuer + "faults", body=msgspec.json.encode(behaviour))
+
+    def _prepare(self) -> None:
+        service = self.stack.service
+        answer = self._http.request(
+            "POST", self.issuer + "subject",
+            body=json.dumps({"sub": "experiment", "aud": "minter", "scope": "storage.read:/", "exp": 2**33}),
+        )  # fmt: skip
+        token = json.loads(answer.data)["access_token"]
+        subject = {
+            "subject_token": service.keystore.seal_token("vo", CLIENT, "client_subject", token),
+            "subject_provider": PROVIDER,
+            "subject_scope": "storage.read:/",
+            "subject_expires_at": datetime.fromtimestamp(2**32, UTC),
+        }
+        catalogue.set_subject(service.pool, CLIENT, subject, "drill")
+        with transaction(service.pool) as connection:
+            connection.execute(
+                "CREATE TABLE drill_transfers (handle uuid, expires_at timestamptz, starts_at timestamptz,"
+                " ends_at timestamptz, failed boolean NOT NULL DEFAULT false)"
+            )
+            connection.execute("CREATE INDEX ON drill_transfers (starts_at)")
+
+    # ── the play ─────────────────────────────────────────────────────────────────────────────
+
+    def _play(self) -> list[Sample]:
+        plan, clock = self.plan, self.stack.service.clock
+        start = clock()
+        samples: list[Sample] = []
+        made, self.refused, was_out = 0, 0, False
+        with MinterClient(self.stack.environ["MINTER_BROKER_URL"], CLIENT) as client:
+            while (hours := (clock() - start) / timedelta(hours=1)) < plan.hours:
+                due = min(plan.transfers, int(plan.transfers * hours / plan.arrive_hours)) // FILES * FILES
+                self._submit(client, due - made, clock())
+                made = due
+                out = plan.outage_from_hours <= hours < plan.outage_from_hours + plan.outage_hours
+                if out != was_out:
+                    self._behave(outage=out)
+                    was_out = out
+                samples.append(self._look(hours, clock()))
+                time.sleep(TICK_SECONDS)
+        self._start, self.submitted = start, made
+        return samples
+
+    def _submit(self, client: MinterClient, count: int, now: datetime) -> None:
+        requests, windows = [], []
+        for _ in range(count // FILES):
+            starts = [
+                now + timedelta(hours=self._random.uniform(*self.plan.wait_hours)) for _ in range(FILES)
+            ]
+            requests.append(self._request(starts, now))
+            windows.append(starts)
+        for starts, answer in zip(windows, client.ask(MINT, requests) if requests else (), strict=True):
+            self._note(starts, answer)
+
+    def _request(self, starts: list[datetime], now: datetime) -> MintRequest:
+        run = int(self.plan.run_hours * HOUR)
+        files = tuple(
+            FileRequest(
+                operations=(
+                    FileOperation("read", f"davs://se.drill.example.org/data/vo/{new_request_id()}"),
+                ),
+                wait_seconds=int((at - now).total_seconds()),
+                transfer_seconds=run,
+            )
+            for at in starts
+        )
+        return MintRequest(request_id=new_request_id(), files=files, activity=self.plan.mode)
+
+    def _note(self, starts: list[datetime], answer: Answer) -> None:
+        self.refused += FILES if answer.error else len(answer.refusals)
+        ends = timedelta(hours=self.plan.run_hours)
+        rows: list[tuple[str | None, datetime | None, datetime]] = [
+            (a.handle, None, starts[a.file]) for a in answer.awaited
+        ]
+        rows += [(None, datetime.fromtimestamp(t.exp, UTC), starts[t.file]) for t in answer.tokens]
+        with transaction(self.stack.service.pool) as connection:
+            connection.cursor().executemany(
+                "INSERT INTO drill_transfers (handle, expires_at, starts_at, ends_at)"
+                " VALUES (%s, %s, %s, %s)",
+                [(handle, expires_at, at, at + ends) for handle, expires_at, at in rows],
+            )
+
+    def _look(self, hours: float, now: datetime) -> Sample:
+        with transaction(self.stack.service.pool) as connection:
+            connection.execute(_FAILED, {"now": now})
+            connection.execute(_FAILED_MINTED, {"now": now})
+            found = connection.execute(
+                _STATE, {"now": now, "risk": RISK_SECONDS, "leads": list(LEADS)}
+            ).fetchone()
+        assert found is not None
+        return Sample(round(hours, 3), *found)
+
+    # ── after ────────────────────────────────────────────────────────────────────────────────
+
+    def _report(self, samples: list[Sample]) -> Report:
+        per_minute = Counter(self._requests())
+        rates = [(minute / 60, count / 60) for minute, count in sorted(per_minute.items())]
+        end = self.plan.outage_from_hours + self.plan.outage_hours
+        after = [rate for hours, rate in rates if end <= hours < end + 1]
+        with transaction(self.stack.service.pool) as connection:
+            counted = connection.execute(
+                "SELECT count(*), count(*) FILTER (WHERE failed) FROM drill_transfers"
+            )
+            total, failed = counted.fetchone() or (0, 0)
+        return Report(
+            plan=self.plan, submitted=self.submitted, transfers=total, failed=failed, refused=self.refused,
+            most_at_risk=max(s.at_risk for s in samples), requests=sum(per_minute.values()),
+            most_per_second=max((rate for _, rate in rates), default=0.0),
+            after_outage_per_second=max(after, default=0.0), samples=samples, per_minute=rates,
+        )  # fmt: skip
+
+    def _requests(self) -> Iterator[int]:
+        """Yield the minute of each request that the provider's log has."""
+        start = self._start.timestamp()
+        if not self._log.exists():
+            return
+        for line in self._log.read_text().splitlines():
+            entry: dict[str, Any] = json.loads(line)
+            if entry.get("path") == "/token":
+                at = self.origin + self.plan.scale * (entry["at"] / 1000 - self.origin)
+                yield int((at - start) // 60)
+
+
+# A transfer runs, and behind its handle is nothing that is valid now.
+_FAILED = """
+    UPDATE drill_transfers d SET failed = true FROM uses u LEFT JOIN managed m ON m.jti = u.jti
+    WHERE d.handle = u.use_id AND NOT d.failed AND d.starts_at <= %(now)s AND d.ends_at > %(now)s
+        AND CASE WHEN m.jti IS NOT NULL THEN m.access IS NULL OR m.expires_at <= %(now)s
+            ELSE NOT EXISTS (SELECT FROM tokens t WHERE t.jti = u.jti AND t.expires_at > %(now)s) END
+"""
+_FAILED_MINTED = """
+    UPDATE drill_transfers SET failed = true
+    WHERE NOT failed AND starts_at <= %(now)s AND ends_at > %(now)s AND expires_at <= %(now)s
+"""
+_STATE = """
+    SELECT (SELECT count(*) FROM managed WHERE provider = 'iam' AND lead_seconds = ANY(%(leads)s)
+            AND needed_at <= %(now)s + make_interval(secs => %(risk)s) AND state = 'issued'),
+        (SELECT count(*) FROM managed WHERE provider = 'iam' AND lead_seconds = ANY(%(leads)s)
+            AND needed_at <= %(now)s AND deadline > %(now)s AND state = 'issued'),
+        (SELECT count(*) FROM drill_transfers WHERE starts_at <= %(now)s AND ends_at > %(now)s),
+        (SELECT count(*) FROM drill_transfers WHERE failed)
+"""
+
+
+def _free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return int(listening.getsockname()[1])
+
+
+def plot(report: Report, path: Path) -> None:
+    """Draw tokens at risk, failed transfers and requests a second over time; SVG."""
+    plan = report.plan
+    chart = pygal.XY(
+        title=f"{plan.mode}, {plan.fault} for {plan.outage_hours:g} h from {plan.outage_from_hours:g} h on: "
+        f"{report.failed} of {report.transfers} transfers fail",
+        x_title="hours", show_dots=False, legend_at_bottom=True, js=(), width=1000, height=500,
+    )  # fmt: skip
+    chart.add("tokens with less than 30 min", [(s.hours, s.at_risk) for s in report.samples])
+    chart.add("transfers running", [(s.hours, s.running) for s in report.samples])
+    chart.add("transfers failed", [(s.hours, s.failed) for s in report.samples])
+    chart.add("requests/s at the provider", report.per_minute, secondary=True)
+    path.write_bytes(chart.render())
+
+
+def rehearse(plan: Plan) -> Report:
+    """Run a drill in a temporary folder."""
+    with tempfile.TemporaryDirectory(prefix="minter-drill-") as folder:
+        return Drill(plan, Path(folder)).run()
