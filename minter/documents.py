@@ -19,7 +19,8 @@ FRESH = timedelta(hours=1)
 """Documents are fetched again when they are older."""
 NEWS = timedelta(seconds=60)
 """So often at most they are fetched because of a key that nobody knows."""
-FAILED = timedelta(seconds=30)
+FAILED = timedelta(seconds=5)
+"""Until the next try when they could not be had."""
 MOST_DELAY_SECONDS = 1.0
 KEPT_SECONDS = 30.0
 """For so long a process does not ask Postgres again."""

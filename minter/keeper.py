@@ -206,6 +206,8 @@ class Keeper:
             obtained = send()
         except MinterError as caught:
             error = caught
+            if isinstance(caught, Unavailable) and not isinstance(caught, ProviderAway):
+                grant = "none"  # nothing was sent
         except Exception as caught:
             logger.exception("asking provider %s failed here", iam.provider.name)
             error = ProviderAway(f"the keeper failed here ({type(caught).__name__})")

@@ -62,6 +62,7 @@ class Bench:
         self.lives = Lives(service.engine, service.pool)
         known = SharedDocuments(service.pool, self.provider, self.clock)
         known.iam = self.iam = IAM(self.provider, "minter-secret", known, self.clock)
+        self.iam.documents()  # known from better days
         self.asked = []
         self.keeper = Keeper(
             service.pool, service.keystore, self.lives, {"iam": self.iam}, self.clock,
