@@ -52,10 +52,11 @@ _CONDITIONS = {
     " OR t.payload ~ ':/[ \"]'",  # or all there is
 }
 _ALIVE = """
-    SELECT t.jti::text, c.name, s.name, t.payload
+    SELECT t.jti::text, c.name, s.name, t.payload, coalesce(m.expires_at, t.expires_at)
     FROM tokens t JOIN clients c USING (client_id) JOIN storages s USING (storage_id)
-    JOIN signing_keys k USING (key_id)
-    WHERE t.jti >= %(first)s AND t.expires_at > %(now)s AND (k.state <> 'revoked' OR %(kind)s = 'key')
+    LEFT JOIN signing_keys k USING (key_id) LEFT JOIN managed m ON t.mode <> 'mint' AND m.jti = t.jti
+    WHERE t.jti >= %(first)s AND t.expires_at > %(now)s
+        AND (k.state <> 'revoked' OR %(kind)s = 'key' OR m.expires_at > %(now)s)
         AND (%(vo)s::text IS NULL OR c.vo = %(vo)s) AND ({condition})
 """
 
@@ -77,10 +78,10 @@ def under(engine: Pool, kind: str, value: str, vo: str | None, now: datetime) ->
         values["sub"] = f'"sub":{json.dumps(subs[0][0])}' if subs else "\x01"
         cursor.itersize = FETCH_ROWS
         cursor.execute(_ALIVE.format(condition=_CONDITIONS[kind]), values)
-        for jti, client, storage, payload in cursor:
+        for jti, client, storage, payload, expires_at in cursor:
             claims = json.loads(payload)
             if bans is None or _touches(bans, str(claims["scope"])):
-                yield Living(jti, client, storage, claims["scope"], claims["exp"])
+                yield Living(jti, client, storage, claims["scope"], int(expires_at.timestamp()))
 
 
 def _touches(bans: Bans, scope: str) -> bool:

@@ -6,9 +6,11 @@ from uuid import UUID
 
 from sqlalchemy.engine import Engine as Pool
 
+from minter import keeping
 from minter.database import floor, one, transaction
 
 DAYS_AHEAD = 7
+GRACE_DAYS = 7
 PARTITIONED = ("requests", "tokens", "uses", "token_states")
 _PARTITION_LOCK = 0x6D696E75
 
@@ -108,6 +110,14 @@ def prune_ended(engine: Pool, retention_days: int) -> int:
             "DELETE FROM families WHERE ends_at < now() - make_interval(days => %s)", (retention_days,)
         ).rowcount
     return assertions + families
+
+
+def prune_managed(engine: Pool, retention_days: int, now: datetime) -> int:
+    """Forget, in bulk, managed tokens whose days are archived: their record was in `tokens` and `uses`."""
+    before, forgotten = now - timedelta(days=retention_days + GRACE_DAYS), 0
+    while count := keeping.forget(engine, before):
+        forgotten += count
+    return forgotten
 
 
 def prune_suspects(engine: Pool) -> int:

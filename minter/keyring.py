@@ -101,8 +101,43 @@ def rewrap(engine: Pool, keystore: Keystore, vo: str, actor: str) -> int:
                 "UPDATE issuers SET secrets_key = %s WHERE vo = %s",
                 (keystore.reseal(vo, PEPPER, vo, bytes(sealed)), vo),
             )
-        details["secrets"] = len(held) + len(peppers)
-    return len(held) + len(peppers)
+        subjects = tx.execute(
+            "SELECT name, subject_token FROM clients WHERE vo = %s AND subject_token IS NOT NULL", (vo,)
+        ).fetchall()
+        for name, sealed in subjects:
+            tx.execute(
+                "UPDATE clients SET subject_token = %s WHERE name = %s",
+                (keystore.reseal_token(vo, name, "client_subject", bytes(sealed)), name),
+            )
+        managed = _rewrap_managed(tx, keystore, vo)
+        count = len(held) + len(peppers) + len(subjects) + managed
+        details["secrets"] = count
+    return count
+
+
+def _rewrap_managed(tx: "psycopg.Connection[Any]", keystore: Keystore, vo: str) -> int:
+    """Encrypt what is kept of managed tokens anew; their keepers wait meanwhile. Return how many secrets."""
+    rows = tx.execute(
+        "SELECT m.jti, m.subject, m.refresh, m.access FROM managed m JOIN clients c USING (client_id)"
+        " WHERE c.vo = %s AND coalesce(m.subject, m.refresh, m.access) IS NOT NULL"
+        " ORDER BY m.jti FOR UPDATE OF m",
+        (vo,),
+    ).fetchall()
+    names = ("subject", "refresh", "access")
+    anew = [
+        [
+            s if s is None else keystore.reseal_token(vo, jti, n, bytes(s))
+            for n, s in zip(names, held, strict=True)
+        ]
+        for jti, *held in rows
+    ]
+    tx.execute(
+        "UPDATE managed m SET subject = r.s, refresh = r.f, access = r.a"
+        " FROM unnest(%s::uuid[], %s::bytea[], %s::bytea[], %s::bytea[]) AS r (jti, s, f, a)"
+        " WHERE m.jti = r.jti",
+        ([jti for jti, *_ in rows], *([one[n] for one in anew] for n in range(3))),
+    )
+    return sum(s is not None for one in anew for s in one)
 
 
 def _save(

@@ -150,6 +150,10 @@ class Keystore:
         """Return a provider's token; raises NoUsableKey if it is another row's."""
         return self._master(vo).decrypt(PROVIDER, f"{what}:{owner}", sealed).decode()
 
+    def reseal_token(self, vo: str, owner: object, what: str, sealed: bytes) -> bytes:
+        """Return a provider's token encrypted anew, under the first master key; raises NoUsableKey."""
+        return self.seal_token(vo, owner, what, self.open_token(vo, owner, what, sealed))
+
     def unlock(self, key: keys.Key) -> keys.Signer:
         """Return the signer of a key; raises NoUsableKey if it is destroyed or does not open."""
         signer = self._open.get(key.key_id)

@@ -21,7 +21,9 @@ from minter.requests import unix_time
 class Story(Struct, frozen=True, kw_only=True):
     """One token: who asked, what decided, what it allowed, when, and what became of it.
 
-    A shared token has a story for each use, with the `path` of the file that it served.
+    A shared token has a story for each use, with the `path` of the file that it served. Of a provider's
+    token `payload` has what was decided, `fts_token_id` is of the last one it gave, and `error` why it gave
+    no other.
     """
 
     jti: UUID
@@ -52,6 +54,7 @@ class Story(Struct, frozen=True, kw_only=True):
     payload: str
     use_id: UUID | None = None
     path: str = ""
+    error: dict[str, Any] | None = None
 
     @property
     def scope(self) -> str:
@@ -82,11 +85,12 @@ class Refusals(Struct, frozen=True):
 COLUMNS = """
     t.jti, n.request_id, coalesce(c.name, ''), coalesce(c.vo, ''), coalesce(r.on_behalf_of, ''),
     coalesce(r.activity, ''), coalesce(r.kind, ''), r.renews, coalesce(s.name, ''), n.side::text, n.file,
-    n.position, n.external_id, n.path_hash, lpad(to_hex(t.fts_token_id), 16, '0'), coalesce(k.kid, ''),
+    n.position, n.external_id, n.path_hash,
+    coalesce(lpad(to_hex(coalesce(t.fts_token_id, m.fts_token_id)), 16, '0'), ''), coalesce(k.kid, ''),
     t.mode::text, coalesce(d.route, ''), coalesce(d.operations, '{}'), coalesce(d.steps, '[]'), t.expires_at,
-    coalesce(l.state, t.state)::text, l.active_at, l.ended_at,
+    coalesce(l.state, m.state, t.state)::text, l.active_at, l.ended_at,
     (SELECT j.job_id FROM jobs j WHERE j.request_id = n.request_id AND n.file = ANY (j.files) LIMIT 1),
-    t.payload, u.use_id, coalesce(u.path, '')
+    t.payload, u.use_id, coalesce(u.path, ''), m.error
 """
 USES = "LEFT JOIN LATERAL (SELECT * FROM uses u WHERE t.file < 0 AND u.jti = t.jti) u ON true"
 """Gives a shared token a row for each use, and leaves the others as they are."""
@@ -100,6 +104,7 @@ AROUND = """
     LEFT JOIN storages s USING (storage_id)
     LEFT JOIN clients c ON c.client_id = t.client_id
     LEFT JOIN signing_keys k USING (key_id)
+    LEFT JOIN managed m ON t.mode <> 'mint' AND m.jti = t.jti
     LEFT JOIN rules d USING (rule_id)
     LEFT JOIN LATERAL (
         SELECT * FROM requests r WHERE (r.request_id, r.client_id) = (n.request_id, t.client_id) LIMIT 1
@@ -127,7 +132,8 @@ _OF_USES = """
 INDEXED = {
     "jti": "t.jti = %(value)s",
     "path": "t.path_hash = %(value)s",
-    "fts_token_id": "t.fts_token_id = %(value)s",
+    "fts_token_id": "(t.fts_token_id = %(value)s OR t.jti = ANY (ARRAY("
+    "SELECT jti FROM managed WHERE fts_token_id = %(value)s)))",
     "external_id": "hashtextextended(t.external_id, 0) = hashtextextended(%(value)s, 0)"
     " AND t.external_id = %(value)s AND t.external_id <> ''",
 }

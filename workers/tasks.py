@@ -65,6 +65,8 @@ def maintain() -> None:
     made = app.service.make_partitions()
     pruned = housekeeping.prune_suspects(app.service.pool)
     housekeeping.prune_ended(app.service.pool, app.loaded.settings.database.retention_days)
+    days, now = app.loaded.settings.database.retention_days, app.service.clock()
+    housekeeping.prune_managed(app.service.pool, days, now)
     for change in app.service.maintain_keys("beat"):
         logger.info("keys: %s", change)
     logger.info("maintained: %d partitions made, %d suspects forgotten", len(made), pruned)

@@ -11,7 +11,7 @@ import pytest
 import urllib3
 from msgspec import structs
 
-from minter import catalogue, database, keeping, wiring
+from minter import alive, catalogue, database, housekeeping, keeping, stories, wiring
 from minter.clients import Ban
 from minter.documents import SharedDocuments
 from minter.errors import InvalidGrant
@@ -23,6 +23,7 @@ from minter.lives import Lives
 from minter.outcomes import Submission
 from minter.policy import Policy
 from minter.providers import Provider
+from minter.records import fts_token_id
 from minter.requests import FileOperation, FileRequest, MintRequest, from_mint
 from minter.routes import Route
 from tests.conftest import rows
@@ -480,3 +481,88 @@ def test_subject_tokens_are_verified(service, iam):
             check_subject(bench.iam, token, ("minter",))
         assert "eyJ" not in str(caught.value)
     assert urllib3.__version__ >= "2"
+
+
+def test_what_is_known_of_a_managed_token(service, iam):
+    """Traced by what FTS shows of it, listed while it works, and gone from the lists when it does not."""
+    bench = Bench(service, iam, own())
+    outcome = bench.ask("a")
+    (waiting,) = stories.find_request(service.pool, outcome.submission.request.request_id)[0]
+    assert (waiting.state, waiting.mode, waiting.fts_token_id, waiting.kid) == (
+        "queued",
+        "client_credentials",
+        "",
+        "",
+    )
+    assert not list(alive.under(service.pool, "client", ME, "alpen", bench.clock()))
+    bench.turn()
+    (token,) = bench.fetch(outcome).tokens
+    fts_id = fts_token_id(token.token.encode())
+    day = timedelta(days=1)
+    (found,) = stories.find(service.pool, "fts_token_id", fts_id, bench.clock() - day, bench.clock() + day)
+    assert found.state == "issued"
+    assert found.external_id == "a"
+    assert int(found.fts_token_id, 16) == fts_id % (1 << 64)
+    for kind, value in (("client", ME), ("storage", found.storage), ("path", "/atlas"), ("vo", "alpen")):
+        (living,) = alive.under(service.pool, kind, value, "alpen", bench.clock())
+        assert living.exp == token.exp
+    bench.lives.cancel(ME, CancelRequest(external_ids=("a",)), bench.clock())
+    assert list(alive.under(service.pool, "client", ME, "alpen", bench.clock()))  # it works still
+    bench.forward(hours=1, minutes=1)
+    assert not list(alive.under(service.pool, "client", ME, "alpen", bench.clock()))
+
+
+def test_the_reason_of_a_failure_is_told(service, iam):
+    bench = Bench(service, iam, own())
+    iam.behaviour = Behaviour(fault="wider_scope")
+    outcome = bench.ask("a")
+    bench.turn(until=lambda: bench.row()["state"] == "failed")
+    (story,) = stories.find_request(service.pool, outcome.submission.request.request_id)[0]
+    assert story.state == "failed"
+    assert story.error["reason"] == "provider_token_rejected"
+
+
+def test_overdue_ones_are_finished_and_forgotten_in_bulk(service, iam):
+    bench = Bench(service, iam, own())
+    for n in range(5):
+        bench.ask(f"f{n}")
+    bench.forward(days=1)
+    assert keeping.end_overdue(service.pool, bench.clock()) == 5
+    assert housekeeping.prune_managed(service.pool, 30, bench.clock()) == 0
+    assert housekeeping.prune_managed(service.pool, 30, bench.clock() + timedelta(days=40)) == 5
+
+
+def test_a_changed_master_key(service, iam, dsn):
+    from minter import keyring
+    from minter.keystore import Keystore, MasterKey, new_master_key, read_master_key
+    from tests.conftest import MASTER_KEY
+
+    bench = Bench(service, iam, exchange())
+    subject = bench.subject()
+    outcome = bench.ask("a", subject=subject)
+    sealed = service.keystore.seal_token("alpen", ME, "client_subject", subject)
+    until = bench.clock() + timedelta(days=1)
+    catalogue.set_subject(
+        service.pool,
+        ME,
+        {"subject_token": sealed, "subject_provider": "iam", "subject_expires_at": until},
+        "test",
+    )
+    bench.turn()
+    token = bench.fetch(outcome).tokens[0].token
+    fresh = new_master_key()
+    both = read_master_key("alpen", text=f"{fresh},{MASTER_KEY}", path=None)
+    count = keyring.rewrap(
+        service.pool,
+        Keystore({"alpen": both}, lambda k: database.read_private_key(service.pool, k)),
+        "alpen",
+        "test",
+    )
+    assert count >= 4
+    new = Keystore({"alpen": read_master_key("alpen", text=fresh, path=None)}, lambda _: None)
+    ((jti, access, refresh),) = rows(service, "SELECT jti, access, refresh FROM managed")
+    assert new.open_token("alpen", jti, "access", bytes(access)) == token
+    assert new.open_token("alpen", jti, "refresh", bytes(refresh))
+    ((stored,),) = rows(service, f"SELECT subject_token FROM clients WHERE name = '{ME}'")
+    assert new.open_token("alpen", ME, "client_subject", bytes(stored)) == subject
+    assert isinstance(both, MasterKey)
