@@ -11,13 +11,12 @@ import re
 import uuid
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
-from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 from msgspec import structs
 
 from minter import exchanges
-from minter.clients import Bans, Client
+from minter.clients import Bans, Client, fits
 from minter.dialects import DIALECTS, Needed, Operation
 from minter.errors import (
     InvalidGrant,
@@ -425,7 +424,7 @@ class _Decider:
                 known = audience in self.client.audiences  # no pattern says so by accident
             else:
                 endpoints = directory.at(audience)
-                listed = any(fnmatchcase(audience, pattern) for pattern in self.client.audiences)
+                listed = fits(audience, self.client.audiences)
                 known = bool(endpoints) or self._fts(audience) or listed
             if not (known or (self.held and self.held.audience)):
                 raise InvalidTarget(
@@ -521,7 +520,7 @@ class _Decider:
             return True
         if self.held is not None:
             return word in self.held.scope.split(" ") and exchanges.allows(self.held.rule, word)
-        listed = any(fnmatchcase(word, pattern) for pattern in self.client.scopes)
+        listed = fits(word, self.client.scopes)
         return listed or (word == "fts" and any(map(self._fts, self.audience)))
 
 

@@ -1,12 +1,18 @@
 """Who asks, with its own limits, and what operators have banned."""
 
 from collections.abc import Iterable
+from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 from msgspec import Struct
 
 from minter.errors import Banned
 from minter.scopes import path_contains
+
+
+def fits(value: str, patterns: Iterable[str]) -> bool:
+    """Say whether a name is one that settings mean: patterns are shell globs, case counts."""
+    return any(fnmatchcase(value, pattern) for pattern in patterns)
 
 
 class Client(Struct, frozen=True, eq=False, kw_only=True):

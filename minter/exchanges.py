@@ -1,10 +1,11 @@
 """Exchange rules: which client may act with whose tokens. Without a rule nobody may."""
 
 from collections.abc import Iterable
-from fnmatch import fnmatchcase
 from typing import Annotated
 
 from msgspec import Meta, Struct
+
+from minter.clients import fits
 
 Patterns = tuple[str, ...]
 
@@ -36,10 +37,6 @@ def find(
 
     A client never gets refresh tokens for its own tokens: it can ask for new ones.
     """
-
-    def fits(value: str, patterns: Patterns) -> bool:
-        return any(fnmatchcase(value, pattern) for pattern in patterns)
-
     if offline and (client == subject_client or provider):
         return None
     return next(
@@ -58,4 +55,4 @@ def find(
 
 def allows(rule: Exchange, scope_name: str) -> bool:
     """Say whether a rule lets a scope of this name through."""
-    return any(fnmatchcase(scope_name, pattern) for pattern in rule.scopes)
+    return fits(scope_name, rule.scopes)

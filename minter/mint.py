@@ -373,11 +373,7 @@ class Engine:
             raise UnknownRequest("a token of the token endpoint is not given again; ask for a new one")
         if row.error:
             raise from_dict(row.error)
-        if row.activity == SEVERAL and control.bans.has("activity", client.vo):
-            raise Banned(
-                "an activity of this VO is banned, and the request's files have several; repeat it instead",
-                kind="activity",
-            )
+        _check_several(row, control, client)
         request = Request(request_id, "mint", row.digest, ())  # a job's content is not recorded
         outcome = Outcome(Submission(request, name), [], list(row.refusals), repeated=True, client=client)
         self._reissue_all(outcome, row, tokens, kept, control, now)
@@ -393,17 +389,19 @@ class Engine:
             control, skew = tx.control()
             check_clock(skew)
             client = known_client(control, name)
-            used = [(owner, token) for owner, *may, token in tx.used(handles) if name in (owner, *may)]
-            requests = tx.recorded(list({(t.request_id, t.client_id) for _, t in used}))
-            kept = _managed_of(tx, (token for _, token in used))
+            known = {c.name for c in control.clients.values() if c.vo == client.vo and not c.disabled}
+            used = [
+                t for owner, consumer, t in tx.used(handles) if owner in known and name in (owner, consumer)
+            ]
+            requests = tx.recorded(list({(t.request_id, t.client_id) for t in used}))
+            kept = _managed_of(tx, used)
         request = Request(handles[0], "mint", b"", ())
         outcome = Outcome(Submission(request, name), [], [], repeated=True, client=client)
-        for owner, token in used:
-            if control.clients[owner].vo != client.vo or known_client(control, owner).disabled:
-                continue
+        for token in used:
             row, _ = requests[token.request_id, token.client_id]
+            _check_several(row, control, client)
             self._reissue_all(outcome, row, [token], kept, control, now)
-        found = {token.use_id for _, token in used}
+        found = {token.use_id for token in used}
         return outcome, [handle for handle in handles if str(handle) not in found]
 
     def _reissue_all(
@@ -488,6 +486,15 @@ def _managed_of(tx: Recording, tokens: Iterable[TokenRow]) -> dict[UUID, Managed
     """Read what is kept of the managed ones among tokens."""
     jtis = {UUID(token.jti) for token in tokens if token.mode != "mint"}
     return tx.managed(jtis) if jtis else {}
+
+
+def _check_several(row: RequestRow, control: Control, client: Client) -> None:
+    """Raise Banned where the record does not say which of several activities each file had."""
+    if row.activity == SEVERAL and control.bans.has("activity", client.vo):
+        raise Banned(
+            "an activity of this VO is banned, and the request's files have several; repeat it instead",
+            kind="activity",
+        )
 
 
 def check_clock(skew: float) -> None:

@@ -5,14 +5,13 @@ token of it names the rule (I8).
 """
 
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 from hashlib import sha256
 from typing import Any, NamedTuple
 
 import msgspec
 from msgspec import Struct, structs
 
-from minter.clients import Client
+from minter.clients import Client, fits
 from minter.dialects import Needed, Operation, scopes_needed
 from minter.errors import RequestError
 from minter.requests import Need, RefusedNeed, refusal
@@ -138,10 +137,6 @@ class Decision(Struct, frozen=True, eq=False):
 
 def matches(route: Route, client: Client, activity: str, via_fts: bool, area: Area, need: Need) -> bool:
     """Say whether a route is for this client, activity, storage and all operations of a need."""
-
-    def fits(value: str, patterns: tuple[str, ...]) -> bool:
-        return any(fnmatchcase(value, pattern) for pattern in patterns)
-
     return (
         route.via in ("any", "fts" if via_fts else "direct")
         and (route.tape is None or route.tape == area.tape)

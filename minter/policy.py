@@ -8,11 +8,10 @@ quirk or the route's rule that added it.
 
 import math
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import Any
 from urllib.parse import urlsplit
 
-from minter.clients import Bans, Client
+from minter.clients import Bans, Client, fits
 from minter.dialects import DIALECTS, Operation
 from minter.errors import (
     InvalidGrant,
@@ -375,7 +374,7 @@ def host_of(url: str) -> str:
 def _services(vo: str, fts: Sequence[FTS]) -> dict[str, Plan]:
     found = {}
     for service in fts:
-        if any(fnmatchcase(vo, pattern) for pattern in service.vos):
+        if fits(vo, service.vos):
             host = host_of(service.url)
             area = Area(
                 vo, service.name, "/", "/", (service.audience or host,),

@@ -5,11 +5,11 @@ talks to; each quirk says where it is from, and whether it was tried on the real
 """
 
 from collections.abc import Mapping
-from fnmatch import fnmatchcase
 from typing import Annotated, Literal, NamedTuple
 
 from msgspec import Meta, Struct
 
+from minter.clients import fits
 from minter.errors import SettingsError
 
 Target = Literal["audience", "resource", "none"]
@@ -124,7 +124,7 @@ class Provider(Struct, frozen=True, eq=False, forbid_unknown_fields=True, kw_onl
 
     def serves(self, vo: str) -> bool:
         """Say whether it is an IAM of this VO."""
-        return any(fnmatchcase(vo, pattern) for pattern in self.vos)
+        return fits(vo, self.vos)
 
 
 LEADS = (60, 120, 300, 600, 1_200, 1_800, 2_700, 3_600, 5_400, 8_100, 10_800, 14_400, 21_600, 43_200, 86_400)
