@@ -391,7 +391,9 @@ class Engine:
             client = known_client(control, name)
             known = {c.name for c in control.clients.values() if c.vo == client.vo and not c.disabled}
             used = [
-                t for owner, consumer, t in tx.used(handles) if owner in known and name in (owner, consumer)
+                token
+                for owner, consumer, token in tx.used(handles)
+                if owner in known and name in (owner, consumer)
             ]
             requests = tx.recorded(list({(t.request_id, t.client_id) for t in used}))
             kept = _managed_of(tx, used)
