@@ -16,7 +16,7 @@ from minter.database import floor, transaction
 from minter.errors import InvalidRequest
 from minter.keys import LAST_EXPIRY
 from minter.plans import SEVERAL_STORAGES
-from minter.records import SEVERAL
+from minter.requests import SEVERAL
 from minter.scopes import encode_path, parse_scopes
 
 FETCH_ROWS = 5_000

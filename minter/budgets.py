@@ -18,6 +18,8 @@ HORIZON = timedelta(seconds=0.2)
 """How far ahead slots are given out: soon enough for what becomes urgent, and little to lose in a crash."""
 FAILURES_TO_OPEN = 5
 FIRST_PAUSE_SECONDS, MAX_PAUSE_SECONDS = 1.0, 300.0
+MAX_RETRY_AFTER_SECONDS = 3_600.0
+"""A provider is not left alone for longer, whatever it asks."""
 
 
 class Slots(Struct, frozen=True):
@@ -89,13 +91,13 @@ class Breaker(Struct, frozen=True):
         if not failed:
             return self if self.state(now) == "open" and self.probed_until is None else Breaker()
         failures = self.failures + 1
-        if self.open_until is not None and now < self.open_until and not retry_after:
-            return structs.replace(self, failures=failures)
+        asked = timedelta(seconds=min(retry_after, MAX_RETRY_AFTER_SECONDS))
+        if self.open_until is not None and now < self.open_until:
+            return Breaker(failures, self.pauses, max(self.open_until, now + asked))
         if self.open_until is None and failures < FAILURES_TO_OPEN and not retry_after:
             return structs.replace(self, failures=failures)
         bound = min(MAX_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2 ** min(self.pauses, 20))
-        pause = max(jitter(bound), min(retry_after, MAX_PAUSE_SECONDS))
-        until = max(now + timedelta(seconds=pause), self.open_until or now)
+        until = now + max(timedelta(seconds=jitter(bound)), asked)
         return Breaker(failures, self.pauses + 1, until)
 
 

@@ -39,6 +39,7 @@ class Client(Struct, frozen=True, eq=False, kw_only=True):
     subject_provider: str = ""
     """The provider of the subject token that is stored for it, empty if there is none."""
     subject_scope: str = ""
+    subject_until: str = ""
 
     def may_reach(self, path: str) -> bool:
         """Say whether its own prefixes, if it has any, hold a path."""

@@ -28,7 +28,8 @@ from msgspec import Struct
 Fault = Literal[
     "", "down", "slow", "error_500", "busy_429", "garbage", "html", "huge", "redirect", "wrong_key",
     "wrong_issuer", "wrong_audience", "wider_scope", "no_expiry", "long_life", "short_life", "future",
-    "narrow_scope", "lost_answer", "invalid_client", "opaque", "trickle",
+    "narrow_scope", "lost_answer", "invalid_client", "opaque", "trickle", "gateway_504",
+    "odd_audience", "echo",
 ]  # fmt: skip
 """Ways to fail: no answer at all; late; with a status; with what is no answer; with a token that is not
 what was asked for; `lost_answer` does what is asked, and then says nothing."""
@@ -120,6 +121,8 @@ class FakeIAM(ThreadingHTTPServer):
             del claims["exp"]
         elif fault == "future":
             claims |= {"iat": now + 900, "nbf": now + 900, "exp": now + 4500}
+        elif fault == "odd_audience":
+            claims["aud"] = 5
         elif fault == "opaque":
             return secrets.token_urlsafe(32)
         return jwt.encode(claims, key, "ES256", headers={"kid": self._kid})
@@ -174,6 +177,8 @@ class FakeIAM(ThreadingHTTPServer):
         with self._lock:
             name = self._refresh.get(form.get("refresh_token", ""), "")
             family = self._families.get(name)
+            if fault == "echo":
+                raise Refusal("invalid_grant", f"Invalid refresh token: {form['refresh_token']}")
             if family is None or family["client"] != client:
                 raise Refusal("invalid_grant", "no such refresh token")
             if form["refresh_token"] != family["newest"] and not self.behaviour.reuse:
@@ -276,6 +281,8 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == "lost_answer":
             self.close_connection = True
             return 0
+        if fault == "gateway_504":  # a proxy that lost patience, while the IAM did what was asked
+            return self._send(504, {})
         return self._send(200, told)
 
     def _client(self, form: Mapping[str, str]) -> str:

@@ -42,7 +42,9 @@ def read_event(body: bytes) -> FTSEvent | None:
             external_id=str(external_id or ""),
             state=state,
         )
-    except (msgspec.DecodeError, KeyError, ValueError, TypeError, AttributeError) as error:
+    except (
+        msgspec.DecodeError, KeyError, ValueError, TypeError, AttributeError, RecursionError, OverflowError,
+    ) as error:  # fmt: skip
         raise InvalidRequest(f"not a monitoring message of FTS ({type(error).__name__})") from None
 
 

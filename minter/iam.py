@@ -5,6 +5,8 @@ a token that is wider, longer or for others than what was asked for is refused (
 """
 
 import base64
+import logging
+import re
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -28,9 +30,12 @@ from minter.errors import (
     ProviderRefused,
     ProviderTokenRejected,
     SettingsError,
+    Unavailable,
 )
 from minter.providers import Provider, Target
 from minter.scopes import Scope, contains
+
+logger = logging.getLogger(__name__)
 
 MAX_ANSWER_BYTES = 256 * 1024
 CONNECT_SECONDS = 5.0
@@ -43,6 +48,13 @@ _ASSERTION_TYPE = "urn:ietf:params:oauth:client-assertion-type:jwt-bearer"
 _ASSERTION_SECONDS = 60
 _TRANSIENT_CODES = frozenset({"temporarily_unavailable", "server_error", "slow_down"})
 _OK, _TOO_MANY, _SERVER = 200, 429, 500
+_SECRET_LENGTH = 8
+_TOKEN_LIKE = re.compile(r".*(eyJ|[A-Za-z0-9_=+/~.-]{20,}).*").fullmatch
+MAX_DATE = 2**40
+_UNREADABLE = (
+    jwt.PyJWTError, ValueError, TypeError, KeyError, AttributeError, NotImplementedError, RecursionError,
+)  # fmt: skip
+"""What PyJWT raises for odd tokens and keys."""
 
 
 Form = list[tuple[str, str]]
@@ -138,7 +150,7 @@ class IAM:
                 f"provider {self.provider.name}: discovery names another issuer, expected {base}"
             )
         jwks = self._get(self._same_scheme(found, "jwks_uri")).get("keys")
-        if not isinstance(jwks, list) or not jwks:
+        if not isinstance(jwks, list) or not jwks or not all(isinstance(key, dict) for key in jwks):
             raise ProviderAway(f"provider {self.provider.name}: the JWKS has no keys")
         return Documents(
             str(found["issuer"]),
@@ -220,8 +232,11 @@ class IAM:
             return Obtained(refresh=refresh)
         try:
             scope, expires_at = self._checked(access, asked)
-        except (ProviderTokenRejected, ProviderAway) as error:
+        except (ProviderTokenRejected, Unavailable) as error:
             return Obtained(refresh=refresh, error=error)
+        except Exception:  # whatever is odd in it: the refresh token beside it counts
+            logger.exception("a token of provider %s could not be checked", self.provider.name)
+            return Obtained(refresh=refresh, error=self._rejected("it cannot be read", ""))
         has = set(scope.split(" "))
         dropped = tuple(word for word in asked.scope.split(" ") if word not in has)
         return Obtained(access, scope, expires_at, refresh, dropped)
@@ -232,10 +247,12 @@ class IAM:
         """Return scope and exp of an access token that is what was asked for, or less of it."""
         claims = self.verified(token)
         audience = claims.get("aud", [])
-        audience = {audience} if isinstance(audience, str) else set(audience)
-        if audience != set(asked.audience):
-            raise self._rejected(f"its audience is {sorted(map(str, audience))}"[:300], "aud")
-        words = [w for w in str(claims.get("scope", "")).split(" ") if w]
+        names = [audience] if isinstance(audience, str) else audience
+        if not isinstance(names, list) or {str(name) for name in names} != set(asked.audience):
+            raise self._rejected(f"its audience is {str(audience)[:200]!r}", "aud")
+        words = scope_words(claims.get("scope", ""))
+        if words is None:
+            raise self._rejected("its scope is no text", "scope")
         extra, by_scope = self.provider.how.extra_scopes, self.provider.audience_scope
         granted = [w for w in words if w not in extra and not (by_scope and w.startswith(by_scope))]
         if not granted:
@@ -271,12 +288,12 @@ class IAM:
                 options={"require": ["exp", "iss"], "verify_aud": audience is not None, "verify_exp": False,
                          "verify_nbf": False, "verify_iat": False},
             )  # fmt: skip
-        except (jwt.InvalidTokenError, ValueError, TypeError) as error:
+        except _UNREADABLE as error:
             raise self._rejected(f"it does not verify ({type(error).__name__})", "") from None
         now = self._clock().timestamp()
         for name in ("exp", "nbf", "iat"):
             at = claims.get(name, now if name == "exp" else 0)
-            if isinstance(at, bool) or not isinstance(at, int | float):
+            if isinstance(at, bool) or not isinstance(at, int | float) or not abs(at) < MAX_DATE:
                 raise self._rejected(f"{name} is no number", name)
             if at <= now if name == "exp" else at > now + LEEWAY_SECONDS:
                 raise self._rejected(f"it is not in its time, by {name}", name)
@@ -304,11 +321,14 @@ class IAM:
             raise Lost(f"provider {name} answers with what is no JSON object")
         code = str((told or {}).get("error", ""))
         description = str((told or {}).get("error_description", ""))
+        for secret in (self._secret, *(value for _, value in form)):
+            description = description.replace(secret, "…") if len(secret) >= _SECRET_LENGTH else description
         why = f"provider {name} answers {status} {_plain(code)} {_plain(description)}".strip()
-        if status in (_TOO_MANY, 503) or code in _TRANSIENT_CODES:
+        if status == _TOO_MANY or (code in _TRANSIENT_CODES and status < _SERVER):
             raise ProviderAway(why, retry_after=retry_after)
         if status >= _SERVER or told is None or not code:
-            raise ProviderAway(why)
+            # A gateway's time-out, say: what the IAM did with it nobody knows.
+            raise Lost(why, retry_after=retry_after)
         if code in ("invalid_client", "unauthorized_client"):
             raise Misconfigured(f"{why}; are client_id and secret_file of [[providers]] right?")
         raise ProviderRefused(why, provider=name, provider_error=_plain(code))
@@ -338,7 +358,7 @@ class IAM:
             raise Lost(f"provider {self.provider.name}: {_reason(error)}") from None
         try:
             told = msgspec.json.decode(content)
-        except msgspec.DecodeError:
+        except (msgspec.DecodeError, RecursionError):
             told = None
         return status, told if isinstance(told, dict) else None, float(said) if said.isdecimal() else 0.0
 
@@ -367,6 +387,13 @@ class IAM:
             ("client_assertion_type", _ASSERTION_TYPE),
             ("client_assertion", assertion),
         ]
+
+
+def scope_words(claim: object) -> list[str] | None:
+    """Return the words of a `scope` claim, which some write as a list; None if it is neither."""
+    if isinstance(claim, list) and all(isinstance(word, str) for word in claim):
+        claim = " ".join(claim)
+    return [word for word in claim.split(" ") if word] if isinstance(claim, str) else None
 
 
 def check_subject(iam: IAM, token: str, audience: tuple[str, ...]) -> dict[str, Any]:
@@ -421,7 +448,7 @@ def _reason(error: Exception) -> str:
 def _plain(text: str) -> str:
     """Return what an IAM says, fit for a log line: printable, short, and without anything like a token."""
     words = ["".join(c for c in word if c.isprintable()) for word in text.split()]
-    return " ".join(w for w in words if "eyJ" not in w and len(w) < 80)[:200]  # noqa: PLR2004
+    return " ".join(w for w in words if not _TOKEN_LIKE(w))[:200]
 
 
 def _private_key(provider: Provider, pem: str) -> RSAPrivateKey | EllipticCurvePrivateKey:

@@ -116,7 +116,7 @@ class Issuer:
             return None
         try:
             issuer = jwt.decode(token, options={"verify_signature": False}).get("iss")
-        except jwt.InvalidTokenError:
+        except (jwt.PyJWTError, ValueError, RecursionError):
             return None
         if issuer == self.iss:
             return None

@@ -25,13 +25,13 @@ from sqlalchemy.engine import Engine as Pool
 
 from minter import keeping, logs
 from minter.budgets import HORIZON, backoff_seconds
-from minter.clients import Bans
 from minter.database import one, read_control, transaction
 from minter.errors import (
     Banned,
     MinterError,
     ProviderAway,
     ProviderRefused,
+    ProviderTokenRejected,
     RefreshTokenLost,
     Unavailable,
     UnknownClient,
@@ -40,10 +40,10 @@ from minter.iam import IAM, Asked, Lost, Misconfigured, Obtained
 from minter.keeping import Leased, Result, Taken
 from minter.keystore import Keystore
 from minter.lives import Lives
-from minter.managed import LEAST_SECONDS, MAX_TRIES, next_need
+from minter.managed import LEAST_SECONDS, forbidden, next_need
+from minter.mint import check_clock
 from minter.pushes import Pushes, Send
-from minter.records import SEVERAL, Control, fts_token_id
-from minter.scopes import parse_scopes
+from minter.records import Control, fts_token_id
 from minter.stand_ins import StandIns, failure
 
 logger = logging.getLogger("minter.keeper")
@@ -76,7 +76,8 @@ class Answer(Struct, frozen=True):
 class Keeper:
     """One process's part in keeping tokens; `run` until stopped.
 
-    `time_scale` is how much faster than real time `clock` runs: 1 but in drills.
+    `time_scale` is how much faster than real time `clock` runs: 1 but in drills. `checks_clock`: a clock that
+    is off Postgres's stops it, for it would end what lives and hold up the other keepers.
     """
 
     def __init__(
@@ -89,6 +90,8 @@ class Keeper:
         observe: Observe = lambda *_: None,
         send: Send | None = None,
         time_scale: float = 1.0,
+        *,
+        checks_clock: bool = True,
         jitter: Callable[[float], float] = lambda bound: random.uniform(0, bound),  # noqa: S311 - jitter
     ) -> None:
         self._pool = pool
@@ -99,6 +102,7 @@ class Keeper:
         self._pushes = Pushes(pool, keystore, self._current, send) if send is not None else None
         self._stand_ins = StandIns(pool, lives, self._pushes)
         self._scale = time_scale
+        self._checks_clock = checks_clock
         self._jitter = jitter
         self._out: Counter[str] = Counter()
         self._came: SimpleQueue[tuple[IAM, Taken, Leased, Answer]] = SimpleQueue()
@@ -162,15 +166,15 @@ class Keeper:
         free = _threads(iam) - self._out[provider.name]
         if free <= 0:
             return False
+        control = self._current()  # before the lease: nothing may fail between it and the requests
         taken = keeping.take(
             self._pool, provider, uuid.uuid4(), free, now, self._lease_seconds(iam), HORIZON * self._scale
         )
         if taken is None:
             return False
-        control = self._current()
         for number, token in enumerate(taken.tokens):
             slot = taken.slots.first + number * taken.slots.interval - now
-            refused = _forbidden(token, control.bans)
+            refused = forbidden(token, control.clients, control.bans)
             self._out[provider.name] += 1
             if refused is None:
                 at = started + slot.total_seconds() / self._scale
@@ -181,11 +185,13 @@ class Keeper:
 
     def _lease_seconds(self, iam: IAM) -> float:
         """Return for how long a token is one worker's: until its answer is there, and saved."""
-        return (iam.provider.timeout_seconds + 20) * self._scale
+        return (5 * iam.provider.timeout_seconds + 20) * self._scale
 
     def _current(self) -> Control:
         with transaction(self._pool) as connection:
-            (version,) = one(connection.execute("SELECT version FROM control"))
+            version, at = one(connection.execute("SELECT version, clock_timestamp() FROM control"))
+            if self._checks_clock:
+                check_clock((self._clock() - at).total_seconds())
             if version != self._version:
                 self._control, self._version = read_control(connection), version
         return self._control
@@ -210,7 +216,7 @@ class Keeper:
                 grant = "none"  # nothing was sent
         except Exception as caught:
             logger.exception("asking provider %s failed here", iam.provider.name)
-            error = ProviderAway(f"the keeper failed here ({type(caught).__name__})")
+            error = Lost(f"the keeper failed here ({type(caught).__name__})")
         return Answer(grant, obtained, error, seconds=time.perf_counter() - started)
 
     def _request(self, iam: IAM, token: Leased) -> tuple[str, Callable[[], Obtained]]:
@@ -276,9 +282,11 @@ class Keeper:
         self, iam: IAM, taken: Taken, token: Leased, answer: Answer, now: datetime
     ) -> Result | MinterError:
         """Return what to save after one request, or the error that ends the token."""
+        # One that may be spent is forgotten as soon as there was another way.
+        forget = token.spent and answer.grant != "refresh_token"
         keep = Result(
             jti=token.jti, lease=taken.lease, lead_seconds=token.lead_seconds, needed_at=token.needed_at,
-            tries=token.tries,
+            tries=token.tries, refresh=b"" if forget else None,
         )  # fmt: skip
         again = structs.replace(
             keep,
@@ -304,12 +312,16 @@ class Keeper:
     ) -> Result | MinterError:
         """Return what to save of an answer that was given: the refresh token even of a rejected one."""
         seal = self._keystore.seal_token
-        refresh = seal(token.vo, token.jti, "refresh", obtained.refresh) if obtained.refresh else None
+        refresh = keep.refresh
+        if obtained.refresh:
+            refresh = seal(token.vo, token.jti, "refresh", obtained.refresh)
         if obtained.error is not None:
-            final = token.tries + 1 >= MAX_TRIES
-            return obtained.error if final else structs.replace(again, refresh=refresh)
+            if now >= token.needed_at:  # it has had the time that it could wait
+                return obtained.error
+            return structs.replace(again, refresh=refresh, error=obtained.error.as_dict())
         if not obtained.access:
-            return structs.replace(keep, refresh=refresh)
+            first = token.tries == 0
+            return structs.replace(again, refresh=refresh, retry_at=None if first else again.retry_at)
         expires_at = datetime.fromtimestamp(obtained.expires_at, now.tzinfo)
         lead_seconds, needed_at = next_need(expires_at, token.deadline, now, iam.provider)
         return Result(
@@ -333,13 +345,7 @@ class Keeper:
             sent = [(t, k, a) for i, t, k, a in answers if i is iam and a.sent and a.grant != "none"]
             if not sent:
                 continue
-            health = [
-                (
-                    isinstance(a.error, ProviderAway),
-                    float(a.error.fields.get("retry_after", 0) if a.error else 0),
-                )
-                for _, _, a in sent
-            ]
+            health = [_health(answer) for _, _, answer in sent]
             before, after = keeping.note_health(self._pool, name, health, now, self._jitter)
             if before.open_until != after.open_until:
                 until = after.open_until.isoformat() if after.open_until else None
@@ -374,7 +380,8 @@ class Keeper:
     def _probe(self, iam: IAM, now: datetime) -> None:
         try:
             iam.fetch_documents()
-        except ProviderAway:
+        except Exception as error:  # noqa: BLE001 - whatever it answers, it is not well
+            logger.warning("provider %s is not back (%s)", iam.provider.name, type(error).__name__)
             failed = True
         else:
             failed = False
@@ -382,27 +389,13 @@ class Keeper:
         keeping.note_health(self._pool, iam.provider.name, [(failed, 0.0)], now, self._jitter)
 
 
+def _health(answer: Answer) -> tuple[bool, float]:
+    """Return whether an answer tells that a provider is ill, and the seconds that it asks to wait."""
+    rejected = answer.obtained is not None and isinstance(answer.obtained.error, ProviderTokenRejected)
+    retry_after = float(answer.error.fields.get("retry_after", 0)) if answer.error else 0.0
+    return rejected or isinstance(answer.error, ProviderAway), retry_after
+
+
 def _threads(iam: IAM) -> int:
     """Return how many requests this process may have out: some wait for their slots."""
     return min(2 * iam.provider.in_flight, 64)
-
-
-def _forbidden(token: Leased, bans: Bans) -> MinterError | None:
-    """Return why a token must not be kept any longer, None if nothing is against it (I9)."""
-    if token.client_disabled:
-        return UnknownClient(f"client {token.client!r} is disabled")
-    try:
-        bans.check(
-            token.vo, vo=token.vo, client=token.client, on_behalf_of=token.on_behalf_of,
-            activity=token.activity, storage=token.storage,
-        )  # fmt: skip
-        for scope in parse_scopes(token.scope):
-            if scope.path is not None:
-                bans.check_path(token.vo, scope.path)
-    except Banned as error:
-        return error
-    if token.activity == SEVERAL and bans.has("activity", token.vo):
-        return Banned(
-            "an activity of this VO is banned, and the request's files have several", kind="activity"
-        )
-    return None

@@ -25,7 +25,7 @@ Seal = Callable[[int, UUID, str, str], bytes]
 
 # ── recorded with the request ────────────────────────────────────────────────────────────────
 
-_SHOWN = "m.jti, m.state::text, c.vo, m.granted_scope, m.access, m.expires_at, m.error"
+_SHOWN = "m.jti, m.state::text, c.vo, m.granted_scope, m.access, m.expires_at, m.error, m.deadline"
 
 
 _TOO_SHORT = (
@@ -103,12 +103,13 @@ def read(connection: "psycopg.Connection[Any]", jtis: Collection[UUID]) -> dict[
 
 
 def _token(
-    jti: UUID, state: str, vo: str, scope: str, access: bytes | None, expires_at: Any, error: Any
+    jti: UUID, state: str, vo: str, scope: str, access: Any, expires_at: Any, error: Any, deadline: Any
 ) -> ManagedToken:
     sealed = None if access is None else bytes(access)
     return ManagedToken(
-        jti=jti, state=state, vo=vo, scope=scope, access=sealed, expires_at=expires_at, error=error
-    )
+        jti=jti, state=state, vo=vo, scope=scope, access=sealed, expires_at=expires_at, error=error,
+        deadline=deadline,
+    )  # fmt: skip
 
 
 def end_uses(connection: "psycopg.Connection[Any]", uses: Sequence[UUID]) -> None:
@@ -121,7 +122,9 @@ def end_uses(connection: "psycopg.Connection[Any]", uses: Sequence[UUID]) -> Non
     )
     values = {"uses": list(uses)}
     connection.execute(
-        f"SELECT FROM managed m JOIN {ended} USING (jti) ORDER BY m.jti FOR UPDATE OF m", values
+        f"SELECT FROM managed m JOIN {ended} USING (jti)"
+        " ORDER BY m.digest FOR UPDATE OF m",  # the order of `join`
+        values,
     )
     connection.execute(
         f"UPDATE managed m SET uses = m.uses - e.uses FROM {ended} WHERE m.jti = e.jti", values
@@ -131,9 +134,10 @@ def end_uses(connection: "psycopg.Connection[Any]", uses: Sequence[UUID]) -> Non
     )
 
 
+_UNFINISHED = "(access IS NOT NULL OR lead_seconds IS NOT NULL)"
 _FINISHED = (
-    "state = 'finished', access = NULL, refresh = NULL, subject = NULL, lead_seconds = NULL,"
-    " needed_at = NULL, leased_until = NULL, lease = NULL"
+    "state = CASE WHEN state = 'failed' THEN state ELSE 'finished' END, access = NULL, refresh = NULL,"
+    " subject = NULL, lead_seconds = NULL, needed_at = NULL, leased_until = NULL, lease = NULL"
 )
 
 
@@ -166,6 +170,7 @@ class Leased(Struct, frozen=True, kw_only=True):
     spent: bool
     subject: bytes | None
     refresh: bytes | None
+    expires_at: datetime | None
     has_access: bool
     client_subject: bytes | None
     client_disabled: bool
@@ -374,7 +379,7 @@ def strand(
                     AND m.needed_at <= %(soon)s AND m.deadline > %(now)s
                     AND (m.leased_until IS NULL OR m.leased_until <= %(now)s)
                     AND m.lead_seconds = ANY(%(leads)s)
-                LIMIT %(most)s FOR UPDATE SKIP LOCKED
+                ORDER BY m.needed_at LIMIT %(most)s FOR UPDATE SKIP LOCKED
             )
             UPDATE managed m SET leased_until = %(until)s, lease = %(lease)s FROM due d, clients c
             WHERE m.jti = d.jti AND c.client_id = m.client_id RETURNING {_LEASED}
@@ -402,11 +407,12 @@ def living_uses(engine: Pool, jti: UUID) -> list[tuple[UUID, UUID, str, int, str
 def stand_in(engine: Pool, jti: UUID, lease: UUID, instead: Mapping[UUID, UUID]) -> bool:
     """Let uses be served by other tokens (by use_id), or by what serves other uses; then it is finished.
 
-    False if the lease was lost meanwhile; then nothing was changed.
+    False if the lease was lost meanwhile, or uses joined or ended; then nothing was changed.
     """
     with transaction(engine) as connection:
         mine = connection.execute(
-            f"UPDATE managed SET {_FINISHED} WHERE jti = %s AND lease = %s", (jti, lease)
+            f"UPDATE managed SET {_FINISHED} WHERE jti = %s AND lease = %s AND uses = %s",
+            (jti, lease, len(instead)),
         ).rowcount
         if mine:
             connection.execute(
@@ -414,6 +420,12 @@ def stand_in(engine: Pool, jti: UUID, lease: UUID, instead: Mapping[UUID, UUID])
                 " jti = coalesce((SELECT o.jti FROM uses o WHERE o.use_id = r.other), r.other)"
                 " FROM unnest(%s::uuid[], %s::uuid[]) AS r (use_id, other) WHERE u.use_id = r.use_id",
                 (list(instead), list(instead.values())),
+            )
+            connection.execute(
+                "UPDATE managed m SET uses = m.uses + n.uses, pushes = m.pushes OR n.pushes FROM ("
+                " SELECT jti, count(*) AS uses, bool_or(queue <> '') AS pushes FROM uses"
+                " WHERE use_id = ANY(%s) GROUP BY jti) n WHERE m.jti = n.jti",
+                (list(instead),),
             )
     return bool(mine)
 
@@ -430,6 +442,9 @@ class Unpushed(Struct, frozen=True, kw_only=True):
     state: str
     storage: str
     granted_scope: str
+    on_behalf_of: str
+    activity: str
+    scope: str
     access: bytes | None
     expires_at: datetime | None
     fts_token_id: int
@@ -543,6 +558,10 @@ def documents(engine: Pool, provider: str) -> tuple[Any, datetime | None]:
     return (None, None) if row is None else (row[0], row[1])
 
 
+LEASED_DOCUMENTS = timedelta(seconds=60)
+"""Until another process fetches what one began to fetch."""
+
+
 def lease_documents(
     engine: Pool, provider: Provider, now: datetime, older_than: datetime
 ) -> timedelta | None:
@@ -561,7 +580,7 @@ def lease_documents(
         slots = two(due_at, now, provider.requests_per_second)
         connection.execute(
             "UPDATE providers SET due_at = %s, documents_at = %s WHERE name = %s",
-            (slots.due_at, now, provider.name),
+            (slots.due_at, older_than + LEASED_DOCUMENTS, provider.name),
         )
     return slots.first - now
 
@@ -581,11 +600,11 @@ BULK_ROWS = 5_000
 
 
 def end_overdue(engine: Pool, now: datetime) -> int:
-    """Finish the managed tokens whose deadline is over; return how many."""
+    """Finish the managed tokens whose deadline is over: no secret is kept longer. Return how many."""
     with transaction(engine) as connection:
         return connection.execute(
             f"UPDATE managed SET {_FINISHED} WHERE jti IN (SELECT jti FROM managed WHERE deadline <= %s"
-            " AND state IN ('queued', 'issued') LIMIT %s FOR UPDATE SKIP LOCKED)",
+            f" AND {_UNFINISHED} LIMIT %s FOR UPDATE SKIP LOCKED)",
             (now, BULK_ROWS),
         ).rowcount
 

@@ -5,26 +5,28 @@ The use's id is the handle: a name, not a secret, by which the client, or a cons
 the access token of the moment. Equal wishes of one client are one managed token.
 """
 
+from collections.abc import Mapping
 from datetime import datetime, timedelta
 from hashlib import sha256
-from typing import Any
+from typing import Any, Protocol
 from uuid import UUID
 
 import msgspec
 from msgspec import Struct, structs
 
+from minter.clients import Bans, Client
+from minter.errors import Banned, MinterError, UnknownClient
 from minter.keys import HARD_MAX_SECONDS
 from minter.plans import BACKDATE_SECONDS, FTS_QUEUE_SECONDS, Grant
 from minter.providers import PATIENCE_SECONDS, Provider, lead_of
-from minter.requests import Request
+from minter.requests import SEVERAL, Request
 from minter.routes import Mode
+from minter.scopes import parse_scopes
 
 LEAST_SECONDS = 120
 """A token with less life than this is of no use to anybody who waits for it."""
 SHOWN_SECONDS = 60
 """A token with less life left than this is not handed out any more."""
-MAX_TRIES = 4
-"""How often something that a provider gives is rejected before that is final."""
 
 
 class Wanted(Struct, frozen=True, kw_only=True):
@@ -87,6 +89,7 @@ class ManagedToken(Struct, frozen=True, kw_only=True):
     access: bytes | None
     expires_at: datetime | None
     error: dict[str, Any] | None
+    deadline: datetime
 
     def shows(self, now: datetime) -> bool:
         """Say whether it has an access token that may be handed out."""
@@ -95,21 +98,29 @@ class ManagedToken(Struct, frozen=True, kw_only=True):
         return self.expires_at - now > timedelta(seconds=SHOWN_SECONDS)
 
 
-def wanted(grant: Grant, request: Request, client_id: int, jti: UUID, activity: str, now: datetime) -> Wanted:
-    """Return what a grant of a provider's token wants; equal digests are one managed token."""
+def wanted(grant: Grant, request: Request, client: Client, jti: UUID, activity: str, now: datetime) -> Wanted:
+    """Return what a grant of a provider's token wants; equal digests are one managed token.
+
+    A day's are never joined by the next day's, so that their records are archived together.
+    """
     route = grant.plan.route
     assert route is not None
     life = grant.lifetime
     subject = request.subject.token if request.subject is not None and route.mode == "exchange" else ""
+    stored = (client.subject_provider, client.subject_until) if route.mode == "exchange" else ()
+    cap = min(grant.plan.cap_seconds, request.lifetime_seconds or grant.plan.cap_seconds)
+    # FTS takes the token as it is: its queue can be cut to an hour, what comes after cannot.
+    least = life.fixed + FTS_QUEUE_SECONDS if grant.need.one_token else LEAST_SECONDS
     same = (
-        client_id, route.provider, route.mode, grant.scope, grant.audience, request.on_behalf_of, activity,
-        sha256(subject.encode()).hexdigest(), grant.plan.rule,
+        client.client_id, route.provider, route.mode, grant.scope, grant.audience, grant.plan.area.storage,
+        request.on_behalf_of, activity, sha256(subject.encode()).hexdigest(), stored, grant.plan.rule, cap,
+        least // 3600, int(now.timestamp()) // 86_400,
     )  # fmt: skip
     # From its coming, which takes a while, it shall last as long as one that we sign at once.
     keep = min(max(life.wanted, life.seconds), HARD_MAX_SECONDS) + PATIENCE_SECONDS - BACKDATE_SECONDS
     return Wanted(
         jti=jti,
-        client_id=client_id,
+        client_id=client.client_id,
         digest=sha256(msgspec.json.encode(same)).digest(),
         provider=route.provider,
         mode=route.mode,
@@ -120,13 +131,68 @@ def wanted(grant: Grant, request: Request, client_id: int, jti: UUID, activity: 
         activity=activity,
         fallback=route.fallback,
         subject=subject,
-        cap_seconds=grant.plan.cap_seconds,
-        # FTS takes the token as it is: its queue can be cut to an hour, what comes after cannot.
-        least_seconds=life.fixed + FTS_QUEUE_SECONDS if grant.need.one_token else LEAST_SECONDS,
+        cap_seconds=cap,
+        least_seconds=least,
         deadline=now + timedelta(seconds=keep),
         needed_at=now + timedelta(seconds=PATIENCE_SECONDS),
         pushes=request.reply_queue is not None,
     )
+
+
+class Whose(Protocol):
+    """Whose a managed token is, and what it is for: what bans are about."""
+
+    @property
+    def vo(self) -> str:
+        """The VO."""
+        ...
+
+    @property
+    def client(self) -> str:
+        """Its client's name."""
+        ...
+
+    @property
+    def on_behalf_of(self) -> str:
+        """Whom that acts for."""
+        ...
+
+    @property
+    def activity(self) -> str:
+        """Of its request."""
+        ...
+
+    @property
+    def storage(self) -> str:
+        """That it is for."""
+        ...
+
+    @property
+    def scope(self) -> str:
+        """What it may hold."""
+        ...
+
+
+def forbidden(token: Whose, clients: Mapping[str, Client], bans: Bans) -> MinterError | None:
+    """Return why a token must not be kept or given any longer, None if nothing is against it (I9)."""
+    client = clients.get(token.client)
+    if client is None or client.disabled:
+        return UnknownClient(f"client {token.client!r} is disabled")
+    try:
+        bans.check(
+            token.vo, vo=token.vo, client=token.client, on_behalf_of=token.on_behalf_of,
+            activity=token.activity, storage=token.storage,
+        )  # fmt: skip
+        for scope in parse_scopes(token.scope):
+            if scope.path is not None:
+                bans.check_path(token.vo, scope.path)
+    except Banned as error:
+        return error
+    if token.activity == SEVERAL and bans.has("activity", token.vo):
+        return Banned(
+            "an activity of this VO is banned, and the request's files have several", kind="activity"
+        )
+    return None
 
 
 def next_need(

@@ -45,16 +45,8 @@ from minter.managed import ManagedToken, Wanted
 from minter.outcomes import Awaited, Issued, Observe, Observed, Outcome, Submission, Work, share
 from minter.plans import Grant, Plan
 from minter.policy import Policy, check_reply_queue
-from minter.records import (
-    OWN_KINDS,
-    SEVERAL,
-    Control,
-    Recording,
-    RequestRow,
-    Store,
-    TokenRow,
-)
-from minter.requests import Request, Side, check_request_id
+from minter.records import OWN_KINDS, Control, Recording, RequestRow, Store, TokenRow
+from minter.requests import SEVERAL, Request, Side, check_request_id
 from minter.scopes import parse_scopes
 from minter.sharing import Kept, Place, Shared
 
@@ -69,6 +61,10 @@ _JTI_NUMBERS = (1 << 20) - 1
 """The bits, five hex digits, of a jti that count a request's tokens: no request has 2^20."""
 
 
+def _opens_none(*_: object) -> str:
+    raise NoUsableKey("this process opens no tokens of providers")
+
+
 class Engine:
     """`mint_many` with everything but the submissions and the time bound to it."""
 
@@ -80,7 +76,7 @@ class Engine:
         new_jti: Callable[[], UUID],
         observe: Observe,
         *,
-        open_token: Callable[[str, UUID, str, bytes], str] | None = None,
+        open_token: Callable[[str, UUID, str, bytes], str] = _opens_none,
         rotation: RotationPolicy | None = None,
         retention_seconds: int = 30 * 86400,
     ) -> None:
@@ -193,9 +189,9 @@ class Engine:
             work.decision.error.as_dict() if work.decision.error else None, now, request.renews,
             request.all_or_nothing,
         )  # fmt: skip
-        if all(g.managed for g in grants):
+        if not grants:
             return True
-        try:
+        try:  # a provider's token needs no key of ours, but the master key that opens one
             work.signing_key = keys.active(control.ring, client.vo)
             self.unlock(work.signing_key)
         except NoUsableKey as error:
@@ -214,8 +210,8 @@ class Engine:
             for number, grant in enumerate(work.decision.grants):
                 if not grant.managed:
                     continue
-                client_id, jti = work.client.client_id, UUID(int=fresh_id)
-                one = managed.wanted(grant, request, client_id, jti, work.activity, now)
+                jti = UUID(int=fresh_id)
+                one = managed.wanted(grant, request, work.client, jti, work.activity, now)
                 if one.digest in wishes:
                     wishes[one.digest] = wishes[one.digest].joined(one)
                 else:
@@ -231,18 +227,23 @@ class Engine:
             work.manage(grant, handle, token.jti)
             need: tuple[int, Side, int] = (grant.need.file, grant.need.side, grant.need.index)
             least = timedelta(seconds=wishes[digest].least_seconds)
-            if token.shows(now + least):
-                work.outcome.issued.append(self._given(token, need, grant.plan.area.storage, handle))
+            storage = grant.plan.area.storage
+            given = self._given(token, need, storage, handle) if token.shows(now + least) else None
+            if given is not None:
+                work.outcome.issued.append(given)
             else:
-                work.outcome.awaited.append(Awaited(need, grant.plan.area.storage, grant.scope, handle))
+                work.outcome.awaited.append(Awaited(need, storage, grant.scope, handle))
 
-    def _given(self, token: ManagedToken, need: tuple[int, Side, int], storage: str, handle: str) -> Issued:
-        """Return the access token of a managed token, opened."""
+    def _given(
+        self, token: ManagedToken, need: tuple[int, Side, int], storage: str, handle: str
+    ) -> Issued | None:
+        """Return the access token of a managed token, None if it does not open: one row's trouble."""
         assert token.access is not None
         assert token.expires_at is not None
-        if self._open_token is None:
-            raise NoUsableKey("this process opens no tokens of providers")
-        access = self._open_token(token.vo, token.jti, "access", token.access)
+        try:
+            access = self._open_token(token.vo, token.jti, "access", token.access)
+        except NoUsableKey:
+            return None
         exp = int(token.expires_at.timestamp())
         return Issued(need, storage, token.scope, handle, exp, access.encode(), handle)
 
@@ -383,7 +384,6 @@ class Engine:
         """Give what managed tokens hold now, to their client or to the consumer that it named.
 
         Also returns the handles that are not this client's to fetch, or nobody's: it does not learn which.
-        Raises Banned and Expired as `fetch` does.
         """
         with self.store.recording() as tx:
             control, skew = tx.control()
@@ -401,8 +401,12 @@ class Engine:
         outcome = Outcome(Submission(request, name), [], [], repeated=True, client=client)
         for token in used:
             row, _ = requests[token.request_id, token.client_id]
-            _check_several(row, control, client)
-            self._reissue_all(outcome, row, [token], kept, control, now)
+            try:
+                _check_several(row, control, client)
+                self._reissue_all(outcome, row, [token], kept, control, now)
+            except RequestError as error:  # the others are not its trouble
+                where = {"file": token.file, "side": token.side, "index": token.index}
+                outcome.refusals.append(where | {"error": error.as_dict()})
         found = {token.use_id for token in used}
         return outcome, [handle for handle in handles if str(handle) not in found]
 
@@ -439,11 +443,15 @@ class Engine:
         """Give what a managed token holds, say that it is waited for, or why it never comes."""
         need = (row.file, row.side, row.index)
         ended = row.state in ("cancelled", "finished")
+        given = None
         if not ended and token is not None and token.shows(now):
-            outcome.issued.append(self._given(token, need, row.storage, row.use_id))
+            given = self._given(token, need, row.storage, row.use_id)
+        if given is not None:
+            outcome.issued.append(given)
             return
         error = token.error if token is not None and token.state == "failed" else None
-        if error is None and not ended and token is not None and row.expires_at > now.timestamp():
+        waits = token is not None and token.state in ("queued", "issued") and token.deadline > now
+        if waits and not ended:
             scope = str(json.loads(row.payload)["scope"])
             outcome.awaited.append(Awaited(need, row.storage, scope, row.use_id))
             return

@@ -233,6 +233,8 @@ class Policy:
         routes = [r for r in self.routes if not request.routes or r.name in request.routes]
         fitting = [r for r in routes if matches(r, client, activity, via_fts, area, need)]
         if fitting:
+            if request.routes:
+                fitting = [r for r in fitting if r.provider not in away] or fitting
             route, stands_in = _there(fitting, away)
             if request.routes:
                 stands_in = (Step("fallback", "stands in for a provider's token"), *stands_in)

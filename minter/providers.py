@@ -6,6 +6,7 @@ talks to; each quirk says where it is from, and whether it was tried on the real
 
 from collections.abc import Mapping
 from typing import Annotated, Literal, NamedTuple
+from urllib.parse import urlsplit
 
 from msgspec import Meta, Struct
 
@@ -15,7 +16,7 @@ from minter.errors import SettingsError
 Target = Literal["audience", "resource", "none"]
 Reuse = Literal["safe", "spent"]
 Authentication = Literal["client_secret_basic", "client_secret_post", "private_key_jwt"]
-_LOOPBACK = ("http://127.0.0.1", "http://localhost")
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 class ProviderDialect(NamedTuple):
@@ -109,7 +110,8 @@ class Provider(Struct, frozen=True, eq=False, forbid_unknown_fields=True, kw_onl
             )
         if not self.secret_file:
             raise SettingsError(f"provider {self.name!r} has no secret_file")
-        if not self.issuer.startswith(("https://", *_LOOPBACK)):
+        parts = urlsplit(self.issuer)
+        if parts.username is not None or (parts.scheme != "https" and parts.hostname not in _LOOPBACK):
             raise SettingsError(f"provider {self.name!r}: plain http would show tokens to others")
 
     @property

@@ -4,8 +4,9 @@ The row says what was pushed last, so each change is sent at least once, whoever
 """
 
 import logging
+import time
 from collections.abc import Callable, Iterable, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
@@ -14,9 +15,10 @@ from sqlalchemy.engine import Engine as Pool
 
 from minter import keeping, logs
 from minter.clients import Client
-from minter.errors import Unavailable
+from minter.errors import NoUsableKey, Unavailable
 from minter.keeping import Unpushed
 from minter.keystore import Keystore
+from minter.managed import SHOWN_SECONDS, forbidden
 from minter.records import Control
 from minter.requests import Answer, RefusedNeed, TokenAnswer
 
@@ -24,6 +26,8 @@ logger = logging.getLogger("minter.pushes")
 
 MOST = 200
 """So many tokens are pushed in one go."""
+AWAY_SECONDS = 10.0
+"""How long nothing is pushed after the broker was away."""
 
 
 class Push(Struct, frozen=True):
@@ -47,18 +51,18 @@ class Pushes:
         self._keystore = keystore
         self._control = control
         self._send = send
+        self._away_until = float("-inf")
 
     def turn(self, now: datetime) -> None:
         """Push what changed; what is not confirmed is pushed again, later."""
+        if time.monotonic() < self._away_until:
+            return
         changed = keeping.unpushed(self._pool, now, MOST)
-        told: list[Told] = [
-            (one.client, one.queue, one.request_id, self._told(one))
-            for one in changed
-            if one.request_id is not None and one.state in ("issued", "failed")
-        ]
+        told = [told for one in changed if (told := self._told(one, now)) is not None]
         try:
             self.send(told)
         except Unavailable as error:
+            self._away_until = time.monotonic() + AWAY_SECONDS
             logger.warning("not pushed: %s", error)
             return
         if changed:
@@ -88,12 +92,27 @@ class Pushes:
         self._send(pushes)
         logs.event(logger, "pushed", answers=len(pushes))
 
-    def _told(self, one: Unpushed) -> TokenAnswer | RefusedNeed:
+    def _told(self, one: Unpushed, now: datetime) -> Told | None:
+        """Return what a use is told: a token, its end, or nothing."""
+        if one.request_id is None or one.state not in ("issued", "failed"):
+            return None
         side: Any = one.side
+        control = self._control()
+        if (why := forbidden(one, control.clients, control.bans)) is not None:
+            logs.event(logger, "not pushed", jti=str(one.jti), reason=why.reason)
+            return None
         if one.state == "failed" or one.access is None or one.expires_at is None:
-            return RefusedNeed(one.file, side, one.position, one.error or {})
-        token = self._keystore.open_token(one.vo, one.jti, "access", one.access)
+            refused = RefusedNeed(one.file, side, one.position, one.error or {})
+            return one.client, one.queue, one.request_id, refused
+        if one.expires_at - now < timedelta(seconds=SHOWN_SECONDS):
+            return None
+        try:
+            token = self._keystore.open_token(one.vo, one.jti, "access", one.access)
+        except NoUsableKey as error:
+            logger.error("token %s cannot be pushed: %s", one.jti, error)  # noqa: TRY400 - told in full
+            return None
         exp, handle = int(one.expires_at.timestamp()), str(one.use_id)
-        return TokenAnswer(
+        answer = TokenAnswer(
             one.file, side, one.position, one.storage, one.granted_scope, handle, exp, token, handle
         )
+        return one.client, one.queue, one.request_id, answer

@@ -20,10 +20,6 @@ from minter.requests import Side
 from minter.sharing import Place
 from minter.wishes import Family, Subject
 
-SEVERAL = "(several)"
-"""The recorded activity of a request whose files have different ones."""
-
-
 OWN_KINDS = ("token", "exchange", "refresh")
 """Requests of the token endpoint: their ids are made there, so nobody can have sent them before."""
 

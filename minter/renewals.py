@@ -11,8 +11,8 @@ from minter.dialects import Operation
 from minter.errors import UnknownRequest, UnknownStorage
 from minter.followups import RenewRequest
 from minter.policy import Policy
-from minter.records import SEVERAL, RequestRow, TokenRow, path_hash
-from minter.requests import File, Need, Request, content_digest
+from minter.records import RequestRow, TokenRow, path_hash
+from minter.requests import SEVERAL, File, Need, Request, content_digest
 from minter.scopes import parse_scopes
 
 

@@ -26,6 +26,8 @@ MAX_SECONDS = 400 * 24 * 3600
 MAX_AHEAD_SECONDS = 5 * 60
 """How far a request_id may lie in the future."""
 
+SEVERAL = "(several)"
+"""The recorded activity of a request whose files have different ones."""
 Name = Annotated[str, Meta(min_length=1, max_length=255)]
 Token = Annotated[str, Meta(min_length=1, max_length=16_384)]
 Url = Annotated[str, Meta(min_length=1, max_length=8_192)]

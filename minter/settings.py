@@ -16,6 +16,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta, Struct
 
+from minter.clients import fits
 from minter.dialects import DIALECTS, AudienceForm
 from minter.errors import SettingsError
 from minter.exchanges import Exchange
@@ -269,8 +270,26 @@ class Loaded:
                     f"route {route.name!r}: provider {route.provider!r} is none of [[providers]], expected "
                     f"one of {', '.join(names) or 'none'}"
                 )
-            if unknown := [name for name in route.fallback if name not in routes or name == route.name]:
-                raise SettingsError(f"route {route.name!r}: fallback {unknown[0]!r} is no other route")
+            if unknown := [name for name in route.fallback if name not in routes]:
+                raise SettingsError(f"route {route.name!r}: fallback {unknown[0]!r} is no route")
+            if same := [
+                r.name
+                for r in self.settings.routes
+                if r.name in route.fallback and r.provider == route.provider
+            ]:
+                raise SettingsError(f"route {route.name!r}: fallback {same[0]!r} asks the same provider")
+            self._check_served(route)
+
+    def _check_served(self, route: Route) -> None:
+        """Raise SettingsError if a VO's route asks a provider that is not that VO's."""
+        for provider in self.settings.providers:
+            if provider.name != route.provider:
+                continue
+            for vo in self.settings.issuers:
+                if fits(vo, route.vos) and not provider.serves(vo):
+                    raise SettingsError(
+                        f"route {route.name!r} is for VO {vo!r}, and provider {provider.name!r} is not"
+                    )
 
     def secret(self, file: str) -> str:
         """Return a secret or key that lies in a file only its owner may read; raises SettingsError."""

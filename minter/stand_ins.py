@@ -60,12 +60,17 @@ class StandIns:
                         if needs.get(i.need) in queues
                     )
         except RequestError as error:
-            fail(self._pool, token, lease, error)
+            if isinstance(why, Unavailable):  # the provider may come back: the lease runs out
+                logger.warning("no stand-in for %s: %s", token.jti, error)
+            else:
+                fail(self._pool, token, lease, error)
             return
         except Unavailable as error:
             logger.warning("no stand-in for %s yet: %s", token.jti, error)
             return
-        keeping.stand_in(self._pool, token.jti, lease, instead)
+        if not keeping.stand_in(self._pool, token.jti, lease, instead):
+            logger.warning("no stand-in for %s: its uses changed meanwhile", token.jti)
+            return
         logs.event(logger, "stood in", jti=str(token.jti), reason=why.reason, uses=len(instead))
 
     def _minted(self, token: Leased, request_id: UUID, needs: Needs, now: datetime) -> Outcome:
@@ -74,7 +79,8 @@ class StandIns:
         files = tuple(sorted({file for file, _, _ in needs}))
         wire = RenewRequest(request_id=engine.new_jti(), renews=request_id, files=files)
         life = int((token.deadline - now).total_seconds()) + BACKDATE_SECONDS
-        request = _only(self._lives.renewal(token.client, wire), needs, life, tuple(token.fallback))
+        routes = self._routes(token, now)
+        request = _only(self._lives.renewal(token.client, wire), needs, life, routes)
         (outcome,) = engine.mint_many([Submission(request, token.client)], now)
         if outcome.error is not None:
             raise outcome.error
@@ -85,6 +91,18 @@ class StandIns:
                 f"the fallback refuses {len(missing)} of {len(needs)} tokens: {first}"[:400]
             )
         return outcome
+
+    def _routes(self, token: Leased, now: datetime) -> tuple[str, ...]:
+        """Return the routes that may stand in: none that only promises a token while there is a valid one."""
+        valid = token.has_access and token.expires_at is not None and token.expires_at > now
+        found = tuple(
+            route.name
+            for route in self._lives.engine.policy.routes
+            if route.name in token.fallback and (route.mode == "mint" or not valid)
+        )
+        if not found:
+            raise RefreshTokenLost("no route of the fallback gives a token at once")
+        return found
 
 
 def fail(pool: Pool, token: Leased, lease: UUID, error: MinterError) -> None:

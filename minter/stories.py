@@ -130,7 +130,8 @@ _OF_USES = """
 """
 
 INDEXED = {
-    "jti": "t.jti = %(value)s",
+    "jti": "(t.jti = %(value)s OR t.jti = ANY (ARRAY("
+    "SELECT u.jti FROM uses u JOIN tokens o USING (jti) WHERE u.use_id = %(value)s AND o.mode <> 'mint')))",
     "path": "t.path_hash = %(value)s",
     "fts_token_id": "(t.fts_token_id = %(value)s OR t.jti = ANY (ARRAY("
     "SELECT jti FROM managed WHERE fts_token_id = %(value)s)))",

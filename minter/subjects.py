@@ -6,7 +6,7 @@ import jwt
 from msgspec import structs
 
 from minter.errors import InvalidGrant
-from minter.iam import IAM, check_subject
+from minter.iam import IAM, check_subject, scope_words
 from minter.wishes import SubjectToken
 
 
@@ -27,7 +27,7 @@ class Subjects:
             self._iams = self._make()
         try:
             unverified = jwt.decode(token, options={"verify_signature": False})
-        except jwt.InvalidTokenError:
+        except (jwt.PyJWTError, ValueError, RecursionError):
             raise InvalidGrant(
                 "the subject token is no JWT, expected an access token of a provider"
             ) from None
@@ -41,9 +41,12 @@ class Subjects:
             )
         names_us = (self._issuers[vo], iam.provider.client_id, *iam.provider.subject_audiences)
         claims = check_subject(iam, token, names_us)
+        words = scope_words(claims.get("scope", ""))
+        if words is None:
+            raise InvalidGrant("the subject token's scope is no text")
         return {
             "provider": iam.provider.name,
-            "scope": str(claims.get("scope", "")),
+            "scope": " ".join(words),
             "expires_at": int(claims["exp"]),
             "sub": str(claims.get("sub", "")),
             "client": str(claims.get("client_id") or claims.get("azp") or ""),

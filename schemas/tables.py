@@ -438,6 +438,10 @@ managed = Table(
         postgresql_where=text("pushes AND (fts_token_id IS DISTINCT FROM pushed_id)"),
     ),
     Index("managed_deadline_idx", "deadline"),
+    Index(
+        "managed_unfinished_idx", "deadline",
+        postgresql_where=text("(access IS NOT NULL) OR (lead_seconds IS NOT NULL)"),
+    ),
     Index("managed_fts_token_id_idx", "fts_token_id", postgresql_where=text("fts_token_id IS NOT NULL")),
 )  # fmt: skip
 

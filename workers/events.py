@@ -160,7 +160,26 @@ class Consumer:
                 self.stopped.wait(delay * random.uniform(0.5, 1.5))  # noqa: S311 - jitter
                 delay = min(2 * delay, MAX_DELAY_SECONDS)
                 continue
+            except Exception as error:  # noqa: BLE001 - told by `_alone`
+                self._alone(batch, error)
             batch, delay = [], FIRST_DELAY_SECONDS
+
+    def _alone(self, batch: Sequence[Message], error: Exception) -> None:
+        """Note the messages of a batch that failed each alone; the one that fails alone is dropped."""
+        if len(batch) > 1:
+            logger.warning("a batch of %d messages failed, noting each alone: %s", len(batch), error)
+            for message in batch:
+                try:
+                    self._note([message])
+                except Unavailable:
+                    logger.warning("a message is not noted: Postgres is away; it comes again")
+                except Exception as alone:  # noqa: BLE001 - told below
+                    self._alone([message], alone)
+            return
+        (message,) = batch
+        logger.error("a message of %s is dropped: %s", message.source.address, type(error).__name__)
+        self._count.labels(message.source.wanted.vo, "broken").inc()
+        message.connection.ack(message.ack)
 
     def _gather(self) -> list[Message]:
         batch: list[Message] = []

@@ -67,7 +67,7 @@ class Bench:
         self.asked = []
         self.keeper = Keeper(
             service.pool, service.keystore, self.lives, {"iam": self.iam}, self.clock,
-            lambda *asked: self.asked.append(asked[1:3]), jitter=lambda bound: bound / 100,
+            lambda *asked: self.asked.append(asked[1:3]), jitter=lambda bound: bound / 100, checks_clock=False,
         )  # fmt: skip
 
     def ask(self, *names, subject=None, client=ME, **options):
@@ -228,10 +228,9 @@ def test_who_may_fetch_a_handle(service, iam):
         assert bool(answer.tokens) is gets
         assert answer.unknown == (["handles[1]"] if gets else ["handles[0]", "handles[1]"])
     catalogue.add_ban(service.pool, Ban("client", ME, "alpen"), "test", "test")
-    from minter.errors import Banned
-
-    with pytest.raises(Banned):
-        bench.lives.fetch("consumer", FetchRequest(handles=(handle,)), bench.clock())
+    answer = bench.lives.fetch("consumer", FetchRequest(handles=(handle,)), bench.clock())
+    assert [r.error["reason"] for r in answer.refusals] == ["banned"]
+    assert not answer.tokens
 
 
 def test_no_subject_token_no_exchange(service, iam):
@@ -268,12 +267,15 @@ def test_what_was_not_asked_for_is_destroyed(service, iam, fault):
     bench = Bench(service, iam, own())
     iam.behaviour = Behaviour(fault=fault)
     outcome = bench.ask("a")
+    bench.turn(until=lambda: len(bench.asked) >= 2)
+    assert bench.fetch(outcome).awaited  # it may be mended before anybody needs it
+    assert bench.row()["error"]["reason"] == "provider_token_rejected"
+    bench.forward(minutes=16)
     bench.turn(until=lambda: bench.row()["state"] == "failed")
     answer = bench.fetch(outcome)
     assert not answer.tokens
     assert answer.refusals[0].error["reason"] == "provider_token_rejected"
     assert REJECTED[fault] in answer.refusals[0].error["error_description"]
-    assert len(bench.asked) == 4
     assert rows(service, "SELECT access FROM managed") == [(None,)]
 
 
@@ -516,6 +518,8 @@ def test_the_reason_of_a_failure_is_told(service, iam):
     bench = Bench(service, iam, own())
     iam.behaviour = Behaviour(fault="wider_scope")
     outcome = bench.ask("a")
+    bench.turn(until=lambda: len(bench.asked) >= 1)
+    bench.forward(minutes=16)
     bench.turn(until=lambda: bench.row()["state"] == "failed")
     (story,) = stories.find_request(service.pool, outcome.submission.request.request_id)[0]
     assert story.state == "failed"
@@ -566,3 +570,177 @@ def test_a_changed_master_key(service, iam, dsn):
     ((stored,),) = rows(service, f"SELECT subject_token FROM clients WHERE name = '{ME}'")
     assert new.open_token("alpen", ME, "client_subject", bytes(stored)) == subject
     assert isinstance(both, MasterKey)
+
+
+# ── what an attacker, or bad luck, tried ─────────────────────────────────────────────────────
+
+
+def due_again(service, iam, **options):
+    """A token that was exchanged, and is due to be refreshed with nothing but its refresh token."""
+    bench = Bench(
+        service, iam, exchange(**options.pop("route", {})), MINTED, outage_margin_seconds=300, **options
+    )
+    outcome = bench.ask("a", subject=bench.subject())
+    bench.turn()
+    bench.forward(minutes=45)
+    return bench, outcome
+
+
+def without_subject(service):
+    with database.transaction(service.pool) as connection:
+        connection.execute("UPDATE managed SET subject = NULL")
+
+
+def test_a_gateways_timeout_may_have_spent_the_refresh_token(service, iam):
+    bench, outcome = due_again(service, iam)
+    iam.behaviour = structs.replace(iam.behaviour, fault="gateway_504")
+    bench.turn(until=lambda: len(bench.asked) == 2)
+    assert bench.asked[-1] == ("refresh_token", "lost")
+    iam.behaviour = structs.replace(iam.behaviour, fault="")
+    bench.forward(seconds=30)
+    bench.turn(until=lambda: len(bench.asked) == 3)
+    assert bench.asked[-1] == ("token_exchange", "ok")
+    assert bench.fetch(outcome).tokens
+
+
+def test_the_refresh_token_beside_an_odd_access_token_is_kept(service, iam):
+    bench, outcome = due_again(service, iam)
+    without_subject(service)
+    iam.behaviour = structs.replace(iam.behaviour, fault="odd_audience")
+    bench.turn(until=lambda: len(bench.asked) == 2)
+    assert bench.asked[-1] == ("refresh_token", "provider_token_rejected")
+    iam.behaviour = structs.replace(iam.behaviour, fault="")
+    bench.forward(seconds=30)
+    bench.turn(until=lambda: len(bench.asked) == 3)
+    assert bench.asked[-1] == ("refresh_token", "ok")
+    assert bench.fetch(outcome).tokens[0].exp > bench.clock().timestamp() + 3000
+
+
+def test_a_spent_refresh_token_is_never_tried_again(service, iam):
+    bench, _ = due_again(service, iam, timeout_seconds=0.5)
+    iam.behaviour = structs.replace(iam.behaviour, fault="lost_answer")
+    bench.turn(until=lambda: len(bench.asked) == 2)
+    iam.behaviour = structs.replace(iam.behaviour, fault="error_500")
+    for number in (3, 4):
+        bench.forward(seconds=30)
+        bench.turn(until=lambda number=number: len(bench.asked) == number)
+    iam.behaviour = structs.replace(iam.behaviour, fault="")
+    bench.forward(seconds=30)
+    bench.turn(until=lambda: len(bench.asked) == 5)
+    assert [grant for grant, _ in bench.asked[2:]] == ["token_exchange"] * 3
+
+
+def test_postgres_away_between_taking_and_asking(service, iam, monkeypatch):
+    bench, outcome = due_again(service, iam)
+    without_subject(service)
+    from minter.errors import Unavailable
+
+    def away():
+        raise Unavailable("away")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(bench.keeper, "_current", away)
+        with pytest.raises(Unavailable):
+            bench.keeper.turn()
+    bench.forward(minutes=2)
+    bench.turn()
+    assert bench.asked[-1] == ("refresh_token", "ok")
+    assert bench.fetch(outcome).tokens
+
+
+def test_what_an_iam_echoes_is_not_told(service, iam):
+    bench, outcome = due_again(service, iam)
+    without_subject(service)
+    (spent,) = iam._refresh
+    iam.behaviour = structs.replace(iam.behaviour, fault="echo")
+    bench.turn(until=lambda: bench.row()["state"] == "failed")
+    assert spent not in json.dumps(bench.row()["error"])
+    bench.forward(minutes=20)
+    assert spent not in str(bench.fetch(outcome).refusals[0].error)
+
+
+def test_a_row_that_does_not_open_is_one_rows_trouble(service, iam):
+    bench = Bench(service, iam, own(), Route(name="delete", operations=("delete",)))
+    first = bench.ask("a")
+    bench.turn()
+    with database.transaction(service.pool) as connection:
+        connection.execute("UPDATE managed SET access = decode(repeat('00', 64), 'hex')")
+    files = (FileRequest(operations=(FileOperation("delete", SE + "b"),)),)
+    minted = from_mint(MintRequest(request_id=wiring.new_uuid7(), files=files))
+    joined = from_mint(
+        MintRequest(
+            request_id=wiring.new_uuid7(),
+            files=(FileRequest(operations=(FileOperation("download", SE + "a"),), external_id="a"),),
+        )
+    )
+    one, two = service.engine.mint_many([Submission(joined, ME), Submission(minted, ME)], bench.clock())
+    assert one.awaited
+    assert two.issued
+    assert bench.fetch(first).awaited
+
+
+def test_a_fallback_that_refuses_costs_nothing_while_the_provider_is_paused(service, iam):
+    bench = Bench(service, iam, own(fallback=("narrow",)), Route(name="narrow", operations=("delete",)))
+    iam.behaviour = Behaviour(fault="error_500")
+    asked = [bench.ask(f"f{n}") for n in range(6)]
+    bench.turn(until=lambda: rows(service, "SELECT 1 FROM providers WHERE open_until IS NOT NULL"))
+    bench.turn()
+    assert all(bench.fetch(one).awaited for one in asked)
+    iam.behaviour = Behaviour()
+    bench.forward(minutes=8)
+    bench.turn(until=lambda: not rows(service, "SELECT 1 FROM managed WHERE state <> 'issued'"))
+
+
+def test_a_use_that_joins_while_a_stand_in_is_made(service, iam, monkeypatch):
+    bench = Bench(service, iam, own(fallback=("minted",)), MINTED)
+    bench.ask("a")
+    (taken,) = rows(service, "SELECT jti FROM managed")
+    lease = uuid.uuid4()
+    with database.transaction(service.pool) as connection:
+        connection.execute(
+            "UPDATE managed SET lease = %s, leased_until = now() + interval '1 hour'", (lease,)
+        )
+    uses = keeping.living_uses(service.pool, taken[0])
+    late = bench.ask("a")
+    assert bench.row()["uses"] == 2
+    assert not keeping.stand_in(service.pool, taken[0], lease, {use[0]: uuid.uuid4() for use in uses})
+    assert bench.row()["state"] == "queued"
+    assert bench.fetch(late).awaited
+
+
+def test_nothing_is_pushed_to_whom_it_may_not_go(service, iam):
+    from minter.pushes import Pushes
+
+    sent = []
+    catalogue.change_client(service.pool, ME, {"reply_queues": ["mine"], "jwe_key": {"kty": "EC"}}, "test")
+    bench = Bench(service, iam, own())
+    bench.ask("a", reply_queue="mine")
+    bench.turn()
+    with service.engine.store.recording() as tx:
+        tx.control()
+    catalogue.add_ban(service.pool, Ban("client", ME, "alpen"), "test", "test")
+    pushes = Pushes(service.pool, service.keystore, bench.keeper._current, sent.extend)
+    pushes.turn(bench.clock())
+    assert not sent
+    catalogue.lift_ban(service.pool, Ban("client", ME, "alpen"), "test")
+    with database.transaction(service.pool) as connection:
+        connection.execute("UPDATE managed SET pushed_id = NULL")
+    pushes.turn(bench.clock())
+    (push,) = sent
+    assert push.queue == "mine"
+    assert push.answer.tokens[0].handle
+    pushes.turn(bench.clock())
+    assert len(sent) == 1
+
+
+def test_equal_wishes_of_different_limits_are_not_shared(service, iam):
+    bench = Bench(service, iam, own())
+    bench.ask("a")
+    bench.ask("a", lifetime_seconds=1800)
+    bench.ask("a", on_behalf_of="somebody")
+    bench.ask("a", activity="Other")
+    bench.ask("a")
+    assert sorted(n for (n,) in rows(service, "SELECT uses FROM managed")) == [1, 1, 1, 2]
+    bench.turn(until=lambda: len(bench.asked) >= 4)
+    outcomes = {o for _, o in bench.asked}
+    assert outcomes <= {"ok", "provider_token_rejected"}  # the provider's hour is more than half of one

@@ -97,7 +97,11 @@ def test_pauses_grow_to_a_bound():
 def test_retry_after_is_heeded_at_once():
     breaker = failed(Breaker(), T0, retry_after=40)
     assert breaker.open_until == T0 + timedelta(seconds=40)
-    assert failed(breaker, T0, retry_after=100_000).open_until == T0 + timedelta(seconds=MAX_PAUSE_SECONDS)
+    assert failed(Breaker(), T0, retry_after=100_000).open_until == T0 + timedelta(hours=1)
+    many = breaker
+    for _ in range(20):  # those that were out already
+        many = failed(many, T0, retry_after=40)
+    assert many.pauses == breaker.pauses
 
 
 def test_backoff_has_full_jitter():

@@ -74,3 +74,4 @@ CREATE INDEX managed_leased_idx ON managed (provider) WHERE lease IS NOT NULL;
 CREATE INDEX managed_deadline_idx ON managed (deadline);
 CREATE INDEX managed_fts_token_id_idx ON managed (fts_token_id) WHERE fts_token_id IS NOT NULL;
 CREATE INDEX managed_unpushed_idx ON managed (jti) WHERE pushes AND (fts_token_id IS DISTINCT FROM pushed_id);
+CREATE INDEX managed_unfinished_idx ON managed (deadline) WHERE (access IS NOT NULL) OR (lead_seconds IS NOT NULL);
