@@ -136,6 +136,8 @@ class Engine:
                 self._repeat(work.twin(outcome), *recorded[work.key], kept, control, now)
             else:
                 share(outcome, work)
+        for outcome in outcomes:
+            outcome.keep_whole(all_or_nothing=outcome.submission.request.all_or_nothing)
         self._observe("answered", outcomes, now)
         return outcomes
 
@@ -378,6 +380,7 @@ class Engine:
         request = Request(request_id, "mint", row.digest, ())  # a job's content is not recorded
         outcome = Outcome(Submission(request, name), [], list(row.refusals), repeated=True, client=client)
         self._reissue_all(outcome, row, tokens, kept, control, now)
+        outcome.keep_whole(all_or_nothing=row.all_or_nothing)
         return outcome
 
     def fetch_handles(self, handles: Sequence[UUID], name: str, now: datetime) -> tuple[Outcome, list[UUID]]:

@@ -63,6 +63,11 @@ class Outcome(Struct, eq=False):
     family: Family | None = None
     awaited: list[Awaited] = []
 
+    def keep_whole(self, *, all_or_nothing: bool) -> None:
+        """Give nothing of an all-or-nothing request while a provider still owes a part, or will not give it."""
+        if all_or_nothing and (self.awaited or (self.repeated and self.refusals)):
+            self.issued = []
+
     def withhold(self, error: MinterError) -> None:
         """Take back what was to be given, for an error of the whole."""
         self.issued, self.refusals, self.awaited, self.error = [], [], [], error
