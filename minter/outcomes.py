@@ -64,7 +64,7 @@ class Outcome(Struct, eq=False):
     awaited: list[Awaited] = []
 
     def keep_whole(self, *, all_or_nothing: bool) -> None:
-        """Give nothing of an all-or-nothing request while a provider still owes a part, or will not give it."""
+        """Give nothing of an all-or-nothing request while a provider owes a part, or does not give it."""
         if all_or_nothing and (self.awaited or (self.repeated and self.refusals)):
             self.issued = []
 

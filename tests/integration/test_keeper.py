@@ -748,19 +748,11 @@ def test_equal_wishes_of_different_limits_are_not_shared(service, iam):
 
 def test_half_of_an_all_or_nothing_request_is_not_given(service, iam):
     bench = Bench(service, iam, own(storages=("BOREAS-*",)), MINTED)
-    other = (
-        "davs://dcintdoor.shore.example.org:1094/pnfs/shore.example.org/data/atlas/atlasdatadisk/rucio/data/"
-    )
-    names = [s.name for s in service.loaded.storages if s.name.startswith(("SHORE", "CEDRO", "ALPEN"))]
-    directory = service.engine.policy.directories["alpen"]
-    urls = [url for name in names if (url := directory.url(name, "/atlas/atlasdatadisk/rucio/data/b", None))]
-    other = next(iter(urls), other)
-    operations = (FileOperation("download", SE + "a"), FileOperation("download", other))
-    request = from_mint(
-        MintRequest(
-            request_id=wiring.new_uuid7(), files=(FileRequest(operations=operations),), all_or_nothing=True
-        )
-    )
+    areas = service.engine.policy.directories["alpen"]._areas
+    (host, port), (area, *_) = next(a for a in areas.items() if "boreas" not in a[0][0] and a[1][0].tokens)
+    urls = (SE + "a", f"davs://{host}:{port}{area.prefix}/data/b")
+    files = (FileRequest(operations=tuple(FileOperation("download", url) for url in urls)),)
+    request = from_mint(MintRequest(request_id=wiring.new_uuid7(), files=files, all_or_nothing=True))
     (outcome,) = service.engine.mint_many([Submission(request, ME)], bench.clock())
     assert not outcome.refusals, outcome.refusals
     assert not outcome.issued
