@@ -356,7 +356,7 @@ def plot(report: Report, path: Path) -> None:
     chart.add("tokens with less than 30 min", [(s.hours, s.at_risk) for s in report.samples])
     chart.add("transfers running", [(s.hours, s.running) for s in report.samples])
     chart.add("transfers failed", [(s.hours, s.failed) for s in report.samples])
-    chart.add("requests/s at the provider", report.per_minute, secondary=True)
+    chart.add("requests/s at the provider", report.per_minute or [(0.0, 0.0)], secondary=True)
     path.write_bytes(chart.render())
 
 

@@ -145,7 +145,7 @@ class Keeper:
         taken = [self._take(iam) for iam in self._iams.values()]
         if self._pushes is not None:
             self._pushes.turn(self._clock())
-        if time.monotonic() - self._chores_at > CHORES_SECONDS:
+        if time.monotonic() - self._chores_at > max(CHORES_SECONDS / self._scale, IDLE_SECONDS):
             self._chores_at = time.monotonic()
             self._chores()
         return bool(done) or any(taken)
