@@ -52,7 +52,7 @@ def reserve(
     return Slots(count, first, interval)
 
 
-def two(due_at: datetime, now: datetime, requests_per_second: float) -> Slots:
+def next_two(due_at: datetime, now: datetime, requests_per_second: float) -> Slots:
     """Return the next two slots, however far ahead: for discovery and JWKS, which all else waits for."""
     return Slots(2, max(due_at, now), timedelta(seconds=1 / (requests_per_second * USED_SHARE)))
 

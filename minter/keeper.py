@@ -349,6 +349,7 @@ class Keeper:
             before, after = keeping.note_health(self._pool, name, health, now, self._jitter)
             if before.open_until != after.open_until:
                 until = after.open_until.isoformat() if after.open_until else None
+                self._stand_ins.refused.clear()
                 logs.event(
                     logger, "provider paused" if until else "provider is back", provider=name, until=until
                 )
@@ -371,7 +372,8 @@ class Keeper:
         for iam in self._iams.values():
             lease, seconds = uuid.uuid4(), self._lease_seconds(iam)
             paused = ProviderAway(f"provider {iam.provider.name} is paused")
-            for token in keeping.strand(self._pool, iam.provider, lease, STAND_INS, now, seconds):
+            refused = self._stand_ins.refused
+            for token in keeping.strand(self._pool, iam.provider, lease, STAND_INS, now, seconds, refused):
                 self._stand_ins.give(token, lease, paused, now)
             if keeping.probe(self._pool, iam.provider, now, seconds):
                 self._probe(iam, now)

@@ -15,7 +15,7 @@ from msgspec import Struct, structs
 from psycopg.types.json import Jsonb
 from sqlalchemy.engine import Engine as Pool
 
-from minter.budgets import HORIZON, Breaker, Slots, reserve, two
+from minter.budgets import HORIZON, Breaker, Slots, next_two, reserve
 from minter.database import transaction
 from minter.managed import ManagedToken, Wanted
 from minter.providers import LEADS, Provider
@@ -173,14 +173,13 @@ class Leased(Struct, frozen=True, kw_only=True):
     expires_at: datetime | None
     has_access: bool
     client_subject: bytes | None
-    client_disabled: bool
 
 
 _LEASED = ", ".join(
     {"vo": "c.vo", "client": "c.name", "mode": "m.mode::text", "has_access": "m.access IS NOT NULL",
      "client_subject": "CASE WHEN c.subject_provider = m.provider AND c.subject_expires_at > %(now)s"
      " THEN c.subject_token END",
-     "client_disabled": "c.disabled_at IS NOT NULL", "spent": "d.was_spent"}.get(name, f"m.{name}")
+     "spent": "d.was_spent"}.get(name, f"m.{name}")
     for name in Leased.__struct_fields__
 )  # fmt: skip
 _DUE = """
@@ -362,9 +361,15 @@ STRANDED_SECONDS = 900
 
 
 def strand(
-    engine: Pool, provider: Provider, lease: UUID, most: int, now: datetime, lease_seconds: float
+    engine: Pool,
+    provider: Provider,
+    lease: UUID,
+    most: int,
+    now: datetime,
+    lease_seconds: float,
+    but: Collection[UUID] = (),
 ) -> list[Leased]:
-    """Lease the tokens that something must stand in for because the provider is paused."""
+    """Lease the tokens that something must stand in for because the provider is paused; not these."""
     with transaction(engine) as connection:
         paused = connection.execute(
             "SELECT FROM providers WHERE name = %s AND open_until IS NOT NULL", (provider.name,)
@@ -378,7 +383,7 @@ def strand(
                 WHERE m.provider = %(provider)s AND m.lead_seconds IS NOT NULL AND m.fallback <> '{{}}'
                     AND m.needed_at <= %(soon)s AND m.deadline > %(now)s
                     AND (m.leased_until IS NULL OR m.leased_until <= %(now)s)
-                    AND m.lead_seconds = ANY(%(leads)s)
+                    AND m.lead_seconds = ANY(%(leads)s) AND m.jti <> ALL(%(but)s)
                 ORDER BY m.needed_at LIMIT %(most)s FOR UPDATE SKIP LOCKED
             )
             UPDATE managed m SET leased_until = %(until)s, lease = %(lease)s FROM due d, clients c
@@ -387,7 +392,7 @@ def strand(
             {
                 "provider": provider.name, "now": now, "soon": now + timedelta(seconds=STRANDED_SECONDS),
                 "until": now + timedelta(seconds=lease_seconds), "lease": lease, "most": most,
-                "leads": list(LEADS),
+                "leads": list(LEADS), "but": list(but),
             },
         ).fetchall()  # fmt: skip
     return [Leased(**dict(zip(Leased.__struct_fields__, row, strict=True))) for row in rows]
@@ -506,7 +511,7 @@ def probe(engine: Pool, provider: Provider, now: datetime, seconds: float) -> bo
         due_at, breaker, _ = _locked(connection, provider.name, now)
         if breaker.state(now) != "half_open":
             return False
-        slots = two(due_at, now, provider.requests_per_second)
+        slots = next_two(due_at, now, provider.requests_per_second)
         connection.execute(
             "UPDATE providers SET due_at = %s, probed_until = %s WHERE name = %s",
             (slots.due_at, now + timedelta(seconds=seconds), provider.name),
@@ -577,7 +582,7 @@ def lease_documents(
         ).fetchone()
         if row is None or breaker.state(now) == "open":
             return None
-        slots = two(due_at, now, provider.requests_per_second)
+        slots = next_two(due_at, now, provider.requests_per_second)
         connection.execute(
             "UPDATE providers SET due_at = %s, documents_at = %s WHERE name = %s",
             (slots.due_at, older_than + LEASED_DOCUMENTS, provider.name),

@@ -36,12 +36,14 @@ class StandIns:
         self._pool = pool
         self._lives = lives
         self._pushes = pushes
+        self.refused: dict[UUID, None] = {}
+        """Those that nothing may stand in for: they are not tried again while the provider is paused."""
 
     def give(self, token: Leased, lease: UUID, why: MinterError, now: datetime) -> None:
         """Let the fallback's routes serve what a token served; or it fails, with the reason.
 
         While the queues that want to know cannot be reached, nothing is changed: the lease runs out, and it
-        is tried again.
+        is tried again. Nothing fails because its fallback refuses it while its provider may come back.
         """
         instead: dict[UUID, UUID] = {}
         uses = keeping.living_uses(self._pool, token.jti)
@@ -60,8 +62,10 @@ class StandIns:
                         if needs.get(i.need) in queues
                     )
         except RequestError as error:
-            if isinstance(why, Unavailable):  # the provider may come back: the lease runs out
+            if isinstance(why, Unavailable):  # the provider may come back
                 logger.warning("no stand-in for %s: %s", token.jti, error)
+                self.refused[token.jti] = None
+                keeping.release(self._pool, [token], lease)
             else:
                 fail(self._pool, token, lease, error)
             return
