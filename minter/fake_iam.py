@@ -29,13 +29,14 @@ Fault = Literal[
     "", "down", "slow", "error_500", "busy_429", "garbage", "html", "huge", "redirect", "wrong_key",
     "wrong_issuer", "wrong_audience", "wider_scope", "no_expiry", "long_life", "short_life", "future",
     "narrow_scope", "lost_answer", "invalid_client", "opaque", "trickle", "gateway_504",
-    "odd_audience", "echo",
+    "odd_audience", "echo", "trickle_head",
 ]  # fmt: skip
 """Ways to fail: no answer at all; late; with a status; with what is no answer; with a token that is not
 what was asked for; `lost_answer` does what is asked, and then says nothing."""
 
 BEFORE: frozenset[str] = frozenset(
-    {"down", "error_500", "busy_429", "garbage", "html", "huge", "redirect", "invalid_client", "trickle"}
+    {"down", "error_500", "busy_429", "garbage", "html", "huge", "redirect", "invalid_client"}
+    | {"trickle", "trickle_head"}
 )
 """Those that happen before anything is done."""
 
@@ -319,18 +320,21 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(302, {}, {"Location": f"{self.server.issuer}elsewhere"})
         elif fault == "invalid_client":
             self._send(401, {"error": "invalid_client", "error_description": "no"})
-        elif fault == "trickle":
-            self._trickle()
+        elif fault.startswith("trickle"):
+            self._trickle(head=fault == "trickle_head")
         else:
             return False
         return True
 
-    def _trickle(self) -> None:
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", "100000")
-        self.end_headers()
+    def _trickle(self, *, head: bool = False) -> None:
         self.close_connection = True
+        if not head:
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", "100000")
+            self.end_headers()
+        else:
+            self.wfile.write(b"HTTP/1.1 200 OK\r\nX-Slow: ")
         try:
             for _ in range(600):
                 self.wfile.write(b" ")

@@ -7,9 +7,12 @@ a token that is wider, longer or for others than what was asked for is refused (
 import base64
 import logging
 import re
+import socket
+import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -106,6 +109,36 @@ class Lost(ProviderAway):
     """The request may have reached the IAM, and what it did with it is not known."""
 
 
+class _Bounded:
+    """A connection whose answer's head, too, must come within a time: a server may let it trickle."""
+
+    head_seconds = 0.0
+
+    def getresponse(self) -> Any:
+        """Return the response, or fail as if the server had gone away."""
+        timer = threading.Timer(self.head_seconds, _cut, [self.sock])  # type: ignore[attr-defined]
+        timer.daemon = True
+        timer.start()
+        try:
+            return super().getresponse()  # type: ignore[misc]
+        finally:
+            timer.cancel()
+
+
+def _cut(sock: socket.socket) -> None:
+    with suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)
+
+
+def _pools(seconds: float) -> dict[str, type[urllib3.HTTPConnectionPool]]:
+    """Return urllib3's pools by scheme, of connections that are bounded."""
+    made: dict[str, type[urllib3.HTTPConnectionPool]] = {}
+    for scheme, pool in (("http", urllib3.HTTPConnectionPool), ("https", urllib3.HTTPSConnectionPool)):
+        bounded = type("Bounded", (_Bounded, pool.ConnectionCls), {"head_seconds": seconds})
+        made[scheme] = type("BoundedPool", (pool,), {"ConnectionCls": bounded})
+    return made
+
+
 class IAM:
     """A client of one external IAM; may be used by several threads.
 
@@ -134,6 +167,7 @@ class IAM:
             retries=False,
             timeout=urllib3.Timeout(connect=CONNECT_SECONDS, read=provider.timeout_seconds),
         )
+        self._http.pool_classes_by_scheme = _pools(provider.timeout_seconds)
 
     def __repr__(self) -> str:
         """Name the provider; the secret stays hidden."""

@@ -291,6 +291,7 @@ def test_what_was_not_asked_for_is_destroyed(service, iam, fault):
         "redirect",
         "lost_answer",
         "trickle",
+        "trickle_head",
         "slow",
     ],
 )
