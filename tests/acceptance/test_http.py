@@ -7,6 +7,7 @@ import ssl
 import time
 import uuid
 
+import httpx
 import pytest
 
 from minter import keys, wiring
@@ -213,7 +214,10 @@ def test_too_much_is_refused_before_it_is_read(served):
         )
         assert large.status_code == 400
         assert "too large" in large.json()["error"]["error_description"]
-        many = http.get("/health", headers={f"x-{n}": "y" * 1000 for n in range(200)})
+        try:
+            many = http.get("/health", headers={f"x-{n}": "y" * 1000 for n in range(200)})
+        except httpx.TransportError:  # it may hang up before we have sent them all
+            return
         assert many.status_code in (400, 431)
 
 
