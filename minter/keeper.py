@@ -29,6 +29,7 @@ from minter.database import one, read_control, transaction
 from minter.errors import (
     Banned,
     MinterError,
+    NoUsableKey,
     ProviderAway,
     ProviderRefused,
     ProviderTokenRejected,
@@ -56,6 +57,8 @@ TOGETHER, TOGETHER_SECONDS = 4, 0.02
 """With more requests out than that, answers of this time are saved together."""
 CHORES_SECONDS = 5.0
 FIRST_DELAY_SECONDS, MAX_DELAY_SECONDS = 0.1, 10.0
+KEYLESS = timedelta(minutes=5)
+"""How long a token is left alone whose secrets could not be encrypted."""
 STAND_INS = 100
 """So many tokens one turn stands in for."""
 
@@ -261,7 +264,14 @@ class Keeper:
         for iam, taken, token, answer in unsaved:
             if not answer.sent and answer.error is None:
                 continue
-            made = self._result(iam, taken, token, answer, now)
+            try:
+                made = self._result(iam, taken, token, answer, now)
+            except NoUsableKey as closed:  # one VO's trouble is not the others'
+                logger.error("token %s cannot be kept: %s", token.jti, closed)  # noqa: TRY400 - told in full
+                made = Result(
+                    jti=token.jti, lease=taken.lease, lead_seconds=token.lead_seconds,
+                    needed_at=token.needed_at, retry_at=now + KEYLESS, tries=token.tries, spent=True,
+                )  # fmt: skip
             if isinstance(made, Result):
                 results.append(made)
             elif token.fallback and not isinstance(made, Banned | UnknownClient):

@@ -760,3 +760,22 @@ def test_half_of_an_all_or_nothing_request_is_not_given(service, iam):
     assert len(outcome.awaited) == 1
     bench.turn()
     assert len(bench.fetch(outcome).tokens) == 2
+
+
+def test_a_keeper_without_the_master_key_goes_on_with_others(service, iam, monkeypatch):
+    from minter.errors import NoUsableKey
+
+    bench = Bench(service, iam, own())
+    bench.ask("a")
+
+    def closed(*_):
+        raise NoUsableKey("no master key")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(service.keystore, "seal_token", closed)
+        bench.turn(seconds=1)
+    assert len(bench.asked) == 1
+    assert not bench.keeper._unsaved
+    bench.forward(minutes=6)
+    bench.turn()
+    assert bench.row()["state"] == "issued"
