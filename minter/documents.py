@@ -10,7 +10,7 @@ from datetime import datetime, timedelta
 import msgspec
 from sqlalchemy.engine import Engine as Pool
 
-from minter import keeping
+from minter import health
 from minter.errors import ProviderAway, Unavailable
 from minter.iam import IAM, Documents
 from minter.providers import Provider
@@ -41,13 +41,13 @@ class SharedDocuments:
         """Return the documents; raises Unavailable, or ProviderAway, while there are none."""
         if self._known is not None and not fresh and time.monotonic() - self._asked < KEPT_SECONDS:
             return self._known
-        found, at = keeping.documents(self._pool, self._provider.name)
+        found, at = health.documents(self._pool, self._provider.name)
         self._known = None if found is None else msgspec.convert(found, Documents)
         self._asked = time.monotonic()
         now = self._clock()
         older_than = now - (NEWS if fresh else FRESH)
         if at is None or at < older_than:
-            delay = keeping.lease_documents(self._pool, self._provider, now, older_than)
+            delay = health.lease_documents(self._pool, self._provider, now, older_than)
             if delay is not None:
                 time.sleep(min(delay.total_seconds(), MOST_DELAY_SECONDS))
                 self._fetch(now)
@@ -59,9 +59,9 @@ class SharedDocuments:
         try:
             self._known = self.iam.fetch_documents()
         except ProviderAway:
-            keeping.save_documents(self._pool, self._provider.name, None, now - FRESH + FAILED)
+            health.save_documents(self._pool, self._provider.name, None, now - FRESH + FAILED)
             if self._known is None:
                 raise
         else:
             found = msgspec.to_builtins(self._known)
-            keeping.save_documents(self._pool, self._provider.name, found, now)
+            health.save_documents(self._pool, self._provider.name, found, now)

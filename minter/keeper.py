@@ -23,7 +23,7 @@ from queue import Empty, SimpleQueue
 from msgspec import Struct, structs
 from sqlalchemy.engine import Engine as Pool
 
-from minter import keeping, logs
+from minter import health, keeping, logs
 from minter.budgets import HORIZON, backoff_seconds
 from minter.database import one, read_control, transaction
 from minter.errors import (
@@ -355,8 +355,8 @@ class Keeper:
             sent = [(t, k, a) for i, t, k, a in answers if i is iam and a.sent and a.grant != "none"]
             if not sent:
                 continue
-            health = [_health(answer) for _, _, answer in sent]
-            before, after = keeping.note_health(self._pool, name, health, now, self._jitter)
+            told = [_health(answer) for _, _, answer in sent]
+            before, after = health.note_health(self._pool, name, told, now, self._jitter)
             if before.open_until != after.open_until:
                 until = after.open_until.isoformat() if after.open_until else None
                 self._stand_ins.refused.clear()
@@ -385,7 +385,7 @@ class Keeper:
             refused = self._stand_ins.refused
             for token in keeping.strand(self._pool, iam.provider, lease, STAND_INS, now, seconds, refused):
                 self._stand_ins.give(token, lease, paused, now)
-            if keeping.probe(self._pool, iam.provider, now, seconds):
+            if health.probe(self._pool, iam.provider, now, seconds):
                 self._probe(iam, now)
         keeping.end_overdue(self._pool, now)
 
@@ -398,7 +398,7 @@ class Keeper:
         else:
             failed = False
             logs.event(logger, "provider is back", provider=iam.provider.name, until=None)
-        keeping.note_health(self._pool, iam.provider.name, [(failed, 0.0)], now, self._jitter)
+        health.note_health(self._pool, iam.provider.name, [(failed, 0.0)], now, self._jitter)
 
 
 def _health(answer: Answer) -> tuple[bool, float]:

@@ -33,6 +33,7 @@ ROWS = [
         "iam",
         "fake_iam",
     },
+    {"health"},
     {"keeping"},
     {"catalogue", "housekeeping", "recording", "lives", "alive", "stories", "gather", "ratelimits"},
     {"keyring", "metrics", "archive", "dispatch", "credentials", "documents"},
