@@ -13,13 +13,22 @@ from minter.database import transaction
 from minter.providers import Provider
 
 
+def known(connection: "psycopg.Connection[Any]", name: str) -> Breaker:
+    """Return how a provider was a moment ago; its row is not locked."""
+    row = connection.execute(
+        "SELECT failures, pauses, open_until, probed_until FROM providers WHERE name = %s", (name,)
+    ).fetchone()
+    assert row is not None, name  # settings were brought into rows at start
+    return Breaker(*row)
+
+
 def locked(connection: "psycopg.Connection[Any]", name: str, now: datetime) -> tuple[datetime, Breaker, int]:
     """Return a provider's row, which nobody else changes until the end, and how many requests are out."""
     row = connection.execute(
         "SELECT due_at, failures, pauses, open_until, probed_until FROM providers WHERE name = %s FOR UPDATE",
         (name,),
     ).fetchone()
-    assert row is not None, name  # settings were brought into rows at start
+    assert row is not None, name
     leased = connection.execute(
         "SELECT count(*) FROM managed WHERE provider = %s AND lease IS NOT NULL AND leased_until > %s",
         (name, now),
@@ -51,11 +60,7 @@ def note_health(
     The row is left alone, and not locked, while all is well.
     """
     with transaction(engine) as connection:
-        row = connection.execute(
-            "SELECT failures, pauses, open_until, probed_until FROM providers WHERE name = %s", (provider,)
-        ).fetchone()
-        assert row is not None, provider
-        before = after = Breaker(*row)
+        before = after = known(connection, provider)
         if before == Breaker() and not any(failed for failed, _ in answers):
             return before, after
         _, before, _ = locked(connection, provider, now)
