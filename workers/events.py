@@ -179,7 +179,7 @@ class Consumer:
         (message,) = batch
         logger.error("a message of %s is dropped: %s", message.source.address, type(error).__name__)
         self._count.labels(message.source.wanted.vo, "broken").inc()
-        message.connection.ack(message.ack)
+        _acknowledge(message)
 
     def _gather(self) -> list[Message]:
         batch: list[Message] = []
@@ -215,10 +215,14 @@ class Consumer:
             self._count.labels(vo, outcome).inc(count)
         for message in batch:
             self._last.labels(message.source.address).set_to_current_time()
-            try:
-                message.connection.ack(message.ack)
-            except (stomp.exception.StompException, OSError):
-                logger.info("a connection went before a message was acknowledged; it comes again")
+            _acknowledge(message)
+
+
+def _acknowledge(message: Message) -> None:
+    try:
+        message.connection.ack(message.ack)
+    except (stomp.exception.StompException, OSError):
+        logger.info("a connection went before a message was acknowledged; it comes again")
 
 
 def main() -> None:

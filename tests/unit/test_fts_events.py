@@ -82,6 +82,7 @@ def test_a_file_without_metadata(metadata):
         b'{"t_final_transfer_state":"Ok"}',
         b"\xff\xfe",
         b'{"file_state":"ACTIVE","job_id":"x","file_id":1}',
+        b"[" * 50_000,
     ],
 )
 def test_what_is_no_message(body):
