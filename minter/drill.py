@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
-import pygal
 import urllib3
 from msgspec import Struct
 
@@ -27,7 +26,7 @@ from minter import catalogue
 from minter.client import FileOperation, FileRequest, MinterClient, new_request_id
 from minter.contract import MINT
 from minter.database import transaction
-from minter.errors import ProviderAway
+from minter.errors import ProviderAway, SettingsError
 from minter.fake_iam import Behaviour, Fault
 from minter.providers import LEADS
 from minter.requests import Answer, MintRequest
@@ -347,6 +346,10 @@ def _free_port() -> int:
 
 def plot(report: Report, path: Path) -> None:
     """Draw tokens at risk, failed transfers and requests a second over time; SVG."""
+    try:
+        import pygal  # noqa: PLC0415 - an extra, with the servers that a drill needs
+    except ImportError as error:
+        raise SettingsError("the plot needs pygal; run: pip install 'minter[embedded]'") from error
     plan = report.plan
     chart = pygal.XY(
         title=f"{plan.mode}, {plan.fault} for {plan.outage_hours:g} h from {plan.outage_from_hours:g} h on: "

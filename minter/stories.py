@@ -130,8 +130,7 @@ _OF_USES = """
 """
 
 INDEXED = {
-    "jti": "(t.jti = %(value)s OR t.jti = ANY (ARRAY("
-    "SELECT u.jti FROM uses u JOIN tokens o USING (jti) WHERE u.use_id = %(value)s AND o.mode <> 'mint')))",
+    "jti": "t.jti = %(value)s",
     "path": "t.path_hash = %(value)s",
     "fts_token_id": "(t.fts_token_id = %(value)s OR t.jti = ANY (ARRAY("
     "SELECT jti FROM managed WHERE fts_token_id = %(value)s)))",
@@ -187,11 +186,16 @@ def find(
     limit: int = 100,
     asker: str | None = None,
 ) -> list[Story]:
-    """Find tokens by one of INDEXED or WALKED, newest first; only those of the client `asker`, if named."""
+    """Find tokens by one of INDEXED or WALKED, newest first; only those of the client `asker`, if named.
+
+    A managed token's handle stands for its jti, too.
+    """
     values = bounds(since, until) | {"value": wanted(by, value), "limit": limit, "asker": asker}
     with transaction(engine) as connection:
         rows = [row for query in queries(by) for row in connection.execute(query, values).fetchall()]
-    return newest(map(story, rows), limit)
+        handles = connection.execute(_OF_IDS, {"ids": [value]}).fetchall() if by == "jti" else []
+    of_handles = (one for one in map(story, handles) if asker is None or one.client == asker)
+    return newest([*map(story, rows), *of_handles], limit)
 
 
 def bounds(since: datetime, until: datetime) -> dict[str, UUID]:

@@ -506,6 +506,13 @@ def test_what_is_known_of_a_managed_token(service, iam):
     assert found.state == "issued"
     assert found.external_id == "a"
     assert int(found.fts_token_id, 16) == fts_id % (1 << 64)
+    (by_handle,) = stories.find(
+        service.pool, "jti", uuid.UUID(token.handle), bench.clock() - day, bench.clock() + day
+    )
+    assert by_handle.use_id == uuid.UUID(token.handle)
+    assert not stories.find(
+        service.pool, "jti", uuid.UUID(token.handle), bench.clock() - day, bench.clock() + day, asker="other"
+    )
     for kind, value in (("client", ME), ("storage", found.storage), ("path", "/atlas"), ("vo", "alpen")):
         (living,) = alive.under(service.pool, kind, value, "alpen", bench.clock())
         assert living.exp == token.exp
