@@ -194,7 +194,11 @@ def find(
     with transaction(engine) as connection:
         rows = [row for query in queries(by) for row in connection.execute(query, values).fetchall()]
         handles = connection.execute(_OF_IDS, {"ids": [value]}).fetchall() if by == "jti" else []
-    of_handles = (one for one in map(story, handles) if asker is None or one.client == asker)
+    of_handles = (
+        one
+        for one in map(story, handles)
+        if one.use_id is not None and asker in (None, one.client) and since <= one.issued_at < until
+    )
     return newest([*map(story, rows), *of_handles], limit)
 
 
