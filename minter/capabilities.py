@@ -81,6 +81,11 @@ class Held(NamedTuple):
     on_behalf_of: str
     activity: str
 
+    @property
+    def ours(self) -> bool:
+        """Whether we signed it, and so decided what it holds."""
+        return bool(self.audience)
+
 
 class Granted(NamedTuple):
     """A decision of the token endpoint, and the refresh family as it is after it, if it changes."""
@@ -148,7 +153,7 @@ def _own(policy: Policy, client: Client, bans: Bans, wish: Wish, on_behalf_of: s
 def _check_holder(held: Held, vo: str, clients: Mapping[str, Client], bans: Bans) -> None:
     """Raise Banned or InvalidGrant if the client whose token it is may have none itself any more (I9)."""
     bans.check(vo, client=held.client, on_behalf_of=held.on_behalf_of, activity=held.activity)
-    if not held.audience:
+    if not held.ours:
         return  # a provider's client
     holder = clients.get(held.client)
     if holder is None or holder.disabled:
@@ -400,7 +405,7 @@ class _Decider:
     # ── audiences ────────────────────────────────────────────────────────────────────────────
 
     def _audience(self, asked: tuple[str, ...]) -> tuple[str, ...]:
-        if self.held is not None and self.held.audience:
+        if self.held is not None and self.held.ours:
             if outside := [a for a in asked if a not in self.held.audience]:
                 raise InvalidTarget(f"audience {outside[0][:200]!r} is not the subject token's")
             return asked or self.held.audience
@@ -426,7 +431,7 @@ class _Decider:
                 endpoints = directory.at(audience)
                 listed = fits(audience, self.client.audiences)
                 known = bool(endpoints) or self._fts(audience) or listed
-            if not (known or (self.held and self.held.audience)):
+            if not (known or (self.held and self.held.ours)):
                 raise InvalidTarget(
                     f"audience {audience[:200]!r} is of no storage or FTS here, and not listed for client "
                     f"{self.client.name!r}"
@@ -499,7 +504,7 @@ class _Decider:
         operations = [
             o for o in _OPERATIONS[name] if not self.client.operations or o in self.client.operations
         ]
-        if self.held is not None and self.held.audience and operations:  # a route allowed it at first
+        if self.held is not None and self.held.ours and operations:  # a route allowed it at first
             return _Allowed(area)
         for operation in operations:
             need = Need(-1, "operation", 0, "", (operation,))

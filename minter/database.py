@@ -10,6 +10,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
+import msgspec
 import psycopg
 from sqlalchemy import create_engine
 from sqlalchemy.engine import Engine as Pool
@@ -263,3 +264,25 @@ def floor(instant: datetime) -> UUID:
 def instant(numeric_date: int) -> datetime:
     """Return a NumericDate (RFC 7519 §2) as an aware datetime."""
     return datetime.fromtimestamp(numeric_date, UTC)
+
+
+# ── writing ──────────────────────────────────────────────────────────────────────────────────
+
+
+def plain_text(text: str) -> str:
+    """Return a text as Postgres can hold it."""
+    return text.replace("\x00", "")  # Postgres has no NUL in text
+
+
+def json_text(value: object) -> str:
+    """Return a value as JSON that Postgres can hold."""
+    text = msgspec.json.encode(value).decode()
+    return msgspec.json.encode(_without_nul(value)).decode() if "\\u0000" in text else text
+
+
+def _without_nul(value: object) -> object:
+    if isinstance(value, str):
+        return plain_text(value)
+    if isinstance(value, dict):
+        return {plain_text(str(k)): _without_nul(v) for k, v in value.items()}
+    return [_without_nul(v) for v in value] if isinstance(value, list | tuple) else value

@@ -268,10 +268,7 @@ class Keeper:
                 made = self._result(iam, taken, token, answer, now)
             except NoUsableKey as closed:  # one VO's trouble is not the others'
                 logger.error("token %s cannot be kept: %s", token.jti, closed)  # noqa: TRY400 - told in full
-                made = Result(
-                    jti=token.jti, lease=taken.lease, lead_seconds=token.lead_seconds,
-                    needed_at=token.needed_at, retry_at=now + KEYLESS, tries=token.tries, spent=True,
-                )  # fmt: skip
+                made = structs.replace(_kept(taken, token), retry_at=now + KEYLESS, spent=True)
             if isinstance(made, Result):
                 results.append(made)
             elif token.fallback and not isinstance(made, Banned | UnknownClient):
@@ -294,10 +291,7 @@ class Keeper:
         """Return what to save after one request, or the error that ends the token."""
         # One that may be spent is forgotten as soon as there was another way.
         forget = token.spent and answer.grant != "refresh_token"
-        keep = Result(
-            jti=token.jti, lease=taken.lease, lead_seconds=token.lead_seconds, needed_at=token.needed_at,
-            tries=token.tries, refresh=b"" if forget else None,
-        )  # fmt: skip
+        keep = structs.replace(_kept(taken, token), refresh=b"" if forget else None)
         again = structs.replace(
             keep,
             tries=token.tries + 1,
@@ -399,6 +393,14 @@ class Keeper:
             failed = False
             logs.event(logger, "provider is back", provider=iam.provider.name, until=None)
         health.note_health(self._pool, iam.provider.name, [(failed, 0.0)], now, self._jitter)
+
+
+def _kept(taken: Taken, token: Leased) -> Result:
+    """Return the result that gives a lease back and leaves the token as it is."""
+    return Result(
+        jti=token.jti, lease=taken.lease, lead_seconds=token.lead_seconds, needed_at=token.needed_at,
+        tries=token.tries,
+    )  # fmt: skip
 
 
 def _health(answer: Answer) -> tuple[bool, float]:

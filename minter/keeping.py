@@ -9,13 +9,12 @@ from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
-import msgspec
 import psycopg
 from msgspec import Struct, structs
 from sqlalchemy.engine import Engine as Pool
 
 from minter.budgets import HORIZON, Slots, reserve
-from minter.database import transaction
+from minter.database import json_text, plain_text, transaction
 from minter.health import known, locked
 from minter.managed import ManagedToken, Wanted
 from minter.providers import LEADS, Provider
@@ -75,11 +74,11 @@ def join(
             [w.provider for w in wanted],
             [w.mode for w in wanted],
             [w.scope for w in wanted],
-            [_json(w.audience) for w in wanted],
+            [json_text(w.audience) for w in wanted],
             [w.storage for w in wanted],
-            [_text(w.on_behalf_of) for w in wanted],
-            [_text(w.activity) for w in wanted],
-            [_json(w.fallback) for w in wanted],
+            [plain_text(w.on_behalf_of) for w in wanted],
+            [plain_text(w.activity) for w in wanted],
+            [json_text(w.fallback) for w in wanted],
             [w.uses for w in wanted],
             [w.cap_seconds for w in wanted],
             [w.least_seconds for w in wanted],
@@ -144,7 +143,7 @@ _FINISHED = (
 # ── leased, asked for, saved ─────────────────────────────────────────────────────────────────
 
 
-class Leased(Struct, frozen=True, kw_only=True):
+class Leased(Struct, frozen=True):
     """A managed token that this worker shall ask for now; what is encrypted in it stays so.
 
     `spent`: a refresh token of it was sent before, and the answer is not known.
@@ -171,12 +170,11 @@ class Leased(Struct, frozen=True, kw_only=True):
     subject: bytes | None
     refresh: bytes | None
     expires_at: datetime | None
-    has_access: bool
     client_subject: bytes | None
 
 
 _LEASED = ", ".join(
-    {"vo": "c.vo", "client": "c.name", "mode": "m.mode::text", "has_access": "m.access IS NOT NULL",
+    {"vo": "c.vo", "client": "c.name", "mode": "m.mode::text",
      "client_subject": "CASE WHEN c.subject_provider = m.provider AND c.subject_expires_at > %(now)s"
      " THEN c.subject_token END",
      "spent": "d.was_spent"}.get(name, f"m.{name}")
@@ -253,7 +251,7 @@ def take(
             "UPDATE providers SET due_at = %s, probed_until = %s WHERE name = %s",
             (slots.due_at, probe, provider.name),
         )
-    found = [Leased(**dict(zip(Leased.__struct_fields__, row, strict=True))) for row in tokens]
+    found = [Leased(*row) for row in tokens]
     found.sort(key=lambda t: t.needed_at)
     return Taken(provider.name, lease, found, slots)
 
@@ -326,7 +324,7 @@ def save(engine: Pool, results: Sequence[Result]) -> set[UUID]:
                 [r.retry_at for r in ordered],
                 [r.tries for r in ordered],
                 [r.spent for r in ordered],
-                [_json(r.error) if r.error else None for r in ordered],
+                [json_text(r.error) if r.error else None for r in ordered],
             ),
         ).fetchall()
     return {jti for (jti,) in rows}
@@ -383,7 +381,7 @@ def strand(
                 "leads": list(LEADS), "but": list(but),
             },
         ).fetchall()  # fmt: skip
-    return [Leased(**dict(zip(Leased.__struct_fields__, row, strict=True))) for row in rows]
+    return [Leased(*row) for row in rows]
 
 
 def living_uses(engine: Pool, jti: UUID) -> list[tuple[UUID, UUID, str, int, str, int]]:
@@ -426,7 +424,7 @@ def stand_in(engine: Pool, jti: UUID, lease: UUID, instead: Mapping[UUID, UUID])
 # ── pushed to durable queues ─────────────────────────────────────────────────────────────────
 
 
-class Unpushed(Struct, frozen=True, kw_only=True):
+class Unpushed(Struct, frozen=True):
     """A managed token that changed since it was pushed, and one use that wants to know."""
 
     jti: UUID
@@ -477,7 +475,7 @@ def unpushed(engine: Pool, now: datetime, most: int) -> list[Unpushed]:
             """,
             {"now": now, "most": most},
         ).fetchall()
-    return [Unpushed(**dict(zip(Unpushed.__struct_fields__, row, strict=True))) for row in rows]
+    return [Unpushed(*row) for row in rows]
 
 
 def pushed(engine: Pool, done: Mapping[UUID, int]) -> None:
@@ -513,11 +511,3 @@ def forget(engine: Pool, before: datetime) -> int:
             " FOR UPDATE SKIP LOCKED)",
             (before, BULK_ROWS),
         ).rowcount
-
-
-def _json(value: object) -> str:
-    return msgspec.json.encode(value).decode()
-
-
-def _text(value: str) -> str:
-    return value.replace("\x00", "")  # Postgres has no NUL in text

@@ -82,18 +82,23 @@ def new_master_key() -> str:
     return base64.urlsafe_b64encode(secrets.token_bytes(MASTER_KEY_BYTES)).decode().rstrip("=")
 
 
+def read_private_file(what: str, path: Path) -> str:
+    """Return what is in a file that only its owner may read; raises SettingsError."""
+    try:
+        if path.stat().st_mode & 0o077:
+            raise SettingsError(f"{what} {path} is open to others; chmod 600 it")
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise SettingsError(f"{what} {path} cannot be read: {error.strerror}") from error
+
+
 def read_master_key(vo: str, *, text: str | None, path: Path | None) -> MasterKey:
     """Read master keys from the environment's text, or from a file that only its owner may read.
 
     Several are separated by commas or white space, the new one first.
     """
     if text is None and path is not None:
-        try:
-            if path.stat().st_mode & 0o077:
-                raise SettingsError(f"master key file {path} is open to others; chmod 600 it")
-            text = path.read_text()
-        except OSError as error:
-            raise SettingsError(f"master key file {path} cannot be read: {error.strerror}") from error
+        text = read_private_file("master key file", path)
     if text is None:
         raise SettingsError(f"VO {vo!r} has no master key; set its environment variable or file")
     words = text.replace(",", " ").split() or [""]

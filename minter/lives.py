@@ -6,7 +6,7 @@ token has a life is its uses: `id` below is a use's or, where a token is of one 
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 from uuid import UUID
@@ -64,10 +64,7 @@ class Lives:
             client_id = known_client(read_control(connection), name).client_id
             unknown = _note_jobs(connection, client_id, wire.jobs)
             found = _named(connection, client_id, wire.files, now)
-            changed = sum(
-                _change(connection, (jti for n, jti in found if wire.files[n].state == state), state, now)
-                for state in ("active", "finished")
-            )
+            changed = _bring(connection, found, wire.files, now)
             known = {number for number, _ in found}
             unknown += [f"files[{n}]" for n in range(len(wire.files)) if n not in known]
         return Answer(changed=changed, unknown=unknown)
@@ -89,20 +86,8 @@ class Lives:
                     by_file[request_id, file].append(number)
                 elif event.external_id:
                     by_id[event.external_id].append(number)
-            known = [
-                (number, id_)
-                for where, id_ in _by_file(connection, clients, {request_id for request_id, _ in by_file})
-                for number in by_file.get(where, ())
-            ]
-            known += [
-                (number, id_)
-                for external_id, id_ in _by_external_id(connection, clients, by_id, now)
-                for number in by_id[external_id]
-            ]
-            changed = sum(
-                _change(connection, (id_ for n, id_ in known if found[n].state == state), state, now)
-                for state in ("active", "finished")
-            )
+            known = list(_known(connection, clients, by_id, by_file, now))
+            changed = _bring(connection, known, found, now)
         return changed, len(found) - len({number for number, _ in known})
 
     def cancel(self, name: str, wire: CancelRequest, now: datetime) -> Answer:
@@ -220,18 +205,35 @@ def _named(
             file = by_file_id.get(report.file_id) if report.file is None else by_place.get(report.file)
             if file is not None:
                 by_file[request_id, file].append(number)
-    found = [
-        (number, jti)
-        for external_id, jti in _by_external_id(connection, [client_id], by_id, now)
-        for number in by_id[external_id]
-    ]
-    found += [(number, jti) for jti in _own(connection, client_id, by_jti) for number in by_jti[jti]]
-    found += [
-        (number, jti)
-        for where, jti in _by_file(connection, [client_id], {request_id for request_id, _ in by_file})
-        for number in by_file.get(where, ())
-    ]
-    return set(found)
+    found = {(number, jti) for jti in _own(connection, client_id, by_jti) for number in by_jti[jti]}
+    return found.union(_known(connection, [client_id], by_id, by_file, now))
+
+
+def _known(
+    connection: "psycopg.Connection[Any]",
+    client_ids: Sequence[int],
+    by_id: Mapping[str, Sequence[int]],
+    by_file: Mapping[tuple[UUID, int], Sequence[int]],
+    now: datetime,
+) -> Iterator[tuple[int, UUID]]:
+    """Yield the tokens of external ids, and of requests' files, each with the places that name it."""
+    for external_id, id_ in _by_external_id(connection, client_ids, by_id, now):
+        yield from ((number, id_) for number in by_id[external_id])
+    for where, id_ in _by_file(connection, client_ids, {request_id for request_id, _ in by_file}):
+        yield from ((number, id_) for number in by_file.get(where, ()))
+
+
+def _bring(
+    connection: "psycopg.Connection[Any]",
+    known: Collection[tuple[int, UUID]],
+    told: Sequence[FileReport | FTSEvent],
+    now: datetime,
+) -> int:
+    """Bring tokens into the states that were told of them, by place; return how many changed."""
+    return sum(
+        _change(connection, (id_ for n, id_ in known if told[n].state == state), state, now)
+        for state in ("active", "finished")
+    )
 
 
 def _own(connection: "psycopg.Connection[Any]", client_id: int, jtis: Iterable[UUID]) -> list[UUID]:

@@ -137,22 +137,19 @@ class Work:
     def use(self, grant: Grant, use_id: str, shared: Shared) -> None:
         """Note a use of a shared token, which is handed out like one of its own."""
         self.add(grant, shared.jti, shared.expires_at, shared.token)
+        self._note_use(grant, use_id, shared.jti)
+
+    def manage(self, grant: Grant, handle: str, jti: UUID) -> None:
+        """Note a use of a managed token, which its consumer and its queue may have, too."""
+        request = self.outcome.submission.request
+        self._note_use(grant, handle, str(jti), request.consumer, request.reply_queue or "")
+
+    def _note_use(self, grant: Grant, use_id: str, jti: str, consumer: str = "", queue: str = "") -> None:
         need = grant.need
         self.uses.append(
             UseRow(
-                use_id, shared.jti, self.row.request_id, self.client.client_id, grant.path,
-                need.file, need.side, need.index, grant.external_id,
-            )
-        )  # fmt: skip
-
-    def manage(self, grant: Grant, handle: str, jti: UUID) -> None:
-        """Note a use of a managed token."""
-        need, request = grant.need, self.outcome.submission.request
-        self.uses.append(
-            UseRow(
-                handle, str(jti), self.row.request_id, self.client.client_id, grant.path,
-                need.file, need.side, need.index, grant.external_id,
-                request.consumer, request.reply_queue or "",
+                use_id, jti, self.row.request_id, self.client.client_id, grant.path,
+                need.file, need.side, need.index, grant.external_id, consumer, queue,
             )
         )  # fmt: skip
 

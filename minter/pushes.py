@@ -58,15 +58,17 @@ class Pushes:
         if time.monotonic() < self._away_until:
             return
         changed = keeping.unpushed(self._pool, now, MOST)
-        told = [told for one in changed if (told := self._told(one, now)) is not None]
+        if not changed:
+            return
+        control = self._control()
+        told = [told for one in changed if (told := self._told(one, control, now)) is not None]
         try:
             self.send(told)
         except Unavailable as error:
             self._away_until = time.monotonic() + AWAY_SECONDS
             logger.warning("not pushed: %s", error)
             return
-        if changed:
-            keeping.pushed(self._pool, {one.jti: one.fts_token_id for one in changed})
+        keeping.pushed(self._pool, {one.jti: one.fts_token_id for one in changed})
 
     def send(self, told: Iterable[Told]) -> None:
         """Send one answer for each request and queue; raises Unavailable."""
@@ -92,12 +94,11 @@ class Pushes:
         self._send(pushes)
         logs.event(logger, "pushed", answers=len(pushes))
 
-    def _told(self, one: Unpushed, now: datetime) -> Told | None:
+    def _told(self, one: Unpushed, control: Control, now: datetime) -> Told | None:
         """Return what a use is told: a token, its end, or nothing."""
         if one.request_id is None or one.state not in ("issued", "failed"):
             return None
         side: Any = one.side
-        control = self._control()
         if (why := forbidden(one, control.clients, control.bans)) is not None:
             logs.event(logger, "not pushed", jti=str(one.jti), reason=why.reason)
             return None

@@ -11,7 +11,6 @@ from itertools import chain
 from typing import Any
 from uuid import UUID
 
-import msgspec
 import psycopg
 from msgspec import structs
 from psycopg import sql
@@ -26,7 +25,9 @@ from minter.database import (
     USE_COLUMNS,
     floor,
     instant,
+    json_text,
     one,
+    plain_text,
     read_control,
     request_row,
     tokens_of,
@@ -132,7 +133,7 @@ class Recording:
             self._connection.cursor().executemany(
                 "INSERT INTO rules (digest, route, storage, operations, steps)"
                 " VALUES (%s, %s, %s, %s, %s) ON CONFLICT DO NOTHING",
-                [(d, p.rule, p.area.storage, list(p.operations), _json(p.steps)) for d, p in new],
+                [(d, p.rule, p.area.storage, list(p.operations), json_text(p.steps)) for d, p in new],
             )
             found = self._connection.execute(
                 "SELECT digest, rule_id FROM rules WHERE digest = ANY(%s)", ([d for d, _ in new],)
@@ -168,10 +169,10 @@ class Recording:
                 [r.tokens for r in rows],
                 [r.digest for r in rows],
                 [r.kind for r in rows],
-                [_text(r.activity) for r in rows],
-                [_text(r.on_behalf_of) for r in rows],
-                [_json(r.error) if r.error else None for r in rows],
-                [_json(r.refusals) if r.refusals else None for r in rows],
+                [plain_text(r.activity) for r in rows],
+                [plain_text(r.on_behalf_of) for r in rows],
+                [json_text(r.error) if r.error else None for r in rows],
+                [json_text(r.refusals) if r.refusals else None for r in rows],
                 [r.renews for r in rows],
                 [r.all_or_nothing for r in rows],
             ),
@@ -186,7 +187,7 @@ class Recording:
             [
                 f"{r.request_id.int:032x}\t{r.client_id}\t{r.first_jti.int:032x}\t{r.received_at}\t{r.tokens}"
                 f"\t\\\\x{r.digest.hex()}\t{r.kind}\t{_copy(r.activity)}\t{_copy(r.on_behalf_of)}"
-                f"\t{_copy(_json(r.error)) if r.error else NULL}\n"
+                f"\t{_copy(json_text(r.error)) if r.error else NULL}\n"
                 for r in rows
             ],
         )
@@ -368,20 +369,3 @@ _copy_special = re.compile(r"[\\\t\n\r\x00]").search
 
 def _copy(text: str) -> str:
     return text.translate(_COPY_ESCAPES) if _copy_special(text) else text
-
-
-def _text(text: str) -> str:
-    return text.replace("\x00", "")  # Postgres has no NUL in text
-
-
-def _json(value: object) -> str:
-    text = msgspec.json.encode(value).decode()
-    return msgspec.json.encode(_without_nul(value)).decode() if "\\u0000" in text else text
-
-
-def _without_nul(value: object) -> object:
-    if isinstance(value, str):
-        return _text(value)
-    if isinstance(value, dict):
-        return {_text(str(k)): _without_nul(v) for k, v in value.items()}
-    return [_without_nul(v) for v in value] if isinstance(value, list | tuple) else value

@@ -21,6 +21,7 @@ from minter.dialects import DIALECTS, AudienceForm
 from minter.errors import SettingsError
 from minter.exchanges import Exchange
 from minter.keys import Algorithm, RotationPolicy
+from minter.keystore import read_private_file
 from minter.plans import SEVERAL_STORAGES
 from minter.policy import Policy
 from minter.providers import Provider
@@ -293,13 +294,7 @@ class Loaded:
 
     def secret(self, file: str) -> str:
         """Return a secret or key that lies in a file only its owner may read; raises SettingsError."""
-        path = self.folder / file
-        try:
-            if path.stat().st_mode & 0o077:
-                raise SettingsError(f"secret file {path} is open to others; chmod 600 it")
-            return path.read_text(encoding="utf-8").strip()
-        except OSError as error:
-            raise SettingsError(f"secret file {path} cannot be read: {error.strerror}") from error
+        return read_private_file("secret file", self.folder / file).strip()
 
     def _doubts(self) -> Iterator[str]:
         """Yield what `minter check` warns about: right, but worth an operator's look."""

@@ -20,9 +20,9 @@ ROWS = [
     {"outcomes"},
     {"mint"},
     {"answers", "renewals"},
+    {"keystore"},
     {
         "database",
-        "keystore",
         "embedded",
         "settings",
         "amqp",
