@@ -106,11 +106,10 @@ class _Trace:
 
     async def on_get(self, req: asgi.Request, resp: asgi.Response) -> None:
         account = await self._web.authenticate(req, self._vo, {})
-        asked = [(by, req.get_param(by)) for by in _QUESTIONS if req.get_param(by) is not None]
-        if len(asked) != 1:
-            raise InvalidRequest(f"expected exactly one of {', '.join(_QUESTIONS)}")
-        ((by, value),) = asked
-        found = await self._web.gatherer.call(self._find, by, value or "", account.name)
+        by, value = next(iter(req.params.items()), ("", ""))
+        if len(req.params) != 1 or by not in _QUESTIONS or not isinstance(value, str):
+            raise InvalidRequest(f"expected exactly one parameter, one of {', '.join(_QUESTIONS)}")
+        found = await self._web.gatherer.call(self._find, by, value, account.name)
         send(resp, {"tokens": [story for story in found if story.client == account.name]})
 
     def _find(self, by: str, value: str, client: str) -> list[stories.Story]:

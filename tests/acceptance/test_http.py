@@ -230,6 +230,8 @@ def test_odd_requests_are_the_callers_fault(served):
         for by, value in (("jti", "f" * 32), ("jti", "0" * 32), ("request_id", "x")):
             assert http.get(f"/{VO}/v1/trace", params={by: value}).status_code == 400
         assert http.get(f"/{VO}/v1/trace?external_id=a%00b").json() == {"tokens": []}
+        for query in ("", "path=/a&jti=x", "path=/a&path=/b", "path=/a&since=1", "external_id=&=null"):
+            assert http.get(f"/{VO}/v1/trace?{query}").status_code == 400
 
 
 def test_every_answer_has_the_headers_that_keep_it_from_being_a_page(served):
