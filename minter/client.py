@@ -316,17 +316,20 @@ class MinterClient:
         files: Sequence[int] = (),
         wait_seconds: int | None = None,
         request_id: uuid.UUID | None = None,
+        **fields: Any,
     ) -> MintResult:
         """Return new tokens for a resubmission of what request `renews` was granted.
 
         `files` are their numbers in that request, all if none. Everything is decided again, with
-        the life of the old tokens, or `wait_seconds`, to wait.
+        the life of the old tokens, or `wait_seconds`, to wait. `fields` are `subject_token` (over HTTP), a
+        fresh one where the old was exchanged, and `consumer`, if it shall be another.
         """
         request = RenewRequest(
             request_id=request_id or new_request_id(),
             renews=renews,
             files=tuple(files),
             wait_seconds=wait_seconds,
+            **fields,
         )
         return _minted(request.request_id, self._one(RENEW, request))
 

@@ -1,10 +1,11 @@
 """Who asks, with its own limits, and what operators have banned."""
 
 from collections.abc import Iterable
+from datetime import datetime
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from minter.errors import Banned
 from minter.scopes import path_contains
@@ -39,7 +40,13 @@ class Client(Struct, frozen=True, eq=False, kw_only=True):
     subject_provider: str = ""
     """The provider of the subject token that is stored for it, empty if there is none."""
     subject_scope: str = ""
-    subject_until: str = ""
+    subject_until: datetime | None = None
+
+    def at(self, now: datetime) -> "Client":
+        """Return it as it is at a time: without a stored subject token that has expired."""
+        if self.subject_until is None or self.subject_until > now:
+            return self
+        return structs.replace(self, subject_provider="", subject_until=None)
 
     def may_reach(self, path: str) -> bool:
         """Say whether its own prefixes, if it has any, hold a path."""

@@ -139,7 +139,7 @@ def read_control(connection: "psycopg.Connection[Any]") -> Control:
     clients = connection.execute(
         "SELECT client_id, name, vo, sub, operations, paths, max_lifetime_seconds, reply_queues,"
         " jwe_key, disabled_at IS NOT NULL, default_audience, audiences, scopes, groups,"
-        " subject_provider, subject_scope, coalesce(subject_expires_at::text, '') FROM clients"
+        " subject_provider, subject_scope, subject_expires_at FROM clients"
     ).fetchall()
     bans = connection.execute("SELECT kind, value, vo FROM bans WHERE lifted_at IS NULL").fetchall()
     issuers = connection.execute("SELECT vo, iss FROM issuers").fetchall()

@@ -27,15 +27,16 @@ def submission(
     """
     if task in _NEW:
         request = _NEW[task](argument)
-        if request.subject is not None and not private:
-            raise InvalidRequest(
-                "a subject_token is taken over HTTP only; or have the client's stored, with: minter clients "
-                "subject-token"
-            )
-        return Submission(request, client)
-    if task == contract.RENEW:
-        return Submission(lives.renewal(client, followups.decode_renew(argument)), client)
-    return None
+    elif task == contract.RENEW:
+        request = lives.renewal(client, followups.decode_renew(argument))
+    else:
+        return None
+    if request.subject is not None and not private:
+        raise InvalidRequest(
+            "a subject_token is taken over HTTP only; or have the client's stored, with: minter clients "
+            "subject-token"
+        )
+    return Submission(request, client)
 
 
 def follow_up(lives: Lives, task: str, client: str, argument: Raw | bytes, now: datetime) -> Answer:

@@ -29,7 +29,7 @@ Fault = Literal[
     "", "down", "slow", "error_500", "busy_429", "garbage", "html", "huge", "redirect", "wrong_key",
     "wrong_issuer", "wrong_audience", "wider_scope", "no_expiry", "long_life", "short_life", "future",
     "narrow_scope", "lost_answer", "invalid_client", "opaque", "trickle", "gateway_504",
-    "odd_audience", "echo", "trickle_head",
+    "odd_audience", "fat", "echo", "trickle_head",
 ]  # fmt: skip
 """Ways to fail: no answer at all; late; with a status; with what is no answer; with a token that is not
 what was asked for; `lost_answer` does what is asked, and then says nothing."""
@@ -108,22 +108,21 @@ class FakeIAM(ThreadingHTTPServer):
         now, key = int(self.now()), self._key
         life = {"long_life": 10 * 86400, "short_life": 30}.get(fault, self.behaviour.life_seconds)
         claims = {"iss": self.issuer, "iat": now, "exp": now + life, "jti": secrets.token_hex(8), **claims}
+        scope = claims.get("scope", "")
+        spoilt: dict[str, dict[str, Any]] = {
+            "wrong_issuer": {"iss": "https://elsewhere.example.org/"},
+            "wrong_audience": {"aud": "https://elsewhere.example.org"},
+            "wider_scope": {"scope": f"{scope} storage.modify:/"},
+            "narrow_scope": {"scope": scope.rpartition(" ")[0] or scope},
+            "future": {"iat": now + 900, "nbf": now + 900, "exp": now + 4500},
+            "odd_audience": {"aud": 5},
+            "fat": {"groups": ["/alpen/" + "x" * 9_000]},
+        }
+        claims |= spoilt.get(fault, {})
         if fault == "wrong_key":
             key = self._other
-        elif fault == "wrong_issuer":
-            claims["iss"] = "https://elsewhere.example.org/"
-        elif fault == "wrong_audience":
-            claims["aud"] = "https://elsewhere.example.org"
-        elif fault == "wider_scope":
-            claims["scope"] += " storage.modify:/"
-        elif fault == "narrow_scope":
-            claims["scope"] = claims["scope"].rpartition(" ")[0] or claims["scope"]
         elif fault == "no_expiry":
             del claims["exp"]
-        elif fault == "future":
-            claims |= {"iat": now + 900, "nbf": now + 900, "exp": now + 4500}
-        elif fault == "odd_audience":
-            claims["aud"] = 5
         elif fault == "opaque":
             return secrets.token_urlsafe(32)
         return jwt.encode(claims, key, "ES256", headers={"kid": self._kid})

@@ -11,7 +11,7 @@ import msgspec
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 
 from minter.errors import InvalidRequest
-from minter.requests import MAX_FILES, Name, Seconds, decode
+from minter.requests import MAX_FILES, Name, Seconds, Token, decode
 
 FileNumbers = Annotated[tuple[Annotated[int, Meta(ge=0, lt=MAX_FILES)], ...], Meta(max_length=MAX_FILES)]
 ExternalId = Annotated[str, Meta(min_length=1, max_length=255)]
@@ -21,7 +21,8 @@ class RenewRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     """`minter.renew`: new tokens for a resubmission of what request `renews` was granted.
 
     `files` are numbers of its files, all if none. Everything is decided again; a token is asked for
-    with `wait_seconds` to wait, or else with the life that the old one had.
+    with `wait_seconds` to wait, or else with the life that the old one had. What was exchanged with its own
+    `subject_token` needs a fresh one; a consumer stays, if no other is named.
     """
 
     request_id: UUID
@@ -29,6 +30,12 @@ class RenewRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     files: FileNumbers = ()
     wait_seconds: Seconds | None = None
     reply_queue: Name | None = None
+    subject_token: Token | UnsetType = UNSET
+    consumer: Name | UnsetType = UNSET
+
+    def __repr__(self) -> str:
+        """Name the requests: a subject token is not to be shown."""
+        return f"RenewRequest({self.request_id}, renews {self.renews})"
 
 
 class FetchRequest(Struct, frozen=True, forbid_unknown_fields=True):

@@ -26,6 +26,7 @@ from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from msgspec import Struct
 
+from minter.dialects import DEFAULT_MAX_TOKEN_BYTES
 from minter.errors import (
     InvalidGrant,
     MinterError,
@@ -54,6 +55,7 @@ _OK, _TOO_MANY, _SERVER = 200, 429, 500
 _SECRET_LENGTH = 8
 _TOKEN_LIKE = re.compile(r".*(eyJ|[A-Za-z0-9_=+/~.-]{20,}).*").fullmatch
 MAX_DATE = 2**40
+MAX_JTI = 255
 _UNREADABLE = (
     jwt.PyJWTError, ValueError, TypeError, KeyError, AttributeError, NotImplementedError, RecursionError,
 )  # fmt: skip
@@ -85,14 +87,16 @@ class Asked(Struct, frozen=True):
 class Obtained(Struct, frozen=True):
     """What an IAM gave: an access token that was checked, or why it was rejected, and a refresh token.
 
-    `dropped` are the scopes that it left out without a word. `refresh` is there even where `error` is: the
-    refresh token before it is spent. `repr` shows no token.
+    `jti` is the IAM's id of the access token, by which storages log it. `dropped` are the scopes that it left
+    out without a word. `refresh` is there even where `error` is: the refresh token before it is spent.
+    `repr` shows no token.
     """
 
     access: str = ""
     scope: str = ""
     expires_at: int = 0
     refresh: str = ""
+    jti: str = ""
     dropped: tuple[str, ...] = ()
     error: MinterError | None = None
 
@@ -265,7 +269,7 @@ class IAM:
         if not access:
             return Obtained(refresh=refresh)
         try:
-            scope, expires_at = self._checked(access, asked)
+            scope, expires_at, jti = self._checked(access, asked)
         except (ProviderTokenRejected, Unavailable) as error:
             return Obtained(refresh=refresh, error=error)
         except Exception:  # whatever is odd in it: the refresh token beside it counts
@@ -273,12 +277,14 @@ class IAM:
             return Obtained(refresh=refresh, error=self._rejected("it cannot be read", ""))
         has = set(scope.split(" "))
         dropped = tuple(word for word in asked.scope.split(" ") if word not in has)
-        return Obtained(access, scope, expires_at, refresh, dropped)
+        return Obtained(access, scope, expires_at, refresh, jti, dropped)
 
     # ── what came back ───────────────────────────────────────────────────────────────────────
 
-    def _checked(self, token: str, asked: Asked) -> tuple[str, int]:
-        """Return scope and exp of an access token that is what was asked for, or less of it."""
+    def _checked(self, token: str, asked: Asked) -> tuple[str, int, str]:
+        """Return scope, exp and jti of an access token that is what was asked for, or less of it."""
+        if len(token) > DEFAULT_MAX_TOKEN_BYTES:
+            raise self._rejected(f"it has {len(token)} bytes, expected at most {DEFAULT_MAX_TOKEN_BYTES}", "")
         claims = self.verified(token)
         audience = claims.get("aud", [])
         names = [audience] if isinstance(audience, str) else audience
@@ -298,7 +304,7 @@ class IAM:
             raise self._rejected(f"it lives {left:.0f} s, expected at most {asked.cap_seconds} s", "exp")
         if left < asked.least_seconds:
             raise self._rejected(f"it lives {left:.0f} s, expected at least {asked.least_seconds} s", "exp")
-        return " ".join(granted), int(claims["exp"])
+        return " ".join(granted), int(claims["exp"]), str(claims.get("jti", ""))[:MAX_JTI]
 
     def verified(self, token: str, audience: tuple[str, ...] | None = None) -> dict[str, Any]:
         """Return the claims of a token that this provider signed and that is in its time.

@@ -358,14 +358,15 @@ class Keeper:
                     logger, "provider paused" if until else "provider is back", provider=name, until=until
                 )
             for _, token, answer in sent:
-                error = answer.error or (answer.obtained.error if answer.obtained else None)
+                obtained = answer.obtained or Obtained()
+                error = answer.error or obtained.error
                 outcome = error.reason if error else "ok" if token.jti in saved else "outrun"
                 self._observe(name, answer.grant, outcome, answer.seconds)
-                dropped = answer.obtained.dropped if answer.obtained else ()
                 logs.event(
                     logger, "provider asked", provider=name, grant=answer.grant, outcome=outcome,
                     jti=str(token.jti), client=token.client, vo=token.vo,
-                    dropped=" ".join(dropped) or None, error=error.message if error else None,
+                    token_jti=obtained.jti or None, dropped=" ".join(obtained.dropped) or None,
+                    error=error.message if error else None,
                 )  # fmt: skip
 
     # ── chores ───────────────────────────────────────────────────────────────────────────────

@@ -395,30 +395,39 @@ def living_uses(engine: Pool, jti: UUID) -> list[tuple[UUID, UUID, str, int, str
         ).fetchall()
 
 
-def stand_in(engine: Pool, jti: UUID, lease: UUID, instead: Mapping[UUID, UUID]) -> bool:
-    """Let uses be served by other tokens (by use_id), or by what serves other uses; then it is finished.
+def stand_in(engine: Pool, jti: UUID, lease: UUID, instead: Mapping[UUID, UUID]) -> int:
+    """Let uses be served by other tokens (by use_id), or by what serves other uses; return how many were.
 
-    False if the lease was lost meanwhile, or uses joined or ended; then nothing was changed.
+    Those that ended meanwhile stay as they are. A token that serves no more is finished; 0 if its lease
+    was lost.
     """
     with transaction(engine) as connection:
         mine = connection.execute(
-            f"UPDATE managed SET {_FINISHED} WHERE jti = %s AND lease = %s AND uses = %s",
-            (jti, lease, len(instead)),
-        ).rowcount
-        if mine:
-            connection.execute(
-                "UPDATE uses u SET"
+            "SELECT FROM managed WHERE jti = %s AND lease = %s FOR UPDATE", (jti, lease)
+        ).fetchone()
+        if mine is None:
+            return 0
+        moved = [
+            use_id
+            for (use_id,) in connection.execute(
+                "UPDATE uses u SET instead_of = coalesce(u.instead_of, u.jti),"
                 " jti = coalesce((SELECT o.jti FROM uses o WHERE o.use_id = r.other), r.other)"
-                " FROM unnest(%s::uuid[], %s::uuid[]) AS r (use_id, other) WHERE u.use_id = r.use_id",
-                (list(instead), list(instead.values())),
+                " FROM unnest(%s::uuid[], %s::uuid[]) AS r (use_id, other)"
+                " WHERE u.use_id = r.use_id AND u.jti = %s AND NOT EXISTS ("
+                " SELECT FROM token_states l WHERE l.jti = u.use_id AND l.ended_at IS NOT NULL)"
+                " RETURNING u.use_id",
+                (list(instead), list(instead.values()), jti),
             )
-            connection.execute(
-                "UPDATE managed m SET uses = m.uses + n.uses, pushes = m.pushes OR n.pushes FROM ("
-                " SELECT jti, count(*) AS uses, bool_or(queue <> '') AS pushes FROM uses"
-                " WHERE use_id = ANY(%s) GROUP BY jti) n WHERE m.jti = n.jti",
-                (list(instead),),
-            )
-    return bool(mine)
+        ]
+        connection.execute(
+            "UPDATE managed m SET uses = m.uses + n.uses, pushes = m.pushes OR n.pushes FROM ("
+            " SELECT jti, count(*) AS uses, bool_or(queue <> '') AS pushes FROM uses"
+            " WHERE use_id = ANY(%s) GROUP BY jti) n WHERE m.jti = n.jti",
+            (moved,),
+        )
+        connection.execute("UPDATE managed SET uses = uses - %s WHERE jti = %s", (len(moved), jti))
+        connection.execute(f"UPDATE managed SET {_FINISHED} WHERE jti = %s AND uses <= 0", (jti,))
+    return len(moved)
 
 
 # ── pushed to durable queues ─────────────────────────────────────────────────────────────────

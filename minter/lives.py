@@ -56,7 +56,11 @@ class Lives:
                 )
             row, tokens = found
             operations = find_operations(connection, {t.rule_id for t in tokens})
-        return renewal(wire, row, tokens, operations, client.vo, self.engine.policy)
+            uses = [UUID(t.use_id) for t in tokens if t.use_id]
+            (consumer,) = one(
+                connection.execute("SELECT max(consumer) FROM uses WHERE use_id = ANY(%s)", (uses,))
+            )
+        return renewal(wire, row, tokens, operations, client.vo, self.engine.policy, consumer or "")
 
     def report(self, name: str, wire: ReportRequest, now: datetime) -> Answer:
         """Note submitted jobs, and files that became active or finished; returns what changed."""

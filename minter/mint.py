@@ -159,7 +159,7 @@ class Engine:
             twins.append((outcome, first))
             return
         try:
-            client = _client(control, request, name)
+            client = _client(control, request, name).at(now)
             check_request_id(request, now.timestamp(), self.retention_seconds)
         except RequestError as error:  # not a client, or no id to record it under
             outcome.error = error

@@ -332,7 +332,7 @@ def _check_subject(route: Route, request: Request, client: Client, scope: str) -
         if on_storage and not contains(on_storage, parse_scopes(scope)):
             raise InvalidScope(f"the subject token does not hold {scope[:200]!r}, only {_words(on_storage)}")
         return
-    what = f"the subject token is of provider {provider!r}" if provider else "there is no subject token"
+    what = f"the subject token is of provider {provider!r}" if provider else "there is no valid subject token"
     raise InvalidGrant(
         f"{what}, and route {route.name!r} exchanges one of provider {route.provider!r}; send one with the "
         "request, or store the client's with: minter clients subject-token"

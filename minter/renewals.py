@@ -12,7 +12,7 @@ from minter.errors import UnknownRequest, UnknownStorage
 from minter.followups import RenewRequest
 from minter.policy import Policy
 from minter.records import RequestRow, TokenRow, path_hash
-from minter.requests import SEVERAL, File, Need, Request, content_digest
+from minter.requests import SEVERAL, File, Need, Request, content_digest, subject_of
 from minter.scopes import parse_scopes
 
 
@@ -23,6 +23,7 @@ def renewal(
     operations: Mapping[int, Sequence[Operation]],
     vo: str,
     policy: Policy,
+    consumer: str = "",
 ) -> Request:
     """Return the request that renews `tokens`, all of one request; `operations` are by rule_id.
 
@@ -59,6 +60,8 @@ def renewal(
         service=Need(-1, "service", 0, policy.fts_url(vo, service.storage), ()) if service else None,
         via_fts=service is not None,
         renews=wire.renews,
+        subject=subject_of(wire.subject_token),
+        consumer=wire.consumer or consumer,
     )
 
 

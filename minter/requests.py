@@ -237,12 +237,13 @@ def from_mint(wire: MintRequest) -> Request:
         all_or_nothing=wire.all_or_nothing,
         lifetime_seconds=wire.lifetime_seconds,
         reply_queue=wire.reply_queue,
-        subject=_subject(wire.subject_token),
+        subject=subject_of(wire.subject_token),
         consumer=wire.consumer or "",
     )
 
 
-def _subject(token: str | UnsetType) -> SubjectToken | None:
+def subject_of(token: str | UnsetType) -> SubjectToken | None:
+    """Return a subject token that came with a request, not verified yet."""
     return SubjectToken(token) if isinstance(token, str) else None
 
 
@@ -340,7 +341,7 @@ def from_fill(wire: FillRequest) -> Request:
         service=Need(-1, "service", 0, wire.fts or "", ()),
         via_fts=True,
         job=wire.job,
-        subject=_subject(wire.subject_token),
+        subject=subject_of(wire.subject_token),
         consumer=wire.consumer or "",
     )
 

@@ -5,7 +5,7 @@ handles stay, and lead to them from then on.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 from uuid import UUID
@@ -25,6 +25,8 @@ from minter.requests import Request, TokenAnswer
 
 logger = logging.getLogger("minter.stand_ins")
 
+Use = tuple[UUID, UUID, str, int, str, int]
+"""One use as `keeping.living_uses` returns it: the use, its request, its queue; file, side and index."""
 Needs = Mapping[tuple[int, Any, int], UUID]
 """Uses by file, side and index."""
 
@@ -40,42 +42,47 @@ class StandIns:
         """Those that nothing may stand in for: they are not tried again while the provider is paused."""
 
     def give(self, token: Leased, lease: UUID, why: MinterError, now: datetime) -> None:
-        """Let the fallback's routes serve what a token served; or it fails, with the reason.
+        """Let the fallback's routes serve what a token served, by requests; or it fails, with the reason.
 
         While the queues that want to know cannot be reached, nothing is changed: the lease runs out, and it
         is tried again. Nothing fails because its fallback refuses it while its provider may come back.
         """
-        instead: dict[UUID, UUID] = {}
         uses = keeping.living_uses(self._pool, token.jti)
+        refused: RequestError | None = None
+        for request_id in dict.fromkeys(use[1] for use in uses):
+            own = [use for use in uses if use[1] == request_id]
+            try:
+                instead = self._given(token, request_id, own, now)
+            except RequestError as error:
+                refused = error
+                logger.warning("no stand-in for request %s on %s: %s", request_id, token.jti, error)
+                continue
+            except Unavailable as error:
+                logger.warning("no stand-in for %s yet: %s", token.jti, error)
+                return
+            served = keeping.stand_in(self._pool, token.jti, lease, instead)
+            logs.event(logger, "stood in", jti=str(token.jti), reason=why.reason, uses=served)
+        if refused is not None and not isinstance(why, Unavailable):
+            fail(self._pool, token, lease, refused)
+            return
+        if refused is not None:  # the provider may come back
+            self.refused[token.jti] = None
+        keeping.release(self._pool, [token], lease)  # uses may have joined meanwhile
+
+    def _given(self, token: Leased, request_id: UUID, uses: Sequence[Use], now: datetime) -> dict[UUID, UUID]:
+        """Return what is to serve the uses of one request: recorded, and pushed to who wants it."""
+        needs: Needs = {use[3:]: use[0] for use in uses}
         queues = {use[0]: use[2] for use in uses if use[2]}
-        try:
-            for request_id in dict.fromkeys(use[1] for use in uses):
-                needs: Needs = {use[3:]: use[0] for use in uses if use[1] == request_id}
-                outcome = self._minted(token, request_id, needs, now)
-                given = {i.need: UUID(i.jti) for i in outcome.issued}
-                given |= {a.need: UUID(a.handle) for a in outcome.awaited}
-                instead |= {use: given[need] for need, use in needs.items()}
-                if self._pushes is not None:
-                    self._pushes.send(
-                        (token.client, queues[needs[i.need]], request_id, _answered(i, needs[i.need]))
-                        for i in outcome.issued
-                        if needs.get(i.need) in queues
-                    )
-        except RequestError as error:
-            if isinstance(why, Unavailable):  # the provider may come back
-                logger.warning("no stand-in for %s: %s", token.jti, error)
-                self.refused[token.jti] = None
-                keeping.release(self._pool, [token], lease)
-            else:
-                fail(self._pool, token, lease, error)
-            return
-        except Unavailable as error:
-            logger.warning("no stand-in for %s yet: %s", token.jti, error)
-            return
-        if not keeping.stand_in(self._pool, token.jti, lease, instead):
-            logger.warning("no stand-in for %s: its uses changed meanwhile", token.jti)
-            return
-        logs.event(logger, "stood in", jti=str(token.jti), reason=why.reason, uses=len(instead))
+        outcome = self._minted(token, request_id, needs, now)
+        if self._pushes is not None:
+            self._pushes.send(
+                (token.client, queues[needs[i.need]], request_id, _answered(i, needs[i.need]))
+                for i in outcome.issued
+                if needs.get(i.need) in queues
+            )
+        given = {i.need: UUID(i.jti) for i in outcome.issued}
+        given |= {a.need: UUID(a.handle) for a in outcome.awaited}
+        return {use: given[need] for need, use in needs.items()}
 
     def _minted(self, token: Leased, request_id: UUID, needs: Needs, now: datetime) -> Outcome:
         """Decide and mint anew what one request was granted; raises what refuses it."""

@@ -23,7 +23,7 @@ class Story(Struct, frozen=True, kw_only=True):
 
     A shared token has a story for each use, with the `path` of the file that it served. Of a provider's
     token `payload` has what was decided, `fts_token_id` is of the last one it gave, and `error` why it gave
-    no other.
+    no other. A token may serve a use `instead_of` the one that it was granted: a stand-in.
     """
 
     jti: UUID
@@ -55,6 +55,7 @@ class Story(Struct, frozen=True, kw_only=True):
     use_id: UUID | None = None
     path: str = ""
     error: dict[str, Any] | None = None
+    instead_of: UUID | None = None
 
     @property
     def scope(self) -> str:
@@ -90,10 +91,13 @@ COLUMNS = """
     t.mode::text, coalesce(d.route, ''), coalesce(d.operations, '{}'), coalesce(d.steps, '[]'), t.expires_at,
     coalesce(l.state, m.state, t.state)::text, l.active_at, l.ended_at,
     (SELECT j.job_id FROM jobs j WHERE j.request_id = n.request_id AND n.file = ANY (j.files) LIMIT 1),
-    t.payload, u.use_id, coalesce(u.path, ''), m.error
+    t.payload, u.use_id, coalesce(u.path, ''), m.error, u.instead_of
 """
-USES = "LEFT JOIN LATERAL (SELECT * FROM uses u WHERE t.file < 0 AND u.jti = t.jti) u ON true"
-"""Gives a shared token a row for each use, and leaves the others as they are."""
+USES = (
+    "LEFT JOIN LATERAL (SELECT * FROM uses u"
+    " WHERE t.file < 0 AND (u.jti = t.jti OR u.instead_of = t.jti)) u ON true"
+)
+"""Gives a shared token a row for each use that it serves, or did; and leaves the others as they are."""
 AROUND = """
     CROSS JOIN LATERAL (
         SELECT coalesce(u.request_id, t.request_id) AS request_id, coalesce(u.side, t.side) AS side,

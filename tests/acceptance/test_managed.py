@@ -149,7 +149,11 @@ def test_from_a_subject_token_to_a_token_kept_fresh(kept):
             assert consumer.fetch(handles=[token.handle]).tokens[0].reveal() == fresh[0].reveal()
         with kept.client("thief") as thief:
             assert not thief.fetch(handles=[token.handle]).tokens
-        assert client.report([FileReport(state="finished", external_id="x/1")]).tokens == 1
+        (renewed,) = client.renew(*asked.request_ids, subject_token=subject).tokens  # an equal wish: at once
+        assert renewed.handle != token.handle
+        with kept.client("consumer") as consumer:  # which the first request named
+            until(lambda: consumer.fetch(handles=[renewed.handle]).tokens)
+        assert client.report([FileReport(state="finished", external_id="x/1")]).tokens == 2
         assert rows(kept.service, "SELECT state::text, refresh FROM managed") == [("finished", None)]
         story = client.trace(external_id="x/1")[0]
         assert (story["mode"], story["state"], story["route"]) == ("exchange", "finished", "by-iam")

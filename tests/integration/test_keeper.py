@@ -237,7 +237,7 @@ def test_no_subject_token_no_exchange(service, iam):
     bench = Bench(service, iam, exchange())
     outcome = bench.ask("a")
     assert outcome.refusals[0]["error"]["reason"] == "invalid_grant"
-    assert "no subject token" in outcome.refusals[0]["error"]["error_description"]
+    assert "no valid subject token" in outcome.refusals[0]["error"]["error_description"]
 
 
 def test_the_stored_subject_token_serves(service, iam):
@@ -253,12 +253,15 @@ def test_the_stored_subject_token_serves(service, iam):
     bench.turn()
     assert bench.fetch(outcome).tokens
     assert bench.asked == [("token_exchange", "ok")]
+    bench.forward(days=1)
+    late = bench.ask("b")
+    assert "no valid subject token" in late.refusals[0]["error"]["error_description"]
 
 
 REJECTED = {
     "wrong_key": "does not verify", "wrong_issuer": "does not verify", "wrong_audience": "audience",
     "wider_scope": "was not asked for", "no_expiry": "does not verify", "long_life": "at most",
-    "short_life": "at least", "future": "not in its time", "opaque": "does not verify",
+    "short_life": "at least", "future": "not in its time", "opaque": "does not verify", "fat": "at most 8000",
 }  # fmt: skip
 
 
@@ -419,6 +422,36 @@ def test_a_refresh_that_is_refused_ends_in_the_fallback(service, iam):
     )
     ((steps,),) = rows(service, "SELECT steps FROM rules WHERE route = 'minted'")
     assert ["fallback", "stands in for a provider's token"] in steps
+    (story,) = stories.find(
+        service.pool, "external_id", "a", bench.clock() - timedelta(hours=3), bench.clock()
+    )[-1:]
+    (before,) = rows(service, "SELECT jti FROM managed")
+    assert (story.mode, story.instead_of) == ("mint", before[0])
+    earlier = stories.find(service.pool, "jti", before[0], bench.clock() - timedelta(hours=3), bench.clock())
+    assert [(s.jti, str(s.use_id)) for s in earlier] == [(before[0], handle)]
+
+
+def test_one_request_is_stood_in_for_though_another_is_not(service, iam):
+    bench = Bench(service, iam, own(fallback=("minted",), granularity="directory"), MINTED)
+    iam.behaviour = Behaviour(fault="error_500")
+    first, second = bench.ask("data/a"), bench.ask("data/b")
+    with database.transaction(service.pool) as connection:  # its record is of another time
+        connection.execute(
+            "UPDATE requests SET activity = '(several)' WHERE request_id = %s",
+            (second.submission.request.request_id,),
+        )
+    bench.turn(until=lambda: bench.fetch(first).tokens)
+    bench.turn()
+    assert bench.row()["uses"] == 1
+    iam.behaviour = Behaviour()
+    bench.forward(minutes=8)
+    bench.turn(until=lambda: not rows(service, "SELECT 1 FROM managed WHERE state <> 'issued'"))
+    (given,), (stood_in,) = bench.fetch(second).tokens, bench.fetch(first).tokens
+    issuers = [jwt.decode(t.token, options={"verify_signature": False})["iss"] for t in (given, stood_in)]
+    assert [iss == iam.issuer for iss in issuers] == [True, False]
+    report = ReportRequest(files=tuple(FileReport(state="finished", external_id=f"data/{n}") for n in "ab"))
+    assert bench.lives.report(ME, report, bench.clock()).changed == 3  # two uses, and the stand-in itself
+    assert bench.row()["state"] == "finished"
 
 
 def test_a_paused_provider_is_stood_in_for_and_asked_again_when_it_is_back(service, iam):
@@ -711,8 +744,10 @@ def test_a_use_that_joins_while_a_stand_in_is_made(service, iam, monkeypatch):
     uses = keeping.living_uses(service.pool, taken[0])
     late = bench.ask("a")
     assert bench.row()["uses"] == 2
-    assert not keeping.stand_in(service.pool, taken[0], lease, {use[0]: uuid.uuid4() for use in uses})
-    assert bench.row()["state"] == "queued"
+    instead = {use[0]: uuid.uuid4() for use in uses}
+    assert keeping.stand_in(service.pool, taken[0], uuid.uuid4(), instead) == 0  # another's lease
+    assert keeping.stand_in(service.pool, taken[0], lease, instead) == 1
+    assert (bench.row()["state"], bench.row()["uses"]) == ("queued", 1)
     assert bench.fetch(late).awaited
 
 

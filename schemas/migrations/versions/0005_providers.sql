@@ -6,7 +6,9 @@ ALTER TABLE clients
 
 ALTER TABLE uses
     ADD COLUMN consumer text DEFAULT '' NOT NULL,
-    ADD COLUMN queue text DEFAULT '' NOT NULL;
+    ADD COLUMN queue text DEFAULT '' NOT NULL,
+    ADD COLUMN instead_of uuid;
+CREATE INDEX uses_instead_of_idx ON uses (instead_of) WHERE instead_of IS NOT NULL;
 
 CREATE TABLE providers (
     name text NOT NULL,
