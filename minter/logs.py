@@ -9,6 +9,7 @@ import logging
 import re
 import sys
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Any
 
 import msgspec
@@ -47,6 +48,9 @@ _MARKS = (
 )  # fmt: skip
 
 
+_encode = msgspec.json.Encoder(enc_hook=str).encode
+
+
 def redact(text: str) -> str:
     """Return `text` without whatever looks like a secret."""
     for pattern, instead in _SECRETS:
@@ -59,8 +63,9 @@ class JsonFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line; it cannot fail for what a field holds."""
+        second, fraction = divmod(record.created, 1)
         line: dict[str, Any] = {
-            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "time": f"{_second(second)}.{int(1000 * fraction):03d}+00:00",
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
@@ -68,12 +73,16 @@ class JsonFormatter(logging.Formatter):
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
         line |= getattr(record, "event", {})
-        text = msgspec.json.encode(line, enc_hook=str).decode()
-        lower = text.lower()
-        if not any(mark in lower for mark in _MARKS):
+        text = _encode(line).decode()
+        if not any(map(text.lower().__contains__, _MARKS)):
             return text
         clean = {name: redact(v) if isinstance(v, str) else v for name, v in line.items()}
-        return msgspec.json.encode(clean, enc_hook=str).decode()
+        return _encode(clean).decode()
+
+
+@lru_cache(maxsize=4)
+def _second(created: float) -> str:
+    return datetime.fromtimestamp(created, UTC).isoformat()[:19]
 
 
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
@@ -100,5 +109,7 @@ def configure(level: int | str) -> None:
 
 def event(logger: logging.Logger, message: str, **fields: Any) -> None:
     """Log one event with its fields; None is left out."""
-    if logger.isEnabledFor(logging.INFO):
-        logger.info(message, extra={"event": {k: v for k, v in fields.items() if v is not None}})
+    if logger.isEnabledFor(logging.INFO):  # what `info` does, in half the time: there is one for each request
+        record = logger.makeRecord(logger.name, logging.INFO, "", 0, message, (), None)
+        record.event = {name: value for name, value in fields.items() if value is not None}
+        logger.handle(record)

@@ -9,6 +9,7 @@ import time
 from collections import Counter as Tally
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime, timedelta
+from functools import cache
 from typing import Literal, NamedTuple
 
 import kombu
@@ -30,6 +31,7 @@ from minter.errors import SettingsError, Unavailable
 from minter.keys import RotationPolicy
 from minter.outcomes import Observed, Outcome
 from minter.plans import Plan
+from minter.records import OWN_KINDS
 from minter.settings import MetricsSettings
 
 logger = logging.getLogger(__name__)
@@ -126,7 +128,7 @@ class Metrics:
         self._requests = self._counter(REQUESTS)
         self._refusals = self._counter(REFUSALS)
         self._follow_ups = self._counter(FOLLOW_UPS)
-        self._http = self._counter(HTTP)
+        self._http_of = cache(self._counter(HTTP).labels)  # few: endpoints and statuses
         self._provider = self._counter(PROVIDER)
         self._provider_seconds = self._histogram(PROVIDER_SECONDS, _STAGE_BUCKETS)
         self._stage = self._histogram(STAGE, _STAGE_BUCKETS)
@@ -145,9 +147,11 @@ class Metrics:
         now = self._clock()
         if observed.stage == "received":
             self._batch.observe(len(observed.outcomes))
+            at = observed.at.timestamp()
             for outcome in observed.outcomes:
-                age = observed.at.timestamp() - outcome.submission.request.unix_time
-                self._age.observe(max(0.0, age))
+                request = outcome.submission.request
+                if request.kind not in OWN_KINDS:  # the others' ids were made by who asked
+                    self._age.observe(max(0.0, at - request.unix_time))
         else:
             self._stage.labels(observed.stage).observe(now - self._since)
         self._since = now
@@ -160,7 +164,7 @@ class Metrics:
 
     def http(self, endpoint: str, status: int) -> None:
         """Count one HTTP response."""
-        self._http.labels(endpoint, status).inc()
+        self._http_of(endpoint, status).inc()
 
     def provider(self, provider: str, grant: str, outcome: str, seconds: float) -> None:
         """Count one request to an external IAM."""

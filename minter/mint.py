@@ -160,12 +160,13 @@ class Engine:
             return
         try:
             client = _client(control, request, name).at(now)
-            check_request_id(request, now.timestamp(), self.retention_seconds)
+            if request.kind not in OWN_KINDS:  # whose ids are made here
+                check_request_id(request, now.timestamp(), self.retention_seconds)
         except RequestError as error:  # not a client, or no id to record it under
             outcome.error = error
             return
-        on_behalf_of, activity = request.on_behalf_of, _activity(request)
         if request.wish is None:
+            on_behalf_of, activity = request.on_behalf_of, _activity(request)
             decision = self.policy.decide(request, client, control.bans, control.away)
         else:
             granted = capabilities.decide(

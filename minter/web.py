@@ -11,10 +11,11 @@ import time
 from collections.abc import Mapping
 from datetime import datetime, timedelta
 from typing import Any
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import urlsplit
 
 import msgspec
 from falcon import HTTPError, asgi
+from falcon.uri import parse_query_string
 
 from minter import database, keys, logs, publish
 from minter.credentials import WRONG, Account, Credentials, Presented, presented
@@ -41,7 +42,6 @@ from minter.wishes import SubjectToken
 logger = logging.getLogger(__name__)
 
 MAX_FORM_BYTES = 64 * 1024
-MAX_FORM_FIELDS = 32
 WATCH_SECONDS = 1.0
 """How soon a rotation, a revocation or a new client shows in every process."""
 REBUILD = timedelta(minutes=1)
@@ -57,6 +57,8 @@ _STATUS_OF_CODE = {
 }  # fmt: skip
 """Everything else is the caller's to change: 400 (RFC 6749 §5.2)."""
 _HEADERS = {
+    "Cache-Control": "no-store",
+    "Pragma": "no-cache",
     "X-Content-Type-Options": "nosniff",
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
     "Referrer-Policy": "no-referrer",
@@ -79,12 +81,10 @@ def shown(error: MinterError) -> dict[str, Any]:
 
 
 def send(resp: asgi.Response, content: object, status: int = 200) -> None:
-    """Answer with a JSON value that nobody may keep."""
+    """Answer with a JSON value, which nobody may keep unless a header of the endpoint's says so."""
     resp.status = status
     resp.content_type = "application/json"
     resp.data = content if isinstance(content, bytes) else encode(content)
-    resp.set_header("Cache-Control", "no-store")
-    resp.set_header("Pragma", "no-cache")
 
 
 class Web:
@@ -161,13 +161,11 @@ class Web:
         """Read a form (RFC 6749 §3.2): parameters without a value are left out, none may come twice."""
         body = await self.body(req, MAX_FORM_BYTES, "application/x-www-form-urlencoded")
         try:
-            pairs = parse_qsl(body.decode(), max_num_fields=MAX_FORM_FIELDS, errors="strict")
-        except ValueError:
-            raise InvalidRequest(
-                f"the body is not a form in UTF-8 of at most {MAX_FORM_FIELDS} fields"
-            ) from None
-        form = dict(pairs)
-        if len(form) != len(pairs):
+            found = parse_query_string(body.decode())
+        except UnicodeDecodeError:
+            raise InvalidRequest("the body is not a form in UTF-8") from None
+        form = {name: value for name, value in found.items() if isinstance(value, str)}
+        if len(form) != len(found):
             raise InvalidRequest("a parameter comes more than once (RFC 6749 §3.2)")
         return form
 
@@ -214,14 +212,14 @@ class _Shell:
         if self._watch is not None:
             self._watch.cancel()
 
-    async def process_request(self, req: asgi.Request, _resp: asgi.Response) -> None:
+    async def process_request(self, req: asgi.Request, resp: asgi.Response) -> None:
+        resp.set_headers(_HEADERS)
         if "//" in req.path:  # ftstokenrefresherd asks for //.well-known/openid-configuration
             req.path = re.sub("/{2,}", "/", req.path)
 
     async def process_response(
         self, req: asgi.Request, resp: asgi.Response, _resource: object, _succeeded: bool
     ) -> None:
-        resp.set_headers(_HEADERS)
         self._web.metrics.http(req.uri_template or "", int(resp.status_code))
 
 
@@ -238,6 +236,7 @@ class _Document:
             raise Unavailable("this issuer has published no key yet")
         send(resp, document)
         resp.set_header("Cache-Control", KEYS_CACHE)
+        resp.delete_header("Pragma")
         resp.set_header("Access-Control-Allow-Origin", "*")
 
     on_head = on_get
