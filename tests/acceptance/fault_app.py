@@ -8,11 +8,16 @@ import os
 import signal
 
 from workers import app as module
+from workers import batching
 from workers.batching import Batcher
 
 app = module.app
 _stage, _, _left = os.environ.get("MINTER_FAULT", "").partition(":")
 _counts = {_stage: int(_left or 0)}
+
+
+if _stage:  # deaths are not the messages' fault: one that is tried alone by chance thrice is no poison
+    batching.MAX_TRIES = 1_000_000
 
 
 def _die():
