@@ -1,5 +1,7 @@
 """The last line of defence: whatever looks like a secret is cut out of every log line."""
 
+import asyncio
+import io
 import json
 import logging
 
@@ -63,3 +65,48 @@ def test_tracebacks_and_arguments_are_redacted():
 
 def test_what_json_has_no_form_for_is_still_logged():
     assert line("x", what=object())["what"].startswith("<object")
+
+
+class Stream(io.StringIO):
+    """A stream that knows what was written at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.writes = []
+
+    def write(self, text):
+        self.writes.append(text)
+        return super().write(text)
+
+
+@pytest.fixture
+def written():
+    stream, logger = Stream(), logging.Logger("minter.requests", logging.INFO)  # noqa: LOG001 - one of its own
+    logger.addHandler(logs.TurnHandler(stream))
+    return stream.writes, logger
+
+
+def test_the_lines_of_one_turn_are_written_together(written):
+    writes, logger = written
+
+    async def turn():
+        for number in range(3):
+            logs.event(logger, f"event {number}")
+        assert not writes
+        await asyncio.sleep(0)
+        assert writes == ["event 0\nevent 1\nevent 2\n"]
+        logs.event(logger, "late")
+        logger.warning("soon")
+        assert writes[1:] == ["late\nsoon\n"]
+        logs.event(logger, "last")
+
+    asyncio.run(turn())
+    logger.handlers[0].flush()  # as at exit
+    assert writes[2:] == ["last\n"]
+
+
+def test_without_a_loop_each_line_is_written_at_once(written):
+    writes, logger = written
+    logs.event(logger, "one")
+    logs.event(logger, "two")
+    assert writes == ["one\n", "two\n"]
