@@ -34,7 +34,7 @@ _ROWS = """
         granted_scope)
     SELECT gen_random_uuid(), %(client)s, sha256(('%(salt)s' || n)::bytea), 'iam', 'client_credentials',
         %(state)s::token_state, 'storage.read:/vo/' || n, ARRAY['https://se0.example.org'], 'SE000', '', '', '{}', 1,
-        21600, 120, now() + interval '8 days', 7200, now() + make_interval(secs => %(first)s + n * %(step)s),
+        21600, 120, now() + interval '8 days', 8100, now() + make_interval(secs => %(first)s + n * %(step)s),
         CASE WHEN %(state)s = 'issued' THEN decode(repeat('ab', 900), 'hex') END,
         now() + make_interval(secs => %(first)s + n * %(step)s), ''
     FROM generate_series(1, %(count)s) AS s (n)
@@ -161,7 +161,7 @@ def due(keepers: Keepers, alive: int) -> dict[str, object]:
     provider = structs.replace(provider, in_flight=1000)
     keepers.rows(3000, "issued", 600, 0.01)
     for size in (10_000, 100_000, alive):
-        keepers.rows(size - held, "issued", 7300, 3600 * 4 / size)
+        keepers.rows(size - held, "issued", 8200, 3600 * 4 / size)
         held = size
         with database.transaction(keepers.service.pool) as tx:
             tx.execute("ANALYZE managed")
