@@ -151,7 +151,7 @@ def configure(level: int | str) -> None:
 
 def event(logger: logging.Logger, message: str, **fields: Any) -> None:
     """Log one event with its fields; None is left out."""
-    if logger.isEnabledFor(logging.INFO):  # what `info` does, in half the time: there is one for each request
+    if logger.isEnabledFor(logging.INFO):  # as `info` does, with less on the way
         record = logger.makeRecord(logger.name, logging.INFO, "", 0, message, (), None)
         record.event = {name: value for name, value in fields.items() if value is not None}
         logger.handle(record)

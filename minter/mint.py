@@ -159,7 +159,7 @@ class Engine:
             twins.append((outcome, first))
             return
         try:
-            client = _client(control, request, name).at(now)
+            client = _client(control, request, name)
             if request.kind not in OWN_KINDS:  # whose ids are made here
                 check_request_id(request, now.timestamp(), self.retention_seconds)
         except RequestError as error:  # not a client, or no id to record it under
@@ -167,7 +167,7 @@ class Engine:
             return
         if request.wish is None:
             on_behalf_of, activity = request.on_behalf_of, _activity(request)
-            decision = self.policy.decide(request, client, control.bans, control.away)
+            decision = self.policy.decide(request, client.at(now), control.bans, control.away)
         else:
             granted = capabilities.decide(
                 self.policy, request, client, control.clients, control.bans, now, held.subjects, held.families
