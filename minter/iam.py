@@ -5,15 +5,16 @@ a token that is wider, longer or for others than what was asked for is refused (
 """
 
 import base64
+import http.client
+import io
 import logging
 import re
 import socket
-import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote_plus, urlencode
@@ -113,32 +114,49 @@ class Lost(ProviderAway):
     """The request may have reached the IAM, and what it did with it is not known."""
 
 
-class _Bounded:
-    """A connection whose answer's head, too, must come within a time: a server may let it trickle."""
+class _Reader(io.RawIOBase):
+    """Reads a socket until an instant: each wait ends there, however little came before it."""
 
-    head_seconds = 0.0
+    def __init__(self, sock: socket.socket, until: float) -> None:
+        self._sock = sock
+        self._raw = sock.makefile("rb", buffering=0)  # holds the socket open, as http.client expects
+        self._until = until
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        self._sock.settimeout(max(0.001, self._until - time.monotonic()))
+        return self._raw.readinto(buffer)
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+class _Bounded:
+    """A connection whose answer, head and all, must come within a time: a server may let it trickle."""
+
+    seconds = 0.0
 
     def getresponse(self) -> Any:
-        """Return the response, or fail as if the server had gone away."""
-        timer = threading.Timer(self.head_seconds, _cut, [self.sock])  # type: ignore[attr-defined]
-        timer.daemon = True
-        timer.start()
-        try:
-            return super().getresponse()  # type: ignore[misc]
-        finally:
-            timer.cancel()
+        """Return the response; raises TimeoutError, as reading it does."""
+        self.response_class = partial(_Response, until=time.monotonic() + self.seconds)
+        return super().getresponse()  # type: ignore[misc]
 
 
-def _cut(sock: socket.socket) -> None:
-    with suppress(OSError):
-        sock.shutdown(socket.SHUT_RDWR)
+class _Response(http.client.HTTPResponse):
+    def __init__(self, sock: socket.socket, *arguments: Any, until: float, **named: Any) -> None:
+        super().__init__(sock, *arguments, **named)
+        self.fp.close()
+        self.fp = io.BufferedReader(_Reader(sock, until))
 
 
 def _pools(seconds: float) -> dict[str, type[urllib3.HTTPConnectionPool]]:
     """Return urllib3's pools by scheme, of connections that are bounded."""
     made: dict[str, type[urllib3.HTTPConnectionPool]] = {}
     for scheme, pool in (("http", urllib3.HTTPConnectionPool), ("https", urllib3.HTTPSConnectionPool)):
-        bounded = type("Bounded", (_Bounded, pool.ConnectionCls), {"head_seconds": seconds})
+        bounded = type("Bounded", (_Bounded, pool.ConnectionCls), {"seconds": seconds})
         made[scheme] = type("BoundedPool", (pool,), {"ConnectionCls": bounded})
     return made
 
@@ -383,12 +401,11 @@ class IAM:
             form = self._authenticated(form, headers)
             headers["Content-Type"] = "application/x-www-form-urlencoded"
             body = urlencode(form)
-        until = time.monotonic() + self.provider.timeout_seconds
         try:
             with self._http.request(
                 method, url, body=body, headers=headers, redirect=False, preload_content=False
             ) as response:
-                content = _read(response, until)
+                content = _read(response)
                 status, said = response.status, response.headers.get("Retry-After", "")
         except (urllib3.exceptions.NewConnectionError, urllib3.exceptions.ConnectTimeoutError) as error:
             raise self._away(error) from None
@@ -468,16 +485,14 @@ def _key(jwks: list[dict[str, Any]], header: Mapping[str, Any]) -> jwt.PyJWK | N
     return jwt.PyJWK(found[0], algorithm=str(header.get("alg")))
 
 
-def _read(response: urllib3.BaseHTTPResponse, until: float) -> bytes:
-    """Read a body, bounded in size and in time as a whole: a server may let it trickle."""
+def _read(response: urllib3.BaseHTTPResponse) -> bytes:
+    """Read a body of a bounded size."""
     parts, size = [], 0
     while chunk := response.read1(16_384):
         parts.append(chunk)
         size += len(chunk)
         if size > MAX_ANSWER_BYTES:
             raise TimeoutError(f"an answer of more than {MAX_ANSWER_BYTES} bytes")
-        if time.monotonic() > until:
-            raise TimeoutError("the answer takes too long")
     return b"".join(parts)
 
 

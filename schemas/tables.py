@@ -295,7 +295,9 @@ uses = Table(
     Column("external_id", Text, nullable=False),
     Column("consumer", Text, nullable=False, server_default=text("''")),
     Column("queue", Text, nullable=False, server_default=text("''")),
+    Column("instead_of", UUID(as_uuid=True)),
     Index("uses_jti_idx", "jti"),
+    Index("uses_instead_of_idx", "instead_of", postgresql_where=text("instead_of IS NOT NULL")),
     Index("uses_path_hash_idx", "path_hash"),
     Index(
         "uses_external_id_idx",
