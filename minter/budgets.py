@@ -12,7 +12,7 @@ from typing import Literal
 
 from msgspec import Struct, structs
 
-USED_SHARE = 0.982
+USED_SHARE = 0.975
 """Of the budget: what the way to the provider bunches must not go over it."""
 HORIZON = timedelta(seconds=0.2)
 """How far ahead slots are given out: soon enough for what becomes urgent, and little to lose in a crash."""
