@@ -8,7 +8,9 @@ URL is cut out of every line.
 import asyncio
 import logging
 import re
+import select
 import sys
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Any, TextIO
@@ -108,11 +110,24 @@ class TurnHandler(logging.StreamHandler[TextIO]):
         self.acquire()
         try:
             lines, self._lines = self._lines, []
-            if lines:
-                self.stream.write("\n".join([*lines, ""]))
-            super().flush()
+            for piece in _pieces(lines):
+                self.stream.write(piece)
+                self.stream.flush()
         finally:
             self.release()
+
+
+def _pieces(lines: Iterable[str]) -> Iterator[str]:
+    """Yield whole lines in what a pipe takes as one: several processes may write to it."""
+    piece, size = "", 0
+    for line in lines:
+        length = len(line.encode()) + 1
+        if piece and size + length > select.PIPE_BUF:
+            yield piece
+            piece, size = "", 0
+        piece, size = f"{piece}{line}\n", size + length
+    if piece:
+        yield piece
 
 
 def _running_loop() -> asyncio.AbstractEventLoop | None:

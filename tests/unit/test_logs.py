@@ -4,6 +4,7 @@ import asyncio
 import io
 import json
 import logging
+import select
 
 import pytest
 
@@ -103,6 +104,21 @@ def test_the_lines_of_one_turn_are_written_together(written):
     asyncio.run(turn())
     logger.handlers[0].flush()  # as at exit
     assert writes[2:] == ["last\n"]
+
+
+def test_a_pipe_takes_each_write_as_one(written):
+    writes, logger = written
+
+    async def turn():
+        for number in range(50):
+            logs.event(logger, f"{number} " + "ä" * 300)
+        logs.event(logger, "x" * 5000)
+
+    asyncio.run(turn())
+    logger.handlers[0].flush()
+    assert all(text.endswith("\n") for text in writes)
+    assert [len(text.encode()) <= select.PIPE_BUF for text in writes] == [True] * 9 + [False]
+    assert "".join(writes).count("\n") == 51
 
 
 def test_without_a_loop_each_line_is_written_at_once(written):
