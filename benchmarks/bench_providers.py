@@ -25,8 +25,10 @@ from minter.embedded import Postgres
 from minter.keeper import Keeper
 from minter.keystore import new_master_key
 from minter.lives import Lives
+from minter.providers import lead_of
 from tests.iam_servers import OidcProvider
 
+LEAD = lead_of(6 * 3600, 2 * 3600)
 AUDIENCE = "https://se0.example.org"
 _ROWS = """
     INSERT INTO managed (jti, client_id, digest, provider, mode, state, scope, audience, storage, on_behalf_of,
@@ -34,7 +36,7 @@ _ROWS = """
         granted_scope)
     SELECT gen_random_uuid(), %(client)s, sha256(('%(salt)s' || n)::bytea), 'iam', 'client_credentials',
         %(state)s::token_state, 'storage.read:/vo/' || n, ARRAY['https://se0.example.org'], 'SE000', '', '', '{}', 1,
-        21600, 120, now() + interval '8 days', 8100, now() + make_interval(secs => %(first)s + n * %(step)s),
+        21600, 120, now() + interval '8 days', %(lead)s, now() + make_interval(secs => %(first)s + n * %(step)s),
         CASE WHEN %(state)s = 'issued' THEN decode(repeat('ab', 900), 'hex') END,
         now() + make_interval(secs => %(first)s + n * %(step)s), ''
     FROM generate_series(1, %(count)s) AS s (n)
@@ -77,7 +79,9 @@ class Keepers:
         self.service = wiring.Service(settings.load(path, self.environ))
 
     def rows(self, count: int, state: str, first: float, step: float) -> None:
-        values = {"client": self.client_id, "state": state, "count": count, "first": first, "step": step}
+        values = {
+            "client": self.client_id, "state": state, "count": count, "first": first, "step": step, "lead": LEAD,
+        }  # fmt: skip
         with database.transaction(self.service.pool) as tx:
             tx.execute(_ROWS.replace("%(salt)s", uuid.uuid4().hex), values)
 
@@ -161,7 +165,7 @@ def due(keepers: Keepers, alive: int) -> dict[str, object]:
     provider = structs.replace(provider, in_flight=1000)
     keepers.rows(3000, "issued", 600, 0.01)
     for size in (10_000, 100_000, alive):
-        keepers.rows(size - held, "issued", 8200, 3600 * 4 / size)
+        keepers.rows(size - held, "issued", LEAD + 100, 3600 * 4 / size)
         held = size
         with database.transaction(keepers.service.pool) as tx:
             tx.execute("ANALYZE managed")

@@ -42,6 +42,7 @@ from minter.wishes import SubjectToken
 logger = logging.getLogger(__name__)
 
 MAX_FORM_BYTES = 64 * 1024
+MAX_FORM_FIELDS = 32
 WATCH_SECONDS = 1.0
 """How soon a rotation, a revocation or a new client shows in every process."""
 REBUILD = timedelta(minutes=1)
@@ -160,11 +161,11 @@ class Web:
     async def form(self, req: asgi.Request) -> dict[str, str]:
         """Read a form (RFC 6749 §3.2): parameters without a value are left out, none may come twice."""
         body = await self.body(req, MAX_FORM_BYTES, "application/x-www-form-urlencoded")
-        try:
-            found = parse_query_string(body.decode())
-        except UnicodeDecodeError:
-            raise InvalidRequest("the body is not a form in UTF-8") from None
+        found = parse_query_string(body.decode(errors="replace"))
         form = {name: value for name, value in found.items() if isinstance(value, str)}
+        # Of what is no UTF-8, encoded or not, replacement characters are left.
+        if body.count(b"&") >= MAX_FORM_FIELDS or "\ufffd" in "".join([*form, *form.values()]):
+            raise InvalidRequest(f"the body is not a form in UTF-8 of at most {MAX_FORM_FIELDS} fields")
         if len(form) != len(found):
             raise InvalidRequest("a parameter comes more than once (RFC 6749 §3.2)")
         return form

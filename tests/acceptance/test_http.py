@@ -234,6 +234,18 @@ def test_odd_requests_are_the_callers_fault(served):
             assert http.get(f"/{VO}/v1/trace?{query}").status_code == 400
 
 
+@pytest.mark.parametrize(
+    "body",
+    [b"token=%ff", b"token=\xff", b"%ff=x", b"token=a&token=b", b"&".join(b"f%d=x" % n for n in range(33))],
+)
+def test_what_is_no_form_is_refused(served, body):
+    headers = {"Content-Type": "application/x-www-form-urlencoded"}
+    with served.http("rucio") as http:
+        answer = http.post(f"/{VO}/revoke", content=body, headers=headers)
+        assert (answer.status_code, answer.json()["error"]) == (400, "invalid_request")
+        assert any(why in answer.json()["error_description"] for why in ("not a form", "more than once"))
+
+
 def test_every_answer_has_the_headers_that_keep_it_from_being_a_page(served):
     with served.http() as http:
         for path in ("/health", "/nothing", f"/{VO}/jwks.json"):
