@@ -5,16 +5,11 @@ a token that is wider, longer or for others than what was asked for is refused (
 """
 
 import base64
-import http.client
-import io
 import logging
 import re
-import socket
-import time
 import uuid
 from collections.abc import Callable, Mapping
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote_plus, urlencode
@@ -27,6 +22,7 @@ from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from msgspec import Struct
 
+from minter import bounded
 from minter.dialects import DEFAULT_MAX_TOKEN_BYTES
 from minter.errors import (
     InvalidGrant,
@@ -42,7 +38,6 @@ from minter.scopes import Scope, contains
 
 logger = logging.getLogger(__name__)
 
-MAX_ANSWER_BYTES = 256 * 1024
 CONNECT_SECONDS = 5.0
 LEEWAY_SECONDS = 60
 """How far an IAM's clock may be off ours."""
@@ -114,53 +109,6 @@ class Lost(ProviderAway):
     """The request may have reached the IAM, and what it did with it is not known."""
 
 
-class _Reader(io.RawIOBase):
-    """Reads a socket until an instant: each wait ends there, however little came before it."""
-
-    def __init__(self, sock: socket.socket, until: float) -> None:
-        self._sock = sock
-        self._raw = sock.makefile("rb", buffering=0)  # holds the socket open, as http.client expects
-        self._until = until
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int | None:
-        self._sock.settimeout(max(0.001, self._until - time.monotonic()))
-        return self._raw.readinto(buffer)
-
-    def close(self) -> None:
-        self._raw.close()
-        super().close()
-
-
-class _Bounded:
-    """A connection whose answer, head and all, must come within a time: a server may let it trickle."""
-
-    seconds = 0.0
-
-    def getresponse(self) -> Any:
-        """Return the response; raises TimeoutError, as reading it does."""
-        self.response_class = partial(_Response, until=time.monotonic() + self.seconds)
-        return super().getresponse()  # type: ignore[misc]
-
-
-class _Response(http.client.HTTPResponse):
-    def __init__(self, sock: socket.socket, *arguments: Any, until: float, **named: Any) -> None:
-        super().__init__(sock, *arguments, **named)
-        self.fp.close()
-        self.fp = io.BufferedReader(_Reader(sock, until))
-
-
-def _pools(seconds: float) -> dict[str, type[urllib3.HTTPConnectionPool]]:
-    """Return urllib3's pools by scheme, of connections that are bounded."""
-    made: dict[str, type[urllib3.HTTPConnectionPool]] = {}
-    for scheme, pool in (("http", urllib3.HTTPConnectionPool), ("https", urllib3.HTTPSConnectionPool)):
-        bounded = type("Bounded", (_Bounded, pool.ConnectionCls), {"seconds": seconds})
-        made[scheme] = type("BoundedPool", (pool,), {"ConnectionCls": bounded})
-    return made
-
-
 class IAM:
     """A client of one external IAM; may be used by several threads.
 
@@ -189,7 +137,7 @@ class IAM:
             retries=False,
             timeout=urllib3.Timeout(connect=CONNECT_SECONDS, read=provider.timeout_seconds),
         )
-        self._http.pool_classes_by_scheme = _pools(provider.timeout_seconds)
+        self._http.pool_classes_by_scheme = bounded.pools(provider.timeout_seconds)
 
     def __repr__(self) -> str:
         """Name the provider; the secret stays hidden."""
@@ -405,7 +353,7 @@ class IAM:
             with self._http.request(
                 method, url, body=body, headers=headers, redirect=False, preload_content=False
             ) as response:
-                content = _read(response)
+                content = bounded.read(response)
                 status, said = response.status, response.headers.get("Retry-After", "")
         except (urllib3.exceptions.NewConnectionError, urllib3.exceptions.ConnectTimeoutError) as error:
             raise self._away(error) from None
@@ -483,17 +431,6 @@ def _key(jwks: list[dict[str, Any]], header: Mapping[str, Any]) -> jwt.PyJWK | N
     if len(found) != 1:
         return None
     return jwt.PyJWK(found[0], algorithm=str(header.get("alg")))
-
-
-def _read(response: urllib3.BaseHTTPResponse) -> bytes:
-    """Read a body of a bounded size."""
-    parts, size = [], 0
-    while chunk := response.read1(16_384):
-        parts.append(chunk)
-        size += len(chunk)
-        if size > MAX_ANSWER_BYTES:
-            raise TimeoutError(f"an answer of more than {MAX_ANSWER_BYTES} bytes")
-    return b"".join(parts)
 
 
 def _reason(error: Exception) -> str:

@@ -20,7 +20,7 @@ ROWS = [
     {"outcomes"},
     {"mint"},
     {"answers", "renewals"},
-    {"keystore"},
+    {"keystore", "bounded"},
     {
         "database",
         "embedded",
