@@ -20,7 +20,7 @@ import uuid_utils
 
 from minter import contract
 from minter.amqp import Outgoing, Publisher
-from minter.requests import Answer
+from minter.messages import Answer
 
 
 class _Envelope(msgspec.Struct):

@@ -7,17 +7,11 @@ import msgspec
 from msgspec import structs
 
 from minter.errors import Expired, InvalidRequest, MinterError, RequestError, ServerError, Unavailable
+from minter.fts_jobs import fill_job
+from minter.messages import MAX_BODY_BYTES, Answer, AwaitedToken, RefusedNeed, TokenAnswer
 from minter.outcomes import Issued, Outcome
 from minter.plans import BACKDATE_SECONDS
-from minter.requests import (
-    MAX_BODY_BYTES,
-    Answer,
-    AwaitedToken,
-    RefusedNeed,
-    Request,
-    TokenAnswer,
-    fill_job,
-)
+from minter.requests import Request
 
 _DEFAULT_FIXED_SECONDS = BACKDATE_SECONDS + 600
 MAX_FILLED_BYTES = 15 * 1024 * 1024

@@ -24,7 +24,7 @@ from minter.database import one, transaction
 from minter.errors import SettingsError, Unavailable
 from minter.housekeeping import bounds, day_of
 from minter.keys import LAST_EXPIRY
-from minter.requests import unix_time
+from minter.messages import unix_time
 from minter.stories import AROUND, COLUMNS, USES, Refusals, Story, matches, story, wanted
 
 FETCH_ROWS = 5_000

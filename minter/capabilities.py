@@ -17,7 +17,7 @@ from msgspec import structs
 
 from minter import exchanges
 from minter.clients import Bans, Client, fits
-from minter.dialects import DIALECTS, Needed, Operation
+from minter.dialects import DIALECTS, Needed
 from minter.errors import (
     InvalidGrant,
     InvalidScope,
@@ -27,6 +27,7 @@ from minter.errors import (
     UnauthorizedClient,
 )
 from minter.exchanges import Exchange
+from minter.operations import Operation
 from minter.plans import (
     BACKDATE_SECONDS,
     MAX_CLAIM_CHARACTERS,

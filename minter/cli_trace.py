@@ -11,7 +11,7 @@ from minter import archive as archives
 from minter import stories
 from minter.console import AsJson, as_table, guarded, open_service, show, story_table
 from minter.errors import InvalidRequest, SettingsError
-from minter.requests import unix_time
+from minter.messages import unix_time
 
 _FTS_ID_BYTES = 8
 Folder = Annotated[

@@ -22,7 +22,7 @@ from msgspec import Struct
 from minter.contract import CANCEL, FETCH, FILL_JOB, MINT, RENEW, REPORT
 from minter.errors import InvalidRequest, MinterError, SettingsError, Unavailable, from_dict
 from minter.followups import CancelRequest, FetchRequest, FileReport, JobReport, RenewRequest, ReportRequest
-from minter.requests import (
+from minter.messages import (
     MAX_FILES,
     Alive,
     Answer,

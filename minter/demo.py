@@ -24,7 +24,8 @@ from minter.claims import unverified_claims
 from minter.client import FileRequest, FilledJob, MinterClient, Token
 from minter.console import story_table
 from minter.errors import MinterError
-from minter.requests import FillRequest, from_fill
+from minter.fts_jobs import from_fill
+from minter.messages import FillRequest
 from minter.stack import Stack
 from minter.stories import Story
 

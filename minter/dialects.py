@@ -6,20 +6,9 @@ rows were taken from the profile, from runs against real XRootD, or from documen
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
-Operation = Literal[
-    "read",  # download, or be the source of a copy
-    "write",  # upload or receive a new file
-    "overwrite",  # upload or receive over an existing file
-    "retry",  # clean up after a failed copy and try again: FTS deletes the destination
-    "delete",
-    "stat",
-    "make_parents",
-    "stage",  # bring a nearline file online
-    "poll",  # ask where a file is: nearline, online, archived
-]
-OPERATIONS: tuple[Operation, ...] = get_args(Operation)
+from minter.operations import OPERATIONS, Operation
 
 Where = Literal["file", "parent"]
 AudienceForm = Literal["url", "url_with_port", "host", "host_with_port"]

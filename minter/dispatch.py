@@ -7,9 +7,11 @@ from msgspec import Raw
 
 from minter import contract, followups
 from minter.errors import InvalidRequest
+from minter.fts_jobs import decode_fill
 from minter.lives import Lives
+from minter.messages import Answer
 from minter.outcomes import Submission
-from minter.requests import Answer, Request, decode_fill, decode_mint
+from minter.requests import Request, decode_mint
 
 _NEW: dict[str, Callable[[Raw | bytes], Request]] = {
     contract.MINT: decode_mint,

@@ -28,8 +28,8 @@ from minter.contract import MINT
 from minter.database import transaction
 from minter.errors import ProviderAway, SettingsError
 from minter.fake_iam import Behaviour, Fault
+from minter.messages import Answer, MintRequest
 from minter.providers import LEADS
-from minter.requests import Answer, MintRequest
 from minter.stack import Stack
 
 Mode = Literal["mint", "exchange", "mixed"]

@@ -11,7 +11,7 @@ import msgspec
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 
 from minter.errors import InvalidRequest
-from minter.requests import MAX_FILES, Name, Seconds, Token, decode
+from minter.messages import MAX_FILES, Name, Seconds, Token, decode
 
 FileNumbers = Annotated[tuple[Annotated[int, Meta(ge=0, lt=MAX_FILES)], ...], Meta(max_length=MAX_FILES)]
 ExternalId = Annotated[str, Meta(min_length=1, max_length=255)]

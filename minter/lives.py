@@ -21,9 +21,10 @@ from minter.errors import InvalidRequest, UnknownRequest
 from minter.followups import CancelRequest, FetchRequest, FileReport, JobReport, RenewRequest, ReportRequest
 from minter.fts_events import FTSEvent
 from minter.keys import LAST_EXPIRY
+from minter.messages import Alive, Answer
 from minter.mint import Engine, known_client
 from minter.renewals import renewal
-from minter.requests import Alive, Answer, Request
+from minter.requests import Request
 
 MAX_TOKENS = 100_000
 """Tokens of all requests that one report may name by request and file."""

@@ -42,11 +42,12 @@ from minter.errors import (
 )
 from minter.keys import Key, RotationPolicy, Signer
 from minter.managed import ManagedToken, Wanted
+from minter.messages import Side
 from minter.outcomes import Awaited, Issued, Observe, Observed, Outcome, Submission, Work, share
 from minter.plans import Grant, Plan
 from minter.policy import Policy, check_reply_queue
 from minter.records import OWN_KINDS, Control, Recording, RequestRow, Store, TokenRow
-from minter.requests import SEVERAL, Request, Side, check_request_id
+from minter.requests import SEVERAL, Request, check_request_id
 from minter.scopes import parse_scopes
 from minter.sharing import Kept, Place, Shared
 

@@ -11,9 +11,10 @@ from minter.clients import Client
 from minter.errors import Conflict, MinterError, NoUsableKey
 from minter.keys import Key
 from minter.managed import Wanted
+from minter.messages import Side
 from minter.plans import BACKDATE_SECONDS, Decision, Grant
 from minter.records import RequestRow, TokenRow, UseRow, fts_token_id
-from minter.requests import Request, Side
+from minter.requests import Request
 from minter.sharing import Shared
 from minter.wishes import Family
 

@@ -12,9 +12,11 @@ import msgspec
 from msgspec import Struct, structs
 
 from minter.clients import Client, fits
-from minter.dialects import Needed, Operation, scopes_needed
+from minter.dialects import Needed, scopes_needed
 from minter.errors import RequestError
-from minter.requests import Need, RefusedNeed, refusal
+from minter.messages import RefusedNeed
+from minter.operations import Operation
+from minter.requests import Need, refusal
 from minter.routes import PROFILE_MAX_SECONDS, Granularity, Mitigation, Route
 from minter.storages import Area
 

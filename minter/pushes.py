@@ -19,8 +19,8 @@ from minter.errors import NoUsableKey, Unavailable
 from minter.keeping import Unpushed
 from minter.keystore import Keystore
 from minter.managed import SHOWN_SECONDS, forbidden
+from minter.messages import Answer, RefusedNeed, TokenAnswer
 from minter.records import Control
-from minter.requests import Answer, RefusedNeed, TokenAnswer
 
 logger = logging.getLogger("minter.pushes")
 

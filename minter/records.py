@@ -15,8 +15,8 @@ from msgspec import Struct
 from minter.clients import Bans, Client
 from minter.keys import Key
 from minter.managed import ManagedToken, Wanted
+from minter.messages import Side
 from minter.plans import Plan
-from minter.requests import Side
 from minter.sharing import Place
 from minter.wishes import Family, Subject
 

@@ -18,10 +18,11 @@ from minter.errors import MinterError, RefreshTokenLost, RequestError, Unavailab
 from minter.followups import RenewRequest
 from minter.keeping import Leased, Result
 from minter.lives import Lives
+from minter.messages import TokenAnswer
 from minter.outcomes import Issued, Outcome, Submission
 from minter.plans import BACKDATE_SECONDS
 from minter.pushes import Pushes
-from minter.requests import Request, TokenAnswer
+from minter.requests import Request
 
 logger = logging.getLogger("minter.stand_ins")
 

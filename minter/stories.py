@@ -14,8 +14,8 @@ from sqlalchemy.engine import Engine as Pool
 
 from minter.database import OWN, floor, transaction
 from minter.keys import HARD_MAX_SECONDS
+from minter.messages import unix_time
 from minter.records import path_hash
-from minter.requests import unix_time
 
 
 class Story(Struct, frozen=True, kw_only=True):

@@ -15,8 +15,8 @@ from minter import answers, contract, dispatch, logs, stories
 from minter.credentials import Account
 from minter.errors import InvalidRequest, ReplyNotAllowed, from_dict
 from minter.lives import Lives
+from minter.messages import MAX_BODY_BYTES, Answer, unix_time
 from minter.outcomes import Outcome, Submission
-from minter.requests import MAX_BODY_BYTES, Answer, unix_time
 from minter.web import Web, base_path, send, status_of
 from schemas.openapi import document
 

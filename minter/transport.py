@@ -19,7 +19,7 @@ from msgspec import Struct, structs
 from minter.amqp import Outgoing, Publisher, connect
 from minter.contract import REQUEST_EXCHANGE, REQUEST_QUEUE, reply_prefix
 from minter.errors import InvalidRequest, Unavailable
-from minter.requests import Answer
+from minter.messages import Answer
 
 RECONNECT_SECONDS = 0.5
 FIRST_RESEND_SECONDS = 5.0

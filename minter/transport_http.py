@@ -14,7 +14,7 @@ from msgspec import Struct
 
 from minter.contract import endpoint
 from minter.errors import InvalidRequest, MinterError, ServerError, SettingsError, Unavailable, from_dict
-from minter.requests import Answer
+from minter.messages import Answer
 
 FIRST_DELAY_SECONDS, MAX_DELAY_SECONDS = 0.2, 10.0
 PASSING = frozenset({429, 502, 503, 504})

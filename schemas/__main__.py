@@ -9,8 +9,8 @@ import msgspec
 from minter import contract
 from minter.errors import BY_REASON
 from minter.keys import HARD_MAX_SECONDS
+from minter.messages import Answer
 from minter.plans import MAX_CLAIM_CHARACTERS
-from minter.requests import Answer
 from schemas.openapi import TASKS
 
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"

@@ -7,8 +7,8 @@ import msgspec
 from minter import contract
 from minter.errors import BY_REASON
 from minter.followups import CancelRequest, FetchRequest, RenewRequest, ReportRequest
+from minter.messages import Answer, FillRequest, MintRequest
 from minter.publish import GRANTS
-from minter.requests import Answer, FillRequest, MintRequest
 
 _TEXT = {"type": "string"}
 TASKS: dict[str, tuple[type, str]] = {

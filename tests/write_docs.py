@@ -2,7 +2,7 @@
 
 import msgspec
 
-from minter import dialects, metrics, settings
+from minter import dialects, metrics, operations, settings
 from minter.exchanges import Exchange
 from minter.keys import RotationPolicy
 from minter.providers import PROVIDER_DIALECTS, Provider
@@ -20,9 +20,9 @@ def dialects_page() -> str:
         "needs in one token; *parent* is the file's directory. *Tried* means run against the real software.",
         "",
         "| dialect | software | "
-        + " | ".join(dialects.OPERATIONS)
+        + " | ".join(operations.OPERATIONS)
         + " | paths | matching | audience | token bytes | tried |",
-        "|" + "---|" * (7 + len(dialects.OPERATIONS)),
+        "|" + "---|" * (7 + len(operations.OPERATIONS)),
     ]
     for d in dialects.DIALECTS.values():
         cells = [
@@ -30,7 +30,7 @@ def dialects_page() -> str:
                 n.scope.removeprefix("storage.") + (" *parent*" if n.where == "parent" else "")
                 for n in d.scopes[o]
             )
-            for o in dialects.OPERATIONS
+            for o in operations.OPERATIONS
         ]
         lines.append(
             f"| `{d.name}` | {d.software} | {' | '.join(cells)} | {d.encoding} | {d.matching} | {d.audience_form} | "

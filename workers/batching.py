@@ -32,9 +32,9 @@ from minter.errors import (
     UnknownClient,
 )
 from minter.lives import Lives
+from minter.messages import MAX_BODY_BYTES, Answer
 from minter.mint import Engine
 from minter.outcomes import Outcome, Submission
-from minter.requests import MAX_BODY_BYTES, Answer
 from workers import replies
 
 logger = logging.getLogger("minter.batching")

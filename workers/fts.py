@@ -33,8 +33,8 @@ from minter import logs
 from minter.amqp import connect, trust
 from minter.client import JobReport, MinterClient
 from minter.errors import InvalidRequest, MinterError, RequestError, SettingsError, Unavailable
+from minter.messages import Answer, TokenAnswer
 from minter.metrics import FTS_JOBS, new_counter, serve
-from minter.requests import Answer, TokenAnswer
 
 logger = logging.getLogger("minter.fts")
 

@@ -13,7 +13,7 @@ from minter.amqp import Outgoing
 from minter.answers import MAX_FILLED_BYTES, failure, parts
 from minter.contract import DEAD_LETTER_QUEUE, DIRECT_REPLY, REPLY_PREFIX, reply_prefix
 from minter.errors import InvalidRequest, MinterError, ReplyNotAllowed
-from minter.requests import Answer
+from minter.messages import Answer
 
 MAX_DEAD_LETTER_HEADER = 500
 MAX_ENCRYPTED_BYTES = MAX_FILLED_BYTES * 3 // 4

@@ -14,8 +14,9 @@ import stomp
 from minter import wiring
 from minter.followups import JobReport, ReportRequest
 from minter.lives import Lives
+from minter.messages import FileRequest, MintRequest
 from minter.outcomes import Submission
-from minter.requests import FileRequest, MintRequest, from_mint
+from minter.requests import from_mint
 from tests.conftest import EXAMPLES, MASTER_KEY, ROOT, rows
 from tests.integration.test_mint import SE
 from tests.servers import RabbitMQ, installed

@@ -17,8 +17,8 @@ from minter.amqp import declare
 from minter.client import FileRequest, new_request_id
 from minter.embedded import Postgres, Valkey
 from minter.errors import Undeliverable, from_dict
+from minter.messages import MintRequest
 from minter.records import fts_token_id
-from minter.requests import MintRequest
 from tests.acceptance.conftest import Running
 from tests.acceptance.test_workers import OTHER, SE
 from tests.conftest import EXAMPLES, prepare

@@ -384,7 +384,7 @@ def test_bans_and_keys_bind_running_workers_at_once(running, client):
 def test_a_warm_shutdown_loses_nothing(running):
     with running.client() as client:
         ids = [new_request_id() for _ in range(300)]
-        from minter.requests import MintRequest
+        from minter.messages import MintRequest
 
         asked = [MintRequest(request_id=i, files=tuple(files(1))) for i in ids]
         answers = client.ask(contract.MINT, asked)

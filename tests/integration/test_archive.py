@@ -11,9 +11,10 @@ from minter import archive, database, stories, wiring
 from minter.errors import SettingsError
 from minter.followups import FileReport, JobReport, ReportRequest
 from minter.lives import Lives
+from minter.messages import FileRequest, MintRequest
 from minter.outcomes import Submission
 from minter.records import fts_token_id
-from minter.requests import FileRequest, MintRequest, from_mint
+from minter.requests import from_mint
 from tests.conftest import load_settings, rows
 from tests.integration.test_mint import SE, mint, submission
 

@@ -20,11 +20,12 @@ from minter.followups import CancelRequest, FetchRequest, FileReport, ReportRequ
 from minter.iam import IAM
 from minter.keeper import Keeper
 from minter.lives import Lives
+from minter.messages import FileOperation, FileRequest, MintRequest
 from minter.outcomes import Submission
 from minter.policy import Policy
 from minter.providers import Provider
 from minter.records import fts_token_id
-from minter.requests import FileOperation, FileRequest, MintRequest, from_mint
+from minter.requests import from_mint
 from minter.routes import Route
 from tests.conftest import rows
 from tests.integration.test_mint import SE

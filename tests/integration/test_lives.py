@@ -22,10 +22,12 @@ from minter.followups import (
     decode_renew,
     decode_report,
 )
+from minter.fts_jobs import from_fill
 from minter.lives import Lives
+from minter.messages import FileOperation, FileRequest, FillRequest, MintRequest
 from minter.outcomes import Submission
 from minter.policy import asked_scopes
-from minter.requests import FileOperation, FileRequest, FillRequest, MintRequest, from_fill, from_mint
+from minter.requests import from_mint
 from tests.conftest import EXAMPLES, rows
 from tests.integration.test_mint import OTHER, SE, mint, submission, tokens
 

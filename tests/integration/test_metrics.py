@@ -7,8 +7,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from minter import metrics, wiring
 from minter.errors import SettingsError
+from minter.messages import FileRequest, MintRequest
 from minter.outcomes import Submission
-from minter.requests import FileRequest, MintRequest, from_mint
+from minter.requests import from_mint
 from tests.conftest import load_settings
 from tests.integration.test_mint import SE, mint, submission
 

@@ -11,10 +11,12 @@ from msgspec import structs
 
 from minter import catalogue, database, keys, recording, stack, stories, wiring
 from minter.errors import Unavailable
+from minter.fts_jobs import from_fill
 from minter.keystore import new_master_key
+from minter.messages import FileRequest, FillRequest, MintRequest
 from minter.outcomes import Submission
 from minter.records import fts_token_id
-from minter.requests import FileRequest, FillRequest, MintRequest, from_fill, from_mint
+from minter.requests import from_mint
 from tests.conftest import load_settings, rows
 
 SE = "davs://se01.boreas.example.org:443/atlas/atlasdatadisk/rucio/data/"

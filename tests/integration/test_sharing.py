@@ -12,9 +12,10 @@ from minter.clients import Ban, Bans
 from minter.errors import Banned, Expired, Unavailable
 from minter.followups import CancelRequest, FetchRequest, FileReport, JobReport, RenewRequest, ReportRequest
 from minter.lives import Lives
+from minter.messages import FileOperation, FileRequest, MintRequest
 from minter.outcomes import Submission
 from minter.policy import Policy
-from minter.requests import FileOperation, FileRequest, MintRequest, from_mint
+from minter.requests import from_mint
 from minter.routes import Route
 from tests.conftest import load_settings, rows
 from tests.integration.test_mint import SE, count, mint, rotate, tokens

@@ -1,0 +1,193 @@
+"""Messages: what clients send to have tokens minted, and the answers, as typed structs.
+
+The JSON Schemas in schemas/ are generated from these structs.
+"""
+
+from typing import Annotated, Any, Literal
+from uuid import UUID
+
+import msgspec
+from msgspec import UNSET, Meta, Struct, UnsetType
+
+from minter.errors import InvalidRequest
+from minter.operations import Operation
+
+MAX_FILES = 2_000
+"""Files in one request; the client library splits larger ones."""
+MAX_BODY_BYTES = 8 * 1024 * 1024
+"""A larger message is refused before it is decoded; answers go out in parts of this size."""
+MAX_SOURCES = 64
+MAX_SECONDS = 400 * 24 * 3600
+"""Bound of every duration in a request: the profile's longest refresh token (§4.3.1)."""
+Name = Annotated[str, Meta(min_length=1, max_length=255)]
+Token = Annotated[str, Meta(min_length=1, max_length=16_384)]
+Url = Annotated[str, Meta(min_length=1, max_length=8_192)]
+Seconds = Annotated[int, Meta(ge=0, le=MAX_SECONDS)]
+MAX_BYTES = 2**63 - 1
+Bytes = Annotated[int, Meta(ge=0, le=MAX_BYTES)]
+Side = Literal["source", "destination", "operation", "service"]
+
+
+def unix_time(uuid7: UUID) -> float:
+    """Return the seconds since the epoch that a UUIDv7 holds (RFC 9562 §5.7)."""
+    return (uuid7.int >> 80) / 1000
+
+
+class FileOperation(Struct, frozen=True, forbid_unknown_fields=True):
+    """One operation outside a copy; `download` and `upload` are a client's words for read, write."""
+
+    operation: Operation | Literal["download", "upload"]
+    url: Url
+
+
+class FileRequest(Struct, frozen=True, forbid_unknown_fields=True):
+    """One file: copy it from any of `sources` to each of `destinations`, and other operations.
+
+    `size` is in bytes. `wait_seconds` is how long it may wait before the copy starts,
+    `transfer_seconds` how long the copy may take (else from the size and the route's rate).
+    """
+
+    sources: Annotated[tuple[Url, ...], Meta(max_length=MAX_SOURCES)] = ()
+    destinations: Annotated[tuple[Url, ...], Meta(max_length=MAX_SOURCES)] = ()
+    operations: Annotated[tuple[FileOperation, ...], Meta(max_length=MAX_SOURCES)] = ()
+    size: Bytes | None = None
+    overwrite: bool = False
+    retry: bool = False
+    wait_seconds: Seconds | None = None
+    transfer_seconds: Seconds | None = None
+    external_id: Annotated[str, Meta(max_length=255)] = ""
+
+
+class MintRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """`minter.mint`: a token for each source, destination and operation of each file."""
+
+    request_id: UUID
+    files: Annotated[tuple[FileRequest, ...], Meta(min_length=1, max_length=MAX_FILES)]
+    vo: Name | None = None
+    client: Name | None = None
+    on_behalf_of: Annotated[str, Meta(max_length=255)] = ""
+    activity: Annotated[str, Meta(max_length=255)] = ""
+    all_or_nothing: bool = False
+    lifetime_seconds: Seconds | None = None
+    reply_queue: Name | None = None
+    subject_token: Token | UnsetType = UNSET
+    consumer: Name | UnsetType = UNSET
+
+    def __repr__(self) -> str:
+        """Count the files: a subject token is not to be shown."""
+        return f"MintRequest({self.request_id}, {len(self.files)} files)"
+
+
+class FillRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """`minter.fill_job`: an FTS job, as Rucio or DIRAC would POST it, filled with tokens.
+
+    `fts` is the URL that the job will be sent to; without it, the issuer's first FTS.
+    """
+
+    request_id: UUID
+    job: dict[str, Any]
+    vo: Name | None = None
+    client: Name | None = None
+    fts: Url | None = None
+    on_behalf_of: Annotated[str, Meta(max_length=255)] = ""
+    all_or_nothing: bool = False
+    reply_queue: Name | None = None
+    subject_token: Token | UnsetType = UNSET
+    consumer: Name | UnsetType = UNSET
+
+    def __repr__(self) -> str:
+        """Name the request: a subject token is not to be shown."""
+        return f"FillRequest({self.request_id})"
+
+
+def decode(decoder: "msgspec.json.Decoder[Any]", body: bytes | msgspec.Raw) -> Any:
+    """Decode what a client sent; raises InvalidRequest with the place of the fault."""
+    if len(body) > MAX_BODY_BYTES:
+        raise InvalidRequest(
+            f"request of {len(body)} bytes is too large, expected at most {MAX_BODY_BYTES}; split it"
+        )
+    try:
+        return decoder.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        # msgspec names the place and the expectation, and of the value only enum words.
+        raise InvalidRequest(f"request does not follow its schema: {error}"[:400]) from None
+
+
+class TokenAnswer(Struct, frozen=True):
+    """One token of an answer; `token` is the only secret in it. `exp` is a NumericDate.
+
+    One of a provider has a `handle`, by which the one that follows it is fetched.
+    """
+
+    file: int
+    side: Side
+    index: int
+    storage: str
+    scope: str
+    jti: str
+    exp: int
+    token: str
+    handle: str = ""
+
+    def __repr__(self) -> str:
+        """Name the token without showing it."""
+        return f"TokenAnswer({self.jti}, file={self.file}, {self.side}[{self.index}])"
+
+
+class AwaitedToken(Struct, frozen=True):
+    """A provider's token that is not there yet: to be fetched by its handle, which is no secret."""
+
+    file: int
+    side: Side
+    index: int
+    storage: str
+    scope: str
+    handle: str
+
+
+class RefusedNeed(Struct, frozen=True):
+    """One refusal, with the need that it refuses; file and index are -1 for the whole request."""
+
+    file: int
+    side: Side | Literal["request"]
+    index: int
+    error: dict[str, Any]
+
+
+class Alive(Struct, frozen=True):
+    """A cancelled token that works until it expires; `exp` is a NumericDate."""
+
+    jti: str
+    storage: str
+    exp: int
+
+
+class Answer(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The answer to every task (schemas/answer.json).
+
+    `error` is set when the whole request is refused. `awaited` are tokens of providers that are not there
+    yet; a job with any of them is filled when the same request is sent again. `job`, `refused` and
+    `bearer` come with a filled job. `changed` counts the tokens that a report or a cancellation changed,
+    `unknown` has the places of what it named and nobody knows, `alive` what works on. A large answer
+    comes in `parts` messages, numbered from 0 by `part`.
+    """
+
+    request_id: str | None = None
+    tokens: list[TokenAnswer] = []
+    awaited: list[AwaitedToken] = []
+    refusals: list[RefusedNeed] = []
+    error: dict[str, Any] | None = None
+    job: dict[str, Any] | None = None
+    refused: list[dict[str, Any]] = []
+    dropped_sources: list[dict[str, Any]] = []
+    bearer: TokenAnswer | None = None
+    changed: int = 0
+    unknown: list[str] = []
+    alive: list[Alive] = []
+    part: int = 0
+    parts: int = 1
+
+    def __repr__(self) -> str:
+        """Count what is in it: the tokens of a filled job are not to be shown."""
+        files = len(self.job["files"]) if self.job else 0
+        return f"Answer({self.request_id}, {len(self.tokens)} tokens, {files} filled files)"
