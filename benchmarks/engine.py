@@ -15,7 +15,7 @@ from pathlib import Path
 import kombu
 
 from minter import database, keys, migrations, settings, stack, wiring
-from minter.amqp import declare
+from minter.broker.publisher import declare
 from minter.embedded import Postgres, Valkey
 from minter.keystore import new_master_key
 from tests.servers import RabbitMQ

@@ -19,7 +19,7 @@ import msgspec
 import uuid_utils
 
 from minter import contract
-from minter.amqp import Outgoing, Publisher
+from minter.broker.publisher import Outgoing, Publisher
 from minter.messages import Answer
 
 

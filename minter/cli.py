@@ -31,12 +31,12 @@ from minter import (
     keys,
     migrations,
     policy,
-    rabbitmq,
     stack,
     stories,
     wiring,
 )
-from minter.amqp import connect, declare
+from minter.broker import rabbitmq
+from minter.broker.publisher import connect, declare
 from minter.capabilities import ANY
 from minter.client import MinterClient, new_request_id
 from minter.console import AsJson, SettingsPath, console, guarded, open_service, read_object, show

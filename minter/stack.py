@@ -16,7 +16,7 @@ from typing import Self
 import kombu
 
 from minter import catalogue, database, migrations, settings, wiring
-from minter.amqp import declare
+from minter.broker.publisher import declare
 from minter.clients import Client
 from minter.embedded import Postgres, Valkey
 from minter.keystore import new_master_key

@@ -16,7 +16,7 @@ import kombu
 import msgspec
 from msgspec import Struct, structs
 
-from minter.amqp import Outgoing, Publisher, connect
+from minter.broker.publisher import Outgoing, Publisher, connect
 from minter.contract import REQUEST_EXCHANGE, REQUEST_QUEUE, reply_prefix
 from minter.errors import InvalidRequest, Unavailable
 from minter.messages import Answer

@@ -16,7 +16,7 @@ from kombu import compression
 from prometheus_client import CollectorRegistry
 
 from minter import contract, housekeeping, logs, wiring
-from minter.amqp import Publisher, connect, declare, queues, tls
+from minter.broker.publisher import Publisher, connect, declare, queues, tls
 from minter.errors import InvalidRequest, MinterError
 from minter.lives import Lives
 from minter.metrics import Metrics, StateCollector, serve_process

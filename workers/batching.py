@@ -18,7 +18,7 @@ import msgspec
 from msgspec import Raw, Struct
 
 from minter import answers, contract, dispatch, logs
-from minter.amqp import Outgoing, Publisher, acknowledge
+from minter.broker.publisher import Outgoing, Publisher, acknowledge
 from minter.errors import (
     ClockSkew,
     InvalidRequest,

@@ -30,7 +30,7 @@ from msgspec import Struct
 from prometheus_client import CollectorRegistry
 
 from minter import logs
-from minter.amqp import connect, trust
+from minter.broker.publisher import connect, trust
 from minter.client import JobReport, MinterClient
 from minter.errors import InvalidRequest, MinterError, RequestError, SettingsError, Unavailable
 from minter.messages import Answer, TokenAnswer

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from minter import logs, wiring
-from minter.amqp import Publisher, connect
+from minter.broker.publisher import Publisher, connect
 from minter.errors import SettingsError, Unavailable
 from minter.keeper import Keeper
 from minter.lives import Lives

@@ -9,8 +9,8 @@ from typing import Any
 import msgspec
 from joserfc import jwe, jwk
 
-from minter.amqp import Outgoing
 from minter.answers import MAX_FILLED_BYTES, failure, parts
+from minter.broker.publisher import Outgoing
 from minter.contract import DEAD_LETTER_QUEUE, DIRECT_REPLY, REPLY_PREFIX, reply_prefix
 from minter.errors import InvalidRequest, MinterError, ReplyNotAllowed
 from minter.messages import Answer

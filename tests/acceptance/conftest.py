@@ -13,7 +13,7 @@ import kombu
 import pytest
 
 from minter import contract, wiring
-from minter.amqp import declare
+from minter.broker.publisher import declare
 from minter.client import MinterClient
 from minter.embedded import Valkey
 from tests.acceptance.served import Served

@@ -13,7 +13,7 @@ import kombu
 import pytest
 
 from minter import contract
-from minter.amqp import declare
+from minter.broker.publisher import declare
 from minter.client import FileRequest, new_request_id
 from minter.embedded import Postgres, Valkey
 from minter.errors import Undeliverable, from_dict

@@ -11,7 +11,7 @@ import pytest
 from joserfc import jwe, jwk
 
 from minter import catalogue
-from minter.amqp import declare
+from minter.broker.publisher import declare
 from minter.client import new_request_id
 from minter.fake_iam import Behaviour
 from tests.acceptance.conftest import Raw, Running

@@ -14,7 +14,7 @@ import uuid_utils
 from joserfc import jwe, jwk
 
 from minter import catalogue, contract, database, wiring
-from minter.amqp import declare
+from minter.broker.publisher import declare
 from minter.client import FileOperation, FileRequest, FilledJob, MinterClient, new_request_id
 from minter.demo import fts_objections, read_jobs
 from minter.errors import (

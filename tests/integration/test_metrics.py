@@ -70,7 +70,7 @@ def test_tokens_requests_and_refusals_are_counted(observed):
 def test_beat_tells_of_keys_partitions_living_tokens_and_queues(service, tmp_path):
     import kombu
 
-    from minter.amqp import declare
+    from minter.broker.publisher import declare
     from minter.embedded import Valkey
 
     mint(service, submission("a", "b", lifetime_seconds=3000))

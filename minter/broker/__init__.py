@@ -1,0 +1,1 @@
+"""Queues, publishing and broker administration."""
