@@ -11,7 +11,7 @@ import msgspec
 from benchmarks.engine import bench, versions
 from benchmarks.load import body
 from minter import wiring
-from minter.followups import CancelRequest, FetchRequest, FileReport, RenewRequest, ReportRequest
+from minter.contract.followups import CancelRequest, FetchRequest, FileReport, RenewRequest, ReportRequest
 from minter.lives import Lives
 from minter.outcomes import Submission
 from minter.requests import decode_mint

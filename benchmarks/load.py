@@ -18,9 +18,9 @@ import kombu
 import msgspec
 import uuid_utils
 
-from minter import contract
 from minter.broker.publisher import Outgoing, Publisher
-from minter.messages import Answer
+from minter.contract import names
+from minter.contract.messages import Answer
 
 
 class _Envelope(msgspec.Struct):
@@ -60,7 +60,7 @@ class Load:
         self.keys = {k["kid"]: jwt.PyJWK(k) for k in jwks["keys"]}
         self.connection = kombu.Connection(url)
         self.publisher = Publisher(self.connection)
-        self.reply_to = f"{contract.reply_prefix(client)}{uuid_utils.uuid7().hex}"
+        self.reply_to = f"{names.reply_prefix(client)}{uuid_utils.uuid7().hex}"
         channel = self.connection.channel()
         queue = kombu.Queue(self.reply_to, channel=channel, durable=False, exclusive=True, auto_delete=True)
         kombu.Consumer(channel, [queue], on_message=self.receive, no_ack=True).consume()
@@ -89,10 +89,10 @@ class Load:
         self.sent[correlation] = time.perf_counter()
         return Outgoing(
             raw,
-            contract.REQUEST_QUEUE,
-            contract.REQUEST_EXCHANGE,
+            names.REQUEST_QUEUE,
+            names.REQUEST_EXCHANGE,
             properties,
-            {"task": contract.MINT, "id": correlation},
+            {"task": names.MINT, "id": correlation},
             persistent=True,
         )
 

@@ -6,9 +6,9 @@ from datetime import datetime
 import msgspec
 from msgspec import structs
 
+from minter.contract.messages import MAX_BODY_BYTES, Answer, AwaitedToken, RefusedNeed, TokenAnswer
 from minter.errors import Expired, InvalidRequest, MinterError, RequestError, ServerError, Unavailable
 from minter.fts_jobs import fill_job
-from minter.messages import MAX_BODY_BYTES, Answer, AwaitedToken, RefusedNeed, TokenAnswer
 from minter.outcomes import Issued, Outcome
 from minter.plans import BACKDATE_SECONDS
 from minter.requests import Request

@@ -20,11 +20,11 @@ import msgspec
 import psycopg
 from sqlalchemy.engine import Engine as Pool
 
+from minter.contract.messages import unix_time
 from minter.database import one, transaction
 from minter.errors import SettingsError, Unavailable
 from minter.housekeeping import bounds, day_of
 from minter.keys import LAST_EXPIRY
-from minter.messages import unix_time
 from minter.stories import AROUND, COLUMNS, USES, Refusals, Story, matches, story, wanted
 
 FETCH_ROWS = 5_000

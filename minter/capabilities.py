@@ -17,6 +17,7 @@ from msgspec import structs
 
 from minter import exchanges
 from minter.clients import Bans, Client, fits
+from minter.contract.operations import Operation
 from minter.dialects import DIALECTS, Needed
 from minter.errors import (
     InvalidGrant,
@@ -27,7 +28,6 @@ from minter.errors import (
     UnauthorizedClient,
 )
 from minter.exchanges import Exchange
-from minter.operations import Operation
 from minter.plans import (
     BACKDATE_SECONDS,
     MAX_CLAIM_CHARACTERS,

@@ -40,9 +40,9 @@ from minter.broker.publisher import connect, declare
 from minter.capabilities import ANY
 from minter.client import MinterClient, new_request_id
 from minter.console import AsJson, SettingsPath, console, guarded, open_service, read_object, show
+from minter.contract.messages import FillRequest
 from minter.errors import InvalidRequest, TokenRejected, Unavailable
 from minter.fts_jobs import from_fill
-from minter.messages import FillRequest
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 db_app = typer.Typer(no_args_is_help=True, help="The database.")

@@ -16,8 +16,8 @@ from joserfc.jwk import ECKey
 from minter import catalogue, database, keys, wiring
 from minter.clients import Ban, Client
 from minter.console import AsJson, as_table, guarded, open_service, read_object, show, show_living, whoami
+from minter.contract.operations import OPERATIONS
 from minter.errors import InvalidRequest, UnknownClient
-from minter.operations import OPERATIONS
 from minter.scopes import check_path
 from minter.subjects import Subjects
 from minter.wishes import SubjectToken

@@ -10,8 +10,8 @@ import typer
 from minter import archive as archives
 from minter import stories
 from minter.console import AsJson, as_table, guarded, open_service, show, story_table
+from minter.contract.messages import unix_time
 from minter.errors import InvalidRequest, SettingsError
-from minter.messages import unix_time
 
 _FTS_ID_BYTES = 8
 Folder = Annotated[

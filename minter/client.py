@@ -19,10 +19,15 @@ from typing import Any, Protocol, Self
 import uuid_utils
 from msgspec import Struct
 
-from minter.contract import CANCEL, FETCH, FILL_JOB, MINT, RENEW, REPORT
-from minter.errors import InvalidRequest, MinterError, SettingsError, Unavailable, from_dict
-from minter.followups import CancelRequest, FetchRequest, FileReport, JobReport, RenewRequest, ReportRequest
-from minter.messages import (
+from minter.contract.followups import (
+    CancelRequest,
+    FetchRequest,
+    FileReport,
+    JobReport,
+    RenewRequest,
+    ReportRequest,
+)
+from minter.contract.messages import (
     MAX_FILES,
     Alive,
     Answer,
@@ -32,6 +37,8 @@ from minter.messages import (
     MintRequest,
     TokenAnswer,
 )
+from minter.contract.names import CANCEL, FETCH, FILL_JOB, MINT, RENEW, REPORT
+from minter.errors import InvalidRequest, MinterError, SettingsError, Unavailable, from_dict
 from minter.transport_http import HttpTransport
 
 __all__ = [

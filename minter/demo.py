@@ -23,9 +23,9 @@ from minter import database, keys, policy, stories, wiring
 from minter.claims import unverified_claims
 from minter.client import FileRequest, FilledJob, MinterClient, Token
 from minter.console import story_table
+from minter.contract.messages import FillRequest
 from minter.errors import MinterError
 from minter.fts_jobs import from_fill
-from minter.messages import FillRequest
 from minter.stack import Stack
 from minter.stories import Story
 

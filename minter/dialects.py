@@ -8,7 +8,7 @@ rows were taken from the profile, from runs against real XRootD, or from documen
 from collections.abc import Iterable, Mapping
 from typing import Literal, NamedTuple
 
-from minter.operations import OPERATIONS, Operation
+from minter.contract.operations import OPERATIONS, Operation
 
 Where = Literal["file", "parent"]
 AudienceForm = Literal["url", "url_with_port", "host", "host_with_port"]

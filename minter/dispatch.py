@@ -5,17 +5,17 @@ from datetime import datetime
 
 from msgspec import Raw
 
-from minter import contract, followups
+from minter.contract import followups, names
+from minter.contract.messages import Answer
 from minter.errors import InvalidRequest
 from minter.fts_jobs import decode_fill
 from minter.lives import Lives
-from minter.messages import Answer
 from minter.outcomes import Submission
 from minter.requests import Request, decode_mint
 
 _NEW: dict[str, Callable[[Raw | bytes], Request]] = {
-    contract.MINT: decode_mint,
-    contract.FILL_JOB: decode_fill,
+    names.MINT: decode_mint,
+    names.FILL_JOB: decode_fill,
 }
 
 
@@ -29,7 +29,7 @@ def submission(
     """
     if task in _NEW:
         request = _NEW[task](argument)
-    elif task == contract.RENEW:
+    elif task == names.RENEW:
         request = lives.renewal(client, followups.decode_renew(argument))
     else:
         return None
@@ -43,8 +43,8 @@ def submission(
 
 def follow_up(lives: Lives, task: str, client: str, argument: Raw | bytes, now: datetime) -> Answer:
     """Answer a task about an earlier request: fetch, report or cancel; raises as `Lives` does."""
-    if task == contract.FETCH:
+    if task == names.FETCH:
         return lives.fetch(client, followups.decode_fetch(argument), now)
-    if task == contract.REPORT:
+    if task == names.REPORT:
         return lives.report(client, followups.decode_report(argument), now)
     return lives.cancel(client, followups.decode_cancel(argument), now)

@@ -24,11 +24,11 @@ from msgspec import Struct
 
 from minter import catalogue
 from minter.client import FileOperation, FileRequest, MinterClient, new_request_id
-from minter.contract import MINT
+from minter.contract.messages import Answer, MintRequest
+from minter.contract.names import MINT
 from minter.database import transaction
 from minter.errors import ProviderAway, SettingsError
 from minter.fake_iam import Behaviour, Fault
-from minter.messages import Answer, MintRequest
 from minter.providers import LEADS
 from minter.stack import Stack
 

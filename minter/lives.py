@@ -16,12 +16,19 @@ from msgspec import structs
 from sqlalchemy.engine import Engine as Pool
 
 from minter import answers, keeping
+from minter.contract.followups import (
+    CancelRequest,
+    FetchRequest,
+    FileReport,
+    JobReport,
+    RenewRequest,
+    ReportRequest,
+)
+from minter.contract.messages import Alive, Answer
 from minter.database import OWN, find_operations, floor, one, read_control, read_request, transaction
 from minter.errors import InvalidRequest, UnknownRequest
-from minter.followups import CancelRequest, FetchRequest, FileReport, JobReport, RenewRequest, ReportRequest
 from minter.fts_events import FTSEvent
 from minter.keys import LAST_EXPIRY
-from minter.messages import Alive, Answer
 from minter.mint import Engine, known_client
 from minter.renewals import renewal
 from minter.requests import Request

@@ -27,6 +27,7 @@ from msgspec import structs
 from minter import capabilities, keys, managed
 from minter.claims import build_claims, check_token, unverified_claims
 from minter.clients import Client
+from minter.contract.messages import Side
 from minter.errors import (
     Banned,
     ClientMismatch,
@@ -42,7 +43,6 @@ from minter.errors import (
 )
 from minter.keys import Key, RotationPolicy, Signer
 from minter.managed import ManagedToken, Wanted
-from minter.messages import Side
 from minter.outcomes import Awaited, Issued, Observe, Observed, Outcome, Submission, Work, share
 from minter.plans import Grant, Plan
 from minter.policy import Policy, check_reply_queue

@@ -8,10 +8,10 @@ from uuid import UUID
 from msgspec import Struct
 
 from minter.clients import Client
+from minter.contract.messages import Side
 from minter.errors import Conflict, MinterError, NoUsableKey
 from minter.keys import Key
 from minter.managed import Wanted
-from minter.messages import Side
 from minter.plans import BACKDATE_SECONDS, Decision, Grant
 from minter.records import RequestRow, TokenRow, UseRow, fts_token_id
 from minter.requests import Request

@@ -12,10 +12,10 @@ import msgspec
 from msgspec import Struct, structs
 
 from minter.clients import Client, fits
+from minter.contract.messages import RefusedNeed
+from minter.contract.operations import Operation
 from minter.dialects import Needed, scopes_needed
 from minter.errors import RequestError
-from minter.messages import RefusedNeed
-from minter.operations import Operation
 from minter.requests import Need, refusal
 from minter.routes import PROFILE_MAX_SECONDS, Granularity, Mitigation, Route
 from minter.storages import Area

@@ -12,6 +12,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from minter.clients import Bans, Client, fits
+from minter.contract.operations import Operation
 from minter.dialects import DIALECTS
 from minter.errors import (
     InvalidGrant,
@@ -27,7 +28,6 @@ from minter.errors import (
     UnknownVO,
 )
 from minter.exchanges import Exchange
-from minter.operations import Operation
 from minter.plans import (
     BACKDATE_SECONDS,
     FTS_QUEUE_SECONDS,

@@ -13,9 +13,9 @@ from uuid import UUID
 from msgspec import Struct
 
 from minter.clients import Bans, Client
+from minter.contract.messages import Side
 from minter.keys import Key
 from minter.managed import ManagedToken, Wanted
-from minter.messages import Side
 from minter.plans import Plan
 from minter.sharing import Place
 from minter.wishes import Family, Subject

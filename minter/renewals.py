@@ -7,9 +7,9 @@ bans, routes and limits of now.
 import json
 from collections.abc import Mapping, Sequence
 
+from minter.contract.followups import RenewRequest
+from minter.contract.operations import Operation
 from minter.errors import UnknownRequest, UnknownStorage
-from minter.followups import RenewRequest
-from minter.operations import Operation
 from minter.policy import Policy
 from minter.records import RequestRow, TokenRow, path_hash
 from minter.requests import SEVERAL, File, Need, Request, content_digest, subject_of

@@ -11,9 +11,9 @@ from uuid import UUID
 import msgspec
 from msgspec import UNSET, Struct, UnsetType, structs
 
+from minter.contract.messages import FileRequest, MintRequest, RefusedNeed, Side, decode, unix_time
+from minter.contract.operations import Operation
 from minter.errors import InvalidRequest, RequestError
-from minter.messages import FileRequest, MintRequest, RefusedNeed, Side, decode, unix_time
-from minter.operations import Operation
 from minter.wishes import SubjectToken, Wish
 
 MAX_AHEAD_SECONDS = 5 * 60

@@ -8,9 +8,9 @@ from typing import Literal
 
 from msgspec import Struct
 
+from minter.contract.operations import Operation
 from minter.errors import SettingsError
 from minter.keys import HARD_MAX_SECONDS
-from minter.operations import Operation
 
 PROFILE_MIN_SECONDS = 15 * 60
 """Shortest access token (WLCG §4.3.1)."""

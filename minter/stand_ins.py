@@ -14,11 +14,11 @@ from msgspec import structs
 from sqlalchemy.engine import Engine as Pool
 
 from minter import keeping, logs
+from minter.contract.followups import RenewRequest
+from minter.contract.messages import TokenAnswer
 from minter.errors import MinterError, RefreshTokenLost, RequestError, Unavailable
-from minter.followups import RenewRequest
 from minter.keeping import Leased, Result
 from minter.lives import Lives
-from minter.messages import TokenAnswer
 from minter.outcomes import Issued, Outcome, Submission
 from minter.plans import BACKDATE_SECONDS
 from minter.pushes import Pushes

@@ -12,9 +12,9 @@ from uuid import UUID
 from msgspec import Struct, json
 from sqlalchemy.engine import Engine as Pool
 
+from minter.contract.messages import unix_time
 from minter.database import OWN, floor, transaction
 from minter.keys import HARD_MAX_SECONDS
-from minter.messages import unix_time
 from minter.records import path_hash
 
 

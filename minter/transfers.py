@@ -11,11 +11,12 @@ from uuid import UUID
 from falcon import asgi
 from msgspec import structs
 
-from minter import answers, contract, dispatch, logs, stories
+from minter import answers, dispatch, logs, stories
+from minter.contract import names
+from minter.contract.messages import MAX_BODY_BYTES, Answer, unix_time
 from minter.credentials import Account
 from minter.errors import InvalidRequest, ReplyNotAllowed, from_dict
 from minter.lives import Lives
-from minter.messages import MAX_BODY_BYTES, Answer, unix_time
 from minter.outcomes import Outcome, Submission
 from minter.web import Web, base_path, send, status_of
 from schemas.openapi import document
@@ -28,8 +29,8 @@ def add_routes(app: "asgi.App[Any, Any]", web: Web) -> None:
     """Add every issuer's endpoints for transfers."""
     lives = Lives(web.service.engine, web.service.pool)
     for vo, issuer in web.service.loaded.issuers.items():
-        for task in contract.PUBLIC_TASKS:
-            app.add_route(f"{base_path(issuer)}v1/{contract.endpoint(task)}", _Task(web, lives, vo, task))
+        for task in names.PUBLIC_TASKS:
+            app.add_route(f"{base_path(issuer)}v1/{names.endpoint(task)}", _Task(web, lives, vo, task))
         app.add_route(f"{base_path(issuer)}v1/trace", _Trace(web, vo))
         app.add_route(f"{base_path(issuer)}openapi.json", _OpenAPI(issuer))
 

@@ -17,9 +17,9 @@ import msgspec
 from msgspec import Struct, structs
 
 from minter.broker.publisher import Outgoing, Publisher, connect
-from minter.contract import REQUEST_EXCHANGE, REQUEST_QUEUE, reply_prefix
+from minter.contract.messages import Answer
+from minter.contract.names import REQUEST_EXCHANGE, REQUEST_QUEUE, reply_prefix
 from minter.errors import InvalidRequest, Unavailable
-from minter.messages import Answer
 
 RECONNECT_SECONDS = 0.5
 FIRST_RESEND_SECONDS = 5.0

@@ -12,9 +12,9 @@ import msgspec
 import urllib3
 from msgspec import Struct
 
-from minter.contract import endpoint
+from minter.contract.messages import Answer
+from minter.contract.names import endpoint
 from minter.errors import InvalidRequest, MinterError, ServerError, SettingsError, Unavailable, from_dict
-from minter.messages import Answer
 
 FIRST_DELAY_SECONDS, MAX_DELAY_SECONDS = 0.2, 10.0
 PASSING = frozenset({429, 502, 503, 504})

@@ -6,10 +6,10 @@ from typing import Any
 
 import msgspec
 
-from minter import contract
+from minter.contract import names
+from minter.contract.messages import Answer
 from minter.errors import BY_REASON
 from minter.keys import HARD_MAX_SECONDS
-from minter.messages import Answer
 from minter.plans import MAX_CLAIM_CHARACTERS
 from schemas.openapi import TASKS
 
@@ -55,7 +55,7 @@ TOKEN = {
 
 def generate() -> dict[str, dict[str, Any]]:
     """Return every schema by its file name."""
-    files: dict[str, type] = {contract.SCHEMAS[task]: struct for task, (struct, _) in TASKS.items()}
+    files: dict[str, type] = {names.SCHEMAS[task]: struct for task, (struct, _) in TASKS.items()}
     made = {
         name: {"$schema": _DIALECT, **msgspec.json.schema(struct)}
         for name, struct in (files | {"answer.json": Answer}).items()

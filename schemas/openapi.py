@@ -4,20 +4,20 @@ from typing import Any
 
 import msgspec
 
-from minter import contract
+from minter.contract import names
+from minter.contract.followups import CancelRequest, FetchRequest, RenewRequest, ReportRequest
+from minter.contract.messages import Answer, FillRequest, MintRequest
 from minter.errors import BY_REASON
-from minter.followups import CancelRequest, FetchRequest, RenewRequest, ReportRequest
-from minter.messages import Answer, FillRequest, MintRequest
 from minter.publish import GRANTS
 
 _TEXT = {"type": "string"}
 TASKS: dict[str, tuple[type, str]] = {
-    contract.MINT: (MintRequest, "Tokens for each source, destination and operation of each file"),
-    contract.FILL_JOB: (FillRequest, "An FTS job, filled with tokens"),
-    contract.RENEW: (RenewRequest, "New tokens for a resubmission"),
-    contract.FETCH: (FetchRequest, "What a request was granted, the same bytes"),
-    contract.REPORT: (ReportRequest, "Jobs submitted, files active or finished"),
-    contract.CANCEL: (CancelRequest, "Tokens that are not needed any more"),
+    names.MINT: (MintRequest, "Tokens for each source, destination and operation of each file"),
+    names.FILL_JOB: (FillRequest, "An FTS job, filled with tokens"),
+    names.RENEW: (RenewRequest, "New tokens for a resubmission"),
+    names.FETCH: (FetchRequest, "What a request was granted, the same bytes"),
+    names.REPORT: (ReportRequest, "Jobs submitted, files active or finished"),
+    names.CANCEL: (CancelRequest, "Tokens that are not needed any more"),
 }
 _ERRORS = {
     "400": "the request has to be changed",
@@ -86,7 +86,7 @@ def document(issuer: str) -> dict[str, Any]:
     )
     *bodies, answer = schemas
     paths = {
-        f"/v1/{contract.endpoint(task)}": {
+        f"/v1/{names.endpoint(task)}": {
             "post": _operation(what, {"application/json": {"schema": body}}, answer, answer)
         }
         for (task, (_, what)), body in zip(TASKS.items(), bodies, strict=True)

@@ -6,10 +6,10 @@ from string import ascii_lowercase
 from hypothesis import strategies as st
 
 from minter.clients import Client
+from minter.contract.messages import FileOperation, FileRequest, MintRequest
+from minter.contract.operations import OPERATIONS
 from minter.dialects import DIALECTS
 from minter.keys import HARD_MAX_SECONDS
-from minter.messages import FileOperation, FileRequest, MintRequest
-from minter.operations import OPERATIONS
 from minter.routes import PROFILE_MAX_SECONDS, Route
 from minter.storages import Endpoint, Storage
 

@@ -2,7 +2,8 @@
 
 import msgspec
 
-from minter import dialects, metrics, operations, settings
+from minter import dialects, metrics, settings
+from minter.contract import operations
 from minter.exchanges import Exchange
 from minter.keys import RotationPolicy
 from minter.providers import PROVIDER_DIALECTS, Provider

@@ -15,8 +15,9 @@ from celery.worker.consumer import Consumer
 from kombu import compression
 from prometheus_client import CollectorRegistry
 
-from minter import contract, housekeeping, logs, wiring
+from minter import housekeeping, logs, wiring
 from minter.broker.publisher import Publisher, connect, declare, queues, tls
+from minter.contract import names
 from minter.errors import InvalidRequest, MinterError
 from minter.lives import Lives
 from minter.metrics import Metrics, StateCollector, serve_process
@@ -58,7 +59,7 @@ class RequestConsumer(Consumer):
             if isinstance(name, str) and name in strategies:
                 strategies[name](message)
             else:
-                public = ", ".join(contract.PUBLIC_TASKS)
+                public = ", ".join(names.PUBLIC_TASKS)
                 _reject(message, f"the task header names no public task, expected one of {public}")
 
         return take
@@ -91,9 +92,9 @@ def create_app(loaded: Loaded) -> App:
     made.loaded = loaded
     made.conf.update(
         task_queues=queues(),
-        task_default_queue=contract.INTERNAL_QUEUE,
-        task_default_exchange=contract.INTERNAL_EXCHANGE,
-        task_default_routing_key=contract.INTERNAL_QUEUE,
+        task_default_queue=names.INTERNAL_QUEUE,
+        task_default_exchange=names.INTERNAL_EXCHANGE,
+        task_default_routing_key=names.INTERNAL_QUEUE,
         task_create_missing_queues=False,
         task_acks_late=True,
         task_ignore_result=True,
@@ -164,7 +165,7 @@ def _start_beat(**_: Any) -> None:
     """Tell Prometheus of the database and the queues: once, by the one process that is alone."""
     service = wiring.Service(app.loaded)
     registry = CollectorRegistry()
-    waiting = (contract.REQUEST_QUEUE, contract.INTERNAL_QUEUE, contract.DEAD_LETTER_QUEUE)
+    waiting = (names.REQUEST_QUEUE, names.INTERNAL_QUEUE, names.DEAD_LETTER_QUEUE)
     registry.register(
         StateCollector(
             service.pool,

@@ -17,8 +17,10 @@ from typing import Any
 import msgspec
 from msgspec import Raw, Struct
 
-from minter import answers, contract, dispatch, logs
+from minter import answers, dispatch, logs
 from minter.broker.publisher import Outgoing, Publisher, acknowledge
+from minter.contract import names
+from minter.contract.messages import MAX_BODY_BYTES, Answer
 from minter.errors import (
     ClockSkew,
     InvalidRequest,
@@ -32,7 +34,6 @@ from minter.errors import (
     UnknownClient,
 )
 from minter.lives import Lives
-from minter.messages import MAX_BODY_BYTES, Answer
 from minter.mint import Engine
 from minter.outcomes import Outcome, Submission
 from workers import replies
@@ -223,7 +224,7 @@ class Batcher:
         else:
             error = Undeliverable(
                 f"the request stopped a worker at {pending.tries} deliveries; it is kept on "
-                f"{contract.DEAD_LETTER_QUEUE} for the operators"
+                f"{names.DEAD_LETTER_QUEUE} for the operators"
             )
             self._condemn(pending, error)
         try:
@@ -268,7 +269,7 @@ class Batcher:
         reason = answer.error["reason"] if answer.error else None
         done = "refused" if reason else "repeated" if outcome and outcome.repeated else "served"
         if outcome is None:
-            self.on_follow_up(pending.task if pending.task in contract.PUBLIC_TASKS else "", done)
+            self.on_follow_up(pending.task if pending.task in names.PUBLIC_TASKS else "", done)
         logs.request_event(
             task=pending.task,
             client=pending.client,

@@ -6,7 +6,8 @@ from typing import Any
 
 from celery import Task
 
-from minter import contract, housekeeping
+from minter import housekeeping
+from minter.contract import names
 from minter.errors import InvalidRequest, ServerError
 from workers.app import app
 
@@ -33,7 +34,7 @@ class InternalTask(Task):
         """Return what Celery calls for each message of this task."""
 
         def take(message: Any, *_: Any, **__: Any) -> None:
-            if message.delivery_info.get("exchange") != contract.INTERNAL_EXCHANGE:
+            if message.delivery_info.get("exchange") != names.INTERNAL_EXCHANGE:
                 app.batcher.reject(message, InvalidRequest(f"{self.name} is not a public task"))
                 return
             try:
@@ -55,8 +56,8 @@ def _public(name: str, schema: str) -> None:
     serve.__doc__ = f"{name}: schemas/{schema} in, schemas/answer.json out."
 
 
-for _name in contract.PUBLIC_TASKS:
-    _public(_name, contract.SCHEMAS[_name])
+for _name in names.PUBLIC_TASKS:
+    _public(_name, names.SCHEMAS[_name])
 
 
 @app.task(name="minter.maintain", base=InternalTask)

@@ -18,7 +18,7 @@ from kombu.exceptions import BatchPublishError
 from kombu.transport import virtual
 from msgspec import Struct
 
-from minter import contract
+from minter.contract import names
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ _QUORUM = {
     "x-queue-type": "quorum",
     "x-delivery-limit": DELIVERY_LIMIT,
     "x-dead-letter-exchange": "",
-    "x-dead-letter-routing-key": contract.DEAD_LETTER_QUEUE,
+    "x-dead-letter-routing-key": names.DEAD_LETTER_QUEUE,
 }
 
 
@@ -44,15 +44,15 @@ def queues() -> list[Queue]:
     return [
         Queue(name, Exchange(exchange, durable=True), routing_key=name, queue_arguments=_QUORUM)
         for name, exchange in (
-            (contract.REQUEST_QUEUE, contract.REQUEST_EXCHANGE),
-            (contract.INTERNAL_QUEUE, contract.INTERNAL_EXCHANGE),
+            (names.REQUEST_QUEUE, names.REQUEST_EXCHANGE),
+            (names.INTERNAL_QUEUE, names.INTERNAL_EXCHANGE),
         )
     ]
 
 
 def dead_letter_queue() -> Queue:
     """Return the queue for messages that nobody can serve."""
-    return Queue(contract.DEAD_LETTER_QUEUE, queue_arguments={"x-queue-type": "quorum"})
+    return Queue(names.DEAD_LETTER_QUEUE, queue_arguments={"x-queue-type": "quorum"})
 
 
 def declare(connection: kombu.Connection, durable: Iterable[str] = ()) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from minter.contract import REQUEST_EXCHANGE, reply_prefix
+from minter.contract.names import REQUEST_EXCHANGE, reply_prefix
 from minter.errors import SettingsError, Unavailable
 
 COMMAND_SECONDS = 60

@@ -12,9 +12,10 @@ from pathlib import Path
 import kombu
 import pytest
 
-from minter import contract, wiring
+from minter import wiring
 from minter.broker.publisher import declare
 from minter.client import MinterClient
+from minter.contract import names
 from minter.embedded import Valkey
 from tests.acceptance.served import Served
 from tests.conftest import EXAMPLES, MASTER_KEY, ROOT, _admin, _dsn, load_settings
@@ -166,7 +167,7 @@ class Raw:
     def __init__(self, running, name="rucio-alpen"):
         self.running, self.name = running, name
         self.connection = kombu.Connection(running.url(name))
-        self.reply_to = f"{contract.reply_prefix(name)}{uuid.uuid4().hex}"
+        self.reply_to = f"{names.reply_prefix(name)}{uuid.uuid4().hex}"
         self.channel = self.connection.channel()
         self.replies = []
         queue = kombu.Queue(
@@ -177,10 +178,10 @@ class Raw:
     def send(
         self,
         body,
-        task=contract.MINT,
+        task=names.MINT,
         headers=None,
-        exchange=contract.REQUEST_EXCHANGE,
-        key=contract.REQUEST_QUEUE,
+        exchange=names.REQUEST_EXCHANGE,
+        key=names.REQUEST_QUEUE,
         **properties,
     ):
         if isinstance(body, dict):

@@ -12,9 +12,9 @@ import pytest
 import stomp
 
 from minter import wiring
-from minter.followups import JobReport, ReportRequest
+from minter.contract.followups import JobReport, ReportRequest
+from minter.contract.messages import FileRequest, MintRequest
 from minter.lives import Lives
-from minter.messages import FileRequest, MintRequest
 from minter.outcomes import Submission
 from minter.requests import from_mint
 from tests.conftest import EXAMPLES, MASTER_KEY, ROOT, rows

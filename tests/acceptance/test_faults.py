@@ -12,12 +12,12 @@ from pathlib import Path
 import kombu
 import pytest
 
-from minter import contract
 from minter.broker.publisher import declare
 from minter.client import FileRequest, new_request_id
+from minter.contract import names
+from minter.contract.messages import MintRequest
 from minter.embedded import Postgres, Valkey
 from minter.errors import Undeliverable, from_dict
-from minter.messages import MintRequest
 from minter.records import fts_token_id
 from tests.acceptance.conftest import Running
 from tests.acceptance.test_workers import OTHER, SE
@@ -89,7 +89,7 @@ class Driver(threading.Thread):
     def run(self):
         try:
             with self.engine.client(timeout_seconds=120, window=32) as client:
-                for request, answer in zip(self.asked, client.ask(contract.MINT, self.asked), strict=False):
+                for request, answer in zip(self.asked, client.ask(names.MINT, self.asked), strict=False):
                     self.answers.append((request, answer))
         except Exception as error:  # noqa: BLE001 - the test looks at it
             self.error = error
@@ -224,7 +224,7 @@ def test_a_poison_message_is_told_and_set_aside_and_its_neighbours_are_served(en
     with kombu.Connection(engine.broker.url) as connection:
         reasons = []
         channel = connection.channel()
-        while message := channel.basic_get(contract.DEAD_LETTER_QUEUE, no_ack=True):
+        while message := channel.basic_get(names.DEAD_LETTER_QUEUE, no_ack=True):
             reasons.append(message.headers["minter-reason"])
     assert "undeliverable" in reasons
 

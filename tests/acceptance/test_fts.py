@@ -10,8 +10,8 @@ import uuid
 import kombu
 import pytest
 
-from minter import contract
 from minter.client import new_request_id
+from minter.contract import names as contract
 from minter.demo import read_jobs
 from tests.acceptance.test_workers import OTHER, SE
 from tests.conftest import EXAMPLES, ROOT

@@ -269,10 +269,11 @@ def test_nothing_secret_in_logs_or_rows(kept):
 
 
 def test_subject_tokens_do_not_go_over_a_broker(service):
-    from minter import contract, dispatch
+    from minter import dispatch
+    from minter.contract import names
     from minter.lives import Lives
 
     body = f'{{"request_id":"{uuid.uuid4()}","files":[{{"sources":["{SE}a"]}}],"subject_token":"eyJ.x.y"}}'
     with pytest.raises(InvalidRequest, match="over HTTP only"):
-        dispatch.submission(Lives(service.engine, service.pool), contract.MINT, "rucio-alpen", body.encode())
+        dispatch.submission(Lives(service.engine, service.pool), names.MINT, "rucio-alpen", body.encode())
     assert VO

@@ -119,7 +119,7 @@ def test_a_job_does_not_go_to_a_queue_before_it_is_filled(pushing):
         "params": {},
     }
     raw = Raw(pushing)
-    from minter.contract import FILL_JOB
+    from minter.contract.names import FILL_JOB
 
     pushing.iam.server.behaviour = Behaviour()
     job["files"][0]["activity"] = "own"

@@ -6,8 +6,9 @@ import subprocess
 import kombu
 import pytest
 
-from minter import contract, database
+from minter import database
 from minter.client import FileRequest, FilledJob
+from minter.contract import names
 from minter.demo import read_jobs
 from minter.embedded import _postgres_programs
 from tests.acceptance.conftest import Raw
@@ -106,7 +107,7 @@ def queue_contents(running):
     seen = []
     with kombu.Connection(running.broker.url) as connection:
         channel = connection.channel()
-        for queue in (contract.DEAD_LETTER_QUEUE, contract.REQUEST_QUEUE, contract.INTERNAL_QUEUE):
+        for queue in (names.DEAD_LETTER_QUEUE, names.REQUEST_QUEUE, names.INTERNAL_QUEUE):
             while message := channel.basic_get(queue, no_ack=True):
                 body = message.body if isinstance(message.body, bytes) else str(message.body).encode()
                 seen.append(f"{queue} {message.headers} {message.properties} {body!r}")

@@ -13,9 +13,10 @@ import pytest
 import uuid_utils
 from joserfc import jwe, jwk
 
-from minter import catalogue, contract, database, wiring
+from minter import catalogue, database, wiring
 from minter.broker.publisher import declare
 from minter.client import FileOperation, FileRequest, FilledJob, MinterClient, new_request_id
+from minter.contract import names
 from minter.demo import fts_objections, read_jobs
 from minter.errors import (
     Banned,
@@ -267,9 +268,7 @@ def test_odd_headers_get_an_answer(raw, headers):
 
 
 def test_an_unknown_compression_gets_an_answer(raw):
-    answer = raw.ask(
-        request(), headers={"task": contract.MINT, "id": "x", "compression": "application/x-nope"}
-    )
+    answer = raw.ask(request(), headers={"task": names.MINT, "id": "x", "compression": "application/x-nope"})
     assert answer["error"]["reason"] == "invalid_request"
 
 
@@ -280,34 +279,34 @@ def test_a_body_in_a_charset_of_the_senders_gets_an_answer(running, raw):
     correlation = uuid.uuid4().hex
     message = raw.channel.prepare_message(
         b"\\ud800", content_type="application/json", content_encoding="unicode_escape",
-        headers={"task": contract.MINT, "id": "x"},
+        headers={"task": names.MINT, "id": "x"},
         properties={"reply_to": raw.reply_to, "correlation_id": correlation, "user_id": raw.name},
     )  # fmt: skip
-    raw.channel.basic_publish(message, exchange=contract.REQUEST_EXCHANGE, routing_key=contract.REQUEST_QUEUE)
+    raw.channel.basic_publish(message, exchange=names.REQUEST_EXCHANGE, routing_key=names.REQUEST_QUEUE)
     assert raw.receive(correlation)["error"]["reason"] == "invalid_request"
 
 
 def test_a_compressed_body_is_not_inflated(raw):
     packed = bz2.compress(b" " * 10_000_000)
-    headers = {"task": contract.MINT, "id": "x", "compression": "application/x-bz2"}
+    headers = {"task": names.MINT, "id": "x", "compression": "application/x-bz2"}
     body = base64.b64encode(packed).decode() if not raw.running.on_rabbitmq else packed
     assert raw.ask(body, headers=headers)["error"]["reason"] == "invalid_request"
 
 
 def test_a_job_that_is_none(raw):
-    answer = raw.ask({"request_id": str(new_request_id()), "job": {"files": 3}}, task=contract.FILL_JOB)
+    answer = raw.ask({"request_id": str(new_request_id()), "job": {"files": 3}}, task=names.FILL_JOB)
     assert "$.job.files" in answer["error"]["error_description"]
 
 
 def test_a_reply_address_of_another_is_not_used(running, raw):
     victim = kombu.Connection(running.broker.url)
     queue = kombu.Queue(
-        f"{contract.reply_prefix('dirac')}victim", channel=victim.channel(), durable=False, auto_delete=True
+        f"{names.reply_prefix('dirac')}victim", channel=victim.channel(), durable=False, auto_delete=True
     )
     got = []
     kombu.Consumer(queue.channel, [queue], on_message=got.append, no_ack=True).consume()
     raw.send(request(), reply_to=queue.name)
-    raw.send(request(), reply_to=contract.REQUEST_QUEUE)
+    raw.send(request(), reply_to=names.REQUEST_QUEUE)
     raw.send(request(), reply_to=None)
     raw.ask(request())
     with pytest.raises(TimeoutError):
@@ -327,23 +326,23 @@ def test_the_broker_keeps_clients_apart(running):
     if not running.on_rabbitmq:
         pytest.skip("the embedded broker serves one local client")
     for attempt in (
-        lambda c: c.basic_get(contract.REQUEST_QUEUE),
-        lambda c: c.basic_get(contract.DEAD_LETTER_QUEUE),
-        lambda c: c.queue_declare(f"{contract.reply_prefix('dirac')}x"),
+        lambda c: c.basic_get(names.REQUEST_QUEUE),
+        lambda c: c.basic_get(names.DEAD_LETTER_QUEUE),
+        lambda c: c.queue_declare(f"{names.reply_prefix('dirac')}x"),
         lambda c: c.basic_publish_confirm(
             c.prepare_message(b"x", content_encoding="utf-8"),
             exchange="",
-            routing_key=contract.INTERNAL_QUEUE,
+            routing_key=names.INTERNAL_QUEUE,
         ),
         lambda c: c.basic_publish_confirm(
             c.prepare_message(b"x", content_encoding="utf-8"),
-            exchange=contract.INTERNAL_EXCHANGE,
-            routing_key=contract.INTERNAL_QUEUE,
+            exchange=names.INTERNAL_EXCHANGE,
+            routing_key=names.INTERNAL_QUEUE,
         ),
         lambda c: c.basic_publish_confirm(
             c.prepare_message(b"x", content_encoding="utf-8", properties={"user_id": "dirac"}),
-            exchange=contract.REQUEST_EXCHANGE,
-            routing_key=contract.REQUEST_QUEUE,
+            exchange=names.REQUEST_EXCHANGE,
+            routing_key=names.REQUEST_QUEUE,
         ),
     ):
         with (
@@ -384,10 +383,10 @@ def test_bans_and_keys_bind_running_workers_at_once(running, client):
 def test_a_warm_shutdown_loses_nothing(running):
     with running.client() as client:
         ids = [new_request_id() for _ in range(300)]
-        from minter.messages import MintRequest
+        from minter.contract.messages import MintRequest
 
         asked = [MintRequest(request_id=i, files=tuple(files(1))) for i in ids]
-        answers = client.ask(contract.MINT, asked)
+        answers = client.ask(names.MINT, asked)
         first = next(answers)
         for worker in list(running.workers):
             worker.send_signal(signal.SIGTERM)
@@ -405,8 +404,8 @@ def test_the_schema_of_answers(raw):
 
     schema = generate()["answer.json"]
     for body, task in (
-        (request(), contract.MINT), (request(vo="other"), contract.MINT),
-        ({"request_id": str(uuid_utils.uuid7()), "job": {"files": [{"sources": [SE + "a"], "destinations": [OTHER + "a"]}]}}, contract.FILL_JOB),
+        (request(), names.MINT), (request(vo="other"), names.MINT),
+        ({"request_id": str(uuid_utils.uuid7()), "job": {"files": [{"sources": [SE + "a"], "destinations": [OTHER + "a"]}]}}, names.FILL_JOB),
     ):  # fmt: skip
         answer = raw.ask(body, task=task)
         jsonschema.validate(answer, schema)
@@ -449,7 +448,7 @@ def test_answers_for_a_durable_queue_are_encrypted_to_its_client(running, consum
     raw = Raw(running, name)
     job = {"files": [{"sources": [SE + "q"], "destinations": [OTHER + "q"]}]}
     body = {"request_id": str(new_request_id()), "job": job, "reply_queue": f"{name}.jobs"}
-    receipt = raw.ask(body, task=contract.FILL_JOB)
+    receipt = raw.ask(body, task=names.FILL_JOB)
     assert receipt["request_id"] == body["request_id"]
     assert "job" not in receipt
     assert "error" not in receipt
@@ -463,7 +462,7 @@ def test_answers_for_a_durable_queue_are_encrypted_to_its_client(running, consum
 
 
 def test_a_queue_that_is_not_the_clients_is_refused(running, raw, consumer):
-    for queue in (f"{consumer[0]}.jobs", contract.REQUEST_QUEUE, "minter.reply.dirac.x"):
+    for queue in (f"{consumer[0]}.jobs", names.REQUEST_QUEUE, "minter.reply.dirac.x"):
         answer = raw.ask(request(reply_queue=queue))
         assert answer["error"]["reason"] == "reply_not_allowed"
     assert (
@@ -500,9 +499,9 @@ def test_the_maintenance_task_makes_the_missing_partition(running):
     with database.transaction(running.service.pool) as tx:
         tx.execute(f"DROP TABLE {name}")
     with kombu.Connection(running.broker.url) as connection:
-        message = {"headers": {"task": "minter.maintain", "id": "1"}, "exchange": contract.INTERNAL_EXCHANGE}
+        message = {"headers": {"task": "minter.maintain", "id": "1"}, "exchange": names.INTERNAL_EXCHANGE}
         producer = kombu.Producer(connection.channel())
-        producer.publish([[], {}, {}], routing_key=contract.INTERNAL_QUEUE, serializer="json", **message)
+        producer.publish([[], {}, {}], routing_key=names.INTERNAL_QUEUE, serializer="json", **message)
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline and not running.rows("SELECT to_regclass(%s)", name)[0][0]:
         time.sleep(0.1)

@@ -8,10 +8,10 @@ import psycopg
 import pytest
 
 from minter import archive, database, stories, wiring
+from minter.contract.followups import FileReport, JobReport, ReportRequest
+from minter.contract.messages import FileRequest, MintRequest
 from minter.errors import SettingsError
-from minter.followups import FileReport, JobReport, ReportRequest
 from minter.lives import Lives
-from minter.messages import FileRequest, MintRequest
 from minter.outcomes import Submission
 from minter.records import fts_token_id
 from minter.requests import from_mint

@@ -13,14 +13,14 @@ from msgspec import structs
 
 from minter import alive, catalogue, database, housekeeping, keeping, stories, wiring
 from minter.clients import Ban
+from minter.contract.followups import CancelRequest, FetchRequest, FileReport, ReportRequest
+from minter.contract.messages import FileOperation, FileRequest, MintRequest
 from minter.documents import SharedDocuments
 from minter.errors import InvalidGrant
 from minter.fake_iam import Behaviour, FakeIAM
-from minter.followups import CancelRequest, FetchRequest, FileReport, ReportRequest
 from minter.iam import IAM
 from minter.keeper import Keeper
 from minter.lives import Lives
-from minter.messages import FileOperation, FileRequest, MintRequest
 from minter.outcomes import Submission
 from minter.policy import Policy
 from minter.providers import Provider

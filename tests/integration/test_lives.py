@@ -10,8 +10,7 @@ import pytest
 from minter import catalogue, database, stack, wiring
 from minter.claims import unverified_claims
 from minter.clients import Ban
-from minter.errors import Banned, Expired, InvalidRequest, UnknownClient, UnknownRequest, UnknownStorage
-from minter.followups import (
+from minter.contract.followups import (
     CancelRequest,
     FetchRequest,
     FileReport,
@@ -22,9 +21,10 @@ from minter.followups import (
     decode_renew,
     decode_report,
 )
+from minter.contract.messages import FileOperation, FileRequest, FillRequest, MintRequest
+from minter.errors import Banned, Expired, InvalidRequest, UnknownClient, UnknownRequest, UnknownStorage
 from minter.fts_jobs import from_fill
 from minter.lives import Lives
-from minter.messages import FileOperation, FileRequest, FillRequest, MintRequest
 from minter.outcomes import Submission
 from minter.policy import asked_scopes
 from minter.requests import from_mint

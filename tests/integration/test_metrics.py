@@ -6,8 +6,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from minter import metrics, wiring
+from minter.contract.messages import FileRequest, MintRequest
 from minter.errors import SettingsError
-from minter.messages import FileRequest, MintRequest
 from minter.outcomes import Submission
 from minter.requests import from_mint
 from tests.conftest import load_settings

@@ -10,10 +10,10 @@ import pytest
 from msgspec import structs
 
 from minter import catalogue, database, keys, recording, stack, stories, wiring
+from minter.contract.messages import FileRequest, FillRequest, MintRequest
 from minter.errors import Unavailable
 from minter.fts_jobs import from_fill
 from minter.keystore import new_master_key
-from minter.messages import FileRequest, FillRequest, MintRequest
 from minter.outcomes import Submission
 from minter.records import fts_token_id
 from minter.requests import from_mint

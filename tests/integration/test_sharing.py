@@ -9,10 +9,17 @@ from msgspec import structs
 
 from minter import alive, archive, catalogue, database, keys, recording, stack, stories, wiring
 from minter.clients import Ban, Bans
+from minter.contract.followups import (
+    CancelRequest,
+    FetchRequest,
+    FileReport,
+    JobReport,
+    RenewRequest,
+    ReportRequest,
+)
+from minter.contract.messages import FileOperation, FileRequest, MintRequest
 from minter.errors import Banned, Expired, Unavailable
-from minter.followups import CancelRequest, FetchRequest, FileReport, JobReport, RenewRequest, ReportRequest
 from minter.lives import Lives
-from minter.messages import FileOperation, FileRequest, MintRequest
 from minter.outcomes import Submission
 from minter.policy import Policy
 from minter.requests import from_mint

@@ -10,10 +10,10 @@ from msgspec import structs
 
 from minter import policy
 from minter.clients import Ban, Bans, Client
+from minter.contract.messages import FileOperation, FileRequest, FillRequest, MintRequest
 from minter.dialects import DIALECTS, scopes_needed
 from minter.errors import SettingsError
 from minter.fts_jobs import from_fill
-from minter.messages import FileOperation, FileRequest, FillRequest, MintRequest
 from minter.policy import Policy, asked_scopes
 from minter.requests import from_mint
 from minter.routes import FTS, PROFILE_MAX_SECONDS, SHIPPED_ROUTES, Route

@@ -7,10 +7,17 @@ import pytest
 import uuid_utils
 
 from minter.answers import failure, parts
+from minter.contract.messages import (
+    MAX_BODY_BYTES,
+    Answer,
+    FileRequest,
+    FillRequest,
+    MintRequest,
+    TokenAnswer,
+)
 from minter.demo import read_jobs
 from minter.errors import BY_REASON, Banned, InvalidRequest, ServerError, from_dict
 from minter.fts_jobs import decode_fill, fill_job
-from minter.messages import MAX_BODY_BYTES, Answer, FileRequest, FillRequest, MintRequest, TokenAnswer
 from minter.requests import check_request_id, decode_mint
 from schemas.__main__ import generate
 from tests.conftest import EXAMPLES, ROOT

@@ -2,9 +2,9 @@ import json
 
 import pytest
 
+from minter.contract.operations import OPERATIONS
 from minter.dialects import DIALECTS, audience, scopes_needed
 from minter.errors import EndpointTakesNoToken, InvalidPath, PathNotAllowed, SettingsError, UnknownStorage
-from minter.operations import OPERATIONS
 from minter.rucio import RSERule, storages_from_export
 from minter.scopes import parse_scopes, path_contains
 from minter.storages import Directory, Endpoint, Storage, split_url

@@ -10,8 +10,8 @@ from uuid import UUID
 import msgspec
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 
+from minter.contract.messages import MAX_FILES, Name, Seconds, Token, decode
 from minter.errors import InvalidRequest
-from minter.messages import MAX_FILES, Name, Seconds, Token, decode
 
 FileNumbers = Annotated[tuple[Annotated[int, Meta(ge=0, lt=MAX_FILES)], ...], Meta(max_length=MAX_FILES)]
 ExternalId = Annotated[str, Meta(min_length=1, max_length=255)]

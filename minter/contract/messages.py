@@ -9,8 +9,8 @@ from uuid import UUID
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
+from minter.contract.operations import Operation
 from minter.errors import InvalidRequest
-from minter.operations import Operation
 
 MAX_FILES = 2_000
 """Files in one request; the client library splits larger ones."""

@@ -1,0 +1,1 @@
+"""What is on the wire: names, and the structs of every message."""
