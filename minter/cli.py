@@ -38,7 +38,7 @@ from minter import (
 from minter.broker import rabbitmq
 from minter.broker.publisher import connect, declare
 from minter.capabilities import ANY
-from minter.client import MinterClient, new_request_id
+from minter.client.client import MinterClient, new_request_id
 from minter.console import AsJson, SettingsPath, console, guarded, open_service, read_object, show
 from minter.contract.messages import FillRequest
 from minter.errors import InvalidRequest, TokenRejected, Unavailable

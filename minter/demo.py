@@ -21,7 +21,7 @@ from rich.table import Table
 
 from minter import database, keys, policy, stories, wiring
 from minter.claims import unverified_claims
-from minter.client import FileRequest, FilledJob, MinterClient, Token
+from minter.client.client import FileRequest, FilledJob, MinterClient, Token
 from minter.console import story_table
 from minter.contract.messages import FillRequest
 from minter.errors import MinterError

@@ -23,7 +23,7 @@ import urllib3
 from msgspec import Struct
 
 from minter import catalogue
-from minter.client import FileOperation, FileRequest, MinterClient, new_request_id
+from minter.client.client import FileOperation, FileRequest, MinterClient, new_request_id
 from minter.contract.messages import Answer, MintRequest
 from minter.contract.names import MINT
 from minter.database import transaction

@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 
 from minter import migrations, settings, stack, wiring
-from minter.client import MinterClient
+from minter.client.client import MinterClient
 from tests.conftest import EXAMPLES, MASTER_KEY, ROOT, _admin, _dsn
 from tests.servers import certificates, free_ports
 

@@ -10,7 +10,7 @@ import uuid
 import kombu
 import pytest
 
-from minter.client import new_request_id
+from minter.client.client import new_request_id
 from minter.contract import names as contract
 from minter.demo import read_jobs
 from tests.acceptance.test_workers import OTHER, SE

@@ -12,7 +12,7 @@ from joserfc import jwe, jwk
 
 from minter import catalogue
 from minter.broker.publisher import declare
-from minter.client import new_request_id
+from minter.client.client import new_request_id
 from minter.fake_iam import Behaviour
 from tests.acceptance.conftest import Raw, Running
 from tests.acceptance.test_managed import settings

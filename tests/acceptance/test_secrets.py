@@ -7,7 +7,7 @@ import kombu
 import pytest
 
 from minter import database
-from minter.client import FileRequest, FilledJob
+from minter.client.client import FileRequest, FilledJob
 from minter.contract import names
 from minter.demo import read_jobs
 from minter.embedded import _postgres_programs

@@ -15,7 +15,7 @@ from joserfc import jwe, jwk
 
 from minter import catalogue, database, wiring
 from minter.broker.publisher import declare
-from minter.client import FileOperation, FileRequest, FilledJob, MinterClient, new_request_id
+from minter.client.client import FileOperation, FileRequest, FilledJob, MinterClient, new_request_id
 from minter.contract import names
 from minter.demo import fts_objections, read_jobs
 from minter.errors import (

@@ -19,6 +19,7 @@ from typing import Any, Protocol, Self
 import uuid_utils
 from msgspec import Struct
 
+from minter.client.http import HttpTransport
 from minter.contract.followups import (
     CancelRequest,
     FetchRequest,
@@ -39,7 +40,6 @@ from minter.contract.messages import (
 )
 from minter.contract.names import CANCEL, FETCH, FILL_JOB, MINT, RENEW, REPORT
 from minter.errors import InvalidRequest, MinterError, SettingsError, Unavailable, from_dict
-from minter.transport_http import HttpTransport
 
 __all__ = [
     "Alive", "Awaited", "Changed", "FileOperation", "FileReport", "FileRequest", "FilledJob", "JobReport",
@@ -403,7 +403,7 @@ def _transport(url: str, client: str | None, secret: str | None, **options: Any)
     if secret is not None:
         raise InvalidRequest("a broker's password stands in its URL")
     try:
-        from minter.transport import AmqpTransport  # noqa: PLC0415 - kombu is an extra
+        from minter.client.amqp import AmqpTransport  # noqa: PLC0415 - kombu is an extra
     except ImportError as error:
         raise SettingsError("AMQP needs kombu; run: pip install 'minter[amqp]'") from error
     return AmqpTransport(url, client, **options)
