@@ -18,7 +18,6 @@ from msgspec import structs
 from minter import exchanges
 from minter.clients import Bans, Client, fits
 from minter.contract.operations import Operation
-from minter.dialects import DIALECTS, Needed
 from minter.errors import (
     InvalidGrant,
     InvalidScope,
@@ -43,7 +42,8 @@ from minter.plans import (
 from minter.policy import Policy, host_of
 from minter.requests import Need, Request
 from minter.scopes import STORAGE_SCOPES, Scope, intersect, parse_scopes, path_contains
-from minter.storages import Area
+from minter.storages.dialects import DIALECTS, Needed
+from minter.storages.directory import Area
 from minter.wishes import MAX_ACT_DEPTH, Family, Subject, SubjectToken, Wish, act_depth, present
 
 ANY = ("https://wlcg.cern.ch/jwt/v1/any",)

@@ -11,7 +11,7 @@ from minter.console import AsJson, as_table, guarded, open_service, show, show_l
 from minter.errors import InvalidRequest, SettingsError
 from minter.keystore import new_master_key
 from minter.scopes import check_path
-from minter.storages import squash
+from minter.storages.directory import squash
 
 keys_app = typer.Typer(no_args_is_help=True, help="Make, rotate and revoke signing keys.")
 

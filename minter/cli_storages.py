@@ -7,12 +7,12 @@ import msgspec
 import typer
 
 from minter.console import AsJson, as_table, guarded, read_object, show
-from minter.dialects import DIALECTS, AudienceForm
-from minter.dirac import storages_from_cfg
 from minter.errors import InvalidRequest, SettingsError
-from minter.rucio import RSERule, storages_from_export
-from minter.sites import site_config
-from minter.storages import Directory, Storage
+from minter.storages.dialects import DIALECTS, AudienceForm
+from minter.storages.directory import Directory, Storage
+from minter.storages.from_dirac import storages_from_cfg
+from minter.storages.from_rucio import RSERule, storages_from_export
+from minter.storages.site_config import site_config
 from minter.wiring import load_settings
 
 storages_app = typer.Typer(

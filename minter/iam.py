@@ -23,7 +23,6 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from msgspec import Struct
 
 from minter import bounded
-from minter.dialects import DEFAULT_MAX_TOKEN_BYTES
 from minter.errors import (
     InvalidGrant,
     MinterError,
@@ -35,6 +34,7 @@ from minter.errors import (
 )
 from minter.providers import Provider, Target
 from minter.scopes import Scope, contains
+from minter.storages.dialects import DEFAULT_MAX_TOKEN_BYTES
 
 logger = logging.getLogger(__name__)
 

@@ -14,11 +14,11 @@ from msgspec import Struct, structs
 from minter.clients import Client, fits
 from minter.contract.messages import RefusedNeed
 from minter.contract.operations import Operation
-from minter.dialects import Needed, scopes_needed
 from minter.errors import RequestError
 from minter.requests import Need, refusal
 from minter.routes import PROFILE_MAX_SECONDS, Granularity, Mitigation, Route
-from minter.storages import Area
+from minter.storages.dialects import Needed, scopes_needed
+from minter.storages.directory import Area
 
 BACKDATE_SECONDS = 60
 """How far iat and nbf lie in the past (WLCG §4.3.1): FTS and XRootD have no leeway."""

@@ -13,7 +13,6 @@ from urllib.parse import urlsplit
 
 from minter.clients import Bans, Client, fits
 from minter.contract.operations import Operation
-from minter.dialects import DIALECTS
 from minter.errors import (
     InvalidGrant,
     InvalidScope,
@@ -53,7 +52,8 @@ from minter.scopes import (
     path_contains,
     raw_path,
 )
-from minter.storages import Area, Directory
+from minter.storages.dialects import DIALECTS
+from minter.storages.directory import Area, Directory
 
 _CACHE_LIMIT = 512
 

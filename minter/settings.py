@@ -17,7 +17,6 @@ import msgspec
 from msgspec import Meta, Struct
 
 from minter.clients import fits
-from minter.dialects import DIALECTS, AudienceForm
 from minter.errors import SettingsError
 from minter.exchanges import Exchange
 from minter.keys import Algorithm, RotationPolicy
@@ -26,8 +25,9 @@ from minter.plans import SEVERAL_STORAGES
 from minter.policy import Policy
 from minter.providers import Provider
 from minter.routes import FTS, SHIPPED_RISK_ASSESSMENT, SHIPPED_ROUTES, Route
-from minter.rucio import RSERule, storages_from_export
-from minter.storages import Directory, Storage
+from minter.storages.dialects import DIALECTS, AudienceForm
+from minter.storages.directory import Directory, Storage
+from minter.storages.from_rucio import RSERule, storages_from_export
 
 Positive = Annotated[int, Meta(gt=0)]
 

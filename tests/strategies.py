@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from minter.clients import Client
 from minter.contract.messages import FileOperation, FileRequest, MintRequest
 from minter.contract.operations import OPERATIONS
-from minter.dialects import DIALECTS
 from minter.keys import HARD_MAX_SECONDS
 from minter.routes import PROFILE_MAX_SECONDS, Route
-from minter.storages import Endpoint, Storage
+from minter.storages.dialects import DIALECTS
+from minter.storages.directory import Endpoint, Storage
 
 REQUEST_ID = uuid.UUID("01a20000-0000-7000-8000-000000000000")
 

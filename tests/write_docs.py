@@ -2,14 +2,15 @@
 
 import msgspec
 
-from minter import dialects, metrics, settings
+from minter import metrics, settings
 from minter.contract import operations
 from minter.exchanges import Exchange
 from minter.keys import RotationPolicy
 from minter.providers import PROVIDER_DIALECTS, Provider
 from minter.routes import FTS, Route
-from minter.rucio import RSERule
-from minter.storages import Endpoint, Storage
+from minter.storages import dialects
+from minter.storages.directory import Endpoint, Storage
+from minter.storages.from_rucio import RSERule
 from tests.conftest import ROOT
 
 
@@ -17,7 +18,7 @@ def dialects_page() -> str:
     lines = [
         "# Storage dialects",
         "",
-        "Written from `minter/dialects.py` by `python -m tests.write_docs`; a test compares. A cell names what an operation",
+        "Written from `minter/storages/dialects.py` by `python -m tests.write_docs`; a test compares. A cell names what an operation",
         "needs in one token; *parent* is the file's directory. *Tried* means run against the real software.",
         "",
         "| dialect | software | "

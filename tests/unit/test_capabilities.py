@@ -16,7 +16,7 @@ from minter.policy import Policy
 from minter.requests import Request
 from minter.routes import Route
 from minter.scopes import Scope, contains, parse_scopes, path_contains
-from minter.storages import Directory, Endpoint, Storage
+from minter.storages.directory import Directory, Endpoint, Storage
 from minter.wishes import GRACE, Family, Wish, act_depth, present
 from tests import strategies
 

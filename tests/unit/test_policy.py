@@ -11,14 +11,14 @@ from msgspec import structs
 from minter import policy
 from minter.clients import Ban, Bans, Client
 from minter.contract.messages import FileOperation, FileRequest, FillRequest, MintRequest
-from minter.dialects import DIALECTS, scopes_needed
 from minter.errors import SettingsError
 from minter.fts_jobs import from_fill
 from minter.policy import Policy, asked_scopes
 from minter.requests import from_mint
 from minter.routes import FTS, PROFILE_MAX_SECONDS, SHIPPED_ROUTES, Route
 from minter.scopes import parent, path_contains
-from minter.storages import Directory, Endpoint, Storage
+from minter.storages.dialects import DIALECTS, scopes_needed
+from minter.storages.directory import Directory, Endpoint, Storage
 from tests import strategies
 
 NO_BANS = Bans()

@@ -6,11 +6,11 @@ import msgspec
 import pytest
 
 from minter.cli_storages import settings_text
-from minter.dirac import storages_from_cfg
 from minter.errors import SettingsError
-from minter.rucio import RSERule
-from minter.sites import site_config
-from minter.storages import Directory, Endpoint, Storage
+from minter.storages.directory import Directory, Endpoint, Storage
+from minter.storages.from_dirac import storages_from_cfg
+from minter.storages.from_rucio import RSERule
+from minter.storages.site_config import site_config
 
 ISSUER = "https://tokens.example.org/vo/"
 CFG = """

@@ -11,7 +11,6 @@ from difflib import get_close_matches
 
 from msgspec import Struct, structs
 
-from minter.dialects import DIALECTS, AudienceForm, Dialect, Matching, audience
 from minter.errors import (
     EndpointTakesNoToken,
     InvalidPath,
@@ -20,6 +19,7 @@ from minter.errors import (
     UnknownStorage,
 )
 from minter.scopes import check_path, path_contains
+from minter.storages.dialects import DIALECTS, AudienceForm, Dialect, Matching, audience
 
 DEFAULT_PORTS: Mapping[str, int] = {"davs": 443, "https": 443, "roots": 1094}
 """The schemes that carry a token, all over TLS, with the port that an URL need not name."""

@@ -7,7 +7,7 @@ their documentation and say so in their first line.
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from minter.storages import Area, Storage
+from minter.storages.directory import Area, Storage
 
 _UNTRIED = "(from its documentation, not tried)"
 

@@ -10,11 +10,11 @@ from typing import Any
 
 from diraccfg import CFG
 
-from minter.dialects import AudienceForm
 from minter.errors import SettingsError
-from minter.rucio import RSERule, rule_of
 from minter.scopes import path_contains
-from minter.storages import Endpoint, Storage, squash
+from minter.storages.dialects import AudienceForm
+from minter.storages.directory import Endpoint, Storage, squash
+from minter.storages.from_rucio import RSERule, rule_of
 
 TOKEN_PROTOCOLS = ("https", "davs")
 

@@ -9,10 +9,10 @@ from typing import Any
 
 from msgspec import Struct, structs
 
-from minter.dialects import AudienceForm, Matching
 from minter.errors import SettingsError
 from minter.scopes import path_contains
-from minter.storages import Endpoint, Storage, squash
+from minter.storages.dialects import AudienceForm, Matching
+from minter.storages.directory import Endpoint, Storage, squash
 
 TOKEN_SCHEMES = ("davs", "https")
 

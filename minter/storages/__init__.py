@@ -1,0 +1,1 @@
+"""Storages: dialects, look-up by URL, imports, and the configuration that sites need."""
