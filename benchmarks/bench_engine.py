@@ -17,9 +17,9 @@ from benchmarks.engine import bench, openssl_per_second, versions
 from benchmarks.load import body
 from minter import wiring
 from minter.outcomes import Submission
-from minter.policy import Policy
-from minter.requests import decode_mint
-from minter.routes import Route
+from minter.policy.requests import decode_mint
+from minter.policy.routes import Route
+from minter.policy.transfers import Policy
 
 
 def core(running, requests: int, tokens: int = 40_000) -> int:

@@ -14,7 +14,7 @@ from minter import wiring
 from minter.contract.followups import CancelRequest, FetchRequest, FileReport, RenewRequest, ReportRequest
 from minter.lives import Lives
 from minter.outcomes import Submission
-from minter.requests import decode_mint
+from minter.policy.requests import decode_mint
 
 FILES, ROUNDS = 1_000, 7
 

@@ -11,12 +11,12 @@ from datetime import datetime
 from msgspec import Struct
 from sqlalchemy.engine import Engine as Pool
 
-from minter.clients import Ban, Bans
 from minter.database import floor, transaction
 from minter.errors import InvalidRequest
 from minter.keys import LAST_EXPIRY
-from minter.plans import SEVERAL_STORAGES
-from minter.requests import SEVERAL
+from minter.policy.clients import Ban, Bans
+from minter.policy.plans import SEVERAL_STORAGES
+from minter.policy.requests import SEVERAL
 from minter.scopes import encode_path, parse_scopes
 
 FETCH_ROWS = 5_000

@@ -10,8 +10,8 @@ from minter.contract.messages import MAX_BODY_BYTES, Answer, AwaitedToken, Refus
 from minter.errors import Expired, InvalidRequest, MinterError, RequestError, ServerError, Unavailable
 from minter.fts_jobs import fill_job
 from minter.outcomes import Issued, Outcome
-from minter.plans import BACKDATE_SECONDS
-from minter.requests import Request
+from minter.policy.plans import BACKDATE_SECONDS
+from minter.policy.requests import Request
 
 _DEFAULT_FIXED_SECONDS = BACKDATE_SECONDS + 600
 MAX_FILLED_BYTES = 15 * 1024 * 1024

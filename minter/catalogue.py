@@ -9,9 +9,9 @@ import psycopg
 from psycopg.types.json import Jsonb
 from sqlalchemy.engine import Engine as Pool
 
-from minter.clients import Ban, Client
 from minter.database import CONTROL_LOCK, one, transaction
 from minter.errors import InvalidRequest, Unavailable, UnknownClient, UnknownVO
+from minter.policy.clients import Ban, Client
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from msgspec import Struct
 
 from minter.errors import TokenRejected
 from minter.keys import HARD_MAX_SECONDS
-from minter.plans import BACKDATE_SECONDS, MAX_CLAIM_CHARACTERS, Grant
+from minter.policy.plans import BACKDATE_SECONDS, MAX_CLAIM_CHARACTERS, Grant
 
 WLCG_VERSION = "1.0"
 """Stays 1.0 until all verifiers read newer ones: dCache and XRootD refuse any other."""

@@ -30,19 +30,19 @@ from minter import (
     housekeeping,
     keys,
     migrations,
-    policy,
     stack,
     stories,
     wiring,
 )
 from minter.broker import rabbitmq
 from minter.broker.publisher import connect, declare
-from minter.capabilities import ANY
 from minter.client.client import MinterClient, new_request_id
 from minter.console import AsJson, SettingsPath, console, guarded, open_service, read_object, show
 from minter.contract.messages import FillRequest
 from minter.errors import InvalidRequest, TokenRejected, Unavailable
 from minter.fts_jobs import from_fill
+from minter.policy import transfers as policy
+from minter.policy.token_endpoint import ANY
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 db_app = typer.Typer(no_args_is_help=True, help="The database.")

@@ -14,13 +14,13 @@ import typer
 from joserfc.jwk import ECKey
 
 from minter import catalogue, database, keys, wiring
-from minter.clients import Ban, Client
 from minter.console import AsJson, as_table, guarded, open_service, read_object, show, show_living, whoami
 from minter.contract.operations import OPERATIONS
 from minter.errors import InvalidRequest, UnknownClient
+from minter.policy.clients import Ban, Client
+from minter.policy.token_requests import SubjectToken
 from minter.scopes import check_path
 from minter.subjects import Subjects
-from minter.wishes import SubjectToken
 
 clients_app = typer.Typer(no_args_is_help=True, help="Register, change and disable clients.")
 

@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from minter import alive, database, wiring
-from minter.clients import Ban
 from minter.errors import InvalidRequest, MinterError, SettingsError, Unavailable
+from minter.policy.clients import Ban
 from minter.stories import Story
 
 console = Console()

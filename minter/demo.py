@@ -19,13 +19,14 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from minter import database, keys, policy, stories, wiring
+from minter import database, keys, stories, wiring
 from minter.claims import unverified_claims
 from minter.client.client import FileRequest, FilledJob, MinterClient, Token
 from minter.console import story_table
 from minter.contract.messages import FillRequest
 from minter.errors import MinterError
 from minter.fts_jobs import from_fill
+from minter.policy import transfers
 from minter.stack import Stack
 from minter.stories import Story
 
@@ -245,7 +246,7 @@ class Demo:
         with database.transaction(self.service.pool) as connection:
             control = database.read_control(connection)
         client = control.clients[self.service.loaded.settings.broker.local_client]
-        lines = policy.explain(self.service.loaded.policy.decide(request, client, control.bans))
+        lines = transfers.explain(self.service.loaded.policy.decide(request, client, control.bans))
         start = next(i for i, line in enumerate(lines) if line.startswith("file 0 destination"))
         self.console.print("[bold]Why: minter explain[/bold]")
         for line in lines[start : start + 9]:

@@ -11,7 +11,7 @@ from minter.errors import InvalidRequest
 from minter.fts_jobs import decode_fill
 from minter.lives import Lives
 from minter.outcomes import Submission
-from minter.requests import Request, decode_mint
+from minter.policy.requests import Request, decode_mint
 
 _NEW: dict[str, Callable[[Raw | bytes], Request]] = {
     names.MINT: decode_mint,

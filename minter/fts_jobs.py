@@ -9,7 +9,7 @@ from msgspec import Meta, Struct
 from minter.contract.messages import MAX_BYTES, MAX_FILES, MAX_SECONDS, MAX_SOURCES, FillRequest, Url, decode
 from minter.contract.operations import Operation
 from minter.errors import InvalidRequest
-from minter.requests import File, Need, Request, content_digest, subject_of
+from minter.policy.requests import File, Need, Request, content_digest, subject_of
 
 _fill_decoder = msgspec.json.Decoder(FillRequest)
 

@@ -29,11 +29,11 @@ from minter.errors import (
     UnsupportedGrantType,
 )
 from minter.outcomes import Outcome, Submission
-from minter.plans import MAX_CLAIM_CHARACTERS
+from minter.policy.plans import MAX_CLAIM_CHARACTERS
+from minter.policy.requests import Request
+from minter.policy.token_requests import Family, SubjectToken, Wish, present
 from minter.publish import EXCHANGE
-from minter.requests import Request
 from minter.web import Web, base_path, send
-from minter.wishes import Family, SubjectToken, Wish, present
 
 ACCESS_TOKEN = "urn:ietf:params:oauth:token-type:access_token"  # noqa: S105 - a name, RFC 8693 §3
 JWT_TOKEN = "urn:ietf:params:oauth:token-type:jwt"  # noqa: S105

@@ -30,8 +30,8 @@ from minter.errors import InvalidRequest, UnknownRequest
 from minter.fts_events import FTSEvent
 from minter.keys import LAST_EXPIRY
 from minter.mint import Engine, known_client
+from minter.policy.requests import Request
 from minter.renewals import renewal
-from minter.requests import Request
 
 MAX_TOKENS = 100_000
 """Tokens of all requests that one report may name by request and file."""

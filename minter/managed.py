@@ -14,13 +14,13 @@ from uuid import UUID
 import msgspec
 from msgspec import Struct, structs
 
-from minter.clients import Bans, Client
 from minter.errors import Banned, MinterError, UnknownClient
 from minter.keys import HARD_MAX_SECONDS
-from minter.plans import BACKDATE_SECONDS, FTS_QUEUE_SECONDS, Grant
+from minter.policy.clients import Bans, Client
+from minter.policy.plans import BACKDATE_SECONDS, FTS_QUEUE_SECONDS, Grant
+from minter.policy.requests import SEVERAL, Request
+from minter.policy.routes import Mode
 from minter.providers import PATIENCE_SECONDS, Provider, lead_of
-from minter.requests import SEVERAL, Request
-from minter.routes import Mode
 from minter.scopes import parse_scopes
 
 LEAST_SECONDS = 120

@@ -30,7 +30,7 @@ from minter.database import count_living, read_keys, transaction
 from minter.errors import SettingsError, Unavailable
 from minter.keys import RotationPolicy
 from minter.outcomes import Observed, Outcome
-from minter.plans import Plan
+from minter.policy.plans import Plan
 from minter.records import OWN_KINDS
 from minter.settings import MetricsSettings
 

@@ -24,9 +24,8 @@ from uuid import UUID
 
 from msgspec import structs
 
-from minter import capabilities, keys, managed
+from minter import keys, managed
 from minter.claims import build_claims, check_token, unverified_claims
-from minter.clients import Client
 from minter.contract.messages import Side
 from minter.errors import (
     Banned,
@@ -44,10 +43,12 @@ from minter.errors import (
 from minter.keys import Key, RotationPolicy, Signer
 from minter.managed import ManagedToken, Wanted
 from minter.outcomes import Awaited, Issued, Observe, Observed, Outcome, Submission, Work, share
-from minter.plans import Grant, Plan
-from minter.policy import Policy, check_reply_queue
+from minter.policy import token_endpoint
+from minter.policy.clients import Client
+from minter.policy.plans import Grant, Plan
+from minter.policy.requests import SEVERAL, Request, check_request_id
+from minter.policy.transfers import Policy, check_reply_queue
 from minter.records import OWN_KINDS, Control, Recording, RequestRow, Store, TokenRow
-from minter.requests import SEVERAL, Request, check_request_id
 from minter.scopes import parse_scopes
 from minter.sharing import Kept, Place, Shared
 
@@ -170,7 +171,7 @@ class Engine:
             on_behalf_of, activity = request.on_behalf_of, _activity(request)
             decision = self.policy.decide(request, client.at(now), control.bans, control.away)
         else:
-            granted = capabilities.decide(
+            granted = token_endpoint.decide(
                 self.policy, request, client, control.clients, control.bans, now, held.subjects, held.families
             )
             decision, outcome.family, on_behalf_of, activity = granted

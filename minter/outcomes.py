@@ -7,16 +7,16 @@ from uuid import UUID
 
 from msgspec import Struct
 
-from minter.clients import Client
 from minter.contract.messages import Side
 from minter.errors import Conflict, MinterError, NoUsableKey
 from minter.keys import Key
 from minter.managed import Wanted
-from minter.plans import BACKDATE_SECONDS, Decision, Grant
+from minter.policy.clients import Client
+from minter.policy.plans import BACKDATE_SECONDS, Decision, Grant
+from minter.policy.requests import Request
+from minter.policy.token_requests import Family
 from minter.records import RequestRow, TokenRow, UseRow, fts_token_id
-from minter.requests import Request
 from minter.sharing import Shared
-from minter.wishes import Family
 
 
 class Submission(Struct, frozen=True, eq=False):

@@ -10,8 +10,8 @@ from urllib.parse import urlsplit
 
 from msgspec import Meta, Struct
 
-from minter.clients import fits
 from minter.errors import SettingsError
+from minter.policy.clients import fits
 
 Target = Literal["audience", "resource", "none"]
 Reuse = Literal["safe", "spent"]

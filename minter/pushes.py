@@ -14,12 +14,12 @@ from msgspec import Struct
 from sqlalchemy.engine import Engine as Pool
 
 from minter import keeping, logs
-from minter.clients import Client
 from minter.contract.messages import Answer, RefusedNeed, TokenAnswer
 from minter.errors import NoUsableKey, Unavailable
 from minter.keeping import Unpushed
 from minter.keystore import Keystore
 from minter.managed import SHOWN_SECONDS, forbidden
+from minter.policy.clients import Client
 from minter.records import Control
 
 logger = logging.getLogger("minter.pushes")

@@ -35,10 +35,10 @@ from minter.database import (
 )
 from minter.keys import HARD_MAX_SECONDS
 from minter.managed import ManagedToken, Wanted
-from minter.plans import Plan
+from minter.policy.plans import Plan
+from minter.policy.token_requests import Family, Subject
 from minter.records import OWN_KINDS, Control, RequestRow, TokenRow, UseRow, path_hash
 from minter.sharing import Place
-from minter.wishes import Family, Subject
 
 COPY_ROWS = 64
 """Rows sent to Postgres at once, which takes them in while the next ones are signed: few, so that

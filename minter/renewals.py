@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from minter.contract.followups import RenewRequest
 from minter.contract.operations import Operation
 from minter.errors import UnknownRequest, UnknownStorage
-from minter.policy import Policy
+from minter.policy.requests import SEVERAL, File, Need, Request, content_digest, subject_of
+from minter.policy.transfers import Policy
 from minter.records import RequestRow, TokenRow, path_hash
-from minter.requests import SEVERAL, File, Need, Request, content_digest, subject_of
 from minter.scopes import parse_scopes
 
 

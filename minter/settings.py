@@ -16,15 +16,15 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta, Struct
 
-from minter.clients import fits
 from minter.errors import SettingsError
-from minter.exchanges import Exchange
 from minter.keys import Algorithm, RotationPolicy
 from minter.keystore import read_private_file
-from minter.plans import SEVERAL_STORAGES
-from minter.policy import Policy
+from minter.policy.clients import fits
+from minter.policy.exchanges import Exchange
+from minter.policy.plans import SEVERAL_STORAGES
+from minter.policy.routes import FTS, SHIPPED_RISK_ASSESSMENT, SHIPPED_ROUTES, Route
+from minter.policy.transfers import Policy
 from minter.providers import Provider
-from minter.routes import FTS, SHIPPED_RISK_ASSESSMENT, SHIPPED_ROUTES, Route
 from minter.storages.dialects import DIALECTS, AudienceForm
 from minter.storages.directory import Directory, Storage
 from minter.storages.from_rucio import RSERule, storages_from_export

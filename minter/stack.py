@@ -17,9 +17,9 @@ import kombu
 
 from minter import catalogue, database, migrations, settings, wiring
 from minter.broker.publisher import declare
-from minter.clients import Client
 from minter.embedded import Postgres, Valkey
 from minter.keystore import new_master_key
+from minter.policy.clients import Client
 
 STOP_SECONDS = 30.0
 CELERY = ("celery", "-A", "workers.app")

@@ -20,9 +20,9 @@ from minter.errors import MinterError, RefreshTokenLost, RequestError, Unavailab
 from minter.keeping import Leased, Result
 from minter.lives import Lives
 from minter.outcomes import Issued, Outcome, Submission
-from minter.plans import BACKDATE_SECONDS
+from minter.policy.plans import BACKDATE_SECONDS
+from minter.policy.requests import Request
 from minter.pushes import Pushes
-from minter.requests import Request
 
 logger = logging.getLogger("minter.stand_ins")
 

@@ -7,7 +7,7 @@ from msgspec import structs
 
 from minter.errors import InvalidGrant
 from minter.iam import IAM, check_subject, scope_words
-from minter.wishes import SubjectToken
+from minter.policy.token_requests import SubjectToken
 
 
 class Subjects:

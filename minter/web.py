@@ -34,10 +34,10 @@ from minter.errors import (
 )
 from minter.gather import Gatherer
 from minter.metrics import Metrics
+from minter.policy.token_requests import SubjectToken
 from minter.ratelimits import RateLimit
 from minter.subjects import Subjects
 from minter.wiring import Service
-from minter.wishes import SubjectToken
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import uuid_utils
 
 from minter import catalogue, database, housekeeping, keyring, keys, recording, settings
-from minter.clients import Client
 from minter.documents import SharedDocuments
 from minter.errors import NoUsableKey, SettingsError
 from minter.iam import IAM
@@ -19,6 +18,7 @@ from minter.keys import Algorithm
 from minter.keystore import Keystore, MasterKey, read_master_key
 from minter.mint import Engine
 from minter.outcomes import Observed
+from minter.policy.clients import Client
 
 _GC_ALLOCATIONS = 20_000
 

@@ -5,11 +5,11 @@ from string import ascii_lowercase
 
 from hypothesis import strategies as st
 
-from minter.clients import Client
 from minter.contract.messages import FileOperation, FileRequest, MintRequest
 from minter.contract.operations import OPERATIONS
 from minter.keys import HARD_MAX_SECONDS
-from minter.routes import PROFILE_MAX_SECONDS, Route
+from minter.policy.clients import Client
+from minter.policy.routes import PROFILE_MAX_SECONDS, Route
 from minter.storages.dialects import DIALECTS
 from minter.storages.directory import Endpoint, Storage
 

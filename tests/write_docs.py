@@ -4,10 +4,10 @@ import msgspec
 
 from minter import metrics, settings
 from minter.contract import operations
-from minter.exchanges import Exchange
 from minter.keys import RotationPolicy
+from minter.policy.exchanges import Exchange
+from minter.policy.routes import FTS, Route
 from minter.providers import PROVIDER_DIALECTS, Provider
-from minter.routes import FTS, Route
 from minter.storages import dialects
 from minter.storages.directory import Endpoint, Storage
 from minter.storages.from_rucio import RSERule

@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from jwt.algorithms import ECAlgorithm
 
 from minter import catalogue, keys
-from minter.clients import Ban
+from minter.policy.clients import Ban
 from minter.publish import EXCHANGE
 from tests.acceptance.served import VO, Served
 from tests.conftest import rows

@@ -12,7 +12,6 @@ import urllib3
 from msgspec import structs
 
 from minter import alive, catalogue, database, housekeeping, keeping, stories, wiring
-from minter.clients import Ban
 from minter.contract.followups import CancelRequest, FetchRequest, FileReport, ReportRequest
 from minter.contract.messages import FileOperation, FileRequest, MintRequest
 from minter.documents import SharedDocuments
@@ -22,11 +21,12 @@ from minter.iam import IAM
 from minter.keeper import Keeper
 from minter.lives import Lives
 from minter.outcomes import Submission
-from minter.policy import Policy
+from minter.policy.clients import Ban
+from minter.policy.requests import from_mint
+from minter.policy.routes import Route
+from minter.policy.transfers import Policy
 from minter.providers import Provider
 from minter.records import fts_token_id
-from minter.requests import from_mint
-from minter.routes import Route
 from tests.conftest import rows
 from tests.integration.test_mint import SE
 
@@ -81,7 +81,7 @@ class Bench:
             )
         )
         if subject:
-            from minter.wishes import SubjectToken
+            from minter.policy.token_requests import SubjectToken
 
             request = structs.replace(request, subject=SubjectToken(subject, "iam"))
         (outcome,) = self.service.engine.mint_many([Submission(request, client)], self.clock())

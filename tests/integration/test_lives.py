@@ -9,7 +9,6 @@ import pytest
 
 from minter import catalogue, database, stack, wiring
 from minter.claims import unverified_claims
-from minter.clients import Ban
 from minter.contract.followups import (
     CancelRequest,
     FetchRequest,
@@ -26,8 +25,9 @@ from minter.errors import Banned, Expired, InvalidRequest, UnknownClient, Unknow
 from minter.fts_jobs import from_fill
 from minter.lives import Lives
 from minter.outcomes import Submission
-from minter.policy import asked_scopes
-from minter.requests import from_mint
+from minter.policy.clients import Ban
+from minter.policy.requests import from_mint
+from minter.policy.transfers import asked_scopes
 from tests.conftest import EXAMPLES, rows
 from tests.integration.test_mint import OTHER, SE, mint, submission, tokens
 

@@ -9,7 +9,7 @@ from minter import metrics, wiring
 from minter.contract.messages import FileRequest, MintRequest
 from minter.errors import SettingsError
 from minter.outcomes import Submission
-from minter.requests import from_mint
+from minter.policy.requests import from_mint
 from tests.conftest import load_settings
 from tests.integration.test_mint import SE, mint, submission
 

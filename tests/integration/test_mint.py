@@ -15,8 +15,8 @@ from minter.errors import Unavailable
 from minter.fts_jobs import from_fill
 from minter.keystore import new_master_key
 from minter.outcomes import Submission
+from minter.policy.requests import from_mint
 from minter.records import fts_token_id
-from minter.requests import from_mint
 from tests.conftest import load_settings, rows
 
 SE = "davs://se01.boreas.example.org:443/atlas/atlasdatadisk/rucio/data/"

@@ -8,7 +8,6 @@ import pytest
 from msgspec import structs
 
 from minter import alive, archive, catalogue, database, keys, recording, stack, stories, wiring
-from minter.clients import Ban, Bans
 from minter.contract.followups import (
     CancelRequest,
     FetchRequest,
@@ -21,9 +20,10 @@ from minter.contract.messages import FileOperation, FileRequest, MintRequest
 from minter.errors import Banned, Expired, Unavailable
 from minter.lives import Lives
 from minter.outcomes import Submission
-from minter.policy import Policy
-from minter.requests import from_mint
-from minter.routes import Route
+from minter.policy.clients import Ban, Bans
+from minter.policy.requests import from_mint
+from minter.policy.routes import Route
+from minter.policy.transfers import Policy
 from tests.conftest import load_settings, rows
 from tests.integration.test_mint import SE, count, mint, rotate, tokens
 

@@ -9,15 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec import structs
 
-from minter import capabilities
-from minter.capabilities import ANY, ANY_SECONDS
-from minter.clients import Bans, Client
-from minter.policy import Policy
-from minter.requests import Request
-from minter.routes import Route
+from minter.policy import token_endpoint
+from minter.policy.clients import Bans, Client
+from minter.policy.requests import Request
+from minter.policy.routes import Route
+from minter.policy.token_endpoint import ANY, ANY_SECONDS
+from minter.policy.token_requests import GRACE, Family, Wish, act_depth, present
+from minter.policy.transfers import Policy
 from minter.scopes import Scope, contains, parse_scopes, path_contains
 from minter.storages.directory import Directory, Endpoint, Storage
-from minter.wishes import GRACE, Family, Wish, act_depth, present
 from tests import strategies
 
 NOW = datetime(2026, 11, 22, 12, tzinfo=UTC)
@@ -75,7 +75,7 @@ def test_nothing_is_granted_beyond_what_was_asked_the_areas_of_every_audience_an
     wish = data.draw(wishes(made))
     policy = Policy({"vo": Directory(made)}, data.draw(strategies.routes()))
     request = Request(uuid.uuid4(), "token", b"", (), wish=wish)
-    decision = capabilities.decide(policy, request, client, {}, Bans(), NOW, {}, {}).decision
+    decision = token_endpoint.decide(policy, request, client, {}, Bans(), NOW, {}, {}).decision
     SEEN["granted" if decision.grants else "refused"] += 1
     for grant in decision.grants:
         asked = [Scope.parse(w) for w in wish.scope]
@@ -104,7 +104,7 @@ def test_nothing_is_granted_beyond_what_was_asked_the_areas_of_every_audience_an
 
 def may(policy, client, area, name):
     """Say in other words whether client and routes let a scope onto an area."""
-    for operation in capabilities._OPERATIONS[name]:
+    for operation in token_endpoint._OPERATIONS[name]:
         if client.operations and operation not in client.operations:
             continue
         for route in policy.routes:
@@ -135,7 +135,7 @@ def test_areas_of_different_base_paths_at_one_door_must_all_allow_it():
     wish = Wish(scope=("storage.modify:/x", "storage.read:/x"), audience=("h.org",))
     request = Request(uuid.uuid4(), "token", b"", (), wish=wish)
     policy = Policy({"vo": Directory([scratch, whole])}, routes)
-    (grant,) = capabilities.decide(policy, request, client, {}, Bans(), NOW, {}, {}).decision.grants
+    (grant,) = token_endpoint.decide(policy, request, client, {}, Bans(), NOW, {}, {}).decision.grants
     assert grant.scope == "storage.read:/x"
 
 

@@ -8,14 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec import structs
 
-from minter import policy
-from minter.clients import Ban, Bans, Client
 from minter.contract.messages import FileOperation, FileRequest, FillRequest, MintRequest
 from minter.errors import SettingsError
 from minter.fts_jobs import from_fill
-from minter.policy import Policy, asked_scopes
-from minter.requests import from_mint
-from minter.routes import FTS, PROFILE_MAX_SECONDS, SHIPPED_ROUTES, Route
+from minter.policy import transfers
+from minter.policy.clients import Ban, Bans, Client
+from minter.policy.requests import from_mint
+from minter.policy.routes import FTS, PROFILE_MAX_SECONDS, SHIPPED_ROUTES, Route
+from minter.policy.transfers import Policy, asked_scopes
 from minter.scopes import parent, path_contains
 from minter.storages.dialects import DIALECTS, scopes_needed
 from minter.storages.directory import Directory, Endpoint, Storage
@@ -71,7 +71,7 @@ def test_no_grant_is_wider_than_the_dialects_expansion_of_what_was_asked(data):
             assert grant.lifetime.seconds <= PROFILE_MAX_SECONDS
         extras = [n.quirk.name for n in grant.plan.needed if n.quirk]
         assert not set(extras) & set(route.forbid)
-        shown = "\n".join(policy.explain(decision))
+        shown = "\n".join(transfers.explain(decision))
         assert all(f"quirk {name}" in shown for name in extras)
 
     granted = {(g.need.file, g.need.side, g.need.index) for g in decision.grants}
@@ -204,7 +204,7 @@ def test_prefix_matching_storages_never_get_more_than_six_hours():
     life = {g.plan.area.storage: g.lifetime for g in decision.grants}
     assert life["OLD"].seconds == PROFILE_MAX_SECONDS < life["OLD"].wanted
     assert life["SE"].seconds > 168 * 3600
-    assert "clipped from" in "\n".join(policy.explain(decision))
+    assert "clipped from" in "\n".join(transfers.explain(decision))
 
 
 def test_a_lifetime_beyond_policy_is_refused_and_one_too_short_too():

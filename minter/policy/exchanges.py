@@ -5,7 +5,7 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 
-from minter.clients import fits
+from minter.policy.clients import fits
 
 Patterns = tuple[str, ...]
 

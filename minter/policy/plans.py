@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 import msgspec
 from msgspec import Struct, structs
 
-from minter.clients import Client, fits
 from minter.contract.messages import RefusedNeed
 from minter.contract.operations import Operation
 from minter.errors import RequestError
-from minter.requests import Need, refusal
-from minter.routes import PROFILE_MAX_SECONDS, Granularity, Mitigation, Route
+from minter.policy.clients import Client, fits
+from minter.policy.requests import Need, refusal
+from minter.policy.routes import PROFILE_MAX_SECONDS, Granularity, Mitigation, Route
 from minter.storages.dialects import Needed, scopes_needed
 from minter.storages.directory import Area
 

@@ -15,8 +15,6 @@ from typing import Any, NamedTuple
 
 from msgspec import structs
 
-from minter import exchanges
-from minter.clients import Bans, Client, fits
 from minter.contract.operations import Operation
 from minter.errors import (
     InvalidGrant,
@@ -26,8 +24,10 @@ from minter.errors import (
     RequestError,
     UnauthorizedClient,
 )
-from minter.exchanges import Exchange
-from minter.plans import (
+from minter.policy import exchanges
+from minter.policy.clients import Bans, Client, fits
+from minter.policy.exchanges import Exchange
+from minter.policy.plans import (
     BACKDATE_SECONDS,
     MAX_CLAIM_CHARACTERS,
     SEVERAL_STORAGES,
@@ -39,12 +39,20 @@ from minter.plans import (
     Step,
     cap_of,
 )
-from minter.policy import Policy, host_of
-from minter.requests import Need, Request
+from minter.policy.requests import Need, Request
+from minter.policy.token_requests import (
+    MAX_ACT_DEPTH,
+    Family,
+    Subject,
+    SubjectToken,
+    Wish,
+    act_depth,
+    present,
+)
+from minter.policy.transfers import Policy, host_of
 from minter.scopes import STORAGE_SCOPES, Scope, intersect, parse_scopes, path_contains
 from minter.storages.dialects import DIALECTS, Needed
 from minter.storages.directory import Area
-from minter.wishes import MAX_ACT_DEPTH, Family, Subject, SubjectToken, Wish, act_depth, present
 
 ANY = ("https://wlcg.cern.ch/jwt/v1/any",)
 ANY_SECONDS = 3600

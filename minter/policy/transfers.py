@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
-from minter.clients import Bans, Client, fits
 from minter.contract.operations import Operation
 from minter.errors import (
     InvalidGrant,
@@ -26,8 +25,9 @@ from minter.errors import (
     UnknownStorage,
     UnknownVO,
 )
-from minter.exchanges import Exchange
-from minter.plans import (
+from minter.policy.clients import Bans, Client, fits
+from minter.policy.exchanges import Exchange
+from minter.policy.plans import (
     BACKDATE_SECONDS,
     FTS_QUEUE_SECONDS,
     MAX_CLAIM_CHARACTERS,
@@ -40,8 +40,8 @@ from minter.plans import (
     make_plan,
     matches,
 )
-from minter.requests import File, Need, Request
-from minter.routes import FTS, PROFILE_MIN_SECONDS, SHIPPED_ROUTES, Route
+from minter.policy.requests import File, Need, Request
+from minter.policy.routes import FTS, PROFILE_MIN_SECONDS, SHIPPED_ROUTES, Route
 from minter.scopes import (
     Scope,
     check_path,
