@@ -8,7 +8,7 @@ from msgspec import structs
 
 from minter.contract.messages import MAX_BODY_BYTES, Answer, AwaitedToken, RefusedNeed, TokenAnswer
 from minter.errors import Expired, InvalidRequest, MinterError, RequestError, ServerError, Unavailable
-from minter.fts_jobs import fill_job
+from minter.fts.jobs import fill_job
 from minter.outcomes import Issued, Outcome
 from minter.policy.plans import BACKDATE_SECONDS
 from minter.policy.requests import Request

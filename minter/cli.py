@@ -40,7 +40,7 @@ from minter.client.client import MinterClient, new_request_id
 from minter.console import AsJson, SettingsPath, console, guarded, open_service, read_object, show
 from minter.contract.messages import FillRequest
 from minter.errors import InvalidRequest, TokenRejected, Unavailable
-from minter.fts_jobs import from_fill
+from minter.fts.jobs import from_fill
 from minter.policy import transfers as policy
 from minter.policy.token_endpoint import ANY
 

@@ -25,7 +25,7 @@ from minter.client.client import FileRequest, FilledJob, MinterClient, Token
 from minter.console import story_table
 from minter.contract.messages import FillRequest
 from minter.errors import MinterError
-from minter.fts_jobs import from_fill
+from minter.fts.jobs import from_fill
 from minter.policy import transfers
 from minter.stack import Stack
 from minter.stories import Story

@@ -8,7 +8,7 @@ from msgspec import Raw
 from minter.contract import followups, names
 from minter.contract.messages import Answer
 from minter.errors import InvalidRequest
-from minter.fts_jobs import decode_fill
+from minter.fts.jobs import decode_fill
 from minter.lives import Lives
 from minter.outcomes import Submission
 from minter.policy.requests import Request, decode_mint

@@ -27,7 +27,7 @@ from minter.contract.followups import (
 from minter.contract.messages import Alive, Answer
 from minter.database import OWN, find_operations, floor, one, read_control, read_request, transaction
 from minter.errors import InvalidRequest, UnknownRequest
-from minter.fts_events import FTSEvent
+from minter.fts.events import FTSEvent
 from minter.keys import LAST_EXPIRY
 from minter.mint import Engine, known_client
 from minter.policy.requests import Request

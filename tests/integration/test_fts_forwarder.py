@@ -10,7 +10,7 @@ from minter import wiring
 from minter.answers import answer
 from minter.contract.messages import FillRequest
 from minter.errors import Unavailable
-from minter.fts_jobs import from_fill
+from minter.fts.jobs import from_fill
 from minter.outcomes import Submission
 from tests.integration.test_mint import OTHER, SE, mint
 from workers.fts import FTS, Away, Forwarder, Refused, TooLate

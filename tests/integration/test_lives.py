@@ -22,7 +22,7 @@ from minter.contract.followups import (
 )
 from minter.contract.messages import FileOperation, FileRequest, FillRequest, MintRequest
 from minter.errors import Banned, Expired, InvalidRequest, UnknownClient, UnknownRequest, UnknownStorage
-from minter.fts_jobs import from_fill
+from minter.fts.jobs import from_fill
 from minter.lives import Lives
 from minter.outcomes import Submission
 from minter.policy.clients import Ban

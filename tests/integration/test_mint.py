@@ -12,7 +12,7 @@ from msgspec import structs
 from minter import catalogue, database, keys, recording, stack, stories, wiring
 from minter.contract.messages import FileRequest, FillRequest, MintRequest
 from minter.errors import Unavailable
-from minter.fts_jobs import from_fill
+from minter.fts.jobs import from_fill
 from minter.keystore import new_master_key
 from minter.outcomes import Submission
 from minter.policy.requests import from_mint

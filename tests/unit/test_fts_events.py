@@ -5,7 +5,7 @@ import json
 import pytest
 
 from minter.errors import InvalidRequest
-from minter.fts_events import read_event
+from minter.fts.events import read_event
 from tests.conftest import ROOT
 
 VECTORS = ROOT / "tests/vectors/fts"

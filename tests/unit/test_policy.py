@@ -10,7 +10,7 @@ from msgspec import structs
 
 from minter.contract.messages import FileOperation, FileRequest, FillRequest, MintRequest
 from minter.errors import SettingsError
-from minter.fts_jobs import from_fill
+from minter.fts.jobs import from_fill
 from minter.policy import transfers
 from minter.policy.clients import Ban, Bans, Client
 from minter.policy.requests import from_mint

@@ -17,7 +17,7 @@ from minter.contract.messages import (
 )
 from minter.demo import read_jobs
 from minter.errors import BY_REASON, Banned, InvalidRequest, ServerError, from_dict
-from minter.fts_jobs import decode_fill, fill_job
+from minter.fts.jobs import decode_fill, fill_job
 from minter.policy.requests import check_request_id, decode_mint
 from schemas.__main__ import generate
 from tests.conftest import EXAMPLES, ROOT

@@ -1,0 +1,1 @@
+"""What FTS speaks: jobs, monitoring messages and its REST interface."""
