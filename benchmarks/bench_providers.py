@@ -25,7 +25,7 @@ from minter.embedded import Postgres
 from minter.keeper import Keeper
 from minter.keystore import new_master_key
 from minter.lives import Lives
-from minter.providers import lead_of
+from minter.providers.dialects import lead_of
 from tests.iam_servers import OidcProvider
 
 LEAD = lead_of(6 * 3600, 2 * 3600)

@@ -19,8 +19,8 @@ from minter.contract.operations import OPERATIONS
 from minter.errors import InvalidRequest, UnknownClient
 from minter.policy.clients import Ban, Client
 from minter.policy.token_requests import SubjectToken
+from minter.providers.subject_tokens import Subjects
 from minter.scopes import check_path
-from minter.subjects import Subjects
 
 clients_app = typer.Typer(no_args_is_help=True, help="Register, change and disable clients.")
 

@@ -12,8 +12,8 @@ from sqlalchemy.engine import Engine as Pool
 
 from minter import health
 from minter.errors import ProviderAway, Unavailable
-from minter.iam import IAM, Documents
-from minter.providers import Provider
+from minter.providers.dialects import Provider
+from minter.providers.iam import IAM, Documents
 
 FRESH = timedelta(hours=1)
 """Documents are fetched again when they are older."""

@@ -29,7 +29,7 @@ from minter.contract.names import MINT
 from minter.database import transaction
 from minter.errors import ProviderAway, SettingsError
 from minter.fake_iam import Behaviour, Fault
-from minter.providers import LEADS
+from minter.providers.dialects import LEADS
 from minter.stack import Stack
 
 Mode = Literal["mint", "exchange", "mixed"]

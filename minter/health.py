@@ -8,9 +8,9 @@ import psycopg
 from psycopg.types.json import Jsonb
 from sqlalchemy.engine import Engine as Pool
 
-from minter.budgets import Breaker, next_two
 from minter.database import transaction
-from minter.providers import Provider
+from minter.providers.budgets import Breaker, next_two
+from minter.providers.dialects import Provider
 
 
 def known(connection: "psycopg.Connection[Any]", name: str) -> Breaker:

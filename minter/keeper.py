@@ -24,7 +24,6 @@ from msgspec import Struct, structs
 from sqlalchemy.engine import Engine as Pool
 
 from minter import health, keeping, logs
-from minter.budgets import HORIZON, backoff_seconds
 from minter.database import one, read_control, transaction
 from minter.errors import (
     Banned,
@@ -37,12 +36,13 @@ from minter.errors import (
     Unavailable,
     UnknownClient,
 )
-from minter.iam import IAM, Asked, Lost, Misconfigured, Obtained
 from minter.keeping import Leased, Result, Taken
 from minter.keystore import Keystore
 from minter.lives import Lives
 from minter.managed import LEAST_SECONDS, forbidden, next_need
 from minter.mint import check_clock
+from minter.providers.budgets import HORIZON, backoff_seconds
+from minter.providers.iam import IAM, Asked, Lost, Misconfigured, Obtained
 from minter.pushes import Pushes, Send
 from minter.records import Control, fts_token_id
 from minter.stand_ins import StandIns, failure

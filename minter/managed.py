@@ -20,7 +20,7 @@ from minter.policy.clients import Bans, Client
 from minter.policy.plans import BACKDATE_SECONDS, FTS_QUEUE_SECONDS, Grant
 from minter.policy.requests import SEVERAL, Request
 from minter.policy.routes import Mode
-from minter.providers import PATIENCE_SECONDS, Provider, lead_of
+from minter.providers.dialects import PATIENCE_SECONDS, Provider, lead_of
 from minter.scopes import parse_scopes
 
 LEAST_SECONDS = 120

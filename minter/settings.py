@@ -24,7 +24,7 @@ from minter.policy.exchanges import Exchange
 from minter.policy.plans import SEVERAL_STORAGES
 from minter.policy.routes import FTS, SHIPPED_RISK_ASSESSMENT, SHIPPED_ROUTES, Route
 from minter.policy.transfers import Policy
-from minter.providers import Provider
+from minter.providers.dialects import Provider
 from minter.storages.dialects import DIALECTS, AudienceForm
 from minter.storages.directory import Directory, Storage
 from minter.storages.from_rucio import RSERule, storages_from_export

@@ -35,8 +35,8 @@ from minter.errors import (
 from minter.gather import Gatherer
 from minter.metrics import Metrics
 from minter.policy.token_requests import SubjectToken
+from minter.providers.subject_tokens import Subjects
 from minter.ratelimits import RateLimit
-from minter.subjects import Subjects
 from minter.wiring import Service
 
 logger = logging.getLogger(__name__)

@@ -13,12 +13,12 @@ import uuid_utils
 from minter import catalogue, database, housekeeping, keyring, keys, recording, settings
 from minter.documents import SharedDocuments
 from minter.errors import NoUsableKey, SettingsError
-from minter.iam import IAM
 from minter.keys import Algorithm
 from minter.keystore import Keystore, MasterKey, read_master_key
 from minter.mint import Engine
 from minter.outcomes import Observed
 from minter.policy.clients import Client
+from minter.providers.iam import IAM
 
 _GC_ALLOCATIONS = 20_000
 

@@ -7,7 +7,7 @@ from minter.contract import operations
 from minter.keys import RotationPolicy
 from minter.policy.exchanges import Exchange
 from minter.policy.routes import FTS, Route
-from minter.providers import PROVIDER_DIALECTS, Provider
+from minter.providers.dialects import PROVIDER_DIALECTS, Provider
 from minter.storages import dialects
 from minter.storages.directory import Endpoint, Storage
 from minter.storages.from_rucio import RSERule
@@ -49,7 +49,7 @@ def dialects_page() -> str:
         "",
         "## External IAMs",
         "",
-        "Written from `minter/providers.py`. *Target* is the parameter for audiences (of an exchange / of client credentials);",
+        "Written from `minter/providers/dialects.py`. *Target* is the parameter for audiences (of an exchange / of client credentials);",
         "*offline* how a refresh token is asked for; *reuse* whether a refresh token whose answer was lost works again.",
         "",
         "| dialect | software | target | offline | reuse | source | tried |",

@@ -9,8 +9,8 @@ import pytest
 from msgspec import structs
 
 from minter.errors import InvalidGrant, ProviderRefused
-from minter.iam import IAM, Asked, Misconfigured, check_subject
-from minter.providers import Provider
+from minter.providers.dialects import Provider
+from minter.providers.iam import IAM, Asked, Misconfigured, check_subject
 from tests.conftest import ROOT
 from tests.iam_servers import Fake, Keycloak, OidcProvider
 

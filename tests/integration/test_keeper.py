@@ -17,7 +17,6 @@ from minter.contract.messages import FileOperation, FileRequest, MintRequest
 from minter.documents import SharedDocuments
 from minter.errors import InvalidGrant
 from minter.fake_iam import Behaviour, FakeIAM
-from minter.iam import IAM
 from minter.keeper import Keeper
 from minter.lives import Lives
 from minter.outcomes import Submission
@@ -25,7 +24,8 @@ from minter.policy.clients import Ban
 from minter.policy.requests import from_mint
 from minter.policy.routes import Route
 from minter.policy.transfers import Policy
-from minter.providers import Provider
+from minter.providers.dialects import Provider
+from minter.providers.iam import IAM
 from minter.records import fts_token_id
 from tests.conftest import rows
 from tests.integration.test_mint import SE
@@ -496,7 +496,7 @@ def test_cancelled_handles_are_not_given(service, iam):
 
 
 def test_subject_tokens_are_verified(service, iam):
-    from minter.iam import check_subject
+    from minter.providers.iam import check_subject
 
     bench = Bench(service, iam, own())
     assert check_subject(bench.iam, bench.subject(), ("minter",))["sub"] == "atlas-user"

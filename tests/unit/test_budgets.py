@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minter.budgets import (
+from minter.errors import SettingsError
+from minter.providers.budgets import (
     FAILURES_TO_OPEN,
     HORIZON,
     MAX_PAUSE_SECONDS,
@@ -15,8 +16,7 @@ from minter.budgets import (
     backoff_seconds,
     reserve,
 )
-from minter.errors import SettingsError
-from minter.providers import LEADS, PROVIDER_DIALECTS, Provider, lead_of
+from minter.providers.dialects import LEADS, PROVIDER_DIALECTS, Provider, lead_of
 
 T0 = datetime(2026, 11, 22, 12, tzinfo=UTC)
 PROVIDER = {"name": "iam", "issuer": "https://iam.example.org/", "client_id": "minter", "secret_file": "s"}

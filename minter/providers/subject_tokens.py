@@ -6,8 +6,8 @@ import jwt
 from msgspec import structs
 
 from minter.errors import InvalidGrant
-from minter.iam import IAM, check_subject, scope_words
 from minter.policy.token_requests import SubjectToken
+from minter.providers.iam import IAM, check_subject, scope_words
 
 
 class Subjects:

@@ -22,7 +22,6 @@ from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from msgspec import Struct
 
-from minter import bounded
 from minter.errors import (
     InvalidGrant,
     MinterError,
@@ -32,7 +31,8 @@ from minter.errors import (
     SettingsError,
     Unavailable,
 )
-from minter.providers import Provider, Target
+from minter.providers import bounded
+from minter.providers.dialects import Provider, Target
 from minter.scopes import Scope, contains
 from minter.storages.dialects import DEFAULT_MAX_TOKEN_BYTES
 

@@ -1,0 +1,1 @@
+"""Minter as a client of an external IAM."""
