@@ -16,10 +16,10 @@ import msgspec
 from benchmarks.engine import bench, openssl_per_second, versions
 from benchmarks.load import body
 from minter import wiring
-from minter.outcomes import Submission
 from minter.policy.requests import decode_mint
 from minter.policy.routes import Route
 from minter.policy.transfers import Policy
+from minter.tokens.outcomes import Submission
 
 
 def core(running, requests: int, tokens: int = 40_000) -> int:

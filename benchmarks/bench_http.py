@@ -23,7 +23,7 @@ from statistics import median
 from benchmarks.engine import settings_text, versions
 from minter import migrations, settings, stack, wiring
 from minter.embedded import Postgres
-from minter.keystore import new_master_key
+from minter.tokens.keystore import new_master_key
 from tests.servers import free_ports
 
 ROOT = Path(__file__).parents[1]

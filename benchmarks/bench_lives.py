@@ -13,8 +13,8 @@ from benchmarks.load import body
 from minter import wiring
 from minter.contract.followups import CancelRequest, FetchRequest, FileReport, RenewRequest, ReportRequest
 from minter.lives import Lives
-from minter.outcomes import Submission
 from minter.policy.requests import decode_mint
+from minter.tokens.outcomes import Submission
 
 FILES, ROUNDS = 1_000, 7
 

@@ -23,9 +23,9 @@ from benchmarks.engine import ROOT, settings_text, versions
 from minter import catalogue, database, keeping, migrations, settings, stack, wiring
 from minter.embedded import Postgres
 from minter.keeper import Keeper
-from minter.keystore import new_master_key
 from minter.lives import Lives
 from minter.providers.dialects import lead_of
+from minter.tokens.keystore import new_master_key
 from tests.iam_servers import OidcProvider
 
 LEAD = lead_of(6 * 3600, 2 * 3600)

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import kombu
 
-from minter import database, keys, migrations, settings, stack, wiring
+from minter import database, migrations, settings, stack, wiring
 from minter.broker.publisher import declare
 from minter.embedded import Postgres, Valkey
-from minter.keystore import new_master_key
+from minter.tokens import keys
+from minter.tokens.keystore import new_master_key
 from tests.servers import RabbitMQ
 
 ROOT = Path(__file__).parents[1]

@@ -1,7 +1,7 @@
 """Minter: the token engine of grid data management.
 
 It turns transfer requests into narrow, recorded WLCG tokens, one for each file and storage.
-Start reading at `minter/mint.py`.
+Start reading at `minter/tokens/mint.py`.
 """
 
 __version__ = "0.1.0"

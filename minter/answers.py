@@ -9,9 +9,9 @@ from msgspec import structs
 from minter.contract.messages import MAX_BODY_BYTES, Answer, AwaitedToken, RefusedNeed, TokenAnswer
 from minter.errors import Expired, InvalidRequest, MinterError, RequestError, ServerError, Unavailable
 from minter.fts.jobs import fill_job
-from minter.outcomes import Issued, Outcome
 from minter.policy.plans import BACKDATE_SECONDS
 from minter.policy.requests import Request
+from minter.tokens.outcomes import Issued, Outcome
 
 _DEFAULT_FIXED_SECONDS = BACKDATE_SECONDS + 600
 MAX_FILLED_BYTES = 15 * 1024 * 1024

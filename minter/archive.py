@@ -24,8 +24,8 @@ from minter.contract.messages import unix_time
 from minter.database import one, transaction
 from minter.errors import SettingsError, Unavailable
 from minter.housekeeping import bounds, day_of
-from minter.keys import LAST_EXPIRY
 from minter.stories import AROUND, COLUMNS, USES, Refusals, Story, matches, story, wanted
+from minter.tokens.keys import LAST_EXPIRY
 
 FETCH_ROWS = 5_000
 Kind = Literal["tokens", "requests"]

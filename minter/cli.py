@@ -18,7 +18,6 @@ import typer
 from rich.console import Console
 
 from minter import (
-    claims,
     cli_clients,
     cli_control,
     cli_publish,
@@ -28,7 +27,6 @@ from minter import (
     demo,
     drill,
     housekeeping,
-    keys,
     migrations,
     stack,
     stories,
@@ -43,6 +41,7 @@ from minter.errors import InvalidRequest, TokenRejected, Unavailable
 from minter.fts.jobs import from_fill
 from minter.policy import transfers as policy
 from minter.policy.token_endpoint import ANY
+from minter.tokens import claims, keys
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 db_app = typer.Typer(no_args_is_help=True, help="The database.")

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from joserfc.jwk import ECKey
 
-from minter import catalogue, database, keys, wiring
+from minter import catalogue, database, wiring
 from minter.console import AsJson, as_table, guarded, open_service, read_object, show, show_living, whoami
 from minter.contract.operations import OPERATIONS
 from minter.errors import InvalidRequest, UnknownClient
@@ -21,6 +21,7 @@ from minter.policy.clients import Ban, Client
 from minter.policy.token_requests import SubjectToken
 from minter.providers.subject_tokens import Subjects
 from minter.scopes import check_path
+from minter.tokens import keys
 
 clients_app = typer.Typer(no_args_is_help=True, help="Register, change and disable clients.")
 

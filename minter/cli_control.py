@@ -5,13 +5,14 @@ from typing import Annotated, Literal
 
 import typer
 
-from minter import alive, catalogue, database, keyring, keys, wiring
+from minter import alive, catalogue, database, keyring, wiring
 from minter.console import AsJson, as_table, guarded, open_service, show, show_living, whoami
 from minter.errors import InvalidRequest, SettingsError
-from minter.keystore import new_master_key
 from minter.policy.clients import Ban
 from minter.scopes import check_path
 from minter.storages.directory import squash
+from minter.tokens import keys
+from minter.tokens.keystore import new_master_key
 
 keys_app = typer.Typer(no_args_is_help=True, help="Make, rotate and revoke signing keys.")
 

@@ -20,7 +20,7 @@ from sqlalchemy.engine import Engine as Pool
 
 from minter.database import one, transaction
 from minter.errors import InvalidClient, InvalidRequest, NoUsableKey
-from minter.keystore import Keystore
+from minter.tokens.keystore import Keystore
 
 logger = logging.getLogger(__name__)
 

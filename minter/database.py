@@ -16,9 +16,9 @@ from sqlalchemy import create_engine
 from sqlalchemy.engine import Engine as Pool
 
 from minter.errors import Unavailable
-from minter.keys import HARD_MAX_SECONDS, Key
 from minter.policy.clients import Ban, Bans, Client
-from minter.records import Control, RequestRow, TokenRow
+from minter.tokens.keys import HARD_MAX_SECONDS, Key
+from minter.tokens.records import Control, RequestRow, TokenRow
 
 CONTROL_LOCK = 0x6D696E74  # "mint": recording holds it shared, changes of the control tables alone
 

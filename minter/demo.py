@@ -19,8 +19,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from minter import database, keys, stories, wiring
-from minter.claims import unverified_claims
+from minter import database, stories, wiring
 from minter.client.client import FileRequest, FilledJob, MinterClient, Token
 from minter.console import story_table
 from minter.contract.messages import FillRequest
@@ -29,6 +28,8 @@ from minter.fts.jobs import from_fill
 from minter.policy import transfers
 from minter.stack import Stack
 from minter.stories import Story
+from minter.tokens import keys
+from minter.tokens.claims import unverified_claims
 
 FTS_CLAIM_CHARACTERS = 1024
 WARM_UP = FileRequest(sources=("davs://se01.boreas.example.org/atlas/atlasdatadisk/rucio/warm/up",))

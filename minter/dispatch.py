@@ -10,8 +10,8 @@ from minter.contract.messages import Answer
 from minter.errors import InvalidRequest
 from minter.fts.jobs import decode_fill
 from minter.lives import Lives
-from minter.outcomes import Submission
 from minter.policy.requests import Request, decode_mint
+from minter.tokens.outcomes import Submission
 
 _NEW: dict[str, Callable[[Raw | bytes], Request]] = {
     names.MINT: decode_mint,

@@ -12,8 +12,8 @@ from datetime import datetime
 from typing import ParamSpec, TypeVar
 
 from minter.errors import MinterError, ServerError, TooManyRequests, Unavailable
-from minter.mint import Engine
-from minter.outcomes import Outcome, Submission
+from minter.tokens.mint import Engine
+from minter.tokens.outcomes import Outcome, Submission
 
 logger = logging.getLogger(__name__)
 P = ParamSpec("P")

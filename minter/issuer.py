@@ -16,7 +16,7 @@ import jwt
 import msgspec
 from falcon import asgi
 
-from minter import keys, lives, logs, wiring
+from minter import lives, logs, wiring
 from minter.credentials import Account
 from minter.errors import (
     InvalidGrant,
@@ -28,11 +28,12 @@ from minter.errors import (
     TokenRejected,
     UnsupportedGrantType,
 )
-from minter.outcomes import Outcome, Submission
 from minter.policy.plans import MAX_CLAIM_CHARACTERS
 from minter.policy.requests import Request
 from minter.policy.token_requests import Family, SubjectToken, Wish, present
 from minter.publish import EXCHANGE
+from minter.tokens import keys
+from minter.tokens.outcomes import Outcome, Submission
 from minter.web import Web, base_path, send
 
 ACCESS_TOKEN = "urn:ietf:params:oauth:token-type:access_token"  # noqa: S105 - a name, RFC 8693 §3

@@ -37,15 +37,15 @@ from minter.errors import (
     UnknownClient,
 )
 from minter.keeping import Leased, Result, Taken
-from minter.keystore import Keystore
 from minter.lives import Lives
-from minter.managed import LEAST_SECONDS, forbidden, next_need
-from minter.mint import check_clock
 from minter.providers.budgets import HORIZON, backoff_seconds
 from minter.providers.iam import IAM, Asked, Lost, Misconfigured, Obtained
 from minter.pushes import Pushes, Send
-from minter.records import Control, fts_token_id
 from minter.stand_ins import StandIns, failure
+from minter.tokens.keystore import Keystore
+from minter.tokens.managed import LEAST_SECONDS, forbidden, next_need
+from minter.tokens.mint import check_clock
+from minter.tokens.records import Control, fts_token_id
 
 logger = logging.getLogger("minter.keeper")
 

@@ -15,9 +15,9 @@ from sqlalchemy.engine import Engine as Pool
 
 from minter.database import json_text, plain_text, transaction
 from minter.health import known, locked
-from minter.managed import ManagedToken, Wanted
 from minter.providers.budgets import HORIZON, Slots, reserve
 from minter.providers.dialects import LEADS, Provider
+from minter.tokens.managed import ManagedToken, Wanted
 
 Seal = Callable[[int, UUID, str, str], bytes]
 """Encrypts one secret of a managed token: its client_id, its id, which secret it is, and the secret."""

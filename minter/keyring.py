@@ -13,11 +13,11 @@ from msgspec import structs
 from psycopg.types.json import Jsonb
 from sqlalchemy.engine import Engine as Pool
 
-from minter import keys
 from minter.catalogue import controlling
 from minter.database import read_keys, transaction
-from minter.keys import Key, RotationPolicy
-from minter.keystore import PEPPER, SIGNING_KEY, Keystore
+from minter.tokens import keys
+from minter.tokens.keys import Key, RotationPolicy
+from minter.tokens.keystore import PEPPER, SIGNING_KEY, Keystore
 
 
 def create(

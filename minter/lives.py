@@ -28,10 +28,10 @@ from minter.contract.messages import Alive, Answer
 from minter.database import OWN, find_operations, floor, one, read_control, read_request, transaction
 from minter.errors import InvalidRequest, UnknownRequest
 from minter.fts.events import FTSEvent
-from minter.keys import LAST_EXPIRY
-from minter.mint import Engine, known_client
 from minter.policy.requests import Request
 from minter.renewals import renewal
+from minter.tokens.keys import LAST_EXPIRY
+from minter.tokens.mint import Engine, known_client
 
 MAX_TOKENS = 100_000
 """Tokens of all requests that one report may name by request and file."""

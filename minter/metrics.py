@@ -25,14 +25,15 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 from sqlalchemy.engine import Engine as Pool
 
-from minter import housekeeping, keys
+from minter import housekeeping
 from minter.database import count_living, read_keys, transaction
 from minter.errors import SettingsError, Unavailable
-from minter.keys import RotationPolicy
-from minter.outcomes import Observed, Outcome
 from minter.policy.plans import Plan
-from minter.records import OWN_KINDS
 from minter.settings import MetricsSettings
+from minter.tokens import keys
+from minter.tokens.keys import RotationPolicy
+from minter.tokens.outcomes import Observed, Outcome
+from minter.tokens.records import OWN_KINDS
 
 logger = logging.getLogger(__name__)
 

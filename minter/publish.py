@@ -13,9 +13,9 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from minter import keys
 from minter.errors import NoUsableKey, SettingsError
-from minter.keys import Key
+from minter.tokens import keys
+from minter.tokens.keys import Key
 
 DISCOVERY = ".well-known/openid-configuration"
 JWKS = "jwks.json"

@@ -17,10 +17,10 @@ from minter import keeping, logs
 from minter.contract.messages import Answer, RefusedNeed, TokenAnswer
 from minter.errors import NoUsableKey, Unavailable
 from minter.keeping import Unpushed
-from minter.keystore import Keystore
-from minter.managed import SHOWN_SECONDS, forbidden
 from minter.policy.clients import Client
-from minter.records import Control
+from minter.tokens.keystore import Keystore
+from minter.tokens.managed import SHOWN_SECONDS, forbidden
+from minter.tokens.records import Control
 
 logger = logging.getLogger("minter.pushes")
 

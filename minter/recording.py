@@ -33,12 +33,12 @@ from minter.database import (
     tokens_of,
     transaction,
 )
-from minter.keys import HARD_MAX_SECONDS
-from minter.managed import ManagedToken, Wanted
 from minter.policy.plans import Plan
 from minter.policy.token_requests import Family, Subject
-from minter.records import OWN_KINDS, Control, RequestRow, TokenRow, UseRow, path_hash
-from minter.sharing import Place
+from minter.tokens.keys import HARD_MAX_SECONDS
+from minter.tokens.managed import ManagedToken, Wanted
+from minter.tokens.records import OWN_KINDS, Control, RequestRow, TokenRow, UseRow, path_hash
+from minter.tokens.shared import Place
 
 COPY_ROWS = 64
 """Rows sent to Postgres at once, which takes them in while the next ones are signed: few, so that

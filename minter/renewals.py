@@ -12,8 +12,8 @@ from minter.contract.operations import Operation
 from minter.errors import UnknownRequest, UnknownStorage
 from minter.policy.requests import SEVERAL, File, Need, Request, content_digest, subject_of
 from minter.policy.transfers import Policy
-from minter.records import RequestRow, TokenRow, path_hash
 from minter.scopes import parse_scopes
+from minter.tokens.records import RequestRow, TokenRow, path_hash
 
 
 def renewal(

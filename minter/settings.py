@@ -17,8 +17,6 @@ import msgspec
 from msgspec import Meta, Struct
 
 from minter.errors import SettingsError
-from minter.keys import Algorithm, RotationPolicy
-from minter.keystore import read_private_file
 from minter.policy.clients import fits
 from minter.policy.exchanges import Exchange
 from minter.policy.plans import SEVERAL_STORAGES
@@ -28,6 +26,8 @@ from minter.providers.dialects import Provider
 from minter.storages.dialects import DIALECTS, AudienceForm
 from minter.storages.directory import Directory, Storage
 from minter.storages.from_rucio import RSERule, storages_from_export
+from minter.tokens.keys import Algorithm, RotationPolicy
+from minter.tokens.keystore import read_private_file
 
 Positive = Annotated[int, Meta(gt=0)]
 

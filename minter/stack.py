@@ -18,8 +18,8 @@ import kombu
 from minter import catalogue, database, migrations, settings, wiring
 from minter.broker.publisher import declare
 from minter.embedded import Postgres, Valkey
-from minter.keystore import new_master_key
 from minter.policy.clients import Client
+from minter.tokens.keystore import new_master_key
 
 STOP_SECONDS = 30.0
 CELERY = ("celery", "-A", "workers.app")

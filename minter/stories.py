@@ -14,8 +14,8 @@ from sqlalchemy.engine import Engine as Pool
 
 from minter.contract.messages import unix_time
 from minter.database import OWN, floor, transaction
-from minter.keys import HARD_MAX_SECONDS
-from minter.records import path_hash
+from minter.tokens.keys import HARD_MAX_SECONDS
+from minter.tokens.records import path_hash
 
 
 class Story(Struct, frozen=True, kw_only=True):

@@ -17,7 +17,7 @@ from minter.contract.messages import MAX_BODY_BYTES, Answer, unix_time
 from minter.credentials import Account
 from minter.errors import InvalidRequest, ReplyNotAllowed, from_dict
 from minter.lives import Lives
-from minter.outcomes import Outcome, Submission
+from minter.tokens.outcomes import Outcome, Submission
 from minter.web import Web, base_path, send, status_of
 from schemas.openapi import document
 

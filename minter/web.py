@@ -17,7 +17,7 @@ import msgspec
 from falcon import HTTPError, asgi
 from falcon.uri import parse_query_string
 
-from minter import database, keys, logs, publish
+from minter import database, logs, publish
 from minter.credentials import WRONG, Account, Credentials, Presented, presented
 from minter.errors import (
     Conflict,
@@ -37,6 +37,7 @@ from minter.metrics import Metrics
 from minter.policy.token_requests import SubjectToken
 from minter.providers.subject_tokens import Subjects
 from minter.ratelimits import RateLimit
+from minter.tokens import keys
 from minter.wiring import Service
 
 logger = logging.getLogger(__name__)

@@ -10,15 +10,16 @@ from pathlib import Path
 
 import uuid_utils
 
-from minter import catalogue, database, housekeeping, keyring, keys, recording, settings
+from minter import catalogue, database, housekeeping, keyring, recording, settings
 from minter.documents import SharedDocuments
 from minter.errors import NoUsableKey, SettingsError
-from minter.keys import Algorithm
-from minter.keystore import Keystore, MasterKey, read_master_key
-from minter.mint import Engine
-from minter.outcomes import Observed
 from minter.policy.clients import Client
 from minter.providers.iam import IAM
+from minter.tokens import keys
+from minter.tokens.keys import Algorithm
+from minter.tokens.keystore import Keystore, MasterKey, read_master_key
+from minter.tokens.mint import Engine
+from minter.tokens.outcomes import Observed
 
 _GC_ALLOCATIONS = 20_000
 

@@ -7,9 +7,10 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from minter import database, keys, migrations, settings, stack, wiring
+from minter import database, migrations, settings, stack, wiring
 from minter.embedded import Postgres
-from minter.keystore import new_master_key
+from minter.tokens import keys
+from minter.tokens.keystore import new_master_key
 from tests.simulators import FakeFTS
 
 ROOT = Path(__file__).parent.parent

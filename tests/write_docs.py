@@ -4,13 +4,13 @@ import msgspec
 
 from minter import metrics, settings
 from minter.contract import operations
-from minter.keys import RotationPolicy
 from minter.policy.exchanges import Exchange
 from minter.policy.routes import FTS, Route
 from minter.providers.dialects import PROVIDER_DIALECTS, Provider
 from minter.storages import dialects
 from minter.storages.directory import Endpoint, Storage
 from minter.storages.from_rucio import RSERule
+from minter.tokens.keys import RotationPolicy
 from tests.conftest import ROOT
 
 

@@ -21,8 +21,8 @@ from minter.contract import names
 from minter.errors import InvalidRequest, MinterError
 from minter.lives import Lives
 from minter.metrics import Metrics, StateCollector, serve_process
-from minter.outcomes import Observed
 from minter.settings import Loaded
+from minter.tokens.outcomes import Observed
 from workers.batching import Batcher, Suspects
 
 logger = logging.getLogger("minter.app")

@@ -34,8 +34,8 @@ from minter.errors import (
     UnknownClient,
 )
 from minter.lives import Lives
-from minter.mint import Engine
-from minter.outcomes import Outcome, Submission
+from minter.tokens.mint import Engine
+from minter.tokens.outcomes import Outcome, Submission
 from workers import replies
 
 logger = logging.getLogger("minter.batching")

@@ -10,7 +10,7 @@ from msgspec import Struct
 
 from minter.contract.operations import Operation
 from minter.errors import SettingsError
-from minter.keys import HARD_MAX_SECONDS
+from minter.tokens.keys import HARD_MAX_SECONDS
 
 PROFILE_MIN_SECONDS = 15 * 60
 """Shortest access token (WLCG §4.3.1)."""

@@ -15,8 +15,8 @@ from minter import wiring
 from minter.contract.followups import JobReport, ReportRequest
 from minter.contract.messages import FileRequest, MintRequest
 from minter.lives import Lives
-from minter.outcomes import Submission
 from minter.policy.requests import from_mint
+from minter.tokens.outcomes import Submission
 from tests.conftest import EXAMPLES, MASTER_KEY, ROOT, rows
 from tests.integration.test_mint import SE
 from tests.servers import RabbitMQ, installed

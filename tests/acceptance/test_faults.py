@@ -18,7 +18,7 @@ from minter.contract import names
 from minter.contract.messages import MintRequest
 from minter.embedded import Postgres, Valkey
 from minter.errors import Undeliverable, from_dict
-from minter.records import fts_token_id
+from minter.tokens.records import fts_token_id
 from tests.acceptance.conftest import Running
 from tests.acceptance.test_workers import OTHER, SE
 from tests.conftest import EXAMPLES, prepare

@@ -10,9 +10,10 @@ import uuid
 import httpx
 import pytest
 
-from minter import keys, wiring
+from minter import wiring
 from minter.client.client import FileReport, FileRequest, JobReport, MinterClient
 from minter.errors import InvalidClient, InvalidRequest, SettingsError, Unavailable, UnknownRequest
+from minter.tokens import keys
 from tests.acceptance.served import VO
 from tests.conftest import EXAMPLES
 from tests.integration.test_mint import OTHER, SE

@@ -10,9 +10,10 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from jwt.algorithms import ECAlgorithm
 
-from minter import catalogue, keys
+from minter import catalogue
 from minter.policy.clients import Ban
 from minter.publish import EXCHANGE
+from minter.tokens import keys
 from tests.acceptance.served import VO, Served
 from tests.conftest import rows
 

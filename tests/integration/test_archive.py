@@ -12,9 +12,9 @@ from minter.contract.followups import FileReport, JobReport, ReportRequest
 from minter.contract.messages import FileRequest, MintRequest
 from minter.errors import SettingsError
 from minter.lives import Lives
-from minter.outcomes import Submission
 from minter.policy.requests import from_mint
-from minter.records import fts_token_id
+from minter.tokens.outcomes import Submission
+from minter.tokens.records import fts_token_id
 from tests.conftest import load_settings, rows
 from tests.integration.test_mint import SE, mint, submission
 

@@ -5,10 +5,11 @@ from datetime import timedelta
 
 import pytest
 
-from minter import alive, catalogue, database, keyring, keys, wiring
+from minter import alive, catalogue, database, keyring, wiring
 from minter.errors import Banned, Expired, InvalidRequest, NoUsableKey, UnknownClient, UnknownKey, UnknownVO
-from minter.keystore import new_master_key
 from minter.policy.clients import Ban
+from minter.tokens import keys
+from minter.tokens.keystore import new_master_key
 from tests.conftest import MASTER_KEY, load_settings, rows
 from tests.integration.test_mint import mint, submission, tokens
 

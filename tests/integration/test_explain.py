@@ -9,7 +9,7 @@ from uuid import UUID
 import pytest
 
 from minter import database, stories, wiring
-from minter.records import RequestRow
+from minter.tokens.records import RequestRow
 
 pytestmark = pytest.mark.slow
 

@@ -11,7 +11,7 @@ from minter.answers import answer
 from minter.contract.messages import FillRequest
 from minter.errors import Unavailable
 from minter.fts.jobs import from_fill
-from minter.outcomes import Submission
+from minter.tokens.outcomes import Submission
 from tests.integration.test_mint import OTHER, SE, mint
 from workers.fts import FTS, Away, Forwarder, Refused, TooLate
 

@@ -19,14 +19,14 @@ from minter.errors import InvalidGrant
 from minter.fake_iam import Behaviour, FakeIAM
 from minter.keeper import Keeper
 from minter.lives import Lives
-from minter.outcomes import Submission
 from minter.policy.clients import Ban
 from minter.policy.requests import from_mint
 from minter.policy.routes import Route
 from minter.policy.transfers import Policy
 from minter.providers.dialects import Provider
 from minter.providers.iam import IAM
-from minter.records import fts_token_id
+from minter.tokens.outcomes import Submission
+from minter.tokens.records import fts_token_id
 from tests.conftest import rows
 from tests.integration.test_mint import SE
 
@@ -580,7 +580,7 @@ def test_overdue_ones_are_finished_and_forgotten_in_bulk(service, iam):
 
 def test_a_changed_master_key(service, iam, dsn):
     from minter import keyring
-    from minter.keystore import Keystore, MasterKey, new_master_key, read_master_key
+    from minter.tokens.keystore import Keystore, MasterKey, new_master_key, read_master_key
     from tests.conftest import MASTER_KEY
 
     bench = Bench(service, iam, exchange())

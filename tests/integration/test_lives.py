@@ -8,7 +8,6 @@ from uuid import UUID
 import pytest
 
 from minter import catalogue, database, stack, wiring
-from minter.claims import unverified_claims
 from minter.contract.followups import (
     CancelRequest,
     FetchRequest,
@@ -24,10 +23,11 @@ from minter.contract.messages import FileOperation, FileRequest, FillRequest, Mi
 from minter.errors import Banned, Expired, InvalidRequest, UnknownClient, UnknownRequest, UnknownStorage
 from minter.fts.jobs import from_fill
 from minter.lives import Lives
-from minter.outcomes import Submission
 from minter.policy.clients import Ban
 from minter.policy.requests import from_mint
 from minter.policy.transfers import asked_scopes
+from minter.tokens.claims import unverified_claims
+from minter.tokens.outcomes import Submission
 from tests.conftest import EXAMPLES, rows
 from tests.integration.test_mint import OTHER, SE, mint, submission, tokens
 

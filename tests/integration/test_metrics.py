@@ -8,8 +8,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from minter import metrics, wiring
 from minter.contract.messages import FileRequest, MintRequest
 from minter.errors import SettingsError
-from minter.outcomes import Submission
 from minter.policy.requests import from_mint
+from minter.tokens.outcomes import Submission
 from tests.conftest import load_settings
 from tests.integration.test_mint import SE, mint, submission
 

@@ -9,14 +9,15 @@ import psycopg
 import pytest
 from msgspec import structs
 
-from minter import catalogue, database, keys, recording, stack, stories, wiring
+from minter import catalogue, database, recording, stack, stories, wiring
 from minter.contract.messages import FileRequest, FillRequest, MintRequest
 from minter.errors import Unavailable
 from minter.fts.jobs import from_fill
-from minter.keystore import new_master_key
-from minter.outcomes import Submission
 from minter.policy.requests import from_mint
-from minter.records import fts_token_id
+from minter.tokens import keys
+from minter.tokens.keystore import new_master_key
+from minter.tokens.outcomes import Submission
+from minter.tokens.records import fts_token_id
 from tests.conftest import load_settings, rows
 
 SE = "davs://se01.boreas.example.org:443/atlas/atlasdatadisk/rucio/data/"

@@ -5,12 +5,13 @@ from datetime import timedelta
 
 import pytest
 
-from minter import catalogue, database, keyring, keys, migrations, stories, wiring
+from minter import catalogue, database, keyring, migrations, stories, wiring
 from minter.contract.followups import FetchRequest, FileReport, ReportRequest
 from minter.embedded import _postgres_programs
 from minter.errors import UnknownRequest
 from minter.lives import Lives
 from minter.policy.clients import Ban
+from minter.tokens import keys
 from tests.conftest import _admin, load_settings, rows
 from tests.integration.test_mint import mint, submission, tokens
 

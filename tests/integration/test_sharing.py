@@ -7,7 +7,7 @@ from datetime import timedelta
 import pytest
 from msgspec import structs
 
-from minter import alive, archive, catalogue, database, keys, recording, stack, stories, wiring
+from minter import alive, archive, catalogue, database, recording, stack, stories, wiring
 from minter.contract.followups import (
     CancelRequest,
     FetchRequest,
@@ -19,11 +19,12 @@ from minter.contract.followups import (
 from minter.contract.messages import FileOperation, FileRequest, MintRequest
 from minter.errors import Banned, Expired, Unavailable
 from minter.lives import Lives
-from minter.outcomes import Submission
 from minter.policy.clients import Ban, Bans
 from minter.policy.requests import from_mint
 from minter.policy.routes import Route
 from minter.policy.transfers import Policy
+from minter.tokens import keys
+from minter.tokens.outcomes import Submission
 from tests.conftest import load_settings, rows
 from tests.integration.test_mint import SE, count, mint, rotate, tokens
 

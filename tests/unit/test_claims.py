@@ -9,9 +9,9 @@ import scitokens
 from cryptography.hazmat.primitives import serialization
 from joserfc import jwk, jws
 
-from minter import keys
-from minter.claims import build_claims, check_token, unverified_claims
 from minter.errors import TokenRejected
+from minter.tokens import keys
+from minter.tokens.claims import build_claims, check_token, unverified_claims
 from tests.unit.test_policy import OLD, SE, fill
 
 NOW = 1_795_315_000

@@ -7,9 +7,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from minter import keys
 from minter.errors import NoUsableKey
-from minter.keys import HARD_MAX_SECONDS, Key, RotationPolicy
+from minter.tokens import keys
+from minter.tokens.keys import HARD_MAX_SECONDS, Key, RotationPolicy
 
 POLICY = RotationPolicy()
 START = datetime(2026, 11, 22, tzinfo=UTC)

@@ -2,7 +2,7 @@ import pytest
 
 from minter import settings
 from minter.errors import SettingsError
-from minter.keystore import MASTER_KEY_BYTES, MasterKey, new_master_key, read_master_key
+from minter.tokens.keystore import MASTER_KEY_BYTES, MasterKey, new_master_key, read_master_key
 from tests.conftest import EXAMPLES
 
 BASE = '[issuers.vo]\niss = "https://t.example.org/vo/"\n'

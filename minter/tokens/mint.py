@@ -24,8 +24,6 @@ from uuid import UUID
 
 from msgspec import structs
 
-from minter import keys, managed
-from minter.claims import build_claims, check_token, unverified_claims
 from minter.contract.messages import Side
 from minter.errors import (
     Banned,
@@ -40,17 +38,19 @@ from minter.errors import (
     UnknownRequest,
     from_dict,
 )
-from minter.keys import Key, RotationPolicy, Signer
-from minter.managed import ManagedToken, Wanted
-from minter.outcomes import Awaited, Issued, Observe, Observed, Outcome, Submission, Work, share
 from minter.policy import token_endpoint
 from minter.policy.clients import Client
 from minter.policy.plans import Grant, Plan
 from minter.policy.requests import SEVERAL, Request, check_request_id
 from minter.policy.transfers import Policy, check_reply_queue
-from minter.records import OWN_KINDS, Control, Recording, RequestRow, Store, TokenRow
 from minter.scopes import parse_scopes
-from minter.sharing import Kept, Place, Shared
+from minter.tokens import keys, managed
+from minter.tokens.claims import build_claims, check_token, unverified_claims
+from minter.tokens.keys import Key, RotationPolicy, Signer
+from minter.tokens.managed import ManagedToken, Wanted
+from minter.tokens.outcomes import Awaited, Issued, Observe, Observed, Outcome, Submission, Work, share
+from minter.tokens.records import OWN_KINDS, Control, Recording, RequestRow, Store, TokenRow
+from minter.tokens.shared import Kept, Place, Shared
 
 MAX_CLOCK_SKEW_SECONDS = 5.0
 """Beyond this difference to Postgres's clock a process refuses to sign."""

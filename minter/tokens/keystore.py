@@ -17,8 +17,8 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from minter import keys
 from minter.errors import NoUsableKey, SettingsError
+from minter.tokens import keys
 
 MASTER_KEY_BYTES = 32
 SIGNING_KEY, PEPPER, REFRESH, PROVIDER = "signing_key", "secrets_key", "refresh_token", "provider_token"

@@ -13,8 +13,8 @@ import msgspec
 from msgspec import Struct
 
 from minter.errors import TokenRejected
-from minter.keys import HARD_MAX_SECONDS
 from minter.policy.plans import BACKDATE_SECONDS, MAX_CLAIM_CHARACTERS, Grant
+from minter.tokens.keys import HARD_MAX_SECONDS
 
 WLCG_VERSION = "1.0"
 """Stays 1.0 until all verifiers read newer ones: dCache and XRootD refuse any other."""

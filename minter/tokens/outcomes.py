@@ -9,14 +9,14 @@ from msgspec import Struct
 
 from minter.contract.messages import Side
 from minter.errors import Conflict, MinterError, NoUsableKey
-from minter.keys import Key
-from minter.managed import Wanted
 from minter.policy.clients import Client
 from minter.policy.plans import BACKDATE_SECONDS, Decision, Grant
 from minter.policy.requests import Request
 from minter.policy.token_requests import Family
-from minter.records import RequestRow, TokenRow, UseRow, fts_token_id
-from minter.sharing import Shared
+from minter.tokens.keys import Key
+from minter.tokens.managed import Wanted
+from minter.tokens.records import RequestRow, TokenRow, UseRow, fts_token_id
+from minter.tokens.shared import Shared
 
 
 class Submission(Struct, frozen=True, eq=False):

@@ -13,12 +13,12 @@ from uuid import UUID
 from msgspec import Struct
 
 from minter.contract.messages import Side
-from minter.keys import Key
-from minter.managed import ManagedToken, Wanted
 from minter.policy.clients import Bans, Client
 from minter.policy.plans import Plan
 from minter.policy.token_requests import Family, Subject
-from minter.sharing import Place
+from minter.tokens.keys import Key
+from minter.tokens.managed import ManagedToken, Wanted
+from minter.tokens.shared import Place
 
 OWN_KINDS = ("token", "exchange", "refresh")
 """Requests of the token endpoint: their ids are made there, so nobody can have sent them before."""

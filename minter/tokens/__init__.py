@@ -1,0 +1,1 @@
+"""The engine: mint tokens, issue them again, and the keys that sign them."""
