@@ -21,7 +21,8 @@ from pathlib import Path
 from statistics import median
 
 from benchmarks.engine import settings_text, versions
-from minter import migrations, settings, stack, wiring
+from minter import settings, stack, wiring
+from minter.database import migrations
 from minter.embedded import Postgres
 from minter.tokens.keystore import new_master_key
 from tests.servers import free_ports

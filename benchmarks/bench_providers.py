@@ -20,7 +20,8 @@ from statistics import median
 from msgspec import structs
 
 from benchmarks.engine import ROOT, settings_text, versions
-from minter import catalogue, database, keeping, migrations, settings, stack, wiring
+from minter import settings, stack, wiring
+from minter.database import connection, control_changes, managed, migrations
 from minter.embedded import Postgres
 from minter.keeper import Keeper
 from minter.lives import Lives
@@ -66,7 +67,7 @@ class Keepers:
         migrations.upgrade(self.service.pool)
         self.service.prepare()
         stack.add_client(self.service, "load", "vo", "bench")
-        with database.transaction(self.service.pool) as tx:
+        with connection.transaction(self.service.pool) as tx:
             (self.client_id,) = tx.execute("SELECT client_id FROM clients").fetchone()
 
     def configure(self, budget: float) -> None:
@@ -82,13 +83,13 @@ class Keepers:
         values = {
             "client": self.client_id, "state": state, "count": count, "first": first, "step": step, "lead": LEAD,
         }  # fmt: skip
-        with database.transaction(self.service.pool) as tx:
+        with connection.transaction(self.service.pool) as tx:
             tx.execute(_ROWS.replace("%(salt)s", uuid.uuid4().hex), values)
 
     def empty(self) -> None:
-        with database.transaction(self.service.pool) as tx:
+        with connection.transaction(self.service.pool) as tx:
             tx.execute("TRUNCATE managed")
-        with database.transaction(self.service.pool) as tx:
+        with connection.transaction(self.service.pool) as tx:
             tx.execute("UPDATE providers SET due_at = now(), failures = 0, pauses = 0, open_until = NULL")
 
     def spawn(self, count: int) -> None:
@@ -167,18 +168,18 @@ def due(keepers: Keepers, alive: int) -> dict[str, object]:
     for size in (10_000, 100_000, alive):
         keepers.rows(size - held, "issued", LEAD + 100, 3600 * 4 / size)
         held = size
-        with database.transaction(keepers.service.pool) as tx:
+        with connection.transaction(keepers.service.pool) as tx:
             tx.execute("ANALYZE managed")
         times, leases = [], []
         for _ in range(9):
             now = wiring.now()
             started = time.perf_counter()
-            with database.transaction(keepers.service.pool) as tx:
-                values = {"leads": list(keeping.LEADS), "provider": "iam", "now": now, "count": 500}
-                rows = tx.execute(keeping.DUE, values).fetchall()
+            with connection.transaction(keepers.service.pool) as tx:
+                values = {"leads": list(managed.LEADS), "provider": "iam", "now": now, "count": 500}
+                rows = tx.execute(managed.DUE, values).fetchall()
             times.append(time.perf_counter() - started)
             started = time.perf_counter()
-            taken = keeping.take(keepers.service.pool, provider, uuid.uuid4(), 500, now, 0.0)
+            taken = managed.take(keepers.service.pool, provider, uuid.uuid4(), 500, now, 0.0)
             leases.append((time.perf_counter() - started, len(taken.tokens) if taken else 0))
         found[str(size)] = {
             "found": len(rows), "find_ms": 1000 * median(times), "take_ms": 1000 * median(t for t, _ in leases),
@@ -227,7 +228,7 @@ def main() -> None:
         keepers = Keepers(Path(folder))
         try:
             keepers.start()
-            catalogue.sync_providers(keepers.service.pool, ["iam"])
+            control_changes.sync_providers(keepers.service.pool, ["iam"])
             result: dict[str, object] = {"versions": versions(), "keepers": wanted.keepers}
             result["one_refresh"] = one(keepers)
             print(result["one_refresh"], flush=True)

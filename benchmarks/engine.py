@@ -14,8 +14,10 @@ from pathlib import Path
 
 import kombu
 
-from minter import database, migrations, settings, stack, wiring
+from minter import settings, stack, wiring
 from minter.broker.publisher import declare
+from minter.database import connection as database
+from minter.database import migrations
 from minter.embedded import Postgres, Valkey
 from minter.tokens import keys
 from minter.tokens.keystore import new_master_key

@@ -17,26 +17,14 @@ import msgspec
 import typer
 from rich.console import Console
 
-from minter import (
-    cli_clients,
-    cli_control,
-    cli_publish,
-    cli_storages,
-    cli_trace,
-    database,
-    demo,
-    drill,
-    housekeeping,
-    migrations,
-    stack,
-    stories,
-    wiring,
-)
+from minter import cli_clients, cli_control, cli_publish, cli_storages, cli_trace, demo, drill, stack, wiring
 from minter.broker import rabbitmq
 from minter.broker.publisher import connect, declare
 from minter.client.client import MinterClient, new_request_id
 from minter.console import AsJson, SettingsPath, console, guarded, open_service, read_object, show
 from minter.contract.messages import FillRequest
+from minter.database import connection as database
+from minter.database import migrations, partitions, traces
 from minter.errors import InvalidRequest, TokenRejected, Unavailable
 from minter.fts.jobs import from_fill
 from minter.policy import transfers as policy
@@ -211,8 +199,8 @@ def _check_database(service: wiring.Service) -> list[str]:
         for c in clients
         if set(ANY) & {*c.audiences}
     ]
-    ahead = housekeeping.partitions_ahead(service.pool, service.clock().date())
-    if ahead < housekeeping.DAYS_AHEAD // 2:
+    ahead = partitions.partitions_ahead(service.pool, service.clock().date())
+    if ahead < partitions.DAYS_AHEAD // 2:
         warnings.append(f"only {ahead} days of partitions ahead; is beat running?")
     return warnings
 
@@ -304,7 +292,7 @@ def verify(
         problems.append(f"its key is {key.state} and not in the JWKS")
     if int(str(unverified["exp"])) <= now.timestamp():
         problems.append("it has expired")
-    found = stories.find(
+    found = traces.find(
         service.pool, "jti", uuid.UUID(str(unverified["jti"])), service.since(400), now + timedelta(days=1)
     )
     if not found or json.loads(found[0].payload) != unverified:
@@ -325,7 +313,7 @@ def db_upgrade(as_json: AsJson = False) -> None:
     service = open_service()
     migrations.upgrade(service.pool)
     service.prepare()
-    ahead = housekeeping.partitions_ahead(service.pool, service.clock().date())
+    ahead = partitions.partitions_ahead(service.pool, service.clock().date())
     show(
         as_json,
         {"partitions_ahead": ahead},

@@ -13,9 +13,11 @@ from typing import Annotated, Any
 import typer
 from joserfc.jwk import ECKey
 
-from minter import catalogue, database, wiring
+from minter import wiring
 from minter.console import AsJson, as_table, guarded, open_service, read_object, show, show_living, whoami
 from minter.contract.operations import OPERATIONS
+from minter.database import connection as database
+from minter.database import control_changes
 from minter.errors import InvalidRequest, UnknownClient
 from minter.policy.clients import Ban, Client
 from minter.policy.token_requests import SubjectToken
@@ -173,9 +175,9 @@ def clients_add(
     )  # fmt: skip
     secret = wiring.new_secret()
     with _private_file(new_jwe_key, limits.private_jwk), _private_file(secret_file, secret):
-        catalogue.add_client(service.pool, client, whoami())
+        control_changes.add_client(service.pool, client, whoami())
         if "auth_key" in columns:
-            catalogue.change_client(service.pool, name, {"auth_key": columns["auth_key"]}, whoami())
+            control_changes.change_client(service.pool, name, {"auth_key": columns["auth_key"]}, whoami())
         if secret_file is not None:
             service.set_secret(client, secret, whoami())
     show(
@@ -224,7 +226,7 @@ def clients_change(
     if not columns:
         raise InvalidRequest("nothing to change; name a limit, a queue or a key")
     with _private_file(new_jwe_key, limits.private_jwk):
-        catalogue.change_client(open_service().pool, name, columns, whoami())
+        control_changes.change_client(open_service().pool, name, columns, whoami())
     show(
         as_json,
         {"name": name, "changed": sorted(columns)},
@@ -272,7 +274,7 @@ def clients_subject_token(name: str, as_json: AsJson = False) -> None:
         "subject_scope": subject.scope,
         "subject_expires_at": database.instant(subject.expires_at),
     }
-    catalogue.set_subject(service.pool, name, columns, whoami())
+    control_changes.set_subject(service.pool, name, columns, whoami())
     until = columns["subject_expires_at"]
     show(
         as_json,
@@ -286,7 +288,7 @@ def clients_subject_token(name: str, as_json: AsJson = False) -> None:
 def clients_disable(name: str, as_json: AsJson = False) -> None:
     """Refuse all that a client asks, and list what it holds that works."""
     service = open_service()
-    catalogue.disable_client(service.pool, name, whoami(), disabled=True)
+    control_changes.disable_client(service.pool, name, whoami(), disabled=True)
     show_living(service, as_json, f"client {name} is disabled", Ban("client", name))
 
 
@@ -294,7 +296,7 @@ def clients_disable(name: str, as_json: AsJson = False) -> None:
 @guarded
 def clients_enable(name: str, as_json: AsJson = False) -> None:
     """Serve a disabled client again."""
-    catalogue.disable_client(open_service().pool, name, whoami(), disabled=False)
+    control_changes.disable_client(open_service().pool, name, whoami(), disabled=False)
     show(as_json, {"name": name}, lambda: f"client {name} is enabled")
 
 

@@ -5,8 +5,10 @@ from typing import Annotated, Literal
 
 import typer
 
-from minter import alive, catalogue, database, keyring, wiring
+from minter import wiring
 from minter.console import AsJson, as_table, guarded, open_service, show, show_living, whoami
+from minter.database import connection as database
+from minter.database import control_changes, keyring, live_tokens
 from minter.errors import InvalidRequest, SettingsError
 from minter.policy.clients import Ban
 from minter.scopes import check_path
@@ -39,7 +41,7 @@ def _ban(kind: str, value: str, vo: str | None) -> Ban:
 
 def _check_known(service: wiring.Service, ban: Ban) -> None:
     """Raise InvalidRequest for a name that nothing has: a ban with a typing error bans nobody."""
-    known = catalogue.names(service.pool, ban.kind)
+    known = control_changes.names(service.pool, ban.kind)
     if known is not None and ban.value not in known:
         near = ", ".join(get_close_matches(ban.value, known, 3)) or "none is near it"
         raise InvalidRequest(f"no {ban.kind} is named {ban.value!r}; {near}")
@@ -57,7 +59,7 @@ def ban(
     service = open_service()
     made = _ban(kind, value, vo)
     _check_known(service, made)
-    catalogue.add_ban(service.pool, made, reason, whoami())
+    control_changes.add_ban(service.pool, made, reason, whoami())
     show_living(service, as_json, f"{kind} {value} is banned", made)
 
 
@@ -69,7 +71,7 @@ def unban(
     as_json: AsJson = False,
 ) -> None:
     """Lift a ban."""
-    catalogue.lift_ban(open_service().pool, _ban(kind, value, vo), whoami())
+    control_changes.lift_ban(open_service().pool, _ban(kind, value, vo), whoami())
     show(as_json, {"kind": kind, "value": value}, lambda: f"{kind} {value} is not banned any more")
 
 
@@ -84,7 +86,7 @@ def bans(
     if kind is not None and value is not None:
         show_living(service, as_json, f"{kind} {value}", _ban(kind, value, None))
         return
-    found = catalogue.list_bans(service.pool)
+    found = control_changes.list_bans(service.pool)
     headings = ("kind", "value", "vo", "reason", "since")
     show(as_json, found, lambda: as_table("Bans", headings, [tuple(b.values()) for b in found]))
 
@@ -175,7 +177,7 @@ def keys_revoke(
 ) -> None:
     """Kill every token that a key signed: the only way to stop one, as fast as verifiers' caches."""
     service = open_service()
-    slow = f"verifiers go on trusting it for their caches' time: {alive.VERIFIER_CACHES}"
+    slow = f"verifiers go on trusting it for their caches' time: {live_tokens.VERIFIER_CACHES}"
     if yes:  # first the revocation, then the list: reading it takes its time
         policy = service.engine.rotation
         if force:

@@ -6,9 +6,10 @@ from typing import Annotated
 
 import typer
 
-from minter import database, wiring
 from minter import publish as files
+from minter import wiring
 from minter.console import AsJson, guarded, open_service, show
+from minter.database import connection as database
 from minter.errors import Unavailable
 
 WATCH_SECONDS = 2.0

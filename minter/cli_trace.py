@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from minter import archive as archives
-from minter import stories
 from minter.console import AsJson, as_table, guarded, open_service, show, story_table
 from minter.contract.messages import unix_time
+from minter.database import archive as archives
+from minter.database import traces
 from minter.errors import InvalidRequest, SettingsError
 
 _FTS_ID_BYTES = 8
@@ -59,16 +59,16 @@ def trace(
     if jti is not None:  # its own time is known
         since = min(since, datetime.fromtimestamp(unix_time(jti), UTC) - timedelta(seconds=1))
     folder = folder or service.loaded.archive_folder
-    refusals: list[stories.Refusals] = []
+    refusals: list[traces.Refusals] = []
     if isinstance(value, uuid.UUID) and by == "request":
-        found, refusals = stories.find_request(service.pool, value)
+        found, refusals = traces.find_request(service.pool, value)
         if folder is not None and not found:
             found, archived = archives.find_request(folder, value, until)
             refusals = refusals or archived
     else:
-        found = stories.find(service.pool, by, value, since, until, limit)
+        found = traces.find(service.pool, by, value, since, until, limit)
         if folder is not None and len(found) < limit:
-            found = stories.newest(found + archives.find(folder, by, value, since, until, limit), limit)
+            found = traces.newest(found + archives.find(folder, by, value, since, until, limit), limit)
     show(as_json, {"tokens": found, "refusals": refusals}, lambda: story_table(found))
     if refusals and not as_json:
         show(False, None, lambda: _refusals_table(refusals))
@@ -76,7 +76,7 @@ def trace(
         raise typer.Exit(1)
 
 
-def _refusals_table(refusals: list[stories.Refusals]) -> object:
+def _refusals_table(refusals: list[traces.Refusals]) -> object:
     rows = []
     for one in refusals:
         for refused in [{"error": one.error}] if one.error else one.refusals:

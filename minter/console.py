@@ -15,10 +15,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from minter import alive, database, wiring
+from minter import wiring
+from minter.database import connection, live_tokens
+from minter.database.traces import Story
 from minter.errors import InvalidRequest, MinterError, SettingsError, Unavailable
 from minter.policy.clients import Ban
-from minter.stories import Story
 
 console = Console()
 MOST_SHOWN, MOST_LISTED = 20, 10_000
@@ -136,10 +137,10 @@ def _fate(one: Story) -> str:
 
 def show_living(service: wiring.Service, as_json: bool, done: str, what: Ban) -> None:
     """Say what was done and what still works: nothing but revoking its key stops a token (I9)."""
-    living = alive.under(service.pool, what.kind, what.value, what.vo, service.clock())
+    living = live_tokens.under(service.pool, what.kind, what.value, what.vo, service.clock())
     most = MOST_LISTED if as_json else MOST_SHOWN
     storages: Counter[str] = Counter()
-    found: list[alive.Living] = []
+    found: list[live_tokens.Living] = []
     until = 0
     for token in living:
         storages[token.storage] += 1
@@ -152,9 +153,9 @@ def show_living(service: wiring.Service, as_json: bool, done: str, what: Ban) ->
         {"done": done, "total": total, "storages": storages, "until": until or None, "alive": found},
         lambda: as_table(
             f"{done}; {total} tokens are out and work"
-            + (f", the last until {database.instant(until):%F %T} UTC; tell the sites" if until else ""),
+            + (f", the last until {connection.instant(until):%F %T} UTC; tell the sites" if until else ""),
             ("storage", "jti", "scope", "until"),
-            [(t.storage, t.jti, t.scope, database.instant(t.exp)) for t in found]
+            [(t.storage, t.jti, t.scope, connection.instant(t.exp)) for t in found]
             + [(s, f"{n} in all", "", "") for s, n in storages.most_common() if total > len(found)],
         ),
     )

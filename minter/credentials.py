@@ -18,7 +18,7 @@ import jwt
 from msgspec import Struct
 from sqlalchemy.engine import Engine as Pool
 
-from minter.database import one, transaction
+from minter.database.connection import one, transaction
 from minter.errors import InvalidClient, InvalidRequest, NoUsableKey
 from minter.tokens.keystore import Keystore
 

@@ -19,15 +19,17 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from minter import database, stories, wiring
+from minter import wiring
 from minter.client.client import FileRequest, FilledJob, MinterClient, Token
 from minter.console import story_table
 from minter.contract.messages import FillRequest
+from minter.database import connection as database
+from minter.database import traces
+from minter.database.traces import Story
 from minter.errors import MinterError
 from minter.fts.jobs import from_fill
 from minter.policy import transfers
 from minter.stack import Stack
-from minter.stories import Story
 from minter.tokens import keys
 from minter.tokens.claims import unverified_claims
 
@@ -109,7 +111,7 @@ class Verifier:
 
     def rows(self, request_id: Any) -> dict[str, Story]:
         """Return the recorded tokens of a request by jti."""
-        found, _ = stories.find_request(self._service.pool, request_id)
+        found, _ = traces.find_request(self._service.pool, request_id)
         return {str(one.jti): one for one in found}
 
 
@@ -258,7 +260,7 @@ class Demo:
         self.console.print(f"[bold]Trace: minter trace --path {path}[/bold]")
         now = self.service.clock()
         self.console.print(story_table(
-            stories.find(
+            traces.find(
                 self.service.pool, "path", path, self.service.since(1), now + timedelta(days=1)
             )
         ))  # fmt: skip

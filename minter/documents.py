@@ -10,7 +10,7 @@ from datetime import datetime, timedelta
 import msgspec
 from sqlalchemy.engine import Engine as Pool
 
-from minter import health
+from minter.database import providers
 from minter.errors import ProviderAway, Unavailable
 from minter.providers.dialects import Provider
 from minter.providers.iam import IAM, Documents
@@ -41,13 +41,13 @@ class SharedDocuments:
         """Return the documents; raises Unavailable, or ProviderAway, while there are none."""
         if self._known is not None and not fresh and time.monotonic() - self._asked < KEPT_SECONDS:
             return self._known
-        found, at = health.documents(self._pool, self._provider.name)
+        found, at = providers.documents(self._pool, self._provider.name)
         self._known = None if found is None else msgspec.convert(found, Documents)
         self._asked = time.monotonic()
         now = self._clock()
         older_than = now - (NEWS if fresh else FRESH)
         if at is None or at < older_than:
-            delay = health.lease_documents(self._pool, self._provider, now, older_than)
+            delay = providers.lease_documents(self._pool, self._provider, now, older_than)
             if delay is not None:
                 time.sleep(min(delay.total_seconds(), MOST_DELAY_SECONDS))
                 self._fetch(now)
@@ -59,9 +59,9 @@ class SharedDocuments:
         try:
             self._known = self.iam.fetch_documents()
         except ProviderAway:
-            health.save_documents(self._pool, self._provider.name, None, now - FRESH + FAILED)
+            providers.save_documents(self._pool, self._provider.name, None, now - FRESH + FAILED)
             if self._known is None:
                 raise
         else:
             found = msgspec.to_builtins(self._known)
-            health.save_documents(self._pool, self._provider.name, found, now)
+            providers.save_documents(self._pool, self._provider.name, found, now)

@@ -22,11 +22,11 @@ import msgspec
 import urllib3
 from msgspec import Struct
 
-from minter import catalogue
 from minter.client.client import FileOperation, FileRequest, MinterClient, new_request_id
 from minter.contract.messages import Answer, MintRequest
 from minter.contract.names import MINT
-from minter.database import transaction
+from minter.database import control_changes
+from minter.database.connection import transaction
 from minter.errors import ProviderAway, SettingsError
 from minter.fake_iam import Behaviour, Fault
 from minter.providers.dialects import LEADS
@@ -208,7 +208,7 @@ class Drill:
             "subject_scope": "storage.read:/",
             "subject_expires_at": datetime.fromtimestamp(2**32, UTC),
         }
-        catalogue.set_subject(service.pool, CLIENT, subject, "drill")
+        control_changes.set_subject(service.pool, CLIENT, subject, "drill")
         with transaction(service.pool) as connection:
             connection.execute(
                 "CREATE TABLE drill_transfers (handle uuid, expires_at timestamptz, starts_at timestamptz,"

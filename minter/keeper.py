@@ -23,8 +23,10 @@ from queue import Empty, SimpleQueue
 from msgspec import Struct, structs
 from sqlalchemy.engine import Engine as Pool
 
-from minter import health, keeping, logs
-from minter.database import one, read_control, transaction
+from minter import logs
+from minter.database import managed, providers
+from minter.database.connection import one, read_control, transaction
+from minter.database.managed import Leased, Result, Taken
 from minter.errors import (
     Banned,
     MinterError,
@@ -36,7 +38,6 @@ from minter.errors import (
     Unavailable,
     UnknownClient,
 )
-from minter.keeping import Leased, Result, Taken
 from minter.lives import Lives
 from minter.providers.budgets import HORIZON, backoff_seconds
 from minter.providers.iam import IAM, Asked, Lost, Misconfigured, Obtained
@@ -170,7 +171,7 @@ class Keeper:
         if free <= 0:
             return False
         control = self._current()  # before the lease: nothing may fail between it and the requests
-        taken = keeping.take(
+        taken = managed.take(
             self._pool, provider, uuid.uuid4(), free, now, self._lease_seconds(iam), HORIZON * self._scale
         )
         if taken is None:
@@ -278,8 +279,8 @@ class Keeper:
         for taken in {t.lease: t for _, t, _, _ in unsaved}.values():
             unsent = [k for _, t, k, a in unsaved if t is taken and not a.sent and a.error is None]
             if unsent:
-                keeping.release(self._pool, unsent, taken.lease)
-        saved = keeping.save(self._pool, results)
+                managed.release(self._pool, unsent, taken.lease)
+        saved = managed.save(self._pool, results)
         self._unsaved = []
         self._note(unsaved, saved, now)
         for taken, token, error in failed:
@@ -350,7 +351,7 @@ class Keeper:
             if not sent:
                 continue
             told = [_health(answer) for _, _, answer in sent]
-            before, after = health.note_health(self._pool, name, told, now, self._jitter)
+            before, after = providers.note_health(self._pool, name, told, now, self._jitter)
             if before.open_until != after.open_until:
                 until = after.open_until.isoformat() if after.open_until else None
                 self._stand_ins.refused.clear()
@@ -378,11 +379,11 @@ class Keeper:
             lease, seconds = uuid.uuid4(), self._lease_seconds(iam)
             paused = ProviderAway(f"provider {iam.provider.name} is paused")
             refused = self._stand_ins.refused
-            for token in keeping.strand(self._pool, iam.provider, lease, STAND_INS, now, seconds, refused):
+            for token in managed.strand(self._pool, iam.provider, lease, STAND_INS, now, seconds, refused):
                 self._stand_ins.give(token, lease, paused, now)
-            if health.probe(self._pool, iam.provider, now, seconds):
+            if providers.probe(self._pool, iam.provider, now, seconds):
                 self._probe(iam, now)
-        keeping.end_overdue(self._pool, now)
+        managed.end_overdue(self._pool, now)
 
     def _probe(self, iam: IAM, now: datetime) -> None:
         try:
@@ -393,7 +394,7 @@ class Keeper:
         else:
             failed = False
             logs.event(logger, "provider is back", provider=iam.provider.name, until=None)
-        health.note_health(self._pool, iam.provider.name, [(failed, 0.0)], now, self._jitter)
+        providers.note_health(self._pool, iam.provider.name, [(failed, 0.0)], now, self._jitter)
 
 
 def _kept(taken: Taken, token: Leased) -> Result:

@@ -15,7 +15,7 @@ import psycopg
 from msgspec import structs
 from sqlalchemy.engine import Engine as Pool
 
-from minter import answers, keeping
+from minter import answers
 from minter.contract.followups import (
     CancelRequest,
     FetchRequest,
@@ -25,7 +25,16 @@ from minter.contract.followups import (
     ReportRequest,
 )
 from minter.contract.messages import Alive, Answer
-from minter.database import OWN, find_operations, floor, one, read_control, read_request, transaction
+from minter.database import managed
+from minter.database.connection import (
+    OWN,
+    find_operations,
+    floor,
+    one,
+    read_control,
+    read_request,
+    transaction,
+)
 from minter.errors import InvalidRequest, UnknownRequest
 from minter.fts.events import FTSEvent
 from minter.policy.requests import Request
@@ -306,5 +315,5 @@ def _change(connection: "psycopg.Connection[Any]", jtis: Iterable[UUID], state: 
         (active, ended, state, sorted(set(jtis))),
     ).fetchall()
     if ended is not None:
-        keeping.end_uses(connection, [jti for (jti,) in changed])
+        managed.end_uses(connection, [jti for (jti,) in changed])
     return len(changed)

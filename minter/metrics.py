@@ -25,8 +25,8 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 from sqlalchemy.engine import Engine as Pool
 
-from minter import housekeeping
-from minter.database import count_living, read_keys, transaction
+from minter.database import partitions
+from minter.database.connection import count_living, read_keys, transaction
 from minter.errors import SettingsError, Unavailable
 from minter.policy.plans import Plan
 from minter.settings import MetricsSettings
@@ -249,7 +249,7 @@ class StateCollector(Collector):
         yield _gauge(EXPIRING, {(vo,): expiring for vo, (_, expiring) in living.items()})
         yield _gauge(SIGNS_UNTIL, {(vo,): at.timestamp() for vo, at in active.items() if at})
         yield _gauge(STANDBY, {(vo,): at.timestamp() for vo, at in standby.items()})
-        yield _gauge(PARTITIONS, {(): housekeeping.partitions_ahead(self._pool, now.date())})
+        yield _gauge(PARTITIONS, {(): partitions.partitions_ahead(self._pool, now.date())})
 
     def _of_broker(self) -> Iterator[Metric]:
         waiting: dict[tuple[str, ...], float] = {}

@@ -15,8 +15,10 @@ from typing import Self
 
 import kombu
 
-from minter import catalogue, database, migrations, settings, wiring
+from minter import settings, wiring
 from minter.broker.publisher import declare
+from minter.database import connection as database
+from minter.database import control_changes, migrations
 from minter.embedded import Postgres, Valkey
 from minter.policy.clients import Client
 from minter.tokens.keystore import new_master_key
@@ -132,7 +134,7 @@ class Stack:
 def add_client(service: wiring.Service, name: str, vo: str, actor: str) -> Client:
     """Register a client with a fresh `sub` and no limits of its own."""
     client = Client(client_id=0, name=name, vo=vo, sub=str(wiring.new_uuid7()))
-    catalogue.add_client(service.pool, client, actor)
+    control_changes.add_client(service.pool, client, actor)
     return client
 
 

@@ -13,11 +13,12 @@ from uuid import UUID
 from msgspec import structs
 from sqlalchemy.engine import Engine as Pool
 
-from minter import keeping, logs
+from minter import logs
 from minter.contract.followups import RenewRequest
 from minter.contract.messages import TokenAnswer
+from minter.database import managed
+from minter.database.managed import Leased, Result
 from minter.errors import MinterError, RefreshTokenLost, RequestError, Unavailable
-from minter.keeping import Leased, Result
 from minter.lives import Lives
 from minter.policy.plans import BACKDATE_SECONDS
 from minter.policy.requests import Request
@@ -48,7 +49,7 @@ class StandIns:
         While the queues that want to know cannot be reached, nothing is changed: the lease runs out, and it
         is tried again. Nothing fails because its fallback refuses it while its provider may come back.
         """
-        uses = keeping.living_uses(self._pool, token.jti)
+        uses = managed.living_uses(self._pool, token.jti)
         refused: RequestError | None = None
         for request_id in dict.fromkeys(use[1] for use in uses):
             own = [use for use in uses if use[1] == request_id]
@@ -61,14 +62,14 @@ class StandIns:
             except Unavailable as error:
                 logger.warning("no stand-in for %s yet: %s", token.jti, error)
                 return
-            served = keeping.stand_in(self._pool, token.jti, lease, instead)
+            served = managed.stand_in(self._pool, token.jti, lease, instead)
             logs.event(logger, "stood in", jti=str(token.jti), reason=why.reason, uses=served)
         if refused is not None and not isinstance(why, Unavailable):
             fail(self._pool, token, lease, refused)
             return
         if refused is not None:  # the provider may come back
             self.refused[token.jti] = None
-        keeping.release(self._pool, [token], lease)  # uses may have joined meanwhile
+        managed.release(self._pool, [token], lease)  # uses may have joined meanwhile
 
     def _given(self, token: Leased, request_id: UUID, uses: Sequence[Use], now: datetime) -> dict[UUID, UUID]:
         """Return what is to serve the uses of one request: recorded, and pushed to who wants it."""
@@ -119,7 +120,7 @@ class StandIns:
 
 def fail(pool: Pool, token: Leased, lease: UUID, error: MinterError) -> None:
     """End a token with its reason; what it still holds works on until it expires."""
-    keeping.save(pool, [failure(token, lease, error)])
+    managed.save(pool, [failure(token, lease, error)])
 
 
 def failure(token: Leased, lease: UUID, error: MinterError) -> Result:

@@ -11,10 +11,11 @@ from uuid import UUID
 from falcon import asgi
 from msgspec import structs
 
-from minter import answers, dispatch, logs, stories
+from minter import answers, dispatch, logs
 from minter.contract import names
 from minter.contract.messages import MAX_BODY_BYTES, Answer, unix_time
 from minter.credentials import Account
+from minter.database import traces
 from minter.errors import InvalidRequest, ReplyNotAllowed, from_dict
 from minter.lives import Lives
 from minter.tokens.outcomes import Outcome, Submission
@@ -113,15 +114,15 @@ class _Trace:
         found = await self._web.gatherer.call(self._find, by, value, account.name)
         send(resp, {"tokens": [story for story in found if story.client == account.name]})
 
-    def _find(self, by: str, value: str, client: str) -> list[stories.Story]:
+    def _find(self, by: str, value: str, client: str) -> list[traces.Story]:
         pool, now = self._web.service.pool, self._web.service.clock()
         asked: Any = _uuid(by, value) if by in ("jti", "request_id") else value
         if by == "request_id":
-            return stories.find_request(pool, asked)[0]
+            return traces.find_request(pool, asked)[0]
         since = now - timedelta(days=TRACE_DAYS)
         if by == "jti":
             since = min(since, datetime.fromtimestamp(unix_time(asked), UTC) - timedelta(seconds=1))
-        return stories.find(pool, by, asked, since, now + timedelta(days=1), TRACE_LIMIT, client)
+        return traces.find(pool, by, asked, since, now + timedelta(days=1), TRACE_LIMIT, client)
 
 
 def _uuid(by: str, value: str) -> UUID:

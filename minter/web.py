@@ -17,8 +17,9 @@ import msgspec
 from falcon import HTTPError, asgi
 from falcon.uri import parse_query_string
 
-from minter import database, logs, publish
+from minter import logs, publish
 from minter.credentials import WRONG, Account, Credentials, Presented, presented
+from minter.database import connection as database
 from minter.errors import (
     Conflict,
     Expired,

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import uuid_utils
 
-from minter import catalogue, database, housekeeping, keyring, recording, settings
+from minter import settings
+from minter.database import connection as database
+from minter.database import control_changes, keyring, partitions, recording
 from minter.documents import SharedDocuments
 from minter.errors import NoUsableKey, SettingsError
 from minter.policy.clients import Client
@@ -92,8 +94,8 @@ class Service:
 
     def prepare(self) -> None:
         """Bring settings into rows and make partitions: at start, and by beat ever after."""
-        catalogue.sync_catalogue(self.pool, self.loaded.issuers, self.loaded.catalogue())
-        catalogue.sync_providers(self.pool, [p.name for p in self.loaded.settings.providers])
+        control_changes.sync_catalogue(self.pool, self.loaded.issuers, self.loaded.catalogue())
+        control_changes.sync_providers(self.pool, [p.name for p in self.loaded.settings.providers])
         self.make_partitions()
 
     def iams(self) -> dict[str, IAM]:
@@ -131,13 +133,13 @@ class Service:
 
     def set_secret(self, client: Client, secret: str, actor: str, keep_old: timedelta = timedelta()) -> None:
         """Give a client a new secret; only its keyed hash is kept."""
-        pepper = catalogue.secrets_key(self.pool, client.vo, self.keystore.seal_pepper(client.vo))
+        pepper = control_changes.secrets_key(self.pool, client.vo, self.keystore.seal_pepper(client.vo))
         hashed = self.keystore.hash_secret(client.vo, pepper, secret)
-        catalogue.set_secret(self.pool, client.name, hashed, keep_old, actor)
+        control_changes.set_secret(self.pool, client.name, hashed, keep_old, actor)
 
     def make_partitions(self) -> list[str]:
         """Make the missing partitions; return their names."""
-        return housekeeping.make_partitions(
+        return partitions.make_partitions(
             self.pool, self.clock().date(), self.loaded.settings.database.retention_days
         )
 

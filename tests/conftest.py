@@ -7,7 +7,9 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from minter import database, migrations, settings, stack, wiring
+from minter import settings, stack, wiring
+from minter.database import connection as database
+from minter.database import migrations
 from minter.embedded import Postgres
 from minter.tokens import keys
 from minter.tokens.keystore import new_master_key

@@ -15,9 +15,10 @@ from celery.worker.consumer import Consumer
 from kombu import compression
 from prometheus_client import CollectorRegistry
 
-from minter import housekeeping, logs, wiring
+from minter import logs, wiring
 from minter.broker.publisher import Publisher, connect, declare, queues, tls
 from minter.contract import names
+from minter.database import partitions
 from minter.errors import InvalidRequest, MinterError
 from minter.lives import Lives
 from minter.metrics import Metrics, StateCollector, serve_process
@@ -146,8 +147,8 @@ def _start(**_: Any) -> None:
         Lives(service.engine, service.pool),
         Publisher(app.connection_for_write()),
         Suspects(
-            lambda digest: housekeeping.suspect(service.pool, digest),
-            lambda digest: housekeeping.acquit(service.pool, digest),
+            lambda digest: partitions.suspect(service.pool, digest),
+            lambda digest: partitions.acquit(service.pool, digest),
         ),
         service.clock,
         lambda stage: on_stage(stage),  # noqa: PLW0108 - looked up at each call: tests replace it

@@ -6,8 +6,8 @@ from typing import Any
 
 from celery import Task
 
-from minter import housekeeping
 from minter.contract import names
+from minter.database import partitions
 from minter.errors import InvalidRequest, ServerError
 from workers.app import app
 
@@ -64,10 +64,10 @@ for _name in names.PUBLIC_TASKS:
 def maintain() -> None:
     """Look after partitions, suspects, refresh families and keys; beat sends it every hour."""
     made = app.service.make_partitions()
-    pruned = housekeeping.prune_suspects(app.service.pool)
-    housekeeping.prune_ended(app.service.pool, app.loaded.settings.database.retention_days)
+    pruned = partitions.prune_suspects(app.service.pool)
+    partitions.prune_ended(app.service.pool, app.loaded.settings.database.retention_days)
     days, now = app.loaded.settings.database.retention_days, app.service.clock()
-    housekeeping.prune_managed(app.service.pool, days, now)
+    partitions.prune_managed(app.service.pool, days, now)
     for change in app.service.maintain_keys("beat"):
         logger.info("keys: %s", change)
     logger.info("maintained: %d partitions made, %d suspects forgotten", len(made), pruned)

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import httpx
 
-from minter import migrations, settings, stack, wiring
+from minter import settings, stack, wiring
 from minter.client.client import MinterClient
+from minter.database import migrations
 from tests.conftest import EXAMPLES, MASTER_KEY, ROOT, _admin, _dsn
 from tests.servers import certificates, free_ports
 
@@ -81,11 +82,11 @@ class Served:
 
     def add_client(self, name, **columns):
         """Register a client with a secret; `columns` are of its row."""
-        from minter import catalogue
+        from minter.database import control_changes
 
         made = stack.add_client(self.service, name, VO, "tests")
         if columns:
-            catalogue.change_client(self.service.pool, name, columns, "tests")
+            control_changes.change_client(self.service.pool, name, columns, "tests")
         self.secrets[name] = wiring.new_secret()
         self.service.set_secret(made, self.secrets[name], "tests")
         return made

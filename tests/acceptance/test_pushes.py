@@ -10,9 +10,9 @@ import kombu
 import pytest
 from joserfc import jwe, jwk
 
-from minter import catalogue
 from minter.broker.publisher import declare
 from minter.client.client import new_request_id
+from minter.database import control_changes
 from minter.fake_iam import Behaviour
 from tests.acceptance.conftest import Raw, Running
 from tests.acceptance.test_managed import settings
@@ -34,7 +34,7 @@ def pushing(broker, database_dsn, tmp_path_factory):
     text = (EXAMPLES / "settings.toml").read_text().replace('"rucio-41.5/', f'"{EXAMPLES}/rucio-41.5/')
     path.write_text(text + settings(iam.issuer, "generic"))
     engine = Running(broker, database_dsn, folder, settings=path)
-    catalogue.sync_providers(engine.service.pool, ["iam"])
+    control_changes.sync_providers(engine.service.pool, ["iam"])
     engine.iam = iam
     engine.key = folder / "jwe.json"
     engine.minter("clients", "change", ME, "--reply-queue", QUEUE, "--new-jwe-key", engine.key)

@@ -6,9 +6,9 @@ import subprocess
 import kombu
 import pytest
 
-from minter import database
 from minter.client.client import FileRequest, FilledJob
 from minter.contract import names
+from minter.database import connection as database
 from minter.demo import read_jobs
 from minter.embedded import _postgres_programs
 from tests.acceptance.conftest import Raw

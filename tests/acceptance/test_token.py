@@ -10,7 +10,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from jwt.algorithms import ECAlgorithm
 
-from minter import catalogue
+from minter.database import control_changes
 from minter.policy.clients import Ban
 from minter.publish import EXCHANGE
 from minter.tokens import keys
@@ -186,7 +186,7 @@ def test_audience_any_only_by_explicit_opt_in_and_an_hour(served, ask):
 
 
 def test_a_ban_refuses_and_the_refusal_is_recorded(served, ask):
-    catalogue.add_ban(served.service.pool, Ban("path", f"{TOP}/secret"), "leak", "tests")
+    control_changes.add_ban(served.service.pool, Ban("path", f"{TOP}/secret"), "leak", "tests")
     try:
         assert ask("rucio", scope=f"storage.read:{TOP}", audience=HOST) == (403, "access_denied")
         assert ask("rucio", scope=f"storage.read:{TOP}/open", audience=HOST)["scope"]
@@ -196,7 +196,7 @@ def test_a_ban_refuses_and_the_refusal_is_recorded(served, ask):
         )
         assert reason == "banned"
     finally:
-        catalogue.lift_ban(served.service.pool, Ban("path", f"{TOP}/secret"), "tests")
+        control_changes.lift_ban(served.service.pool, Ban("path", f"{TOP}/secret"), "tests")
 
 
 # ── who asks ─────────────────────────────────────────────────────────────────────────────────
@@ -410,12 +410,12 @@ def test_a_subject_that_is_not_ours_as_recorded(served, ask, subject, spoil):
 
 def test_a_ban_or_cancellation_of_the_subject_ends_its_exchange(served, ask, subject):
     told = exchange(ask, "fts", subject, scope="offline_access " + subject["scope"])
-    catalogue.add_ban(served.service.pool, Ban("client", "rucio"), "stolen", "tests")
+    control_changes.add_ban(served.service.pool, Ban("client", "rucio"), "stolen", "tests")
     try:
         assert refresh(ask, "fts", told["refresh_token"]) == (403, "access_denied")
         assert exchange(ask, "fts", subject) == (403, "access_denied")
     finally:
-        catalogue.lift_ban(served.service.pool, Ban("client", "rucio"), "tests")
+        control_changes.lift_ban(served.service.pool, Ban("client", "rucio"), "tests")
     assert refresh(ask, "fts", told["refresh_token"])["access_token"]  # a refusal spends nothing
     with served.http("rucio") as http:
         assert http.post(f"/{VO}/revoke", data={"token": subject["access_token"]}).json() == {}
@@ -423,22 +423,22 @@ def test_a_ban_or_cancellation_of_the_subject_ends_its_exchange(served, ask, sub
 
 
 def test_what_may_not_be_had_is_not_had_by_exchange_either(served, ask, subject):
-    catalogue.change_client(served.service.pool, "fts", {"operations": ["read"]}, "tests")
+    control_changes.change_client(served.service.pool, "fts", {"operations": ["read"]}, "tests")
     try:
         assert exchange(ask, "fts", subject)["scope"] == f"storage.read:{TOP}/d"
     finally:
-        catalogue.change_client(served.service.pool, "fts", {"operations": []}, "tests")
+        control_changes.change_client(served.service.pool, "fts", {"operations": []}, "tests")
 
 
 def test_a_family_ends_with_its_subject_and_with_its_subjects_client(served, ask):
     subject = ask("rucio", scope=f"storage.read:{TOP}/s", audience=HOST)
     told = exchange(ask, "fts", subject, scope=f"storage.read:{TOP}/s offline_access")
-    catalogue.disable_client(served.service.pool, "rucio", "tests", disabled=True)
+    control_changes.disable_client(served.service.pool, "rucio", "tests", disabled=True)
     try:
         assert exchange(ask, "fts", subject) == (400, "invalid_grant")
         assert refresh(ask, "fts", told["refresh_token"]) == (400, "invalid_grant")
     finally:
-        catalogue.disable_client(served.service.pool, "rucio", "tests", disabled=False)
+        control_changes.disable_client(served.service.pool, "rucio", "tests", disabled=False)
     told = refresh(ask, "fts", told["refresh_token"])
     with served.http("rucio") as http:
         http.post(f"/{VO}/revoke", data={"token": subject["access_token"]})
@@ -453,12 +453,12 @@ def test_a_banned_activitys_token_is_not_acted_with(served, ask):
             [FileRequest(sources=(f"davs://{HOST}:443{TOP}/act/f",))], activity="Bad"
         ).tokens
     told = exchange(ask, "fts", {"access_token": token.reveal()}, scope=f"{token.scope} offline_access")
-    catalogue.add_ban(served.service.pool, Ban("activity", "Bad"), "test", "tests")
+    control_changes.add_ban(served.service.pool, Ban("activity", "Bad"), "test", "tests")
     try:
         assert exchange(ask, "fts", {"access_token": token.reveal()}) == (403, "access_denied")
         assert refresh(ask, "fts", told["refresh_token"]) == (403, "access_denied")
     finally:
-        catalogue.lift_ban(served.service.pool, Ban("activity", "Bad"), "tests")
+        control_changes.lift_ban(served.service.pool, Ban("activity", "Bad"), "tests")
 
 
 def test_tokens_of_the_endpoint_are_not_given_again_by_v1_fetch(served, ask):

@@ -13,10 +13,12 @@ import pytest
 import uuid_utils
 from joserfc import jwe, jwk
 
-from minter import catalogue, database, wiring
+from minter import wiring
 from minter.broker.publisher import declare
 from minter.client.client import FileOperation, FileRequest, FilledJob, MinterClient, new_request_id
 from minter.contract import names
+from minter.database import connection as database
+from minter.database import control_changes
 from minter.demo import fts_objections, read_jobs
 from minter.errors import (
     Banned,
@@ -363,16 +365,16 @@ def test_a_message_without_a_user_gets_no_token(running, raw):
 
 
 def test_bans_and_keys_bind_running_workers_at_once(running, client):
-    with catalogue.controlling(running.service.pool, "test", "ban", "x", {}) as tx:
+    with control_changes.controlling(running.service.pool, "test", "ban", "x", {}) as tx:
         tx.execute("INSERT INTO bans (kind, value, reason) VALUES ('activity', 'T0', 'test')")
     with pytest.raises(Banned):
         client.mint(files(1), activity="T0")
     assert client.mint(files(1)).tokens
-    with catalogue.controlling(running.service.pool, "test", "revoke", "x", {}) as tx:
+    with control_changes.controlling(running.service.pool, "test", "revoke", "x", {}) as tx:
         tx.execute("UPDATE signing_keys SET state = 'revoked', revoked_at = now(), private_key = NULL")
     with pytest.raises(Unavailable, match="minter keys create"):
         client.mint(files(1))
-    with catalogue.controlling(running.service.pool, "test", "new key", "x", {}) as tx:
+    with control_changes.controlling(running.service.pool, "test", "new key", "x", {}) as tx:
         tx.execute("DELETE FROM tokens")
         tx.execute("DELETE FROM requests")
         tx.execute("DELETE FROM signing_keys")

@@ -7,9 +7,10 @@ from datetime import UTC, datetime, timedelta
 import psycopg
 import pytest
 
-from minter import archive, database, stories, wiring
+from minter import wiring
 from minter.contract.followups import FileReport, JobReport, ReportRequest
 from minter.contract.messages import FileRequest, MintRequest
+from minter.database import archive, connection, traces
 from minter.errors import SettingsError
 from minter.lives import Lives
 from minter.policy.requests import from_mint
@@ -79,9 +80,9 @@ def test_what_is_archived_tells_the_same_story(service, tmp_path, later):
     one, two, job = stocked(service)
     since, until = wiring.now() - timedelta(days=1), wiring.now() + timedelta(days=1)
     asked = questions(one)
-    before = {by: stories.find(service.pool, by, value, since, until) for by, value in asked.items()}
+    before = {by: traces.find(service.pool, by, value, since, until) for by, value in asked.items()}
     request_id = two.submission.request.request_id
-    tokens_before, refusals_before = stories.find_request(service.pool, request_id)
+    tokens_before, refusals_before = traces.find_request(service.pool, request_id)
     (first,) = [s for s in before["external_id"] if s.side == "source"]
     assert (first.on_behalf_of, first.activity, first.state, first.job_id) == (
         "alice",
@@ -96,11 +97,11 @@ def test_what_is_archived_tells_the_same_story(service, tmp_path, later):
     done = run(service, tmp_path, later(40))
     assert [count for path, count in done if path.name.startswith("tokens") and count] == [5]
     for by, value in asked.items():
-        assert stories.find(service.pool, by, value, since, until) == []
+        assert traces.find(service.pool, by, value, since, until) == []
         found = archive.find(tmp_path, by, value, since, until)
-        assert stories.newest(found, 100) == before[by] != []
+        assert traces.newest(found, 100) == before[by] != []
     run(service, tmp_path, later(70))
-    assert stories.find_request(service.pool, request_id) == ([], [])
+    assert traces.find_request(service.pool, request_id) == ([], [])
     tokens_after, refusals_after = archive.find_request(tmp_path, request_id, until)
     assert (tokens_after, refusals_after) == (tokens_before, refusals_before)
 
@@ -134,7 +135,7 @@ def test_a_crash_at_any_point_is_finished_by_the_next_run(service, tmp_path, lat
     monkeypatch.setattr(archive, "_remove", remove)
     (tmp_path / "tokens-20200101.jsonl.partial").write_bytes(b"half")  # another run's, killed while writing
     today = f"{wiring.now():%Y%m%d}"
-    with database.transaction(service.pool) as tx:  # and one killed between detach and drop
+    with connection.transaction(service.pool) as tx:  # and one killed between detach and drop
         tx.execute(f"ALTER TABLE token_states DETACH PARTITION token_states_{today}")
     run(service, tmp_path, later(40))
     assert not {t for t in tables(service) if t.endswith(today) and t.startswith("token")}
@@ -147,7 +148,7 @@ def test_a_reader_delays_the_removal_and_loses_nothing(service, tmp_path, later,
     stocked(service)
     with psycopg.connect(dsn) as reader:
         reader.execute("SELECT count(*) FROM tokens")  # its transaction stays open
-        with database.transaction(service.pool) as tx:
+        with connection.transaction(service.pool) as tx:
             tx.execute(
                 "ALTER DATABASE "
                 + service.pool.raw_connection().driver_connection.info.dbname
@@ -183,7 +184,7 @@ def test_no_token_and_no_secret_is_in_an_archive(service, tmp_path, later):
 def test_what_somebody_else_detached_is_not_dropped(service, tmp_path, later):
     stocked(service)
     today = f"{wiring.now():%Y%m%d}"
-    with database.transaction(service.pool) as tx:
+    with connection.transaction(service.pool) as tx:
         tx.execute(f"ALTER TABLE tokens DETACH PARTITION tokens_{today}")
     with pytest.raises(archive.Unavailable, match="attach it again"):
         run(service, tmp_path, later(40))

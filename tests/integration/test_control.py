@@ -5,7 +5,9 @@ from datetime import timedelta
 
 import pytest
 
-from minter import alive, catalogue, database, keyring, wiring
+from minter import wiring
+from minter.database import connection as database
+from minter.database import control_changes, keyring, live_tokens
 from minter.errors import Banned, Expired, InvalidRequest, NoUsableKey, UnknownClient, UnknownKey, UnknownVO
 from minter.policy.clients import Ban
 from minter.tokens import keys
@@ -40,14 +42,16 @@ def backdate_keys(service, days):
 
 
 def test_a_changed_limit_binds_the_next_request(service):
-    catalogue.change_client(service.pool, ME, {"operations": ["read"], "max_lifetime_seconds": 1200}, "me")
+    control_changes.change_client(
+        service.pool, ME, {"operations": ["read"], "max_lifetime_seconds": 1200}, "me"
+    )
     (outcome,) = mint(service, submission("a"))
     assert [r["error"]["reason"] for r in outcome.refusals] == [
         "neighbour_refused",
         "operation_not_allowed",
     ] or {r["error"]["reason"] for r in outcome.refusals} == {"neighbour_refused", "operation_not_allowed"}
     assert outcome.issued == []
-    catalogue.change_client(service.pool, ME, {"operations": []}, "me")
+    control_changes.change_client(service.pool, ME, {"operations": []}, "me")
     (outcome,) = mint(service, submission("b"))
     issued = json.loads(keys_payload(outcome.issued[0].token))
     assert issued["exp"] - issued["iat"] == 1200
@@ -64,17 +68,17 @@ def keys_payload(token):
 def test_a_disabled_client_gets_nothing_until_it_is_enabled(service):
     one = submission("a")
     mint(service, one)
-    catalogue.disable_client(service.pool, ME, "me", disabled=True)
+    control_changes.disable_client(service.pool, ME, "me", disabled=True)
     assert isinstance(mint(service, one)[0].error, UnknownClient)
-    catalogue.disable_client(service.pool, ME, "me", disabled=False)
+    control_changes.disable_client(service.pool, ME, "me", disabled=False)
     assert mint(service, one)[0].issued
 
 
 def test_a_change_of_nobody_is_refused(service):
     with pytest.raises(UnknownClient, match="minter clients list"):
-        catalogue.change_client(service.pool, "nobody", {"operations": []}, "me")
+        control_changes.change_client(service.pool, "nobody", {"operations": []}, "me")
     with pytest.raises(InvalidRequest, match="max_lifetime_seconds"):
-        catalogue.change_client(service.pool, ME, {"max_lifetime_seconds": -1}, "me")
+        control_changes.change_client(service.pool, ME, {"max_lifetime_seconds": -1}, "me")
     assert audited(service) == []
 
 
@@ -89,7 +93,7 @@ def test_a_secret_is_kept_as_a_keyed_hash_and_the_old_one_for_a_while(service):
         "SELECT secret_hash, old_secret_hash, old_secret_until > now() FROM clients WHERE name = %s",
         ME,
     )
-    pepper = catalogue.secrets_key(service.pool, VO, b"unused")
+    pepper = control_changes.secrets_key(service.pool, VO, b"unused")
     assert bytes(new) == service.keystore.hash_secret(VO, pepper, second)
     assert bytes(old) == service.keystore.hash_secret(VO, pepper, first)
     assert until
@@ -120,15 +124,15 @@ def test_a_ban_binds_at_once_and_lists_what_is_alive(service, kind, value, cover
             .split(":")[1]
             .rpartition("/")[0]
         )
-    living = list(alive.under(service.pool, kind, value, None, wiring.now()))
+    living = list(live_tokens.under(service.pool, kind, value, None, wiring.now()))
     names = {token.scope.rpartition("/")[2] for token in living}
     assert names == covered
-    catalogue.add_ban(service.pool, Ban(kind, value), "test", "me")
+    control_changes.add_ban(service.pool, Ban(kind, value), "test", "me")
     errors = [o.error or o.refusals for o in mint(service, one, two)]
     assert any(isinstance(e, Banned) for e in errors)
     with pytest.raises(InvalidRequest, match="banned already"):
-        catalogue.add_ban(service.pool, Ban(kind, value), "again", "me")
-    catalogue.lift_ban(service.pool, Ban(kind, value), "me")
+        control_changes.add_ban(service.pool, Ban(kind, value), "again", "me")
+    control_changes.lift_ban(service.pool, Ban(kind, value), "me")
     assert all(o.issued for o in mint(service, one, two))
     assert [action for _, action, _ in audited(service)] == ["ban", "unban"]
 
@@ -137,22 +141,22 @@ def test_a_path_ban_finds_encoded_names_and_wider_grants(service):
     mint(service, submission("run 1/file", "run 2/file"))
     (scope,) = {
         t.scope
-        for t in alive.under(service.pool, "path", "/", None, wiring.now())
+        for t in live_tokens.under(service.pool, "path", "/", None, wiring.now())
         if "run%201" in t.scope and "read" in t.scope.partition(":")[0]
     }
     directory = scope.split(":")[1].replace("%20", " ").rpartition("/")[0]
-    found = list(alive.under(service.pool, "path", directory, None, wiring.now()))
+    found = list(live_tokens.under(service.pool, "path", directory, None, wiring.now()))
     assert found
     assert all("run%201" in t.scope for t in found)
 
 
 def test_bans_that_cannot_be(service):
     with pytest.raises(UnknownVO):
-        catalogue.add_ban(service.pool, Ban("client", ME, "nowhere"), "test", "me")
+        control_changes.add_ban(service.pool, Ban("client", ME, "nowhere"), "test", "me")
     with pytest.raises(InvalidRequest, match="is not banned"):
-        catalogue.lift_ban(service.pool, Ban("client", ME), "me")
+        control_changes.lift_ban(service.pool, Ban("client", ME), "me")
     with pytest.raises(InvalidRequest, match="unknown kind"):
-        list(alive.under(service.pool, "planet", "x", None, wiring.now()))
+        list(live_tokens.under(service.pool, "planet", "x", None, wiring.now()))
 
 
 # ── keys (I6) ────────────────────────────────────────────────────────────────────────────────
@@ -198,7 +202,7 @@ def test_a_revoked_key_signs_nothing_and_its_standby_takes_over(service):
     one = submission("a")
     mint(service, one)
     (kid,) = [k.kid for k in ring(service) if k.state == "active"]
-    assert len(list(alive.under(service.pool, "key", kid, None, wiring.now()))) == 2
+    assert len(list(live_tokens.under(service.pool, "key", kid, None, wiring.now()))) == 2
     keyring.revoke(service.pool, kid, wiring.now(), service.engine.rotation, "me", "leaked")
     assert states(service) == ["revoked", "active"]
     assert kid not in {jwk["kid"] for jwk in keys.jwks(ring(service), wiring.now())["keys"]}
@@ -208,8 +212,8 @@ def test_a_revoked_key_signs_nothing_and_its_standby_takes_over(service):
     assert isinstance(mint(service, one)[0].error, Expired)  # not signed again
     assert mint(service, submission("b"))[0].issued
     # Listed by its key still, for the sites; a ban's list has only what verifies.
-    assert len(list(alive.under(service.pool, "key", kid, None, wiring.now()))) == 2
-    assert {t.scope[-1] for t in alive.under(service.pool, "vo", VO, None, wiring.now())} == {"b"}
+    assert len(list(live_tokens.under(service.pool, "key", kid, None, wiring.now()))) == 2
+    assert {t.scope[-1] for t in live_tokens.under(service.pool, "vo", VO, None, wiring.now())} == {"b"}
     with pytest.raises(UnknownKey, match="revoked already"):
         keyring.revoke(service.pool, kid, wiring.now(), service.engine.rotation, "me", "again")
     with pytest.raises(UnknownKey, match="minter keys list"):
@@ -245,7 +249,7 @@ def test_the_master_key_is_changed_without_a_gap(service, dsn):
     assert keyring.rewrap(both.pool, both.keystore, VO, "me") == 2
     alone = wiring.Service(load_settings(dsn, MINTER_MASTER_KEY_ALPEN=fresh))
     assert tokens(mint(alone, one)[0]) == tokens(before)
-    pepper = catalogue.secrets_key(alone.pool, VO, b"unused")
+    pepper = control_changes.secrets_key(alone.pool, VO, b"unused")
     assert rows(service, "SELECT secret_hash FROM clients WHERE name = %s", ME) == [
         (alone.keystore.hash_secret(VO, pepper, secret),)
     ]

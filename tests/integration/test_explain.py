@@ -8,7 +8,8 @@ from uuid import UUID
 
 import pytest
 
-from minter import database, stories, wiring
+from minter import wiring
+from minter.database import connection, traces
 from minter.tokens.records import RequestRow
 
 pytestmark = pytest.mark.slow
@@ -29,7 +30,7 @@ def million(postgres_dsn, template):
     _admin(postgres_dsn, f"CREATE DATABASE minter_million TEMPLATE {template}")
     service = wiring.Service(load_settings(_dsn(postgres_dsn, "minter_million")))
     start = (wiring.now() - timedelta(days=1)).replace(hour=0, minute=0, second=0, microsecond=0)
-    with database.transaction(service.pool) as tx:
+    with connection.transaction(service.pool) as tx:
         tx.execute("SELECT setseed(0.5)")
         tx.execute(
             """
@@ -42,7 +43,7 @@ def million(postgres_dsn, template):
             """,
             {"start": int(start.timestamp() * 1000), "payload": PAYLOAD, "rows": ROWS},
         )
-    with database.transaction(service.pool) as tx:
+    with connection.transaction(service.pool) as tx:
         tx.execute("ANALYZE tokens")
     yield service
     service.pool.dispose()
@@ -50,7 +51,7 @@ def million(postgres_dsn, template):
 
 
 def plan(service, query, values):
-    with database.transaction(service.pool) as tx:
+    with connection.transaction(service.pool) as tx:
         return tx.execute(f"EXPLAIN (ANALYZE, FORMAT JSON) {query}", values).fetchone()[0][0]["Plan"]
 
 
@@ -64,7 +65,7 @@ def scans(node):
     return found
 
 
-@pytest.mark.parametrize("by", sorted(stories.INDEXED))
+@pytest.mark.parametrize("by", sorted(traces.INDEXED))
 def test_one_indexed_probe_for_each_partition_in_the_time_asked_for(million, by):
     columns = {
         "jti": "jti",
@@ -72,36 +73,36 @@ def test_one_indexed_probe_for_each_partition_in_the_time_asked_for(million, by)
         "fts_token_id": "fts_token_id",
         "external_id": "external_id",
     }
-    with database.transaction(million.pool) as tx:
+    with connection.transaction(million.pool) as tx:
         (value,) = tx.execute(f"SELECT {columns[by]} FROM tokens OFFSET 500000 LIMIT 1").fetchone()
     since = (wiring.now() - timedelta(days=1)).replace(hour=0, minute=0, second=0, microsecond=0)
     until = since + timedelta(days=4)  # the days that hold rows: an empty partition is read, not searched
-    bounds = {**stories.bounds(since, until), "limit": 100, "asker": None}
-    found = scans(plan(million, stories.queries(by)[0], {"value": value, **bounds}))
+    bounds = {**traces.bounds(since, until), "limit": 100, "asker": None}
+    found = scans(plan(million, traces.queries(by)[0], {"value": value, **bounds}))
     assert found
     assert not [kind for _, kind in found if "Seq" in kind]
     assert max(Counter(partition for partition, _ in found).values()) == 1
     if by == "jti":
         assert len(found) == 1
-    narrow = {**bounds, **stories.bounds(wiring.now(), wiring.now() + timedelta(hours=1))}
-    assert len(scans(plan(million, stories.queries(by)[0], {"value": value, **narrow}))) <= 2
+    narrow = {**bounds, **traces.bounds(wiring.now(), wiring.now() + timedelta(hours=1))}
+    assert len(scans(plan(million, traces.queries(by)[0], {"value": value, **narrow}))) <= 2
 
 
 def test_a_requests_tokens_are_one_range_of_the_primary_key(million):
-    with database.transaction(million.pool) as tx:
+    with connection.transaction(million.pool) as tx:
         (first,) = tx.execute("SELECT jti FROM tokens ORDER BY jti OFFSET 1000 LIMIT 1").fetchone()
     last = UUID(int=first.int + 200)
-    query = f"SELECT {database.TOKEN_COLUMNS} FROM tokens t LEFT JOIN storages s USING (storage_id) WHERE t.jti BETWEEN %s AND %s ORDER BY t.jti"
+    query = f"SELECT {connection.TOKEN_COLUMNS} FROM tokens t LEFT JOIN storages s USING (storage_id) WHERE t.jti BETWEEN %s AND %s ORDER BY t.jti"
     found = scans(plan(million, query, (first, last)))
     assert len(found) == 1
     assert not [kind for _, kind in found if "Seq" in kind]
     row = RequestRow(first, 1, b"", "mint", "", "", first, 1, [], None, wiring.now())
-    with database.transaction(million.pool) as tx:
-        assert [t.jti for t in database.tokens_of(tx, row)] == [str(first)]
+    with connection.transaction(million.pool) as tx:
+        assert [t.jti for t in connection.tokens_of(tx, row)] == [str(first)]
 
 
 def test_what_a_token_costs_on_disk(million, record_property):
-    with database.transaction(million.pool) as tx:
+    with connection.transaction(million.pool) as tx:
         heap, total = tx.execute(
             "SELECT sum(pg_relation_size(relid)), sum(pg_total_relation_size(relid)) FROM pg_partition_tree('tokens')"
         ).fetchone()

@@ -11,9 +11,11 @@ import pytest
 import urllib3
 from msgspec import structs
 
-from minter import alive, catalogue, database, housekeeping, keeping, stories, wiring
+from minter import wiring
 from minter.contract.followups import CancelRequest, FetchRequest, FileReport, ReportRequest
 from minter.contract.messages import FileOperation, FileRequest, MintRequest
+from minter.database import connection as database
+from minter.database import control_changes, live_tokens, managed, partitions, traces
 from minter.documents import SharedDocuments
 from minter.errors import InvalidGrant
 from minter.fake_iam import Behaviour, FakeIAM
@@ -60,7 +62,7 @@ class Bench:
         old = service.engine.policy
         service.engine.policy = Policy(old.directories, routes, ())
         service.engine.store._clock = lambda: datetime.now(UTC)  # Postgres's, whatever the test's is
-        catalogue.sync_providers(service.pool, ["iam"])
+        control_changes.sync_providers(service.pool, ["iam"])
         self.lives = Lives(service.engine, service.pool)
         known = SharedDocuments(service.pool, self.provider, self.clock)
         known.iam = self.iam = IAM(self.provider, "minter-secret", known, self.clock)
@@ -228,7 +230,7 @@ def test_who_may_fetch_a_handle(service, iam):
         answer = bench.lives.fetch(name, FetchRequest(handles=(handle, wiring.new_uuid7())), bench.clock())
         assert bool(answer.tokens) is gets
         assert answer.unknown == (["handles[1]"] if gets else ["handles[0]", "handles[1]"])
-    catalogue.add_ban(service.pool, Ban("client", ME, "alpen"), "test", "test")
+    control_changes.add_ban(service.pool, Ban("client", ME, "alpen"), "test", "test")
     answer = bench.lives.fetch("consumer", FetchRequest(handles=(handle,)), bench.clock())
     assert [r.error["reason"] for r in answer.refusals] == ["banned"]
     assert not answer.tokens
@@ -245,7 +247,7 @@ def test_the_stored_subject_token_serves(service, iam):
     bench = Bench(service, iam, exchange())
     sealed = service.keystore.seal_token("alpen", ME, "client_subject", bench.subject())
     until = bench.clock() + timedelta(days=1)
-    catalogue.set_subject(
+    control_changes.set_subject(
         service.pool, ME,
         {"subject_token": sealed, "subject_provider": "iam", "subject_scope": "storage.read:/", "subject_expires_at": until},
         "test",
@@ -387,7 +389,7 @@ def test_a_worker_that_died_with_a_refresh_token(service, iam):
     outcome = bench.ask("a", subject=bench.subject())
     bench.turn()
     bench.forward(minutes=45)
-    dead = keeping.take(service.pool, bench.provider, uuid.uuid4(), 5, bench.clock(), 30.0)
+    dead = managed.take(service.pool, bench.provider, uuid.uuid4(), 5, bench.clock(), 30.0)
     assert len(dead.tokens) == 1
     assert not dead.tokens[0].spent
     bench.turn(seconds=0.3)
@@ -396,7 +398,7 @@ def test_a_worker_that_died_with_a_refresh_token(service, iam):
     bench.turn()
     assert bench.asked[-1] == ("token_exchange", "ok")
     assert (
-        keeping.save(service.pool, [keeping.Result(jti=dead.tokens[0].jti, lease=dead.lease, state="issued")])
+        managed.save(service.pool, [managed.Result(jti=dead.tokens[0].jti, lease=dead.lease, state="issued")])
         == set()
     )
     assert bench.fetch(outcome).tokens
@@ -423,12 +425,12 @@ def test_a_refresh_that_is_refused_ends_in_the_fallback(service, iam):
     )
     ((steps,),) = rows(service, "SELECT steps FROM rules WHERE route = 'minted'")
     assert ["fallback", "stands in for a provider's token"] in steps
-    (story,) = stories.find(
+    (story,) = traces.find(
         service.pool, "external_id", "a", bench.clock() - timedelta(hours=3), bench.clock()
     )[-1:]
     (before,) = rows(service, "SELECT jti FROM managed")
     assert (story.mode, story.instead_of) == ("mint", before[0])
-    earlier = stories.find(service.pool, "jti", before[0], bench.clock() - timedelta(hours=3), bench.clock())
+    earlier = traces.find(service.pool, "jti", before[0], bench.clock() - timedelta(hours=3), bench.clock())
     assert [(s.jti, str(s.use_id)) for s in earlier] == [(before[0], handle)]
 
 
@@ -479,7 +481,9 @@ def test_bans_stop_the_refresh(service, iam):
     bench = Bench(service, iam, exchange(), outage_margin_seconds=300)
     bench.ask("a", subject=bench.subject())
     bench.turn()
-    catalogue.add_ban(service.pool, Ban("path", "/atlas/atlasdatadisk/rucio/data/a", "alpen"), "test", "test")
+    control_changes.add_ban(
+        service.pool, Ban("path", "/atlas/atlasdatadisk/rucio/data/a", "alpen"), "test", "test"
+    )
     bench.forward(minutes=45)
     bench.turn()
     assert len(bench.asked) == 1
@@ -524,36 +528,36 @@ def test_what_is_known_of_a_managed_token(service, iam):
     """Traced by what FTS shows of it, listed while it works, and gone from the lists when it does not."""
     bench = Bench(service, iam, own())
     outcome = bench.ask("a")
-    (waiting,) = stories.find_request(service.pool, outcome.submission.request.request_id)[0]
+    (waiting,) = traces.find_request(service.pool, outcome.submission.request.request_id)[0]
     assert (waiting.state, waiting.mode, waiting.fts_token_id, waiting.kid) == (
         "queued",
         "client_credentials",
         "",
         "",
     )
-    assert not list(alive.under(service.pool, "client", ME, "alpen", bench.clock()))
+    assert not list(live_tokens.under(service.pool, "client", ME, "alpen", bench.clock()))
     bench.turn()
     (token,) = bench.fetch(outcome).tokens
     fts_id = fts_token_id(token.token.encode())
     day = timedelta(days=1)
-    (found,) = stories.find(service.pool, "fts_token_id", fts_id, bench.clock() - day, bench.clock() + day)
+    (found,) = traces.find(service.pool, "fts_token_id", fts_id, bench.clock() - day, bench.clock() + day)
     assert found.state == "issued"
     assert found.external_id == "a"
     assert int(found.fts_token_id, 16) == fts_id % (1 << 64)
-    (by_handle,) = stories.find(
+    (by_handle,) = traces.find(
         service.pool, "jti", uuid.UUID(token.handle), bench.clock() - day, bench.clock() + day
     )
     assert by_handle.use_id == uuid.UUID(token.handle)
-    assert not stories.find(
+    assert not traces.find(
         service.pool, "jti", uuid.UUID(token.handle), bench.clock() - day, bench.clock() + day, asker="other"
     )
     for kind, value in (("client", ME), ("storage", found.storage), ("path", "/atlas"), ("vo", "alpen")):
-        (living,) = alive.under(service.pool, kind, value, "alpen", bench.clock())
+        (living,) = live_tokens.under(service.pool, kind, value, "alpen", bench.clock())
         assert living.exp == token.exp
     bench.lives.cancel(ME, CancelRequest(external_ids=("a",)), bench.clock())
-    assert list(alive.under(service.pool, "client", ME, "alpen", bench.clock()))  # it works still
+    assert list(live_tokens.under(service.pool, "client", ME, "alpen", bench.clock()))  # it works still
     bench.forward(hours=1, minutes=1)
-    assert not list(alive.under(service.pool, "client", ME, "alpen", bench.clock()))
+    assert not list(live_tokens.under(service.pool, "client", ME, "alpen", bench.clock()))
 
 
 def test_the_reason_of_a_failure_is_told(service, iam):
@@ -563,7 +567,7 @@ def test_the_reason_of_a_failure_is_told(service, iam):
     bench.turn(until=lambda: len(bench.asked) >= 1)
     bench.forward(minutes=16)
     bench.turn(until=lambda: bench.row()["state"] == "failed")
-    (story,) = stories.find_request(service.pool, outcome.submission.request.request_id)[0]
+    (story,) = traces.find_request(service.pool, outcome.submission.request.request_id)[0]
     assert story.state == "failed"
     assert story.error["reason"] == "provider_token_rejected"
 
@@ -573,13 +577,13 @@ def test_overdue_ones_are_finished_and_forgotten_in_bulk(service, iam):
     for n in range(5):
         bench.ask(f"f{n}")
     bench.forward(days=1)
-    assert keeping.end_overdue(service.pool, bench.clock()) == 5
-    assert housekeeping.prune_managed(service.pool, 30, bench.clock()) == 0
-    assert housekeeping.prune_managed(service.pool, 30, bench.clock() + timedelta(days=40)) == 5
+    assert managed.end_overdue(service.pool, bench.clock()) == 5
+    assert partitions.prune_managed(service.pool, 30, bench.clock()) == 0
+    assert partitions.prune_managed(service.pool, 30, bench.clock() + timedelta(days=40)) == 5
 
 
 def test_a_changed_master_key(service, iam, dsn):
-    from minter import keyring
+    from minter.database import keyring
     from minter.tokens.keystore import Keystore, MasterKey, new_master_key, read_master_key
     from tests.conftest import MASTER_KEY
 
@@ -588,7 +592,7 @@ def test_a_changed_master_key(service, iam, dsn):
     outcome = bench.ask("a", subject=subject)
     sealed = service.keystore.seal_token("alpen", ME, "client_subject", subject)
     until = bench.clock() + timedelta(days=1)
-    catalogue.set_subject(
+    control_changes.set_subject(
         service.pool,
         ME,
         {"subject_token": sealed, "subject_provider": "iam", "subject_expires_at": until},
@@ -742,12 +746,12 @@ def test_a_use_that_joins_while_a_stand_in_is_made(service, iam, monkeypatch):
         connection.execute(
             "UPDATE managed SET lease = %s, leased_until = now() + interval '1 hour'", (lease,)
         )
-    uses = keeping.living_uses(service.pool, taken[0])
+    uses = managed.living_uses(service.pool, taken[0])
     late = bench.ask("a")
     assert bench.row()["uses"] == 2
     instead = {use[0]: uuid.uuid4() for use in uses}
-    assert keeping.stand_in(service.pool, taken[0], uuid.uuid4(), instead) == 0  # another's lease
-    assert keeping.stand_in(service.pool, taken[0], lease, instead) == 1
+    assert managed.stand_in(service.pool, taken[0], uuid.uuid4(), instead) == 0  # another's lease
+    assert managed.stand_in(service.pool, taken[0], lease, instead) == 1
     assert (bench.row()["state"], bench.row()["uses"]) == ("queued", 1)
     assert bench.fetch(late).awaited
 
@@ -756,17 +760,19 @@ def test_nothing_is_pushed_to_whom_it_may_not_go(service, iam):
     from minter.pushes import Pushes
 
     sent = []
-    catalogue.change_client(service.pool, ME, {"reply_queues": ["mine"], "jwe_key": {"kty": "EC"}}, "test")
+    control_changes.change_client(
+        service.pool, ME, {"reply_queues": ["mine"], "jwe_key": {"kty": "EC"}}, "test"
+    )
     bench = Bench(service, iam, own())
     bench.ask("a", reply_queue="mine")
     bench.turn()
     with service.engine.store.recording() as tx:
         tx.control()
-    catalogue.add_ban(service.pool, Ban("client", ME, "alpen"), "test", "test")
+    control_changes.add_ban(service.pool, Ban("client", ME, "alpen"), "test", "test")
     pushes = Pushes(service.pool, service.keystore, bench.keeper._current, sent.extend)
     pushes.turn(bench.clock())
     assert not sent
-    catalogue.lift_ban(service.pool, Ban("client", ME, "alpen"), "test")
+    control_changes.lift_ban(service.pool, Ban("client", ME, "alpen"), "test")
     with database.transaction(service.pool) as connection:
         connection.execute("UPDATE managed SET pushed_id = NULL")
     pushes.turn(bench.clock())

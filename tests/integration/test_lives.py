@@ -7,7 +7,7 @@ from uuid import UUID
 
 import pytest
 
-from minter import catalogue, database, stack, wiring
+from minter import stack, wiring
 from minter.contract.followups import (
     CancelRequest,
     FetchRequest,
@@ -20,6 +20,7 @@ from minter.contract.followups import (
     decode_report,
 )
 from minter.contract.messages import FileOperation, FileRequest, FillRequest, MintRequest
+from minter.database import connection, control_changes
 from minter.errors import Banned, Expired, InvalidRequest, UnknownClient, UnknownRequest, UnknownStorage
 from minter.fts.jobs import from_fill
 from minter.lives import Lives
@@ -89,7 +90,7 @@ def test_nobody_fetches_what_another_client_was_granted(service, lives):
 def test_a_fetch_after_a_ban_gives_nothing(service, lives):
     one = submission("a", activity="Production Input")
     mint(service, one)
-    with catalogue.controlling(service.pool, "tests", "ban", "x", {}) as tx:
+    with control_changes.controlling(service.pool, "tests", "ban", "x", {}) as tx:
         tx.execute("INSERT INTO bans (kind, value, reason) VALUES ('activity', 'Production Input', 'test')")
     with pytest.raises(Banned):
         lives.fetch(ME, FetchRequest(one.request.request_id), wiring.now())
@@ -149,7 +150,7 @@ def test_every_filled_job_of_rucios_can_be_renewed_with_equal_scopes(service, li
 def test_what_was_asked_for_as_a_whole_is_renewed_as_a_whole(service, lives):
     asked = submission("d/a", "e/b", all_or_nothing=True)
     mint(service, asked)
-    catalogue.add_ban(service.pool, Ban("path", "/atlas/atlasdatadisk/rucio/data/e"), "leak", "test")
+    control_changes.add_ban(service.pool, Ban("path", "/atlas/atlasdatadisk/rucio/data/e"), "leak", "test")
     outcome = renewed(service, lives, renews=asked.request.request_id)
     assert outcome.issued == []
     assert {r["error"]["reason"] for r in outcome.refusals} == {"banned", "neighbour_refused"}
@@ -208,7 +209,7 @@ def test_a_request_of_several_activities_is_not_renewed_past_a_ban(service, live
     with pytest.raises(UnknownRequest, match="several activities"):
         renewed(service, lives, renews=made.request_id)
     lives.fetch(ME, FetchRequest(made.request_id), wiring.now())
-    catalogue.add_ban(service.pool, Ban("activity", "Evil"), "test", "me")
+    control_changes.add_ban(service.pool, Ban("activity", "Evil"), "test", "me")
     with pytest.raises(Banned):
         lives.fetch(ME, FetchRequest(made.request_id), wiring.now())
 
@@ -216,7 +217,7 @@ def test_a_request_of_several_activities_is_not_renewed_past_a_ban(service, live
 def test_what_an_earlier_release_recorded_is_refused_not_broken(service, lives):
     first = submission("a")
     mint(service, first)
-    with database.transaction(service.pool) as tx:
+    with connection.transaction(service.pool) as tx:
         tx.execute("UPDATE tokens SET rule_id = NULL")
     with pytest.raises(UnknownRequest, match="ask anew"):
         renewed(service, lives, renews=first.request.request_id)
@@ -239,7 +240,7 @@ def test_what_cannot_be_renewed_is_refused(service, lives):
     with pytest.raises(UnknownStorage, match="has no door"):
         renewed(service, lives, renews=first.request.request_id)
     directory._areas = areas
-    with catalogue.controlling(service.pool, "tests", "ban", "x", {}) as tx:
+    with control_changes.controlling(service.pool, "tests", "ban", "x", {}) as tx:
         tx.execute("INSERT INTO bans (kind, value, reason) VALUES ('client', %s, 'test')", (ME,))
     assert isinstance(renewed(service, lives, renews=first.request.request_id).error, Banned)
 

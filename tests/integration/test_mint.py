@@ -9,8 +9,9 @@ import psycopg
 import pytest
 from msgspec import structs
 
-from minter import catalogue, database, recording, stack, stories, wiring
+from minter import stack, wiring
 from minter.contract.messages import FileRequest, FillRequest, MintRequest
+from minter.database import connection, control_changes, recording, traces
 from minter.errors import Unavailable
 from minter.fts.jobs import from_fill
 from minter.policy.requests import from_mint
@@ -120,10 +121,10 @@ def test_asked_twice_same_bytes_also_in_one_batch_from_another_process_and_later
 
 def rotate(service, algorithm):
     """Let a new key sign from now on; return its signer."""
-    with catalogue.controlling(service.pool, "test", "retire", "alpen", {}) as tx:
+    with control_changes.controlling(service.pool, "test", "retire", "alpen", {}) as tx:
         tx.execute("UPDATE signing_keys SET state = 'old', retired_at = now()")
     signer = keys.generate(algorithm)
-    with catalogue.controlling(service.pool, "test", "key", "alpen", {}) as tx:
+    with control_changes.controlling(service.pool, "test", "key", "alpen", {}) as tx:
         tx.execute(
             "INSERT INTO signing_keys (vo, kid, algorithm, state, public_jwk, private_key, activated_at)"
             " VALUES ('alpen', %s, %s, 'active', %s, %s, now())",
@@ -207,14 +208,14 @@ def test_a_token_that_no_longer_covers_the_need_is_expired_with_an_offer(service
 def test_an_old_key_resigns_for_a_day_and_a_revoked_one_never(service):
     asked = submission("a")
     (first,) = mint(service, asked)
-    with catalogue.controlling(service.pool, "test", "retire", "alpen", {}) as tx:
+    with control_changes.controlling(service.pool, "test", "retire", "alpen", {}) as tx:
         tx.execute("UPDATE signing_keys SET state = 'old', retired_at = now() - interval '23 hours'")
     service.create_key("alpen", "ES256", "tests")
     assert tokens(mint(service, asked)[0]) == tokens(first)
-    with catalogue.controlling(service.pool, "test", "retire", "alpen", {}) as tx:
+    with control_changes.controlling(service.pool, "test", "retire", "alpen", {}) as tx:
         tx.execute("UPDATE signing_keys SET retired_at = now() - interval '25 hours' WHERE state = 'old'")
     assert mint(service, asked)[0].error.reason == "expired"
-    with catalogue.controlling(service.pool, "test", "revoke", "alpen", {}) as tx:
+    with control_changes.controlling(service.pool, "test", "revoke", "alpen", {}) as tx:
         tx.execute(
             "UPDATE signing_keys SET state = 'revoked', revoked_at = now(), private_key = NULL WHERE state = 'old'"
         )
@@ -249,14 +250,14 @@ def test_unknown_and_disabled_clients_and_a_body_that_lies(service):
     lying = submission("a")
     lying = Submission(structs.replace(lying.request, client="dirac"), "rucio-alpen")
     assert mint(service, lying)[0].error.reason == "client_mismatch"
-    with catalogue.controlling(service.pool, "test", "disable", "rucio-alpen", {}) as tx:
+    with control_changes.controlling(service.pool, "test", "disable", "rucio-alpen", {}) as tx:
         tx.execute("UPDATE clients SET disabled_at = now()")
     assert mint(service, submission("a"))[0].error.reason == "unknown_client"
     assert count(service, "requests") == 0
 
 
 def ban(service, kind, value):
-    with catalogue.controlling(service.pool, "test", "ban", value, {}) as tx:
+    with control_changes.controlling(service.pool, "test", "ban", value, {}) as tx:
         tx.execute("INSERT INTO bans (kind, value, reason) VALUES (%s, %s, 'test')", (kind, value))
 
 
@@ -290,13 +291,13 @@ def test_a_ban_waits_for_a_recording_under_way_and_binds_all_after_it(service, d
 
 
 def test_no_usable_key_is_told_and_not_recorded(service):
-    with catalogue.controlling(service.pool, "test", "revoke", "alpen", {}) as tx:
+    with control_changes.controlling(service.pool, "test", "revoke", "alpen", {}) as tx:
         tx.execute("UPDATE signing_keys SET state = 'revoked', revoked_at = now(), private_key = NULL")
     asked = submission("a")
     assert mint(service, asked)[0].error.reason == "no_usable_key"
     assert count(service, "requests") == 0
     # A key makes the same request good: nothing was final.
-    with catalogue.controlling(service.pool, "test", "delete", "alpen", {}) as tx:
+    with control_changes.controlling(service.pool, "test", "delete", "alpen", {}) as tx:
         tx.execute("DELETE FROM signing_keys")
     service.create_key("alpen", "ES256", "tests")
     assert mint(service, asked)[0].issued
@@ -314,7 +315,7 @@ def test_a_clock_off_by_an_hour_signs_nothing(dsn, hours):
 
 def test_a_missing_partition_is_told_and_passes(service):
     (name,) = rows(service, "SELECT 'tokens_' || to_char(now() AT TIME ZONE 'UTC', 'YYYYMMDD')")[0]
-    with database.transaction(service.pool) as tx:
+    with connection.transaction(service.pool) as tx:
         tx.execute(f"DROP TABLE {name}")
     asked = submission("a")
     with pytest.raises(Unavailable, match="no partition for this day"):
@@ -332,17 +333,17 @@ def test_found_by_jti_path_request_and_ftss_token_id(service):
     since, until = service.since(1), wiring.now() + timedelta(days=1)
     path = "/atlas/atlasdatadisk/rucio/data/a"
     for by, value in (("jti", issued.jti), ("path", path), ("fts_token_id", fts_token_id(issued.token))):
-        (found,) = stories.find(service.pool, by, value, since, until)
+        (found,) = traces.find(service.pool, by, value, since, until)
         assert (str(found.jti), found.client, found.storage) == (
             issued.jti,
             "rucio-alpen",
             "BOREAS-T2_DATADISK",
         )
-    recorded, refused = stories.find_request(service.pool, outcome.submission.request.request_id)
+    recorded, refused = traces.find_request(service.pool, outcome.submission.request.request_id)
     assert [str(one.jti) for one in recorded] == [i.jti for i in outcome.issued]
     assert {(one.client, one.kind) for one in recorded} == {("rucio-alpen", "mint")}
     assert not refused
-    assert not stories.find(service.pool, "jti", issued.jti, since - timedelta(days=9), since)
+    assert not traces.find(service.pool, "jti", issued.jti, since - timedelta(days=9), since)
 
 
 def test_changes_of_control_tables_are_audited(service):
@@ -381,7 +382,7 @@ def test_a_row_of_release_0_1_gives_the_token_that_0_1_signed(service, es256):
 )
 def test_the_schema_refuses_what_must_not_be(service, statement):
     mint(service, submission("a"))
-    with pytest.raises(psycopg.errors.IntegrityError), database.transaction(service.pool) as tx:
+    with pytest.raises(psycopg.errors.IntegrityError), connection.transaction(service.pool) as tx:
         tx.execute(statement)
 
 
@@ -389,7 +390,7 @@ def test_every_controlled_table_bumps_the_version(service):
     versions = [rows(service, "SELECT version FROM control")[0][0]]
     for statement in ("UPDATE clients SET disabled_at = NULL", "UPDATE bans SET reason = ''", "UPDATE signing_keys SET last_exp = NULL",
                       "UPDATE issuers SET iss = iss", "UPDATE storages SET name = name"):  # fmt: skip
-        with database.transaction(service.pool) as tx:
+        with connection.transaction(service.pool) as tx:
             tx.execute(statement)
         versions.append(rows(service, "SELECT version FROM control")[0][0])
     assert versions == list(range(versions[0], versions[0] + 6))
@@ -425,13 +426,13 @@ def _said(query):
 def test_a_settings_file_that_lost_a_storage_keeps_its_row(service):
     before = rows(service, "SELECT count(*) FROM storages WHERE retired_at IS NULL")[0][0]
     storages = {k: v for k, v in service.loaded.catalogue().items() if k[1] != "TUNDRA-T3_DATADISK"}
-    catalogue.sync_catalogue(service.pool, service.loaded.issuers, storages)
+    control_changes.sync_catalogue(service.pool, service.loaded.issuers, storages)
     assert rows(service, "SELECT name FROM storages WHERE retired_at IS NOT NULL") == [
         ("TUNDRA-T3_DATADISK",)
     ]
-    assert catalogue.sync_catalogue(service.pool, service.loaded.issuers, storages) == 0
+    assert control_changes.sync_catalogue(service.pool, service.loaded.issuers, storages) == 0
     with pytest.raises(Unavailable, match="cannot become"):
-        catalogue.sync_catalogue(service.pool, {"alpen": "https://other.example.org/"}, storages)
+        control_changes.sync_catalogue(service.pool, {"alpen": "https://other.example.org/"}, storages)
     assert before == 25  # 22 RSEs, two FTS, and what stands for several
 
 

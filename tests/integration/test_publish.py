@@ -6,7 +6,9 @@ from datetime import timedelta
 import pytest
 from joserfc import jwk, jws
 
-from minter import database, keyring, publish, wiring
+from minter import publish, wiring
+from minter.database import connection as database
+from minter.database import keyring
 from minter.errors import NoUsableKey, SettingsError
 from tests.integration.test_mint import mint, submission
 

@@ -5,8 +5,10 @@ from datetime import timedelta
 
 import pytest
 
-from minter import catalogue, database, keyring, migrations, stories, wiring
+from minter import wiring
 from minter.contract.followups import FetchRequest, FileReport, ReportRequest
+from minter.database import connection as database
+from minter.database import control_changes, keyring, migrations, traces
 from minter.embedded import _postgres_programs
 from minter.errors import UnknownRequest
 from minter.lives import Lives
@@ -56,7 +58,7 @@ def test_restored_from_a_dump(service, dsn, dump_and_lose):
     assert tokens(mint(again, before)[0]) == tokens(known)
     # What came after it is unknown, and said to be.
     since, until = now - timedelta(days=1), now + timedelta(days=1)
-    assert stories.find(again.pool, "jti", lost.issued[0].jti, since, until) == []
+    assert traces.find(again.pool, "jti", lost.issued[0].jti, since, until) == []
     assert lives.report(
         ME,
         ReportRequest(
@@ -90,12 +92,12 @@ def test_what_operators_must_do_again_after_a_restore(service, dsn, dump_and_los
         tx.execute("UPDATE signing_keys SET published_at = published_at - interval '3 days'")
         ((kid,),) = tx.execute("SELECT kid FROM signing_keys WHERE state = 'active'").fetchall()
     dump()
-    catalogue.add_ban(service.pool, Ban("path", "/atlas"), "leak", "me")
+    control_changes.add_ban(service.pool, Ban("path", "/atlas"), "leak", "me")
     keyring.revoke(service.pool, kid, wiring.now(), service.engine.rotation, "me", "leak")
     service.pool.dispose()
     lose_and_restore()
     again = wiring.Service(load_settings(dsn))
-    assert catalogue.list_bans(again.pool) == []
+    assert control_changes.list_bans(again.pool) == []
     keyring.revoke(again.pool, kid, wiring.now(), again.engine.rotation, "me", "leak, again")
     with database.transaction(again.pool) as connection:
         assert [k.state for k in database.read_keys(connection)] == ["revoked", "active"]

@@ -7,7 +7,7 @@ from datetime import timedelta
 import pytest
 from msgspec import structs
 
-from minter import alive, archive, catalogue, database, recording, stack, stories, wiring
+from minter import stack, wiring
 from minter.contract.followups import (
     CancelRequest,
     FetchRequest,
@@ -17,6 +17,8 @@ from minter.contract.followups import (
     ReportRequest,
 )
 from minter.contract.messages import FileOperation, FileRequest, MintRequest
+from minter.database import archive, control_changes, live_tokens, recording, traces
+from minter.database import connection as database
 from minter.errors import Banned, Expired, Unavailable
 from minter.lives import Lives
 from minter.policy.clients import Ban, Bans
@@ -155,7 +157,7 @@ def test_a_use_that_was_not_committed_is_not_kept(shared, monkeypatch):
 def test_a_ban_inside_the_directory_ends_the_sharing(shared):
     asked = downloads("d/a")
     (first,) = mint(shared, asked)
-    catalogue.add_ban(shared.pool, Ban("path", f"{DIR}/d/secret"), "leak", "test")
+    control_changes.add_ban(shared.pool, Ban("path", f"{DIR}/d/secret"), "leak", "test")
     (narrow,) = mint(shared, downloads("d/b"))
     assert narrow.issued[0].scope == f"storage.read:{DIR}/d/b"
     (again,) = mint(shared, asked)  # what was given holds more than may be given now
@@ -269,10 +271,10 @@ def test_every_question_leads_to_the_uses_in_the_database_and_in_archives(shared
                     "d/c": (f"{DIR}/d/c", "issued", "bob"),
                 }
 
-    ask(lambda by, value: stories.find(shared.pool, by, value, since, until))
-    of_request, _ = stories.find_request(shared.pool, asked.request.request_id)
+    ask(lambda by, value: traces.find(shared.pool, by, value, since, until))
+    of_request, _ = traces.find_request(shared.pool, asked.request.request_id)
     assert [s.external_id for s in of_request] == ["d/a", "d/b"]
-    assert len(stories.find(shared.pool, "jti", jti, since, until, limit=2)) == 2
+    assert len(traces.find(shared.pool, "jti", jti, since, until, limit=2)) == 2
 
     for kind, day in archive.due(shared.pool, wiring.now() + timedelta(days=39), 30):
         archive.archive_day(shared.pool, tmp_path, kind, day)
@@ -287,7 +289,7 @@ def test_what_is_alive_under_a_ban_counts_every_user_of_a_shared_token(shared):
     mint(shared, downloads("d/a", on_behalf_of="alice", activity="one"))
     (made,) = mint(shared, downloads("d/b", on_behalf_of="bob", activity="two"))
     for kind, value in (("on_behalf_of", "bob"), ("activity", "one"), ("path", f"{DIR}/d/b"), ("client", ME)):
-        assert [t.jti for t in alive.under(shared.pool, kind, value, None, wiring.now())] == [
+        assert [t.jti for t in live_tokens.under(shared.pool, kind, value, None, wiring.now())] == [
             made.issued[0].jti
         ]
-    assert not list(alive.under(shared.pool, "on_behalf_of", "carol", None, wiring.now()))
+    assert not list(live_tokens.under(shared.pool, "on_behalf_of", "carol", None, wiring.now()))

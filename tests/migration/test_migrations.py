@@ -5,7 +5,7 @@ import uuid
 
 from sqlalchemy import create_engine
 
-from minter import database, migrations
+from minter.database import connection, migrations
 from minter.embedded import _postgres_programs
 from schemas.tables import metadata
 from tests.conftest import _admin, _dsn
@@ -28,7 +28,7 @@ def test_migrations_give_the_declared_schema(postgres_dsn):
     for name in names:
         _admin(postgres_dsn, f"CREATE DATABASE {name}")
     migrated, declared = (_dsn(postgres_dsn, name) for name in names)
-    pool = database.pool(migrated)
+    pool = connection.pool(migrated)
     migrations.upgrade(pool)
     migrations.upgrade(pool)  # a second run changes nothing
     pool.dispose()

@@ -13,8 +13,8 @@ import psycopg
 from msgspec import Struct, structs
 from sqlalchemy.engine import Engine as Pool
 
-from minter.database import json_text, plain_text, transaction
-from minter.health import known, locked
+from minter.database.connection import json_text, plain_text, transaction
+from minter.database.providers import known, locked
 from minter.providers.budgets import HORIZON, Slots, reserve
 from minter.providers.dialects import LEADS, Provider
 from minter.tokens.managed import ManagedToken, Wanted

@@ -21,10 +21,10 @@ import psycopg
 from sqlalchemy.engine import Engine as Pool
 
 from minter.contract.messages import unix_time
-from minter.database import one, transaction
+from minter.database.connection import one, transaction
+from minter.database.partitions import bounds, day_of
+from minter.database.traces import AROUND, COLUMNS, USES, Refusals, Story, matches, story, wanted
 from minter.errors import SettingsError, Unavailable
-from minter.housekeeping import bounds, day_of
-from minter.stories import AROUND, COLUMNS, USES, Refusals, Story, matches, story, wanted
 from minter.tokens.keys import LAST_EXPIRY
 
 FETCH_ROWS = 5_000

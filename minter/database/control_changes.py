@@ -9,7 +9,7 @@ import psycopg
 from psycopg.types.json import Jsonb
 from sqlalchemy.engine import Engine as Pool
 
-from minter.database import CONTROL_LOCK, one, transaction
+from minter.database.connection import CONTROL_LOCK, one, transaction
 from minter.errors import InvalidRequest, Unavailable, UnknownClient, UnknownVO
 from minter.policy.clients import Ban, Client
 

@@ -8,7 +8,7 @@ import psycopg
 from psycopg.types.json import Jsonb
 from sqlalchemy.engine import Engine as Pool
 
-from minter.database import transaction
+from minter.database.connection import transaction
 from minter.providers.budgets import Breaker, next_two
 from minter.providers.dialects import Provider
 

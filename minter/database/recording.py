@@ -17,8 +17,8 @@ from psycopg import sql
 from psycopg.types.json import Jsonb
 from sqlalchemy.engine import Engine as Pool
 
-from minter import keeping
-from minter.database import (
+from minter.database import managed
+from minter.database.connection import (
     CONTROL_LOCK,
     REQUEST_COLUMNS,
     TOKEN_COLUMNS,
@@ -248,11 +248,11 @@ class Recording:
 
     def join_managed(self, wanted: Sequence[Wanted]) -> dict[bytes, ManagedToken]:
         """Add managed tokens, or uses to those that are there; return them by digest."""
-        return keeping.join(self._connection, wanted, self._store.seal)
+        return managed.join(self._connection, wanted, self._store.seal)
 
     def managed(self, jtis: Collection[UUID]) -> dict[UUID, ManagedToken]:
         """Read what is kept of managed tokens."""
-        return keeping.read(self._connection, jtis)
+        return managed.read(self._connection, jtis)
 
     def copy_managed(self, rows: Sequence[TokenRow]) -> None:
         """COPY the token rows of new managed tokens: nothing of them is signed here."""

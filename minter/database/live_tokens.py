@@ -11,7 +11,7 @@ from datetime import datetime
 from msgspec import Struct
 from sqlalchemy.engine import Engine as Pool
 
-from minter.database import floor, transaction
+from minter.database.connection import floor, transaction
 from minter.errors import InvalidRequest
 from minter.policy.clients import Ban, Bans
 from minter.policy.plans import SEVERAL_STORAGES

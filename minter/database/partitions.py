@@ -6,8 +6,8 @@ from uuid import UUID
 
 from sqlalchemy.engine import Engine as Pool
 
-from minter import keeping
-from minter.database import floor, one, transaction
+from minter.database import managed
+from minter.database.connection import floor, one, transaction
 
 DAYS_AHEAD = 7
 GRACE_DAYS = 7
@@ -115,7 +115,7 @@ def prune_ended(engine: Pool, retention_days: int) -> int:
 def prune_managed(engine: Pool, retention_days: int, now: datetime) -> int:
     """Forget, in bulk, managed tokens whose days are archived: their record was in `tokens` and `uses`."""
     before, forgotten = now - timedelta(days=retention_days + GRACE_DAYS), 0
-    while count := keeping.forget(engine, before):
+    while count := managed.forget(engine, before):
         forgotten += count
     return forgotten
 

@@ -13,8 +13,8 @@ from msgspec import structs
 from psycopg.types.json import Jsonb
 from sqlalchemy.engine import Engine as Pool
 
-from minter.catalogue import controlling
-from minter.database import read_keys, transaction
+from minter.database.connection import read_keys, transaction
+from minter.database.control_changes import controlling
 from minter.tokens import keys
 from minter.tokens.keys import Key, RotationPolicy
 from minter.tokens.keystore import PEPPER, SIGNING_KEY, Keystore
