@@ -12,8 +12,8 @@ from benchmarks.engine import bench, versions
 from benchmarks.load import body
 from minter import wiring
 from minter.contract.followups import CancelRequest, FetchRequest, FileReport, RenewRequest, ReportRequest
-from minter.lives import Lives
 from minter.policy.requests import decode_mint
+from minter.tasks.lifecycle import Lives
 from minter.tokens.outcomes import Submission
 
 FILES, ROUNDS = 1_000, 7

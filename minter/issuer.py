@@ -16,7 +16,7 @@ import jwt
 import msgspec
 from falcon import asgi
 
-from minter import lives, logs, wiring
+from minter import logs, wiring
 from minter.credentials import Account
 from minter.errors import (
     InvalidGrant,
@@ -32,6 +32,7 @@ from minter.policy.plans import MAX_CLAIM_CHARACTERS
 from minter.policy.requests import Request
 from minter.policy.token_requests import Family, SubjectToken, Wish, present
 from minter.publish import EXCHANGE
+from minter.tasks import lifecycle
 from minter.tokens import keys
 from minter.tokens.outcomes import Outcome, Submission
 from minter.web import Web, base_path, send
@@ -311,10 +312,10 @@ class _Revoke(_Endpoint):
         issuer, service = self._issuer, self._issuer.web.service
         refresh = issuer.read_refresh_token(token)
         if refresh is not None:
-            lives.end_family(service.pool, account.name, refresh[0])
+            lifecycle.end_family(service.pool, account.name, refresh[0])
             return
         try:
             jti, _ = issuer.read_access_token(token)
         except RequestError:
             return  # RFC 7009 §2.2: what is no token is as good as revoked
-        lives.cancel_token(service.pool, account.client_id, jti, service.clock())
+        lifecycle.cancel_token(service.pool, account.client_id, jti, service.clock())

@@ -38,11 +38,11 @@ from minter.errors import (
     Unavailable,
     UnknownClient,
 )
-from minter.lives import Lives
 from minter.providers.budgets import HORIZON, backoff_seconds
 from minter.providers.iam import IAM, Asked, Lost, Misconfigured, Obtained
 from minter.pushes import Pushes, Send
 from minter.stand_ins import StandIns, failure
+from minter.tasks.lifecycle import Lives
 from minter.tokens.keystore import Keystore
 from minter.tokens.managed import LEAST_SECONDS, forbidden, next_need
 from minter.tokens.mint import check_clock

@@ -19,10 +19,10 @@ from minter.contract.messages import TokenAnswer
 from minter.database import managed
 from minter.database.managed import Leased, Result
 from minter.errors import MinterError, RefreshTokenLost, RequestError, Unavailable
-from minter.lives import Lives
 from minter.policy.plans import BACKDATE_SECONDS
 from minter.policy.requests import Request
 from minter.pushes import Pushes
+from minter.tasks.lifecycle import Lives
 from minter.tokens.outcomes import Issued, Outcome, Submission
 
 logger = logging.getLogger("minter.stand_ins")

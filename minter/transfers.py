@@ -11,13 +11,14 @@ from uuid import UUID
 from falcon import asgi
 from msgspec import structs
 
-from minter import answers, dispatch, logs
+from minter import logs
 from minter.contract import names
 from minter.contract.messages import MAX_BODY_BYTES, Answer, unix_time
 from minter.credentials import Account
 from minter.database import traces
 from minter.errors import InvalidRequest, ReplyNotAllowed, from_dict
-from minter.lives import Lives
+from minter.tasks import answers, dispatch
+from minter.tasks.lifecycle import Lives
 from minter.tokens.outcomes import Outcome, Submission
 from minter.web import Web, base_path, send, status_of
 from schemas.openapi import document

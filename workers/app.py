@@ -20,9 +20,9 @@ from minter.broker.publisher import Publisher, connect, declare, queues, tls
 from minter.contract import names
 from minter.database import partitions
 from minter.errors import InvalidRequest, MinterError
-from minter.lives import Lives
 from minter.metrics import Metrics, StateCollector, serve_process
 from minter.settings import Loaded
+from minter.tasks.lifecycle import Lives
 from minter.tokens.outcomes import Observed
 from workers.batching import Batcher, Suspects
 

@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 from msgspec import Raw, Struct
 
-from minter import answers, dispatch, logs
+from minter import logs
 from minter.broker.publisher import Outgoing, Publisher, acknowledge
 from minter.contract import names
 from minter.contract.messages import MAX_BODY_BYTES, Answer
@@ -33,7 +33,8 @@ from minter.errors import (
     Undeliverable,
     UnknownClient,
 )
-from minter.lives import Lives
+from minter.tasks import answers, dispatch
+from minter.tasks.lifecycle import Lives
 from minter.tokens.mint import Engine
 from minter.tokens.outcomes import Outcome, Submission
 from workers import replies

@@ -21,9 +21,9 @@ from prometheus_client import CollectorRegistry
 from minter import logs, wiring
 from minter.errors import InvalidRequest, SettingsError, Unavailable
 from minter.fts.events import FTSEvent, read_event
-from minter.lives import Lives
 from minter.metrics import EVENTS, LAST_EVENT, new_counter, new_gauge, serve_process
 from minter.settings import FTSEventsSettings
+from minter.tasks.lifecycle import Lives
 
 logger = logging.getLogger("minter.events")
 

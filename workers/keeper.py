@@ -9,10 +9,10 @@ from minter import logs, wiring
 from minter.broker.publisher import Publisher, connect
 from minter.errors import SettingsError, Unavailable
 from minter.keeper import Keeper
-from minter.lives import Lives
 from minter.metrics import Metrics, serve_process
 from minter.pushes import Push
 from minter.settings import Loaded
+from minter.tasks.lifecycle import Lives
 from workers import replies
 
 logger = logging.getLogger("minter.keeper")

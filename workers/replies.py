@@ -9,11 +9,11 @@ from typing import Any
 import msgspec
 from joserfc import jwe, jwk
 
-from minter.answers import MAX_FILLED_BYTES, failure, parts
 from minter.broker.publisher import Outgoing
 from minter.contract.messages import Answer
 from minter.contract.names import DEAD_LETTER_QUEUE, DIRECT_REPLY, REPLY_PREFIX, reply_prefix
 from minter.errors import InvalidRequest, MinterError, ReplyNotAllowed
+from minter.tasks.answers import MAX_FILLED_BYTES, failure, parts
 
 MAX_DEAD_LETTER_HEADER = 500
 MAX_ENCRYPTED_BYTES = MAX_FILLED_BYTES * 3 // 4

@@ -14,8 +14,8 @@ import stomp
 from minter import wiring
 from minter.contract.followups import JobReport, ReportRequest
 from minter.contract.messages import FileRequest, MintRequest
-from minter.lives import Lives
 from minter.policy.requests import from_mint
+from minter.tasks.lifecycle import Lives
 from minter.tokens.outcomes import Submission
 from tests.conftest import EXAMPLES, MASTER_KEY, ROOT, rows
 from tests.integration.test_mint import SE

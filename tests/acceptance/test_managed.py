@@ -269,9 +269,9 @@ def test_nothing_secret_in_logs_or_rows(kept):
 
 
 def test_subject_tokens_do_not_go_over_a_broker(service):
-    from minter import dispatch
     from minter.contract import names
-    from minter.lives import Lives
+    from minter.tasks import dispatch
+    from minter.tasks.lifecycle import Lives
 
     body = f'{{"request_id":"{uuid.uuid4()}","files":[{{"sources":["{SE}a"]}}],"subject_token":"eyJ.x.y"}}'
     with pytest.raises(InvalidRequest, match="over HTTP only"):

@@ -12,8 +12,8 @@ from minter.contract.followups import FileReport, JobReport, ReportRequest
 from minter.contract.messages import FileRequest, MintRequest
 from minter.database import archive, connection, traces
 from minter.errors import SettingsError
-from minter.lives import Lives
 from minter.policy.requests import from_mint
+from minter.tasks.lifecycle import Lives
 from minter.tokens.outcomes import Submission
 from minter.tokens.records import fts_token_id
 from tests.conftest import load_settings, rows

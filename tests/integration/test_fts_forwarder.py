@@ -7,10 +7,10 @@ import uuid
 import pytest
 
 from minter import wiring
-from minter.answers import answer
 from minter.contract.messages import FillRequest
 from minter.errors import Unavailable
 from minter.fts.jobs import from_fill
+from minter.tasks.answers import answer
 from minter.tokens.outcomes import Submission
 from tests.integration.test_mint import OTHER, SE, mint
 from workers.fts import FTS, Away, Forwarder, Refused, TooLate

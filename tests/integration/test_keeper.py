@@ -20,13 +20,13 @@ from minter.documents import SharedDocuments
 from minter.errors import InvalidGrant
 from minter.fake_iam import Behaviour, FakeIAM
 from minter.keeper import Keeper
-from minter.lives import Lives
 from minter.policy.clients import Ban
 from minter.policy.requests import from_mint
 from minter.policy.routes import Route
 from minter.policy.transfers import Policy
 from minter.providers.dialects import Provider
 from minter.providers.iam import IAM
+from minter.tasks.lifecycle import Lives
 from minter.tokens.outcomes import Submission
 from minter.tokens.records import fts_token_id
 from tests.conftest import rows

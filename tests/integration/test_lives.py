@@ -23,10 +23,10 @@ from minter.contract.messages import FileOperation, FileRequest, FillRequest, Mi
 from minter.database import connection, control_changes
 from minter.errors import Banned, Expired, InvalidRequest, UnknownClient, UnknownRequest, UnknownStorage
 from minter.fts.jobs import from_fill
-from minter.lives import Lives
 from minter.policy.clients import Ban
 from minter.policy.requests import from_mint
 from minter.policy.transfers import asked_scopes
+from minter.tasks.lifecycle import Lives
 from minter.tokens.claims import unverified_claims
 from minter.tokens.outcomes import Submission
 from tests.conftest import EXAMPLES, rows

@@ -437,7 +437,7 @@ def test_a_settings_file_that_lost_a_storage_keeps_its_row(service):
 
 
 def test_a_filled_job_is_answered_the_same_way_twice(service):
-    from minter import answers
+    from minter.tasks import answers
 
     job = {
         "files": [{"sources": [SE + "a"], "destinations": [OTHER + "a"], "filesize": 10**9}],

@@ -11,8 +11,8 @@ from minter.database import connection as database
 from minter.database import control_changes, keyring, migrations, traces
 from minter.embedded import _postgres_programs
 from minter.errors import UnknownRequest
-from minter.lives import Lives
 from minter.policy.clients import Ban
+from minter.tasks.lifecycle import Lives
 from minter.tokens import keys
 from tests.conftest import _admin, load_settings, rows
 from tests.integration.test_mint import mint, submission, tokens

@@ -20,11 +20,11 @@ from minter.contract.messages import FileOperation, FileRequest, MintRequest
 from minter.database import archive, control_changes, live_tokens, recording, traces
 from minter.database import connection as database
 from minter.errors import Banned, Expired, Unavailable
-from minter.lives import Lives
 from minter.policy.clients import Ban, Bans
 from minter.policy.requests import from_mint
 from minter.policy.routes import Route
 from minter.policy.transfers import Policy
+from minter.tasks.lifecycle import Lives
 from minter.tokens import keys
 from minter.tokens.outcomes import Submission
 from tests.conftest import load_settings, rows

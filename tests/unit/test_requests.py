@@ -6,7 +6,6 @@ import msgspec
 import pytest
 import uuid_utils
 
-from minter.answers import failure, parts
 from minter.contract.messages import (
     MAX_BODY_BYTES,
     Answer,
@@ -19,6 +18,7 @@ from minter.demo import read_jobs
 from minter.errors import BY_REASON, Banned, InvalidRequest, ServerError, from_dict
 from minter.fts.jobs import decode_fill, fill_job
 from minter.policy.requests import check_request_id, decode_mint
+from minter.tasks.answers import failure, parts
 from schemas.__main__ import generate
 from tests.conftest import EXAMPLES, ROOT
 

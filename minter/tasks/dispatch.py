@@ -9,8 +9,8 @@ from minter.contract import followups, names
 from minter.contract.messages import Answer
 from minter.errors import InvalidRequest
 from minter.fts.jobs import decode_fill
-from minter.lives import Lives
 from minter.policy.requests import Request, decode_mint
+from minter.tasks.lifecycle import Lives
 from minter.tokens.outcomes import Submission
 
 _NEW: dict[str, Callable[[Raw | bytes], Request]] = {

@@ -15,7 +15,6 @@ import psycopg
 from msgspec import structs
 from sqlalchemy.engine import Engine as Pool
 
-from minter import answers
 from minter.contract.followups import (
     CancelRequest,
     FetchRequest,
@@ -38,7 +37,8 @@ from minter.database.connection import (
 from minter.errors import InvalidRequest, UnknownRequest
 from minter.fts.events import FTSEvent
 from minter.policy.requests import Request
-from minter.renewals import renewal
+from minter.tasks import answers
+from minter.tasks.renewals import renewal
 from minter.tokens.keys import LAST_EXPIRY
 from minter.tokens.mint import Engine, known_client
 
