@@ -23,8 +23,8 @@ from benchmarks.engine import ROOT, settings_text, versions
 from minter import settings, stack, wiring
 from minter.database import connection, control_changes, managed, migrations
 from minter.embedded import Postgres
-from minter.keeper import Keeper
 from minter.providers.dialects import lead_of
+from minter.refresher.refresher import Keeper
 from minter.tasks.lifecycle import Lives
 from minter.tokens.keystore import new_master_key
 from tests.iam_servers import OidcProvider

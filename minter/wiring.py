@@ -13,10 +13,10 @@ import uuid_utils
 from minter import settings
 from minter.database import connection as database
 from minter.database import control_changes, keyring, partitions, recording
-from minter.documents import SharedDocuments
 from minter.errors import NoUsableKey, SettingsError
 from minter.policy.clients import Client
 from minter.providers.iam import IAM
+from minter.refresher.discovery import SharedDocuments
 from minter.tokens import keys
 from minter.tokens.keys import Algorithm
 from minter.tokens.keystore import Keystore, MasterKey, read_master_key

@@ -8,9 +8,9 @@ from typing import Any
 from minter import logs, wiring
 from minter.broker.publisher import Publisher, connect
 from minter.errors import SettingsError, Unavailable
-from minter.keeper import Keeper
 from minter.metrics import Metrics, serve_process
-from minter.pushes import Push
+from minter.refresher.notifications import Push
+from minter.refresher.refresher import Keeper
 from minter.settings import Loaded
 from minter.tasks.lifecycle import Lives
 from workers import replies

@@ -16,16 +16,16 @@ from minter.contract.followups import CancelRequest, FetchRequest, FileReport, R
 from minter.contract.messages import FileOperation, FileRequest, MintRequest
 from minter.database import connection as database
 from minter.database import control_changes, live_tokens, managed, partitions, traces
-from minter.documents import SharedDocuments
 from minter.errors import InvalidGrant
 from minter.fake_iam import Behaviour, FakeIAM
-from minter.keeper import Keeper
 from minter.policy.clients import Ban
 from minter.policy.requests import from_mint
 from minter.policy.routes import Route
 from minter.policy.transfers import Policy
 from minter.providers.dialects import Provider
 from minter.providers.iam import IAM
+from minter.refresher.discovery import SharedDocuments
+from minter.refresher.refresher import Keeper
 from minter.tasks.lifecycle import Lives
 from minter.tokens.outcomes import Submission
 from minter.tokens.records import fts_token_id
@@ -757,7 +757,7 @@ def test_a_use_that_joins_while_a_stand_in_is_made(service, iam, monkeypatch):
 
 
 def test_nothing_is_pushed_to_whom_it_may_not_go(service, iam):
-    from minter.pushes import Pushes
+    from minter.refresher.notifications import Pushes
 
     sent = []
     control_changes.change_client(

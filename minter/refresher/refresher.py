@@ -40,8 +40,8 @@ from minter.errors import (
 )
 from minter.providers.budgets import HORIZON, backoff_seconds
 from minter.providers.iam import IAM, Asked, Lost, Misconfigured, Obtained
-from minter.pushes import Pushes, Send
-from minter.stand_ins import StandIns, failure
+from minter.refresher.fallbacks import StandIns, failure
+from minter.refresher.notifications import Pushes, Send
 from minter.tasks.lifecycle import Lives
 from minter.tokens.keystore import Keystore
 from minter.tokens.managed import LEAST_SECONDS, forbidden, next_need

@@ -21,7 +21,7 @@ from minter.database.managed import Leased, Result
 from minter.errors import MinterError, RefreshTokenLost, RequestError, Unavailable
 from minter.policy.plans import BACKDATE_SECONDS
 from minter.policy.requests import Request
-from minter.pushes import Pushes
+from minter.refresher.notifications import Pushes
 from minter.tasks.lifecycle import Lives
 from minter.tokens.outcomes import Issued, Outcome, Submission
 

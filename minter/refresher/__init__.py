@@ -1,0 +1,1 @@
+"""The refresher: keeps managed tokens fresh and pushes them to their clients."""
