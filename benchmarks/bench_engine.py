@@ -15,7 +15,7 @@ import msgspec
 
 from benchmarks.engine import bench, openssl_per_second, versions
 from benchmarks.load import body
-from minter import wiring
+from minter import service
 from minter.policy.requests import decode_mint
 from minter.policy.routes import Route
 from minter.policy.transfers import Policy
@@ -29,10 +29,10 @@ def core(running, requests: int, tokens: int = 40_000) -> int:
         for n in range(tokens // 200 + 5)
     ]  # fmt: skip
     mint_many = running.service.engine.mint_many
-    mint_many(submissions[:5], wiring.now())
+    mint_many(submissions[:5], service.now())
     started, made = time.perf_counter(), 0
     for n in range(5, len(submissions), requests):
-        made += sum(len(o.issued) for o in mint_many(submissions[n : n + requests], wiring.now()))
+        made += sum(len(o.issued) for o in mint_many(submissions[n : n + requests], service.now()))
     return round(made / (time.perf_counter() - started))
 
 
@@ -63,7 +63,7 @@ def main() -> None:
         bench(Path(folder), options.broker) as running,
     ):
         rounds = []
-        wiring.calm_collector()  # as in a worker
+        service.calm_collector()  # as in a worker
         for _ in range(options.rounds):
             raw = openssl_per_second()
             rounds.append(

@@ -21,7 +21,8 @@ from pathlib import Path
 from statistics import median
 
 from benchmarks.engine import settings_text, versions
-from minter import settings, stack, wiring
+from minter import service as wiring
+from minter import settings, stack
 from minter.database import migrations
 from minter.embedded import Postgres
 from minter.tokens.keystore import new_master_key

@@ -10,7 +10,7 @@ import msgspec
 
 from benchmarks.engine import bench, versions
 from benchmarks.load import body
-from minter import wiring
+from minter import service
 from minter.contract.followups import CancelRequest, FetchRequest, FileReport, RenewRequest, ReportRequest
 from minter.policy.requests import decode_mint
 from minter.tasks.lifecycle import Lives
@@ -37,12 +37,12 @@ def main() -> None:
         for number in range(ROUNDS):
             raw = msgspec.json.decode(body(FILES, number, 200)[1])[0][0]
             request = decode_mint(msgspec.json.encode(raw))
-            engine.mint_many([Submission(request, client)], wiring.now())
+            engine.mint_many([Submission(request, client)], service.now())
             ids = [f["external_id"] for f in raw["files"]]
             for state in ("active", "finished"):
                 wire = ReportRequest(files=tuple(FileReport(state=state, external_id=i) for i in ids))
                 assert (
-                    timed(f"report_{state}", lambda w=wire: lives.report(client, w, wiring.now())).changed
+                    timed(f"report_{state}", lambda w=wire: lives.report(client, w, service.now())).changed
                     == 2 * FILES
                 )
             wire = ReportRequest(
@@ -51,15 +51,15 @@ def main() -> None:
                 )
             )
             assert (
-                timed("report_by_file_again", lambda w=wire: lives.report(client, w, wiring.now())).changed
+                timed("report_by_file_again", lambda w=wire: lives.report(client, w, service.now())).changed
                 == 0
             )
-            again = RenewRequest(request_id=wiring.new_uuid7(), renews=request.request_id)
+            again = RenewRequest(request_id=service.new_uuid7(), renews=request.request_id)
             renewal = timed("renewal_decoded", lambda w=again: lives.renewal(client, w))
-            engine.mint_many([Submission(renewal, client)], wiring.now())
-            timed("fetch", lambda r=again: lives.fetch(client, FetchRequest(r.request_id), wiring.now()))
+            engine.mint_many([Submission(renewal, client)], service.now())
+            timed("fetch", lambda r=again: lives.fetch(client, FetchRequest(r.request_id), service.now()))
             cancelled = timed(
-                "cancel", lambda r=again: lives.cancel(client, CancelRequest(r.request_id), wiring.now())
+                "cancel", lambda r=again: lives.cancel(client, CancelRequest(r.request_id), service.now())
             )
             assert cancelled.changed == len(cancelled.alive) == 2 * FILES
     print(

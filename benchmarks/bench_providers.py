@@ -20,7 +20,8 @@ from statistics import median
 from msgspec import structs
 
 from benchmarks.engine import ROOT, settings_text, versions
-from minter import settings, stack, wiring
+from minter import service as wiring
+from minter import settings, stack
 from minter.database import connection, control_changes, managed, migrations
 from minter.embedded import Postgres
 from minter.providers.dialects import lead_of

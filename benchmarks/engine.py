@@ -14,7 +14,7 @@ from pathlib import Path
 
 import kombu
 
-from minter import settings, stack, wiring
+from minter import service, settings, stack
 from minter.broker.publisher import declare
 from minter.database import connection as database
 from minter.database import migrations
@@ -82,7 +82,7 @@ class Bench:
             **os.environ, "MINTER_SETTINGS": str(path), "MINTER_DSN": self.postgres.dsn,
             "MINTER_BROKER_URL": self.broker.url, "MINTER_MASTER_KEY_VO": new_master_key(),
         }  # fmt: skip
-        self.service = wiring.Service(settings.load(path, self.environ))
+        self.service = service.Service(settings.load(path, self.environ))
         migrations.upgrade(self.service.pool)
         self.service.prepare()
         self.service.create_key("vo", "ES256", "bench")
@@ -93,7 +93,7 @@ class Bench:
             declare(connection)
         with database.transaction(self.service.pool) as connection:
             ring = database.read_keys(connection)
-        (self.folder / "jwks.json").write_text(json.dumps(keys.jwks(ring, wiring.now())))
+        (self.folder / "jwks.json").write_text(json.dumps(keys.jwks(ring, service.now())))
 
     @property
     def client(self) -> str:

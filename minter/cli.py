@@ -17,7 +17,8 @@ import msgspec
 import typer
 from rich.console import Console
 
-from minter import cli_clients, cli_control, cli_publish, cli_storages, cli_trace, demo, drill, stack, wiring
+from minter import cli_clients, cli_control, cli_publish, cli_storages, cli_trace, demo, drill, stack
+from minter import service as wiring
 from minter.broker import rabbitmq
 from minter.broker.publisher import connect, declare
 from minter.client.client import MinterClient, new_request_id

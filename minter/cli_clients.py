@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from joserfc.jwk import ECKey
 
-from minter import wiring
+from minter import service as wiring
 from minter.console import AsJson, as_table, guarded, open_service, read_object, show, show_living, whoami
 from minter.contract.operations import OPERATIONS
 from minter.database import connection as database

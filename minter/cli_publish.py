@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from minter import publish as files
-from minter import wiring
+from minter import service as wiring
 from minter.console import AsJson, guarded, open_service, show
 from minter.database import connection as database
 from minter.errors import Unavailable

@@ -8,12 +8,12 @@ import typer
 
 from minter.console import AsJson, as_table, guarded, read_object, show
 from minter.errors import InvalidRequest, SettingsError
+from minter.service import load_settings
 from minter.storages.dialects import DIALECTS, AudienceForm
 from minter.storages.directory import Directory, Storage
 from minter.storages.from_dirac import storages_from_cfg
 from minter.storages.from_rucio import RSERule, storages_from_export
 from minter.storages.site_config import site_config
-from minter.wiring import load_settings
 
 storages_app = typer.Typer(
     no_args_is_help=True, help="Import storages, list them, print sites' configuration."

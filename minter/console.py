@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from minter import wiring
+from minter import service as wiring
 from minter.database import connection, live_tokens
 from minter.database.traces import Story
 from minter.errors import InvalidRequest, MinterError, SettingsError, Unavailable

@@ -16,7 +16,8 @@ import jwt
 import msgspec
 from falcon import asgi
 
-from minter import logs, wiring
+from minter import logs
+from minter import service as wiring
 from minter.credentials import Account
 from minter.errors import (
     InvalidGrant,

@@ -10,7 +10,8 @@ from granian.constants import HTTPModes, Interfaces, Loops, SSLProtocols
 from granian.http import HTTP1Settings
 from granian.log import LogLevels
 
-from minter import issuer, logs, transfers, web, wiring
+from minter import issuer, logs, transfers, web
+from minter import service as wiring
 from minter.metrics import Metrics, serve_process
 from minter.settings import Loaded
 

@@ -15,7 +15,8 @@ from typing import Self
 
 import kombu
 
-from minter import settings, wiring
+from minter import service as wiring
+from minter import settings
 from minter.broker.publisher import declare
 from minter.database import connection as database
 from minter.database import control_changes, migrations

@@ -38,8 +38,8 @@ from minter.metrics import Metrics
 from minter.policy.token_requests import SubjectToken
 from minter.providers.subject_tokens import Subjects
 from minter.ratelimits import RateLimit
+from minter.service import Service
 from minter.tokens import keys
-from minter.wiring import Service
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from minter import settings, stack, wiring
+from minter import service as wiring
+from minter import settings, stack
 from minter.database import connection as database
 from minter.database import migrations
 from minter.embedded import Postgres

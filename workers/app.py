@@ -15,7 +15,8 @@ from celery.worker.consumer import Consumer
 from kombu import compression
 from prometheus_client import CollectorRegistry
 
-from minter import logs, wiring
+from minter import logs
+from minter import service as wiring
 from minter.broker.publisher import Publisher, connect, declare, queues, tls
 from minter.contract import names
 from minter.database import partitions

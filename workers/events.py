@@ -18,7 +18,8 @@ import stomp
 from msgspec import Struct
 from prometheus_client import CollectorRegistry
 
-from minter import logs, wiring
+from minter import logs
+from minter import service as wiring
 from minter.errors import InvalidRequest, SettingsError, Unavailable
 from minter.fts.events import FTSEvent, read_event
 from minter.metrics import EVENTS, LAST_EVENT, new_counter, new_gauge, serve_process

@@ -5,7 +5,8 @@ import signal
 from collections.abc import Sequence
 from typing import Any
 
-from minter import logs, wiring
+from minter import logs
+from minter import service as wiring
 from minter.broker.publisher import Publisher, connect
 from minter.errors import SettingsError, Unavailable
 from minter.metrics import Metrics, serve_process

@@ -12,7 +12,7 @@ from pathlib import Path
 import kombu
 import pytest
 
-from minter import wiring
+from minter import service
 from minter.broker.publisher import declare
 from minter.client.client import MinterClient
 from minter.contract import names
@@ -54,7 +54,7 @@ class Running:
     def __init__(self, broker, dsn, folder: Path, app="workers.app", settings=EXAMPLES / "settings.toml"):
         self.broker, self.folder, self.app = broker, folder, app
         self.on_rabbitmq = isinstance(broker, RabbitMQ)
-        self.service = wiring.Service(load_settings(dsn))
+        self.service = service.Service(load_settings(dsn))
         self.environ = {
             **os.environ,
             "MINTER_SETTINGS": str(settings),

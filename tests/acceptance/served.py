@@ -11,7 +11,7 @@ from pathlib import Path
 
 import httpx
 
-from minter import settings, stack, wiring
+from minter import service, settings, stack
 from minter.client.client import MinterClient
 from minter.database import migrations
 from tests.conftest import EXAMPLES, MASTER_KEY, ROOT, _admin, _dsn
@@ -47,7 +47,7 @@ class Served:
             "PYTHONPATH": str(ROOT),
         }
         _admin(postgres_dsn, f"CREATE DATABASE {self.database}")
-        self.service = wiring.Service(settings.load(path, self.environ))
+        self.service = service.Service(settings.load(path, self.environ))
         migrations.upgrade(self.service.pool)
         self.service.prepare()
         self.service.create_key(VO, "ES256", "tests")
@@ -87,7 +87,7 @@ class Served:
         made = stack.add_client(self.service, name, VO, "tests")
         if columns:
             control_changes.change_client(self.service.pool, name, columns, "tests")
-        self.secrets[name] = wiring.new_secret()
+        self.secrets[name] = service.new_secret()
         self.service.set_secret(made, self.secrets[name], "tests")
         return made
 

@@ -11,7 +11,7 @@ import uuid
 import pytest
 import stomp
 
-from minter import wiring
+from minter import service as wiring
 from minter.contract.followups import JobReport, ReportRequest
 from minter.contract.messages import FileRequest, MintRequest
 from minter.policy.requests import from_mint

@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 import psycopg
 import pytest
 
-from minter import wiring
+from minter import service as wiring
 from minter.contract.followups import FileReport, JobReport, ReportRequest
 from minter.contract.messages import FileRequest, MintRequest
 from minter.database import archive, connection, traces

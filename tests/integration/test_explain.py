@@ -8,7 +8,7 @@ from uuid import UUID
 
 import pytest
 
-from minter import wiring
+from minter import service as wiring
 from minter.database import connection, traces
 from minter.tokens.records import RequestRow
 

@@ -6,7 +6,7 @@ import uuid
 
 import pytest
 
-from minter import wiring
+from minter import service as wiring
 from minter.contract.messages import FillRequest
 from minter.errors import Unavailable
 from minter.fts.jobs import from_fill

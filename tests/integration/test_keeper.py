@@ -11,7 +11,7 @@ import pytest
 import urllib3
 from msgspec import structs
 
-from minter import wiring
+from minter import service as wiring
 from minter.contract.followups import CancelRequest, FetchRequest, FileReport, ReportRequest
 from minter.contract.messages import FileOperation, FileRequest, MintRequest
 from minter.database import connection as database

@@ -7,7 +7,8 @@ from uuid import UUID
 
 import pytest
 
-from minter import stack, wiring
+from minter import service as wiring
+from minter import stack
 from minter.contract.followups import (
     CancelRequest,
     FetchRequest,

@@ -5,7 +5,8 @@ import urllib.request
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from minter import metrics, wiring
+from minter import metrics
+from minter import service as wiring
 from minter.contract.messages import FileRequest, MintRequest
 from minter.errors import SettingsError
 from minter.policy.requests import from_mint

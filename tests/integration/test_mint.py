@@ -9,7 +9,8 @@ import psycopg
 import pytest
 from msgspec import structs
 
-from minter import stack, wiring
+from minter import service as wiring
+from minter import stack
 from minter.contract.messages import FileRequest, FillRequest, MintRequest
 from minter.database import connection, control_changes, recording, traces
 from minter.errors import Unavailable

@@ -6,7 +6,8 @@ from datetime import timedelta
 import pytest
 from joserfc import jwk, jws
 
-from minter import publish, wiring
+from minter import publish
+from minter import service as wiring
 from minter.database import connection as database
 from minter.database import keyring
 from minter.errors import NoUsableKey, SettingsError

@@ -5,7 +5,7 @@ from datetime import timedelta
 
 import pytest
 
-from minter import wiring
+from minter import service as wiring
 from minter.contract.followups import FetchRequest, FileReport, ReportRequest
 from minter.database import connection as database
 from minter.database import control_changes, keyring, migrations, traces

@@ -7,7 +7,8 @@ from datetime import timedelta
 import pytest
 from msgspec import structs
 
-from minter import stack, wiring
+from minter import service as wiring
+from minter import stack
 from minter.contract.followups import (
     CancelRequest,
     FetchRequest,
