@@ -6,11 +6,11 @@ from typing import Annotated
 
 import typer
 
-from minter import publish as files
 from minter import service as wiring
 from minter.console import AsJson, guarded, open_service, show
 from minter.database import connection as database
 from minter.errors import Unavailable
+from minter.issuer import well_known as files
 
 WATCH_SECONDS = 2.0
 
@@ -24,7 +24,7 @@ def register(app: typer.Typer) -> None:
 @guarded
 def serve() -> None:
     """Serve tokens and transfers over HTTP, as [http] of the settings says, until SIGTERM."""
-    from minter.serve import run  # noqa: PLC0415 - the server's libraries are not for every command
+    from minter.issuer.server import run  # noqa: PLC0415 - the server's libraries are not for every command
 
     run(wiring.load_settings())
 

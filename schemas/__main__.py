@@ -9,9 +9,9 @@ import msgspec
 from minter.contract import names
 from minter.contract.messages import Answer
 from minter.errors import BY_REASON
+from minter.issuer.openapi import TASKS
 from minter.policy.plans import MAX_CLAIM_CHARACTERS
 from minter.tokens.keys import HARD_MAX_SECONDS
-from schemas.openapi import TASKS
 
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"
 

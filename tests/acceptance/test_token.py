@@ -11,8 +11,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from jwt.algorithms import ECAlgorithm
 
 from minter.database import control_changes
+from minter.issuer.well_known import EXCHANGE
 from minter.policy.clients import Ban
-from minter.publish import EXCHANGE
 from minter.tokens import keys
 from tests.acceptance.served import VO, Served
 from tests.conftest import rows

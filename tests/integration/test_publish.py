@@ -6,11 +6,11 @@ from datetime import timedelta
 import pytest
 from joserfc import jwk, jws
 
-from minter import publish
 from minter import service as wiring
 from minter.database import connection as database
 from minter.database import keyring
 from minter.errors import NoUsableKey, SettingsError
+from minter.issuer import well_known
 from tests.integration.test_mint import mint, submission
 
 ISSUERS = {"alpen": "https://tokens.vo-alpen.example.org/alpen/"}
@@ -23,7 +23,7 @@ def ring(service):
 
 
 def files(service, now=None):
-    return publish.documents(ring(service), ISSUERS, now or wiring.now())
+    return well_known.documents(ring(service), ISSUERS, now or wiring.now())
 
 
 def test_both_forms_of_discovery_name_the_key_set(service, tmp_path):
@@ -33,7 +33,7 @@ def test_both_forms_of_discovery_name_the_key_set(service, tmp_path):
         "alpen/.well-known/openid-configuration",
         ".well-known/openid-configuration/alpen",
     ]
-    publish.write(tmp_path, made)
+    well_known.write(tmp_path, made)
     for name in list(made)[1:]:
         document = json.loads((tmp_path / name).read_bytes())
         assert document["issuer"] == ISSUERS["alpen"]
@@ -46,15 +46,15 @@ def test_both_forms_of_discovery_name_the_key_set(service, tmp_path):
 
 
 def test_an_issuer_at_the_root_of_its_host(service):
-    made = publish.documents(ring(service), {"alpen": "https://tokens.example.org/"}, wiring.now())
+    made = well_known.documents(ring(service), {"alpen": "https://tokens.example.org/"}, wiring.now())
     assert list(made) == ["jwks.json", ".well-known/openid-configuration"]
 
 
 def test_only_what_changed_is_written_and_never_half(service, tmp_path):
-    assert len(publish.write(tmp_path, files(service))) == 3
-    assert publish.write(tmp_path, files(service)) == []
+    assert len(well_known.write(tmp_path, files(service))) == 3
+    assert well_known.write(tmp_path, files(service)) == []
     service.maintain_keys("me")
-    assert publish.write(tmp_path, files(service)) == [tmp_path / KEYS]
+    assert well_known.write(tmp_path, files(service)) == [tmp_path / KEYS]
     assert (
         len(json.loads((tmp_path / KEYS).read_bytes())["keys"]) == 2
     )  # the standby is public before it signs
@@ -76,16 +76,16 @@ def test_a_revoked_key_leaves_at_once_and_an_old_one_stays(service):
 
 
 def test_an_empty_key_set_is_never_published(service, tmp_path):
-    publish.write(tmp_path, files(service))
+    well_known.write(tmp_path, files(service))
     before = (tmp_path / KEYS).read_bytes()
     with database.transaction(service.pool) as tx:
         tx.execute("UPDATE signing_keys SET state = 'revoked', revoked_at = now(), private_key = NULL")
     with pytest.raises(NoUsableKey, match="minter keys create"):
-        publish.write(tmp_path, files(service))
+        well_known.write(tmp_path, files(service))
     assert (tmp_path / KEYS).read_bytes() == before
 
 
 def test_a_folder_that_cannot_be_written(service, tmp_path):
     (tmp_path / "alpen").write_text("a file where the folder should be")
     with pytest.raises(SettingsError, match="cannot be written"):
-        publish.write(tmp_path, files(service))
+        well_known.write(tmp_path, files(service))

@@ -14,14 +14,14 @@ from msgspec import structs
 from minter import logs
 from minter.contract import names
 from minter.contract.messages import MAX_BODY_BYTES, Answer, unix_time
-from minter.credentials import Account
 from minter.database import traces
 from minter.errors import InvalidRequest, ReplyNotAllowed, from_dict
+from minter.issuer.app import Web, base_path, send, status_of
+from minter.issuer.client_authentication import Account
+from minter.issuer.openapi import document
 from minter.tasks import answers, dispatch
 from minter.tasks.lifecycle import Lives
 from minter.tokens.outcomes import Outcome, Submission
-from minter.web import Web, base_path, send, status_of
-from schemas.openapi import document
 
 TRACE_DAYS, TRACE_LIMIT = 30, 1_000
 _QUESTIONS = ("jti", "path", "external_id", "request_id")

@@ -8,7 +8,7 @@ from minter.contract import names
 from minter.contract.followups import CancelRequest, FetchRequest, RenewRequest, ReportRequest
 from minter.contract.messages import Answer, FillRequest, MintRequest
 from minter.errors import BY_REASON
-from minter.publish import GRANTS
+from minter.issuer.well_known import GRANTS
 
 _TEXT = {"type": "string"}
 TASKS: dict[str, tuple[type, str]] = {

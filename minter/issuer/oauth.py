@@ -18,7 +18,6 @@ from falcon import asgi
 
 from minter import logs
 from minter import service as wiring
-from minter.credentials import Account
 from minter.errors import (
     InvalidGrant,
     InvalidRequest,
@@ -29,14 +28,15 @@ from minter.errors import (
     TokenRejected,
     UnsupportedGrantType,
 )
+from minter.issuer.app import Web, base_path, send
+from minter.issuer.client_authentication import Account
+from minter.issuer.well_known import EXCHANGE
 from minter.policy.plans import MAX_CLAIM_CHARACTERS
 from minter.policy.requests import Request
 from minter.policy.token_requests import Family, SubjectToken, Wish, present
-from minter.publish import EXCHANGE
 from minter.tasks import lifecycle
 from minter.tokens import keys
 from minter.tokens.outcomes import Outcome, Submission
-from minter.web import Web, base_path, send
 
 ACCESS_TOKEN = "urn:ietf:params:oauth:token-type:access_token"  # noqa: S105 - a name, RFC 8693 §3
 JWT_TOKEN = "urn:ietf:params:oauth:token-type:jwt"  # noqa: S105

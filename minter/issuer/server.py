@@ -10,8 +10,10 @@ from granian.constants import HTTPModes, Interfaces, Loops, SSLProtocols
 from granian.http import HTTP1Settings
 from granian.log import LogLevels
 
-from minter import issuer, logs, transfers, web
+from minter import logs
 from minter import service as wiring
+from minter.issuer import app as web
+from minter.issuer import oauth, tasks
 from minter.metrics import Metrics, serve_process
 from minter.settings import Loaded
 
@@ -29,8 +31,8 @@ def create() -> "asgi.App[Any, Any]":
     made = web.Web(service, metrics)
     made.look()
     app = web.application(made)
-    transfers.add_routes(app, made)
-    issuer.add_routes(app, made)
+    tasks.add_routes(app, made)
+    oauth.add_routes(app, made)
     wiring.calm_collector()
     serve_process(metrics.registry, loaded.settings.metrics)
     return app
@@ -44,7 +46,7 @@ def run(loaded: Loaded) -> None:
         return loaded.folder / name if name else None
 
     Granian(
-        "minter.serve:create",
+        "minter.issuer.server:create",
         address=http.listen,
         port=http.port,
         interface=Interfaces.ASGI,

@@ -17,8 +17,7 @@ import msgspec
 from falcon import HTTPError, asgi
 from falcon.uri import parse_query_string
 
-from minter import logs, publish
-from minter.credentials import WRONG, Account, Credentials, Presented, presented
+from minter import logs
 from minter.database import connection as database
 from minter.errors import (
     Conflict,
@@ -33,11 +32,13 @@ from minter.errors import (
     Unavailable,
     UnknownRequest,
 )
-from minter.gather import Gatherer
+from minter.issuer import well_known
+from minter.issuer.batches import Gatherer
+from minter.issuer.client_authentication import WRONG, Account, Credentials, Presented, presented
+from minter.issuer.ratelimits import RateLimit
 from minter.metrics import Metrics
 from minter.policy.token_requests import SubjectToken
 from minter.providers.subject_tokens import Subjects
-from minter.ratelimits import RateLimit
 from minter.service import Service
 from minter.tokens import keys
 
@@ -120,7 +121,7 @@ class Web:
         if version != self.credentials.version or now - at > REBUILD:
             with database.transaction(self.service.pool) as connection:
                 self.ring = database.read_keys(connection)
-            self.documents = publish.documents(self.ring, self.service.loaded.issuers, now)
+            self.documents = well_known.documents(self.ring, self.service.loaded.issuers, now)
             self._built = self.credentials.version, now
 
     async def watch(self) -> None:
@@ -304,6 +305,6 @@ def application(web: Web) -> "asgi.App[Any, Any]":
     app.add_route("/health", _Health(web))
     app.add_route("/ready", _Health(web), suffix="ready")
     for issuer in web.service.loaded.issuers.values():
-        for name in publish.names(issuer):
+        for name in well_known.names(issuer):
             app.add_route(f"/{name}", _Document(web, name))
     return app

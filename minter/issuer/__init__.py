@@ -1,0 +1,1 @@
+"""The HTTP service: token endpoint, tasks over HTTP, and what is published."""
