@@ -22,9 +22,10 @@ from statistics import median
 
 from benchmarks.engine import settings_text, versions
 from minter import service as wiring
-from minter import settings, stack
+from minter import settings
 from minter.database import migrations
-from minter.embedded import Postgres
+from minter.local import stack
+from minter.local.servers import Postgres
 from minter.tokens.keystore import new_master_key
 from tests.servers import free_ports
 

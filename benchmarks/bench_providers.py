@@ -21,9 +21,10 @@ from msgspec import structs
 
 from benchmarks.engine import ROOT, settings_text, versions
 from minter import service as wiring
-from minter import settings, stack
+from minter import settings
 from minter.database import connection, control_changes, managed, migrations
-from minter.embedded import Postgres
+from minter.local import stack
+from minter.local.servers import Postgres
 from minter.providers.dialects import lead_of
 from minter.refresher.refresher import Keeper
 from minter.tasks.lifecycle import Lives

@@ -14,11 +14,12 @@ from pathlib import Path
 
 import kombu
 
-from minter import service, settings, stack
+from minter import service, settings
 from minter.broker.publisher import declare
 from minter.database import connection as database
 from minter.database import migrations
-from minter.embedded import Postgres, Valkey
+from minter.local import stack
+from minter.local.servers import Postgres, Valkey
 from minter.tokens import keys
 from minter.tokens.keystore import new_master_key
 from tests.servers import RabbitMQ

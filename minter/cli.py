@@ -17,7 +17,7 @@ import msgspec
 import typer
 from rich.console import Console
 
-from minter import cli_clients, cli_control, cli_publish, cli_storages, cli_trace, demo, drill, stack
+from minter import cli_clients, cli_control, cli_publish, cli_storages, cli_trace, demo
 from minter import service as wiring
 from minter.broker import rabbitmq
 from minter.broker.publisher import connect, declare
@@ -28,6 +28,7 @@ from minter.database import connection as database
 from minter.database import migrations, partitions, traces
 from minter.errors import InvalidRequest, TokenRejected, Unavailable
 from minter.fts.jobs import from_fill
+from minter.local import drill, stack
 from minter.policy import transfers as policy
 from minter.policy.token_endpoint import ANY
 from minter.tokens import claims, keys

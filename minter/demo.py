@@ -28,8 +28,8 @@ from minter.database import traces
 from minter.database.traces import Story
 from minter.errors import MinterError
 from minter.fts.jobs import from_fill
+from minter.local.stack import Stack
 from minter.policy import transfers
-from minter.stack import Stack
 from minter.tokens import keys
 from minter.tokens.claims import unverified_claims
 

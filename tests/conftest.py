@@ -8,10 +8,11 @@ import psycopg
 import pytest
 
 from minter import service as wiring
-from minter import settings, stack
+from minter import settings
 from minter.database import connection as database
 from minter.database import migrations
-from minter.embedded import Postgres
+from minter.local import stack
+from minter.local.servers import Postgres
 from minter.tokens import keys
 from minter.tokens.keystore import new_master_key
 from tests.simulators import FakeFTS

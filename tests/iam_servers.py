@@ -15,8 +15,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from minter.embedded import Server
-from minter.fake_iam import FakeIAM
+from minter.local.fake_iam import FakeIAM
+from minter.local.servers import Server
 from tests.conftest import ROOT
 from tests.servers import free_ports
 

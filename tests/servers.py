@@ -11,7 +11,7 @@ from pathlib import Path
 
 import kombu
 
-from minter.embedded import Server
+from minter.local.servers import Server
 
 PROGRAMS = Path("/usr/lib/rabbitmq/bin")
 

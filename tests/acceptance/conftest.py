@@ -16,7 +16,7 @@ from minter import service
 from minter.broker.publisher import declare
 from minter.client.client import MinterClient
 from minter.contract import names
-from minter.embedded import Valkey
+from minter.local.servers import Valkey
 from tests.acceptance.served import Served
 from tests.conftest import EXAMPLES, MASTER_KEY, ROOT, _admin, _dsn, load_settings
 from tests.servers import RabbitMQ, installed

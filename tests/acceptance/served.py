@@ -11,9 +11,10 @@ from pathlib import Path
 
 import httpx
 
-from minter import service, settings, stack
+from minter import service, settings
 from minter.client.client import MinterClient
 from minter.database import migrations
+from minter.local import stack
 from tests.conftest import EXAMPLES, MASTER_KEY, ROOT, _admin, _dsn
 from tests.servers import certificates, free_ports
 

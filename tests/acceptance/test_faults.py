@@ -16,8 +16,8 @@ from minter.broker.publisher import declare
 from minter.client.client import FileRequest, new_request_id
 from minter.contract import names
 from minter.contract.messages import MintRequest
-from minter.embedded import Postgres, Valkey
 from minter.errors import Undeliverable, from_dict
+from minter.local.servers import Postgres, Valkey
 from minter.tokens.records import fts_token_id
 from tests.acceptance.conftest import Running
 from tests.acceptance.test_workers import OTHER, SE

@@ -12,7 +12,7 @@ import pytest
 
 from minter.client.client import FileOperation, FileReport, FileRequest
 from minter.errors import InvalidGrant, InvalidRequest, InvalidScope
-from minter.fake_iam import Behaviour
+from minter.local.fake_iam import Behaviour
 from tests.acceptance.served import VO, Served
 from tests.conftest import ROOT, rows
 from tests.iam_servers import Fake, OidcProvider

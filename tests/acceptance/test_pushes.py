@@ -13,7 +13,7 @@ from joserfc import jwe, jwk
 from minter.broker.publisher import declare
 from minter.client.client import new_request_id
 from minter.database import control_changes
-from minter.fake_iam import Behaviour
+from minter.local.fake_iam import Behaviour
 from tests.acceptance.conftest import Raw, Running
 from tests.acceptance.test_managed import settings
 from tests.conftest import EXAMPLES, ROOT

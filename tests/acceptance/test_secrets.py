@@ -10,7 +10,7 @@ from minter.client.client import FileRequest, FilledJob
 from minter.contract import names
 from minter.database import connection as database
 from minter.demo import read_jobs
-from minter.embedded import _postgres_programs
+from minter.local.servers import _postgres_programs
 from tests.acceptance.conftest import Raw
 from tests.acceptance.test_workers import BROKEN, OTHER, SE, request
 from tests.conftest import EXAMPLES, MASTER_KEY

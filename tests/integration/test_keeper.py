@@ -17,7 +17,7 @@ from minter.contract.messages import FileOperation, FileRequest, MintRequest
 from minter.database import connection as database
 from minter.database import control_changes, live_tokens, managed, partitions, traces
 from minter.errors import InvalidGrant
-from minter.fake_iam import Behaviour, FakeIAM
+from minter.local.fake_iam import Behaviour, FakeIAM
 from minter.policy.clients import Ban
 from minter.policy.requests import from_mint
 from minter.policy.routes import Route
@@ -218,7 +218,7 @@ def test_secrets_lie_encrypted(service, iam):
 
 
 def test_who_may_fetch_a_handle(service, iam):
-    from minter import stack
+    from minter.local import stack
 
     stack.add_client(service, "consumer", "alpen", "test")
     stack.add_client(service, "thief", "alpen", "test")

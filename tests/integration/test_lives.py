@@ -8,7 +8,6 @@ from uuid import UUID
 import pytest
 
 from minter import service as wiring
-from minter import stack
 from minter.contract.followups import (
     CancelRequest,
     FetchRequest,
@@ -24,6 +23,7 @@ from minter.contract.messages import FileOperation, FileRequest, FillRequest, Mi
 from minter.database import connection, control_changes
 from minter.errors import Banned, Expired, InvalidRequest, UnknownClient, UnknownRequest, UnknownStorage
 from minter.fts.jobs import from_fill
+from minter.local import stack
 from minter.policy.clients import Ban
 from minter.policy.requests import from_mint
 from minter.policy.transfers import asked_scopes

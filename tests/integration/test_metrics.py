@@ -72,7 +72,7 @@ def test_beat_tells_of_keys_partitions_living_tokens_and_queues(service, tmp_pat
     import kombu
 
     from minter.broker.publisher import declare
-    from minter.embedded import Valkey
+    from minter.local.servers import Valkey
 
     mint(service, submission("a", "b", lifetime_seconds=3000))
     broker = Valkey(tmp_path / "valkey")

@@ -10,11 +10,11 @@ import pytest
 from msgspec import structs
 
 from minter import service as wiring
-from minter import stack
 from minter.contract.messages import FileRequest, FillRequest, MintRequest
 from minter.database import connection, control_changes, recording, traces
 from minter.errors import Unavailable
 from minter.fts.jobs import from_fill
+from minter.local import stack
 from minter.policy.requests import from_mint
 from minter.tokens import keys
 from minter.tokens.keystore import new_master_key

@@ -9,8 +9,8 @@ from minter import service as wiring
 from minter.contract.followups import FetchRequest, FileReport, ReportRequest
 from minter.database import connection as database
 from minter.database import control_changes, keyring, migrations, traces
-from minter.embedded import _postgres_programs
 from minter.errors import UnknownRequest
+from minter.local.servers import _postgres_programs
 from minter.policy.clients import Ban
 from minter.tasks.lifecycle import Lives
 from minter.tokens import keys

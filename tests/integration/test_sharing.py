@@ -8,7 +8,6 @@ import pytest
 from msgspec import structs
 
 from minter import service as wiring
-from minter import stack
 from minter.contract.followups import (
     CancelRequest,
     FetchRequest,
@@ -21,6 +20,7 @@ from minter.contract.messages import FileOperation, FileRequest, MintRequest
 from minter.database import archive, control_changes, live_tokens, recording, traces
 from minter.database import connection as database
 from minter.errors import Banned, Expired, Unavailable
+from minter.local import stack
 from minter.policy.clients import Ban, Bans
 from minter.policy.requests import from_mint
 from minter.policy.routes import Route

@@ -6,7 +6,7 @@ import uuid
 from sqlalchemy import create_engine
 
 from minter.database import connection, migrations
-from minter.embedded import _postgres_programs
+from minter.local.servers import _postgres_programs
 from schemas.tables import metadata
 from tests.conftest import _admin, _dsn
 

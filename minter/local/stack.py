@@ -20,7 +20,7 @@ from minter import settings
 from minter.broker.publisher import declare
 from minter.database import connection as database
 from minter.database import control_changes, migrations
-from minter.embedded import Postgres, Valkey
+from minter.local.servers import Postgres, Valkey
 from minter.policy.clients import Client
 from minter.tokens.keystore import new_master_key
 

@@ -4,7 +4,7 @@ It speaks what a real one does (client credentials, exchange, refresh with rotat
 revocation; the same tests run against Keycloak and oidc-provider), logs each request with its time, and
 has one door more, `POST /faults`, by which it is told how to fail. Its state is in memory.
 
-    python -m minter.fake_iam PORT [LOGFILE]
+    python -m minter.local.fake_iam PORT [LOGFILE]
 """
 
 import base64

@@ -28,9 +28,9 @@ from minter.contract.names import MINT
 from minter.database import control_changes
 from minter.database.connection import transaction
 from minter.errors import ProviderAway, SettingsError
-from minter.fake_iam import Behaviour, Fault
+from minter.local.fake_iam import Behaviour, Fault
+from minter.local.stack import Stack
 from minter.providers.dialects import LEADS
-from minter.stack import Stack
 
 Mode = Literal["mint", "exchange", "mixed"]
 CLIENT, PROVIDER = "drill", "iam"
@@ -144,7 +144,7 @@ class Drill:
         """Rehearse; raises what the embedded servers raise if they do not start."""
         with (self.folder / "provider.log").open("ab") as log:
             provider = subprocess.Popen(  # noqa: S603 - our own command
-                [sys.executable, "-m", "minter.fake_iam", str(self._port), str(self._log)],
+                [sys.executable, "-m", "minter.local.fake_iam", str(self._port), str(self._log)],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             )  # fmt: skip
         try:

@@ -1,0 +1,1 @@
+"""Embedded servers, and rehearsals on this machine."""
