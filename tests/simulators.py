@@ -11,7 +11,7 @@ import time
 import uuid
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from minter.demo import fts_objections
+from minter.cli.demo import fts_objections
 from workers.fts import BASE_ID
 
 VO = "alpen"

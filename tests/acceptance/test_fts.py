@@ -10,9 +10,9 @@ import uuid
 import kombu
 import pytest
 
+from minter.cli.demo import read_jobs
 from minter.client.client import new_request_id
 from minter.contract import names as contract
-from minter.demo import read_jobs
 from tests.acceptance.test_workers import OTHER, SE
 from tests.conftest import EXAMPLES, ROOT
 from tests.integration.test_metrics import scrape

@@ -178,7 +178,7 @@ def test_what_a_subject_token_must_be(kept):
 
 def test_the_stored_subject_token(kept):
     done = subprocess.run(
-        [sys.executable, "-m", "minter.cli", "clients", "subject-token", "rucio", "--json"],
+        [sys.executable, "-m", "minter.cli.__main__", "clients", "subject-token", "rucio", "--json"],
         input=kept.iam.subject(f"storage.read:{TOP}"), env=kept.environ, capture_output=True, text=True, check=False, cwd=ROOT,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

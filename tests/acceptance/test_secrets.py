@@ -6,10 +6,10 @@ import subprocess
 import kombu
 import pytest
 
+from minter.cli.demo import read_jobs
 from minter.client.client import FileRequest, FilledJob
 from minter.contract import names
 from minter.database import connection as database
-from minter.demo import read_jobs
 from minter.local.servers import _postgres_programs
 from tests.acceptance.conftest import Raw
 from tests.acceptance.test_workers import BROKEN, OTHER, SE, request

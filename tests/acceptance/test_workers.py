@@ -15,11 +15,11 @@ from joserfc import jwe, jwk
 
 from minter import service
 from minter.broker.publisher import declare
+from minter.cli.demo import fts_objections, read_jobs
 from minter.client.client import FileOperation, FileRequest, FilledJob, MinterClient, new_request_id
 from minter.contract import names
 from minter.database import connection as database
 from minter.database import control_changes
-from minter.demo import fts_objections, read_jobs
 from minter.errors import (
     Banned,
     ClientMismatch,

@@ -6,6 +6,7 @@ import msgspec
 import pytest
 import uuid_utils
 
+from minter.cli.demo import read_jobs
 from minter.contract.messages import (
     MAX_BODY_BYTES,
     Answer,
@@ -14,7 +15,6 @@ from minter.contract.messages import (
     MintRequest,
     TokenAnswer,
 )
-from minter.demo import read_jobs
 from minter.errors import BY_REASON, Banned, InvalidRequest, ServerError, from_dict
 from minter.fts.jobs import decode_fill, fill_job
 from minter.policy.requests import check_request_id, decode_mint

@@ -5,7 +5,7 @@ import tomllib
 import msgspec
 import pytest
 
-from minter.cli_storages import settings_text
+from minter.cli.storages import settings_text
 from minter.errors import SettingsError
 from minter.storages.directory import Directory, Endpoint, Storage
 from minter.storages.from_dirac import storages_from_cfg

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from minter import service as wiring
-from minter.console import AsJson, guarded, open_service, show
+from minter.cli.tables import AsJson, guarded, open_service, show
 from minter.database import connection as database
 from minter.errors import Unavailable
 from minter.issuer import well_known as files

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from minter.console import AsJson, as_table, guarded, open_service, show, story_table
+from minter.cli.tables import AsJson, as_table, guarded, open_service, show, story_table
 from minter.contract.messages import unix_time
 from minter.database import archive as archives
 from minter.database import traces

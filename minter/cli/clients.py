@@ -14,7 +14,7 @@ import typer
 from joserfc.jwk import ECKey
 
 from minter import service as wiring
-from minter.console import AsJson, as_table, guarded, open_service, read_object, show, show_living, whoami
+from minter.cli.tables import AsJson, as_table, guarded, open_service, read_object, show, show_living, whoami
 from minter.contract.operations import OPERATIONS
 from minter.database import connection as database
 from minter.database import control_changes

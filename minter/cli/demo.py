@@ -20,8 +20,8 @@ from rich.progress import Progress
 from rich.table import Table
 
 from minter import service as wiring
+from minter.cli.tables import story_table
 from minter.client.client import FileRequest, FilledJob, MinterClient, Token
-from minter.console import story_table
 from minter.contract.messages import FillRequest
 from minter.database import connection as database
 from minter.database import traces

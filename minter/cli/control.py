@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from minter import service as wiring
-from minter.console import AsJson, as_table, guarded, open_service, show, show_living, whoami
+from minter.cli.tables import AsJson, as_table, guarded, open_service, show, show_living, whoami
 from minter.database import connection as database
 from minter.database import control_changes, keyring, live_tokens
 from minter.errors import InvalidRequest, SettingsError

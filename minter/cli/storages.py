@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import msgspec
 import typer
 
-from minter.console import AsJson, as_table, guarded, read_object, show
+from minter.cli.tables import AsJson, as_table, guarded, read_object, show
 from minter.errors import InvalidRequest, SettingsError
 from minter.service import load_settings
 from minter.storages.dialects import DIALECTS, AudienceForm

@@ -17,12 +17,14 @@ import msgspec
 import typer
 from rich.console import Console
 
-from minter import cli_clients, cli_control, cli_publish, cli_storages, cli_trace, demo
 from minter import service as wiring
 from minter.broker import rabbitmq
 from minter.broker.publisher import connect, declare
+from minter.cli import clients as cli_clients
+from minter.cli import control as cli_control
+from minter.cli import demo, publish, storages, trace
+from minter.cli.tables import AsJson, SettingsPath, console, guarded, open_service, read_object, show
 from minter.client.client import MinterClient, new_request_id
-from minter.console import AsJson, SettingsPath, console, guarded, open_service, read_object, show
 from minter.contract.messages import FillRequest
 from minter.database import connection as database
 from minter.database import migrations, partitions, traces
@@ -40,9 +42,9 @@ for name, group in (("db", db_app), ("broker", broker_app)):
     app.add_typer(group, name=name)
 cli_clients.register(app)
 cli_control.register(app)
-cli_publish.register(app)
-cli_storages.register(app)
-cli_trace.register(app)
+publish.register(app)
+storages.register(app)
+trace.register(app)
 
 JobFile = Annotated[Path, typer.Option("--job", help="An FTS job as JSON, - for standard input.")]
 
