@@ -99,7 +99,7 @@ class Keepers:
             with (self.folder / f"keeper{number}.log").open("ab") as log:
                 self.processes.append(
                     subprocess.Popen(
-                        [sys.executable, "-m", "workers.keeper"],
+                        [sys.executable, "-m", "workers.refresher"],
                         env=self.environ,
                         stdout=log,
                         stderr=log,

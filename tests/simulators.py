@@ -12,7 +12,7 @@ import uuid
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from minter.cli.demo import fts_objections
-from workers.fts import BASE_ID
+from workers.fts_forwarder import BASE_ID
 
 VO = "alpen"
 

@@ -57,7 +57,11 @@ class Events:
     def start(self):
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "workers.events"], env=self.environ, stdout=log, stderr=log, cwd=ROOT
+                [sys.executable, "-m", "workers.fts_listener"],
+                env=self.environ,
+                stdout=log,
+                stderr=log,
+                cwd=ROOT,
             )
 
     def stop(self, number=signal.SIGTERM):

@@ -80,7 +80,7 @@ class Kept(Served):
             with (self.folder / "keeper.log").open("ab") as log:
                 self.keepers.append(
                     subprocess.Popen(
-                        [sys.executable, "-m", "workers.keeper"],
+                        [sys.executable, "-m", "workers.refresher"],
                         env=self.environ,
                         stdout=log,
                         stderr=log,

@@ -45,7 +45,7 @@ def pushing(broker, database_dsn, tmp_path_factory):
     engine.start_worker()
     with (folder / "keeper.log").open("ab") as log:
         keeper = subprocess.Popen(
-            [sys.executable, "-m", "workers.keeper"], env=engine.environ, stdout=log, stderr=log, cwd=ROOT
+            [sys.executable, "-m", "workers.refresher"], env=engine.environ, stdout=log, stderr=log, cwd=ROOT
         )
     yield engine
     keeper.terminate()

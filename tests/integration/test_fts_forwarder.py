@@ -13,7 +13,7 @@ from minter.fts.jobs import from_fill
 from minter.tasks.answers import answer
 from minter.tokens.outcomes import Submission
 from tests.integration.test_mint import OTHER, SE, mint
-from workers.fts import FTS, Away, Forwarder, Refused, TooLate
+from workers.fts_forwarder import FTS, Away, Forwarder, Refused, TooLate
 
 
 class Engine:

@@ -1,4 +1,4 @@
-"""FTS's monitoring messages: `python -m workers.events`. They move tokens to active and finished.
+"""FTS's monitoring messages: `python -m workers.fts_listener`. They move tokens to active and finished.
 
 A message is acknowledged when what it says is committed, so it comes again after a crash of ours; to note
 it twice changes nothing. One connection goes to each broker; a broken one is made again, with back-off.

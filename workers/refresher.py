@@ -1,4 +1,4 @@
-"""The keeper: `python -m workers.keeper`. As many processes as the budget needs; they share it."""
+"""The keeper: `python -m workers.refresher`. As many processes as the budget needs; they share it."""
 
 import logging
 import signal

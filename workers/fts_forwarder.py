@@ -1,7 +1,7 @@
 """The FTS consumer: takes filled jobs from a durable queue and submits them to FTS.
 
     MINTER_BROKER_URL=amqps://rucio-prod:…@broker/minter \
-    python -m workers.fts --queue rucio-prod.jobs --key jwe.json --fts https://fts3.example.org:8446
+    python -m workers.fts_forwarder --queue rucio-prod.jobs --key jwe.json --fts https://fts3.example.org:8446
 
 A message is acknowledged when FTS has the job, or has refused it for good, and the engine was told
 of it (`minter.report`, `minter.cancel`); until then it lies unacknowledged, so nothing is lost. FTS
