@@ -21,11 +21,12 @@ from pathlib import Path
 from statistics import median
 
 from benchmarks.engine import settings_text, versions
-from minter import service as wiring
 from minter import settings
 from minter.database import migrations
 from minter.local import stack
 from minter.local.servers import Postgres
+from minter.service import Service
+from minter.tokens import keystore
 from minter.tokens.keystore import new_master_key
 from tests.servers import free_ports
 
@@ -65,7 +66,7 @@ def script(folder: Path, name: str, form: str, client: str, secret: str) -> Path
 
 
 @contextlib.contextmanager
-def minter(folder: Path, processes: int) -> Iterator[tuple[str, Path, wiring.Service]]:
+def minter(folder: Path, processes: int) -> Iterator[tuple[str, Path, Service]]:
     """Yield the base URL, the load's script and the JWKS of a running service."""
     (port,) = free_ports(1)
     postgres = Postgres(folder / "postgres")
@@ -77,11 +78,11 @@ def minter(folder: Path, processes: int) -> Iterator[tuple[str, Path, wiring.Ser
         **os.environ, "MINTER_SETTINGS": str(folder / "settings.toml"), "MINTER_DSN": postgres.dsn,
         "MINTER_MASTER_KEY_VO": new_master_key(), "PYTHONPATH": str(ROOT),
     }  # fmt: skip
-    service = wiring.Service(settings.load(folder / "settings.toml", environ))
+    service = Service(settings.load(folder / "settings.toml", environ))
     migrations.upgrade(service.pool)
     service.prepare()
     service.create_key("vo", "ES256", "bench")
-    secret = wiring.new_secret()
+    secret = keystore.new_secret()
     service.set_secret(stack.add_client(service, "load", "vo", "bench"), secret, "bench")
     log = (folder / "serve.log").open("ab")
     process = subprocess.Popen(

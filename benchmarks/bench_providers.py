@@ -20,14 +20,15 @@ from statistics import median
 from msgspec import structs
 
 from benchmarks.engine import ROOT, settings_text, versions
-from minter import service as wiring
 from minter import settings
 from minter.database import connection, control_changes, managed, migrations
 from minter.local import stack
 from minter.local.servers import Postgres
 from minter.providers.dialects import lead_of
 from minter.refresher.refresher import Keeper
+from minter.service import Service
 from minter.tasks.lifecycle import Lives
+from minter.tokens import clock
 from minter.tokens.keystore import new_master_key
 from tests.iam_servers import OidcProvider
 
@@ -79,7 +80,7 @@ class Keepers:
             + f'[[providers]]\nname = "iam"\nissuer = "{self.iam.issuer}"\nclient_id = "minter"\n'
             f'dialect = "resource"\nsecret_file = "secret"\nrequests_per_second = {budget}\nin_flight = 100\n'
         )
-        self.service = wiring.Service(settings.load(path, self.environ))
+        self.service = Service(settings.load(path, self.environ))
 
     def rows(self, count: int, state: str, first: float, step: float) -> None:
         values = {
@@ -174,7 +175,7 @@ def due(keepers: Keepers, alive: int) -> dict[str, object]:
             tx.execute("ANALYZE managed")
         times, leases = [], []
         for _ in range(9):
-            now = wiring.now()
+            now = clock.now()
             started = time.perf_counter()
             with connection.transaction(keepers.service.pool) as tx:
                 values = {"leads": list(managed.LEADS), "provider": "iam", "now": now, "count": 500}

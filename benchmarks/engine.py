@@ -16,8 +16,8 @@ import kombu
 
 from minter import service, settings
 from minter.broker.publisher import declare
-from minter.database import connection as database
 from minter.database import migrations
+from minter.database.connection import read_keys, transaction
 from minter.local import stack
 from minter.local.servers import Postgres, Valkey
 from minter.tokens import keys
@@ -92,8 +92,8 @@ class Bench:
         )
         with kombu.Connection(self.broker.url) as connection:
             declare(connection)
-        with database.transaction(self.service.pool) as connection:
-            ring = database.read_keys(connection)
+        with transaction(self.service.pool) as connection:
+            ring = read_keys(connection)
         (self.folder / "jwks.json").write_text(json.dumps(keys.jwks(ring, service.now())))
 
     @property

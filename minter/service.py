@@ -2,22 +2,19 @@
 
 import gc
 import os
-import secrets
-import uuid
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-import uuid_utils
-
 from minter import settings
-from minter.database import connection as database
 from minter.database import control_changes, keyring, partitions, recording
+from minter.database.connection import open_pool, read_keys, read_private_key, transaction
 from minter.errors import NoUsableKey, SettingsError
 from minter.policy.clients import Client
 from minter.providers.iam import IAM
 from minter.refresher.discovery import SharedDocuments
 from minter.tokens import keys
+from minter.tokens.clock import new_uuid7, now
 from minter.tokens.keys import Algorithm
 from minter.tokens.keystore import Keystore, MasterKey, read_master_key
 from minter.tokens.mint import Engine
@@ -26,27 +23,12 @@ from minter.tokens.outcomes import Observed
 _GC_ALLOCATIONS = 20_000
 
 
-def now() -> datetime:
-    """Return the time: the one clock of all entry points."""
-    return datetime.now(UTC)
-
-
 def clock_of(drill: settings.DrillSettings) -> Callable[[], datetime]:
     """Return the clock of a process: the time, or that of a drill."""
     if drill.time_scale == 1:
         return now
     origin, scale = datetime.fromtimestamp(drill.origin, UTC), drill.time_scale
     return lambda: origin + scale * (now() - origin)
-
-
-def new_uuid7() -> uuid.UUID:
-    """Return a fresh UUIDv7 (RFC 9562 §5.7)."""
-    return uuid.UUID(int=uuid_utils.uuid7().int)
-
-
-def new_secret() -> str:
-    """Return a fresh client secret (256 bits, unreserved characters)."""
-    return secrets.token_urlsafe(32)
 
 
 def calm_collector() -> None:
@@ -77,10 +59,8 @@ class Service:
             raise SettingsError("no DSN: set MINTER_DSN or database.dsn")
         self.loaded = loaded
         self.clock = clock or clock_of(loaded.settings.drill)
-        self.pool = database.pool(loaded.dsn, loaded.settings.database.pool_size)
-        self.keystore = Keystore(
-            _Masters(loaded), lambda key_id: database.read_private_key(self.pool, key_id)
-        )
+        self.pool = open_pool(loaded.dsn, loaded.settings.database.pool_size)
+        self.keystore = Keystore(_Masters(loaded), lambda key_id: read_private_key(self.pool, key_id))
         self.engine = Engine(
             recording.Store(self.pool, clock or now, self.keystore.seal_token),
             loaded.policy,
@@ -115,8 +95,8 @@ class Service:
     def maintain_keys(self, actor: str) -> list[str]:
         """Make missing standbys, rotate what is due, destroy what is spent; say what was done (I6)."""
         done, now, policy = [], self.clock(), self.engine.rotation
-        with database.transaction(self.pool) as connection:
-            ring = database.read_keys(connection)
+        with transaction(self.pool) as connection:
+            ring = read_keys(connection)
         for vo, issuer in self.loaded.settings.issuers.items():
             due = keys.due(ring, vo, now, policy)
             try:

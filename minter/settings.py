@@ -87,7 +87,7 @@ class HttpSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
 
 
 class FTSEventsSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Where FTS's monitoring messages come from (`python -m workers.fts_listener`): STOMP brokers, `host:port`.
+    """Where FTS's monitoring messages come from (`minter events`): STOMP brokers, `host:port`.
 
     FTS sends each message to one of its brokers, so all of them are named. `destinations` are queues of
     ours, such as ActiveMQ makes of a virtual topic. `fts_vo` is the VO's name at FTS, the same as here if

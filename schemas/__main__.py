@@ -10,8 +10,7 @@ from minter.contract import names
 from minter.contract.messages import Answer
 from minter.errors import BY_REASON
 from minter.issuer.openapi import TASKS
-from minter.policy.plans import MAX_CLAIM_CHARACTERS
-from minter.tokens.keys import HARD_MAX_SECONDS
+from minter.policy.limits import HARD_MAX_SECONDS, MAX_CLAIM_CHARACTERS
 
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from minter import service as wiring
 from minter import settings
-from minter.database import connection as database
 from minter.database import migrations
+from minter.database.connection import transaction
 from minter.local import stack
 from minter.local.servers import Postgres
+from minter.service import Service
 from minter.tokens import keys
 from minter.tokens.keystore import new_master_key
 from tests.simulators import FakeFTS
@@ -56,7 +56,7 @@ def dsn(postgres_dsn, template):
 @pytest.fixture
 def service(dsn):
     """The engine on a fresh database, with the examples' settings."""
-    made = wiring.Service(load_settings(dsn))
+    made = Service(load_settings(dsn))
     yield made
     made.pool.dispose()
 
@@ -93,7 +93,7 @@ def load_settings(dsn: str, **environ: str) -> settings.Loaded:
 
 def prepare(dsn: str) -> None:
     """Give a new database the schema, the settings' catalogue, one key and one client."""
-    service = wiring.Service(load_settings(dsn))
+    service = Service(load_settings(dsn))
     migrations.upgrade(service.pool)
     service.prepare()
     service.create_key("alpen", "ES256", "tests")
@@ -110,6 +110,6 @@ def _dsn(dsn: str, name: str) -> str:
     return psycopg.conninfo.make_conninfo(dsn, dbname=name)
 
 
-def rows(service: wiring.Service, statement: str, *values: object) -> list[tuple]:
-    with database.transaction(service.pool) as connection:
+def rows(service: Service, statement: str, *values: object) -> list[tuple]:
+    with transaction(service.pool) as connection:
         return connection.execute(statement, values).fetchall()

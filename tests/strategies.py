@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from minter.contract.messages import FileOperation, FileRequest, MintRequest
 from minter.contract.operations import OPERATIONS
 from minter.policy.clients import Client
-from minter.policy.routes import PROFILE_MAX_SECONDS, Route
+from minter.policy.limits import HARD_MAX_SECONDS, PROFILE_MAX_SECONDS
+from minter.policy.routes import Route
 from minter.storages.dialects import DIALECTS
 from minter.storages.directory import Endpoint, Storage
-from minter.tokens.keys import HARD_MAX_SECONDS
 
 REQUEST_ID = uuid.UUID("01a20000-0000-7000-8000-000000000000")
 

@@ -16,12 +16,12 @@ from kombu import compression
 from prometheus_client import CollectorRegistry
 
 from minter import logs
-from minter import service as wiring
 from minter.broker.publisher import Publisher, connect, declare, queues, tls
 from minter.contract import names
 from minter.database import partitions
 from minter.errors import InvalidRequest, MinterError
 from minter.metrics import Metrics, StateCollector, serve_process
+from minter.service import Service, calm_collector, load_settings
 from minter.settings import Loaded
 from minter.tasks.lifecycle import Lives
 from minter.tokens.outcomes import Observed
@@ -84,7 +84,7 @@ class App(Celery):
     """Celery with what its worker process needs."""
 
     loaded: Loaded
-    service: wiring.Service
+    service: Service
     batcher: Batcher
 
 
@@ -137,9 +137,9 @@ def _transport_options(loaded: Loaded) -> dict[str, float]:
 def _start(**_: Any) -> None:
     """Open the engine in the worker process, before it consumes."""
     metrics = Metrics()
-    app.service = service = wiring.Service(app.loaded, _observe(metrics))
+    app.service = service = Service(app.loaded, _observe(metrics))
     service.prepare()
-    wiring.calm_collector()
+    calm_collector()
     settings = app.loaded.settings
     with app.connection_for_write() as connection:
         declare(connection)
@@ -165,7 +165,7 @@ def _start(**_: Any) -> None:
 @beat_init.connect
 def _start_beat(**_: Any) -> None:
     """Tell Prometheus of the database and the queues: once, by the one process that is alone."""
-    service = wiring.Service(app.loaded)
+    service = Service(app.loaded)
     registry = CollectorRegistry()
     waiting = (names.REQUEST_QUEUE, names.INTERNAL_QUEUE, names.DEAD_LETTER_QUEUE)
     registry.register(
@@ -205,4 +205,4 @@ def on_stage(stage: str) -> None:
     """Watch the stages of a batch; fault tests replace this function."""
 
 
-app = create_app(wiring.load_settings()) if os.environ.get("MINTER_SETTINGS") else App("minter")
+app = create_app(load_settings()) if os.environ.get("MINTER_SETTINGS") else App("minter")

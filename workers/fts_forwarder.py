@@ -31,7 +31,7 @@ from prometheus_client import CollectorRegistry
 
 from minter import logs
 from minter.broker.publisher import connect, trust
-from minter.client.client import JobReport, MinterClient
+from minter.client import JobReport, MinterClient
 from minter.contract.messages import Answer, TokenAnswer
 from minter.errors import InvalidRequest, MinterError, RequestError, SettingsError, Unavailable
 from minter.metrics import FTS_JOBS, new_counter, serve

@@ -19,10 +19,10 @@ from msgspec import Struct
 from prometheus_client import CollectorRegistry
 
 from minter import logs
-from minter import service as wiring
 from minter.errors import InvalidRequest, SettingsError, Unavailable
 from minter.fts.events import FTSEvent, read_event
 from minter.metrics import EVENTS, LAST_EVENT, new_counter, new_gauge, serve_process
+from minter.service import Service, load_settings
 from minter.settings import FTSEventsSettings
 from minter.tasks.lifecycle import Lives
 
@@ -230,7 +230,7 @@ def main() -> None:
     """Consume FTS's messages until SIGTERM."""
     logs.configure(logging.INFO)
     logging.getLogger("stomp.py").setLevel(logging.WARNING)  # its debug lines show passwords and bodies
-    service = wiring.Service(wiring.load_settings())
+    service = Service(load_settings())
     registry = CollectorRegistry()
     consumer = Consumer(Lives(service.engine, service.pool), registry, service.clock)
     sources = [

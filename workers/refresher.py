@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from minter import logs
-from minter import service as wiring
 from minter.broker.publisher import Publisher, connect
 from minter.errors import SettingsError, Unavailable
 from minter.metrics import Metrics, serve_process
 from minter.refresher.notifications import Push
 from minter.refresher.refresher import Keeper
+from minter.service import Service, load_settings
 from minter.settings import Loaded
 from minter.tasks.lifecycle import Lives
 from workers import replies
@@ -50,7 +50,7 @@ def main() -> None:
     """Keep managed tokens fresh until SIGTERM; what is out then is waited for."""
     logs.configure(logging.INFO)
     metrics = Metrics()
-    service = wiring.Service(wiring.load_settings(), metrics.observe)
+    service = Service(load_settings(), metrics.observe)
     service.prepare()
     iams = service.iams()
     if not iams:

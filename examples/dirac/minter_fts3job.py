@@ -11,7 +11,7 @@ from typing import Any
 from DIRAC import S_ERROR, S_OK, gConfig
 from DIRAC.DataManagementSystem.Client.FTS3Job import FTS3Job
 
-from minter.client.client import MinterClient, MinterError
+from minter.client import MinterClient, MinterError
 
 OPTIONS = "/Systems/DataManagement/Agents/FTS3Agent/Minter"
 

@@ -23,7 +23,7 @@ from rucio.common.utils import APIEncoder
 from rucio.core import transfer as transfer_core
 from rucio.transfertool.fts3 import FTS3Transfertool
 
-from minter.client.client import MinterClient, MinterError
+from minter.client import MinterClient, MinterError
 
 
 def connect() -> MinterClient:

@@ -17,22 +17,22 @@ import msgspec
 import typer
 from rich.console import Console
 
-from minter import service as wiring
 from minter.broker import rabbitmq
 from minter.broker.publisher import connect, declare
 from minter.cli import clients as cli_clients
 from minter.cli import control as cli_control
 from minter.cli import demo, publish, storages, trace
 from minter.cli.tables import AsJson, SettingsPath, console, guarded, open_service, read_object, show
-from minter.client.client import MinterClient, new_request_id
+from minter.client import MinterClient, new_request_id
 from minter.contract.messages import FillRequest
-from minter.database import connection as database
 from minter.database import migrations, partitions, traces
+from minter.database.connection import read_control, read_keys, transaction
 from minter.errors import InvalidRequest, TokenRejected, Unavailable
 from minter.fts.jobs import from_fill
 from minter.local import drill, stack
-from minter.policy import transfers as policy
+from minter.policy.transfers import explain as explain_decision
 from minter.policy.token_endpoint import ANY
+from minter.service import Service, load_settings
 from minter.tokens import claims, keys
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
@@ -157,7 +157,7 @@ def drill_command(
 def check(settings: SettingsPath, as_json: AsJson = False) -> None:
     """Check the settings as a whole; with a database, also its schema, keys and partitions."""
     os.environ["MINTER_SETTINGS"] = str(settings)
-    loaded = wiring.load_settings()
+    loaded = load_settings()
     warnings = list(loaded.warnings)
     warnings += [
         f"{vo}: no master key in the environment or a file"
@@ -165,7 +165,7 @@ def check(settings: SettingsPath, as_json: AsJson = False) -> None:
         if not any(loaded.master_key_source(vo))
     ]
     if loaded.dsn:
-        warnings += _check_database(wiring.Service(loaded))
+        warnings += _check_database(Service(loaded))
     else:
         warnings.append("no DSN: the database was not looked at")
     facts = {
@@ -184,12 +184,12 @@ def check(settings: SettingsPath, as_json: AsJson = False) -> None:
     )
 
 
-def _check_database(service: wiring.Service) -> list[str]:
+def _check_database(service: Service) -> list[str]:
     warnings = []
-    with database.transaction(service.pool) as connection:
-        ring = database.read_keys(connection)
+    with transaction(service.pool) as connection:
+        ring = read_keys(connection)
         standby = connection.execute("SHOW synchronous_standby_names").fetchone()
-        clients = database.read_control(connection).clients.values()
+        clients = read_control(connection).clients.values()
     if standby is None or not standby[0]:
         warnings.append("Postgres has no synchronous standby: a lost disk loses issued rows")
     for vo in service.loaded.settings.issuers:
@@ -224,7 +224,7 @@ def mint_command(
     as_json: AsJson = False,
 ) -> None:
     """Fill an FTS job through the broker. Tokens are written only to --output."""
-    loaded = wiring.load_settings()
+    loaded = load_settings()
     name = client or loaded.settings.broker.local_client or None
     with MinterClient(loaded.broker_url, name, timeout_seconds=timeout, ca=loaded.broker_ca) as minter:
         filled = minter.fill_job(read_object(job, "job"), request_id=request_id, fts=fts)
@@ -262,13 +262,13 @@ def explain(
     """Show every step of the decision on an FTS job, without minting."""
     service = open_service()
     request = from_fill(FillRequest(request_id=new_request_id(), job=read_object(job, "job")))
-    with database.transaction(service.pool) as connection:
-        control = database.read_control(connection)
+    with transaction(service.pool) as connection:
+        control = read_control(connection)
     name = client or service.loaded.settings.broker.local_client
     if name not in control.clients:
         raise InvalidRequest(f"client {name!r} is not registered, expected one of {sorted(control.clients)}")
     decision = service.loaded.policy.decide(request, control.clients[name], control.bans)
-    lines = policy.explain(decision)
+    lines = explain_decision(decision)
     show(as_json, lines, lambda: "\n".join(lines))
     if decision.refused:
         raise typer.Exit(1)
@@ -284,8 +284,8 @@ def verify(
     service = open_service()
     text = (sys.stdin.read() if token == "-" else token).strip()  # noqa: S105 - not a secret
     header, unverified = claims.unverified_claims(text.encode())
-    with database.transaction(service.pool) as connection:
-        ring = database.read_keys(connection)
+    with transaction(service.pool) as connection:
+        ring = read_keys(connection)
     key = next((k for k in ring if k.kid == header.get("kid")), None)
     if key is None:
         raise TokenRejected(f"no key of this engine has the kid {header.get('kid')!r}")
@@ -336,7 +336,7 @@ def broker_setup(
     as_json: AsJson = False,
 ) -> None:
     """Declare exchanges and quorum queues; on RabbitMQ also users and permissions."""
-    loaded = wiring.load_settings()
+    loaded = load_settings()
     try:
         with connect(loaded.broker_url, loaded.broker_ca) as connection:
             declare(connection)
@@ -344,8 +344,8 @@ def broker_setup(
         raise Unavailable(f"the broker cannot be reached ({type(error).__name__})") from error
     made: list[str] = []
     if clients and loaded.broker_url.startswith(("amqp", "pyamqp")):
-        with database.transaction(wiring.Service(loaded).pool) as connection:
-            control = database.read_control(connection)
+        with transaction(Service(loaded).pool) as connection:
+            control = read_control(connection)
         queues = {c.name: c.reply_queues for c in control.clients.values() if not c.disabled}
         with connect(loaded.broker_url, loaded.broker_ca) as connection:
             declare(connection, [q for listed in queues.values() for q in listed])

@@ -13,17 +13,17 @@ from typing import Annotated, Any
 import typer
 from joserfc.jwk import ECKey
 
-from minter import service as wiring
 from minter.cli.tables import AsJson, as_table, guarded, open_service, read_object, show, show_living, whoami
 from minter.contract.operations import OPERATIONS
-from minter.database import connection as database
 from minter.database import control_changes
+from minter.database.connection import instant, read_control, transaction
 from minter.errors import InvalidRequest, UnknownClient
 from minter.policy.clients import Ban, Client
 from minter.policy.token_requests import SubjectToken
 from minter.providers.subject_tokens import Subjects
 from minter.scopes import check_path
-from minter.tokens import keys
+from minter.service import Service
+from minter.tokens import clock, keys, keystore
 
 clients_app = typer.Typer(no_args_is_help=True, help="Register, change and disable clients.")
 
@@ -167,13 +167,13 @@ def clients_add(
     service = open_service()
     service.prepare()
     client = Client(
-        client_id=0, name=name, vo=vo, sub=str(wiring.new_uuid7()),
+        client_id=0, name=name, vo=vo, sub=str(clock.new_uuid7()),
         operations=frozenset(columns.get("operations", ())), paths=tuple(columns.get("paths", ())),
         max_lifetime_seconds=max_lifetime, reply_queues=tuple(reply_queue or ()),
         jwe_key=columns.get("jwe_key"), default_audience=tuple(default_audience or ()),
         audiences=tuple(audience or ()), scopes=tuple(scope or ()), groups=tuple(group or ()),
     )  # fmt: skip
-    secret = wiring.new_secret()
+    secret = keystore.new_secret()
     with _private_file(new_jwe_key, limits.private_jwk), _private_file(secret_file, secret):
         control_changes.add_client(service.pool, client, whoami())
         if "auth_key" in columns:
@@ -249,7 +249,7 @@ def clients_rotate(
     client = _clients(service).get(name)
     if client is None:
         raise UnknownClient(f"client {name!r} is not registered; run: minter clients list")
-    secret = wiring.new_secret()
+    secret = keystore.new_secret()
     with _private_file(secret_file, secret):
         service.set_secret(client, secret, whoami(), timedelta(hours=keep_hours))
     show(as_json, {"name": name}, lambda: f"client {name} has a new secret, in {secret_file}")
@@ -272,7 +272,7 @@ def clients_subject_token(name: str, as_json: AsJson = False) -> None:
         "subject_token": service.keystore.seal_token(client.vo, name, "client_subject", subject.token),
         "subject_provider": subject.provider,
         "subject_scope": subject.scope,
-        "subject_expires_at": database.instant(subject.expires_at),
+        "subject_expires_at": instant(subject.expires_at),
     }
     control_changes.set_subject(service.pool, name, columns, whoami())
     until = columns["subject_expires_at"]
@@ -324,6 +324,6 @@ def clients_list(as_json: AsJson = False) -> None:
     )  # fmt: skip
 
 
-def _clients(service: wiring.Service) -> dict[str, Client]:
-    with database.transaction(service.pool) as connection:
-        return dict(database.read_control(connection).clients)
+def _clients(service: Service) -> dict[str, Client]:
+    with transaction(service.pool) as connection:
+        return dict(read_control(connection).clients)

@@ -5,13 +5,13 @@ from typing import Annotated, Literal
 
 import typer
 
-from minter import service as wiring
 from minter.cli.tables import AsJson, as_table, guarded, open_service, show, show_living, whoami
-from minter.database import connection as database
 from minter.database import control_changes, keyring, live_tokens
+from minter.database.connection import read_keys, transaction
 from minter.errors import InvalidRequest, SettingsError
 from minter.policy.clients import Ban
 from minter.scopes import check_path
+from minter.service import Service
 from minter.storages.directory import squash
 from minter.tokens import keys
 from minter.tokens.keystore import new_master_key
@@ -39,7 +39,7 @@ def _ban(kind: str, value: str, vo: str | None) -> Ban:
     return Ban(kind, value, vo)
 
 
-def _check_known(service: wiring.Service, ban: Ban) -> None:
+def _check_known(service: Service, ban: Ban) -> None:
     """Raise InvalidRequest for a name that nothing has: a ban with a typing error bans nobody."""
     known = control_changes.names(service.pool, ban.kind)
     if known is not None and ban.value not in known:
@@ -124,8 +124,8 @@ def keys_list(as_json: AsJson = False) -> None:
     """List keys with their states and instants."""
     service = open_service()
     rotation = service.engine.rotation
-    with database.transaction(service.pool) as connection:
-        ring = database.read_keys(connection)
+    with transaction(service.pool) as connection:
+        ring = read_keys(connection)
     headings = (
         "kid",
         "vo",

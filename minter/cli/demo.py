@@ -19,17 +19,17 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from minter import service as wiring
 from minter.cli.tables import story_table
-from minter.client.client import FileRequest, FilledJob, MinterClient, Token
+from minter.client import FileRequest, FilledJob, MinterClient, Token
 from minter.contract.messages import FillRequest
-from minter.database import connection as database
 from minter.database import traces
+from minter.database.connection import read_control, read_keys, transaction
 from minter.database.traces import Story
 from minter.errors import MinterError
 from minter.fts.jobs import from_fill
 from minter.local.stack import Stack
 from minter.policy import transfers
+from minter.service import Service
 from minter.tokens import keys
 from minter.tokens.claims import unverified_claims
 
@@ -97,9 +97,9 @@ def _token_objections(token: str, url: str, hours: int, now: int) -> Iterator[st
 class Verifier:
     """Checks tokens with joserfc, by the public keys alone, and against their rows."""
 
-    def __init__(self, service: wiring.Service) -> None:
-        with database.transaction(service.pool) as connection:
-            ring = database.read_keys(connection)
+    def __init__(self, service: Service) -> None:
+        with transaction(service.pool) as connection:
+            ring = read_keys(connection)
         self._service = service
         self._keys = jwk.KeySet.import_key_set(keys.jwks(ring, service.clock()))  # type: ignore[arg-type]
 
@@ -246,8 +246,8 @@ class Demo:
         self.console.print("\n[bold]One token, decoded[/bold] (its signature is not shown)")
         self.console.print_json(data={"header": header, "claims": claims})
         request = from_fill(FillRequest(request_id=job.request_id, job=self.jobs[number][1]))
-        with database.transaction(self.service.pool) as connection:
-            control = database.read_control(connection)
+        with transaction(self.service.pool) as connection:
+            control = read_control(connection)
         client = control.clients[self.service.loaded.settings.broker.local_client]
         lines = transfers.explain(self.service.loaded.policy.decide(request, client, control.bans))
         start = next(i for i, line in enumerate(lines) if line.startswith("file 0 destination"))

@@ -6,11 +6,11 @@ from typing import Annotated
 
 import typer
 
-from minter import service as wiring
 from minter.cli.tables import AsJson, guarded, open_service, show
-from minter.database import connection as database
+from minter.database.connection import read_keys, transaction
 from minter.errors import Unavailable
 from minter.issuer import well_known as files
+from minter.service import Service, load_settings
 
 WATCH_SECONDS = 2.0
 
@@ -26,7 +26,7 @@ def serve() -> None:
     """Serve tokens and transfers over HTTP, as [http] of the settings says, until SIGTERM."""
     from minter.issuer.server import run  # noqa: PLC0415 - the server's libraries are not for every command
 
-    run(wiring.load_settings())
+    run(load_settings())
 
 
 @guarded
@@ -50,9 +50,9 @@ def publish(
             typer.echo(f"minter: {error.reason}: {error}", err=True)
 
 
-def _write(service: wiring.Service, folder: Path, as_json: bool, *, quiet: bool = False) -> None:
-    with database.transaction(service.pool) as connection:
-        ring = database.read_keys(connection)
+def _write(service: Service, folder: Path, as_json: bool, *, quiet: bool = False) -> None:
+    with transaction(service.pool) as connection:
+        ring = read_keys(connection)
     changed = [
         str(p) for p in files.write(folder, files.documents(ring, service.loaded.issuers, service.clock()))
     ]

@@ -15,11 +15,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from minter import service as wiring
 from minter.database import connection, live_tokens
 from minter.database.traces import Story
 from minter.errors import InvalidRequest, MinterError, SettingsError, Unavailable
 from minter.policy.clients import Ban
+from minter.service import Service, load_settings
 
 console = Console()
 MOST_SHOWN, MOST_LISTED = 20, 10_000
@@ -75,9 +75,9 @@ def as_table(title: str, headings: tuple[str, ...], rows: list[tuple[Any, ...]])
     return table
 
 
-def open_service() -> wiring.Service:
+def open_service() -> Service:
     """Return the engine that MINTER_SETTINGS describes."""
-    return wiring.Service(wiring.load_settings())
+    return Service(load_settings())
 
 
 def whoami() -> str:
@@ -135,7 +135,7 @@ def _fate(one: Story) -> str:
     return "\n".join(said)
 
 
-def show_living(service: wiring.Service, as_json: bool, done: str, what: Ban) -> None:
+def show_living(service: Service, as_json: bool, done: str, what: Ban) -> None:
     """Say what was done and what still works: nothing but revoking its key stops a token (I9)."""
     living = live_tokens.under(service.pool, what.kind, what.value, what.vo, service.clock())
     most = MOST_LISTED if as_json else MOST_SHOWN

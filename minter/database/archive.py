@@ -25,7 +25,7 @@ from minter.database.connection import one, transaction
 from minter.database.partitions import bounds, day_of
 from minter.database.traces import AROUND, COLUMNS, USES, Refusals, Story, matches, story, wanted
 from minter.errors import SettingsError, Unavailable
-from minter.tokens.keys import LAST_EXPIRY
+from minter.policy.limits import LAST_EXPIRY
 
 FETCH_ROWS = 5_000
 Kind = Literal["tokens", "requests"]

@@ -17,7 +17,8 @@ from sqlalchemy.engine import Engine as Pool
 
 from minter.errors import Unavailable
 from minter.policy.clients import Ban, Bans, Client
-from minter.tokens.keys import HARD_MAX_SECONDS, Key
+from minter.policy.limits import HARD_MAX_SECONDS
+from minter.tokens.keys import Key
 from minter.tokens.records import Control, RequestRow, TokenRow
 
 CONTROL_LOCK = 0x6D696E74  # "mint": recording holds it shared, changes of the control tables alone
@@ -25,7 +26,7 @@ CONTROL_LOCK = 0x6D696E74  # "mint": recording holds it shared, changes of the c
 _PASSING = (psycopg.OperationalError, psycopg.InterfaceError, psycopg.errors.ReadOnlySqlTransaction)
 
 
-def pool(dsn: str, size: int = 2) -> Pool:
+def open_pool(dsn: str, size: int = 2) -> Pool:
     """Return a connection pool; no session state is kept, so PgBouncer may stand in between.
 
     synchronous_commit is asked for per transaction, not per session, in `Store.recording`.

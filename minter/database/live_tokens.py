@@ -14,10 +14,10 @@ from sqlalchemy.engine import Engine as Pool
 from minter.database.connection import floor, transaction
 from minter.errors import InvalidRequest
 from minter.policy.clients import Ban, Bans
+from minter.policy.limits import LAST_EXPIRY
 from minter.policy.plans import SEVERAL_STORAGES
 from minter.policy.requests import SEVERAL
 from minter.scopes import encode_path, parse_scopes
-from minter.tokens.keys import LAST_EXPIRY
 
 FETCH_ROWS = 5_000
 VERIFIER_CACHES = "XRootD 10 min, FTS and DIRAC 24 h, Rucio 12 h"

@@ -33,9 +33,9 @@ from minter.database.connection import (
     tokens_of,
     transaction,
 )
+from minter.policy.limits import HARD_MAX_SECONDS
 from minter.policy.plans import Plan
 from minter.policy.token_requests import Family, Subject
-from minter.tokens.keys import HARD_MAX_SECONDS
 from minter.tokens.managed import ManagedToken, Wanted
 from minter.tokens.records import OWN_KINDS, Control, RequestRow, TokenRow, UseRow, path_hash
 from minter.tokens.shared import Place

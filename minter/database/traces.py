@@ -14,7 +14,7 @@ from sqlalchemy.engine import Engine as Pool
 
 from minter.contract.messages import unix_time
 from minter.database.connection import OWN, floor, transaction
-from minter.tokens.keys import HARD_MAX_SECONDS
+from minter.policy.limits import HARD_MAX_SECONDS
 from minter.tokens.records import path_hash
 
 

@@ -18,7 +18,7 @@ from falcon import HTTPError, asgi
 from falcon.uri import parse_query_string
 
 from minter import logs
-from minter.database import connection as database
+from minter.database.connection import read_keys, transaction
 from minter.errors import (
     Conflict,
     Expired,
@@ -119,8 +119,8 @@ class Web:
         self.credentials.refresh(time.monotonic())
         version, at = self._built or (-1, now)
         if version != self.credentials.version or now - at > REBUILD:
-            with database.transaction(self.service.pool) as connection:
-                self.ring = database.read_keys(connection)
+            with transaction(self.service.pool) as connection:
+                self.ring = read_keys(connection)
             self.documents = well_known.documents(self.ring, self.service.loaded.issuers, now)
             self._built = self.credentials.version, now
 

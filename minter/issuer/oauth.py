@@ -17,7 +17,6 @@ import msgspec
 from falcon import asgi
 
 from minter import logs
-from minter import service as wiring
 from minter.errors import (
     InvalidGrant,
     InvalidRequest,
@@ -31,11 +30,11 @@ from minter.errors import (
 from minter.issuer.app import Web, base_path, send
 from minter.issuer.client_authentication import Account
 from minter.issuer.well_known import EXCHANGE
-from minter.policy.plans import MAX_CLAIM_CHARACTERS
+from minter.policy.limits import MAX_CLAIM_CHARACTERS
 from minter.policy.requests import Request
 from minter.policy.token_requests import Family, SubjectToken, Wish, present
 from minter.tasks import lifecycle
-from minter.tokens import keys
+from minter.tokens import clock, keys
 from minter.tokens.outcomes import Outcome, Submission
 
 ACCESS_TOKEN = "urn:ietf:params:oauth:token-type:access_token"  # noqa: S105 - a name, RFC 8693 §3
@@ -214,7 +213,7 @@ class _Token(_Endpoint):
         try:
             wish = wish_of(issuer, form, await issuer.foreign(form))
             request = Request(
-                wiring.new_uuid7(),
+                clock.new_uuid7(),
                 _KIND[form["grant_type"]],  # type: ignore[arg-type]
                 sha256(msgspec.json.encode([wish.scope, wish.audience, wish.offline])).digest(),
                 (),

@@ -11,10 +11,10 @@ from granian.http import HTTP1Settings
 from granian.log import LogLevels
 
 from minter import logs
-from minter import service as wiring
 from minter.issuer import app as web
 from minter.issuer import oauth, tasks
 from minter.metrics import Metrics, serve_process
+from minter.service import Service, calm_collector, load_settings
 from minter.settings import Loaded
 
 MAX_HEADER_BYTES = 64 * 1024
@@ -24,16 +24,16 @@ CONNECTIONS = 4_096
 def create() -> "asgi.App[Any, Any]":
     """Return one process's application, as MINTER_SETTINGS describes it."""
     logs.configure(logging.INFO)
-    loaded = wiring.load_settings()
+    loaded = load_settings()
     metrics = Metrics()
-    service = wiring.Service(loaded, metrics.observe)
+    service = Service(loaded, metrics.observe)
     service.prepare()
     made = web.Web(service, metrics)
     made.look()
     app = web.application(made)
     tasks.add_routes(app, made)
     oauth.add_routes(app, made)
-    wiring.calm_collector()
+    calm_collector()
     serve_process(metrics.registry, loaded.settings.metrics)
     return app
 

@@ -22,7 +22,7 @@ import msgspec
 import urllib3
 from msgspec import Struct
 
-from minter.client.client import FileOperation, FileRequest, MinterClient, new_request_id
+from minter.client import FileOperation, FileRequest, MinterClient, new_request_id
 from minter.contract.messages import Answer, MintRequest
 from minter.contract.names import MINT
 from minter.database import control_changes

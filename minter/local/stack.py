@@ -15,13 +15,14 @@ from typing import Self
 
 import kombu
 
-from minter import service as wiring
 from minter import settings
 from minter.broker.publisher import declare
-from minter.database import connection as database
 from minter.database import control_changes, migrations
+from minter.database.connection import read_control, transaction
 from minter.local.servers import Postgres, Valkey
 from minter.policy.clients import Client
+from minter.service import Service
+from minter.tokens import clock
 from minter.tokens.keystore import new_master_key
 
 STOP_SECONDS = 30.0
@@ -65,7 +66,7 @@ class Stack:
         path = Path(self.environ["MINTER_SETTINGS"])
         for vo in settings.load(path, self.environ).settings.issuers:
             self._master_key(vo)
-        self.service = wiring.Service(settings.load(path, self.environ))
+        self.service = Service(settings.load(path, self.environ))
         self._exit.callback(self.service.pool.dispose)
         migrations.upgrade(self.service.pool)
         self.service.prepare()
@@ -90,8 +91,8 @@ class Stack:
 
     def _first_key_and_client(self) -> None:
         loaded = self.service.loaded
-        with database.transaction(self.service.pool) as connection:
-            control = database.read_control(connection)
+        with transaction(self.service.pool) as connection:
+            control = read_control(connection)
         for vo, issuer in loaded.settings.issuers.items():
             if not any(k.vo == vo for k in control.ring):
                 self.service.create_key(vo, issuer.algorithm, "up")
@@ -132,9 +133,9 @@ class Stack:
                 process.wait()
 
 
-def add_client(service: wiring.Service, name: str, vo: str, actor: str) -> Client:
+def add_client(service: Service, name: str, vo: str, actor: str) -> Client:
     """Register a client with a fresh `sub` and no limits of its own."""
-    client = Client(client_id=0, name=name, vo=vo, sub=str(wiring.new_uuid7()))
+    client = Client(client_id=0, name=name, vo=vo, sub=str(clock.new_uuid7()))
     control_changes.add_client(service.pool, client, actor)
     return client
 

@@ -15,18 +15,11 @@ from minter.contract.messages import RefusedNeed
 from minter.contract.operations import Operation
 from minter.errors import RequestError
 from minter.policy.clients import Client, fits
+from minter.policy.limits import PROFILE_MAX_SECONDS
 from minter.policy.requests import Need, refusal
-from minter.policy.routes import PROFILE_MAX_SECONDS, Granularity, Mitigation, Route
+from minter.policy.routes import Granularity, Mitigation, Route
 from minter.storages.dialects import Needed, scopes_needed
 from minter.storages.directory import Area
-
-BACKDATE_SECONDS = 60
-"""How far iat and nbf lie in the past (WLCG §4.3.1): FTS and XRootD have no leeway."""
-FTS_QUEUE_SECONDS = 3600
-"""FTS counts `max_time_in_queue` in whole hours, and reads 0 as no limit."""
-MAX_CLAIM_CHARACTERS = 1_024
-"""FTS stores scope and audience in columns of this width."""
-
 
 SEVERAL_STORAGES = "(several)"
 """Stands in the record for the storages of a token that is for none or several."""

@@ -14,10 +14,8 @@ from msgspec import UNSET, Struct, UnsetType, structs
 from minter.contract.messages import FileRequest, MintRequest, RefusedNeed, Side, decode, unix_time
 from minter.contract.operations import Operation
 from minter.errors import InvalidRequest, RequestError
+from minter.policy.limits import MAX_AHEAD_SECONDS
 from minter.policy.token_requests import SubjectToken, Wish
-
-MAX_AHEAD_SECONDS = 5 * 60
-"""How far a request_id may lie in the future."""
 
 SEVERAL = "(several)"
 """The recorded activity of a request whose files have different ones."""

@@ -10,12 +10,7 @@ from msgspec import Struct
 
 from minter.contract.operations import Operation
 from minter.errors import SettingsError
-from minter.tokens.keys import HARD_MAX_SECONDS
-
-PROFILE_MIN_SECONDS = 15 * 60
-"""Shortest access token (WLCG §4.3.1)."""
-PROFILE_MAX_SECONDS = 6 * 3600
-"""Longest access token without an agreed mitigation (WLCG §4.3.1)."""
+from minter.policy.limits import HARD_MAX_SECONDS, PROFILE_MAX_SECONDS, PROFILE_MIN_SECONDS
 
 Mode = Literal["mint", "exchange", "client_credentials"]
 Granularity = Literal["file", "directory", "storage"]

@@ -27,37 +27,22 @@ from minter.errors import (
 from minter.policy import exchanges
 from minter.policy.clients import Bans, Client, fits
 from minter.policy.exchanges import Exchange
-from minter.policy.plans import (
+from minter.policy.limits import (
+    ANY_SECONDS,
     BACKDATE_SECONDS,
-    MAX_CLAIM_CHARACTERS,
-    SEVERAL_STORAGES,
-    Decision,
-    Extra,
-    Grant,
-    Lifetime,
-    Refused,
-    Step,
-    cap_of,
-)
-from minter.policy.requests import Need, Request
-from minter.policy.token_requests import (
     MAX_ACT_DEPTH,
-    Family,
-    Subject,
-    SubjectToken,
-    Wish,
-    act_depth,
-    present,
+    MAX_CLAIM_CHARACTERS,
+    MIN_LEFT_SECONDS,
 )
+from minter.policy.plans import SEVERAL_STORAGES, Decision, Extra, Grant, Lifetime, Refused, Step, cap_of
+from minter.policy.requests import Need, Request
+from minter.policy.token_requests import Family, Subject, SubjectToken, Wish, act_depth, present
 from minter.policy.transfers import Policy, host_of
 from minter.scopes import STORAGE_SCOPES, Scope, intersect, parse_scopes, path_contains
 from minter.storages.dialects import DIALECTS, Needed
 from minter.storages.directory import Area
 
 ANY = ("https://wlcg.cern.ch/jwt/v1/any",)
-ANY_SECONDS = 3600
-"""Longest token that every storage of the VO would take."""
-MIN_LEFT_SECONDS = 60
 MOST_KEPT = 4_096
 """Decisions of clients' own wishes that are kept: Rucio and FTS ask for the same again and again."""
 

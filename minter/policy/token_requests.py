@@ -5,16 +5,13 @@ exchange. `present` is the rule of WLCG 1.3 §4.3.2: the newest works, and the o
 newest was used, for a day at most.
 """
 
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Any
 from uuid import UUID
 
 from msgspec import Struct, structs
 
-GRACE = timedelta(hours=24)
-"""How long a refresh token works after another was given out for it, if that was never used."""
-MAX_ACT_DEPTH = 2
-"""How many actors may be named in `act`, one in the other (RFC 8693 §4.1)."""
+from minter.policy.limits import GRACE
 
 
 class SubjectToken(Struct, frozen=True):

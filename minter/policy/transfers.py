@@ -27,21 +27,15 @@ from minter.errors import (
 )
 from minter.policy.clients import Bans, Client, fits
 from minter.policy.exchanges import Exchange
-from minter.policy.plans import (
+from minter.policy.limits import (
     BACKDATE_SECONDS,
     FTS_QUEUE_SECONDS,
     MAX_CLAIM_CHARACTERS,
-    Decision,
-    Grant,
-    Lifetime,
-    Plan,
-    Refused,
-    Step,
-    make_plan,
-    matches,
+    PROFILE_MIN_SECONDS,
 )
+from minter.policy.plans import Decision, Grant, Lifetime, Plan, Refused, Step, make_plan, matches
 from minter.policy.requests import File, Need, Request
-from minter.policy.routes import FTS, PROFILE_MIN_SECONDS, SHIPPED_ROUTES, Route
+from minter.policy.routes import FTS, SHIPPED_ROUTES, Route
 from minter.scopes import (
     Scope,
     check_path,

@@ -19,7 +19,7 @@ from minter.contract.messages import TokenAnswer
 from minter.database import managed
 from minter.database.managed import Leased, Result
 from minter.errors import MinterError, RefreshTokenLost, RequestError, Unavailable
-from minter.policy.plans import BACKDATE_SECONDS
+from minter.policy.limits import BACKDATE_SECONDS
 from minter.policy.requests import Request
 from minter.refresher.notifications import Pushes
 from minter.tasks.lifecycle import Lives

@@ -9,7 +9,7 @@ from msgspec import structs
 from minter.contract.messages import MAX_BODY_BYTES, Answer, AwaitedToken, RefusedNeed, TokenAnswer
 from minter.errors import Expired, InvalidRequest, MinterError, RequestError, ServerError, Unavailable
 from minter.fts.jobs import fill_job
-from minter.policy.plans import BACKDATE_SECONDS
+from minter.policy.limits import BACKDATE_SECONDS
 from minter.policy.requests import Request
 from minter.tokens.outcomes import Issued, Outcome
 

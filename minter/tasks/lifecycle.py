@@ -36,10 +36,10 @@ from minter.database.connection import (
 )
 from minter.errors import InvalidRequest, UnknownRequest
 from minter.fts.events import FTSEvent
+from minter.policy.limits import LAST_EXPIRY
 from minter.policy.requests import Request
 from minter.tasks import answers
 from minter.tasks.renewals import renewal
-from minter.tokens.keys import LAST_EXPIRY
 from minter.tokens.mint import Engine, known_client
 
 MAX_TOKENS = 100_000

@@ -13,8 +13,8 @@ import msgspec
 from msgspec import Struct
 
 from minter.errors import TokenRejected
-from minter.policy.plans import BACKDATE_SECONDS, MAX_CLAIM_CHARACTERS, Grant
-from minter.tokens.keys import HARD_MAX_SECONDS
+from minter.policy.limits import BACKDATE_SECONDS, HARD_MAX_SECONDS, MAX_CLAIM_CHARACTERS
+from minter.policy.plans import Grant
 
 WLCG_VERSION = "1.0"
 """Stays 1.0 until all verifiers read newer ones: dCache and XRootD refuse any other."""

@@ -21,22 +21,16 @@ from jwt.utils import base64url_encode
 from msgspec import Struct, structs
 
 from minter.errors import InvalidRequest, NoUsableKey, TokenRejected, UnknownKey
+from minter.policy.limits import HARD_MAX_SECONDS
 
 Algorithm = Literal["ES256", "RS256"]
 KeyState = Literal["prepared", "active", "old", "revoked"]
 
 RSA_BITS = 2048
-HARD_MAX_SECONDS = 192 * 3600
-"""Longest token of any route: Rucio lets FTS queue for 168 h, and a transfer takes its time. A key
-that signs no more stays public for as long (I6)."""
 _P256_BYTES = 32
 
 # RFC 6979: the same payload and key give the same signature, so a row gives its token again (I4).
 _DETERMINISTIC = ec.ECDSA(hashes.SHA256(), deterministic_signing=True)
-
-
-LAST_EXPIRY = timedelta(seconds=HARD_MAX_SECONDS) + timedelta(days=1)
-"""Tokens whose jti is older than this have all expired."""
 
 
 class _DeterministicES256(ECAlgorithm):

@@ -82,6 +82,11 @@ def new_master_key() -> str:
     return base64.urlsafe_b64encode(secrets.token_bytes(MASTER_KEY_BYTES)).decode().rstrip("=")
 
 
+def new_secret() -> str:
+    """Return a fresh client secret (256 bits, unreserved characters)."""
+    return secrets.token_urlsafe(32)
+
+
 def read_private_file(what: str, path: Path) -> str:
     """Return what is in a file that only its owner may read; raises SettingsError."""
     try:

@@ -16,12 +16,12 @@ from msgspec import Struct, structs
 
 from minter.errors import Banned, MinterError, UnknownClient
 from minter.policy.clients import Bans, Client
-from minter.policy.plans import BACKDATE_SECONDS, FTS_QUEUE_SECONDS, Grant
+from minter.policy.limits import BACKDATE_SECONDS, FTS_QUEUE_SECONDS, HARD_MAX_SECONDS
+from minter.policy.plans import Grant
 from minter.policy.requests import SEVERAL, Request
 from minter.policy.routes import Mode
 from minter.providers.dialects import PATIENCE_SECONDS, Provider, lead_of
 from minter.scopes import parse_scopes
-from minter.tokens.keys import HARD_MAX_SECONDS
 
 LEAST_SECONDS = 120
 """A token with less life than this is of no use to anybody who waits for it."""

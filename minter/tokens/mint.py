@@ -40,6 +40,7 @@ from minter.errors import (
 )
 from minter.policy import token_endpoint
 from minter.policy.clients import Client
+from minter.policy.limits import COVER_SECONDS, MAX_CLOCK_SKEW_SECONDS
 from minter.policy.plans import Grant, Plan
 from minter.policy.requests import SEVERAL, Request, check_request_id
 from minter.policy.transfers import Policy, check_reply_queue
@@ -52,10 +53,6 @@ from minter.tokens.outcomes import Awaited, Issued, Observe, Observed, Outcome, 
 from minter.tokens.records import OWN_KINDS, Control, Recording, RequestRow, Store, TokenRow
 from minter.tokens.shared import Kept, Place, Shared
 
-MAX_CLOCK_SKEW_SECONDS = 5.0
-"""Beyond this difference to Postgres's clock a process refuses to sign."""
-COVER_SECONDS = 300
-"""A recorded token with less life left than this no longer covers any need."""
 _SAMPLE = 256
 """The signature of every such token, told by FTS's id of it, is verified; the claims of every one
 are checked."""

@@ -10,7 +10,8 @@ from msgspec import Struct
 from minter.contract.messages import Side
 from minter.errors import Conflict, MinterError, NoUsableKey
 from minter.policy.clients import Client
-from minter.policy.plans import BACKDATE_SECONDS, Decision, Grant
+from minter.policy.limits import BACKDATE_SECONDS
+from minter.policy.plans import Decision, Grant
 from minter.policy.requests import Request
 from minter.policy.token_requests import Family
 from minter.tokens.keys import Key

@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 from msgspec import Struct
 
-from minter.policy.plans import BACKDATE_SECONDS, Grant
+from minter.policy.limits import BACKDATE_SECONDS
+from minter.policy.plans import Grant
 
 KEPT = 4_096
 """Shared tokens whose bytes a process keeps, of about 1 kB each."""

@@ -14,7 +14,7 @@ import pytest
 
 from minter import service
 from minter.broker.publisher import declare
-from minter.client.client import MinterClient
+from minter.client import MinterClient
 from minter.contract import names
 from minter.local.servers import Valkey
 from tests.acceptance.served import Served

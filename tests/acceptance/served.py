@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 
 from minter import service, settings
-from minter.client.client import MinterClient
+from minter.client import MinterClient
 from minter.database import migrations
 from minter.local import stack
 from tests.conftest import EXAMPLES, MASTER_KEY, ROOT, _admin, _dsn

@@ -11,11 +11,11 @@ import uuid
 import pytest
 import stomp
 
-from minter import service as wiring
 from minter.contract.followups import JobReport, ReportRequest
 from minter.contract.messages import FileRequest, MintRequest
 from minter.policy.requests import from_mint
 from minter.tasks.lifecycle import Lives
+from minter.tokens import clock
 from minter.tokens.outcomes import Submission
 from tests.conftest import EXAMPLES, MASTER_KEY, ROOT, rows
 from tests.integration.test_mint import SE
@@ -86,8 +86,8 @@ def send(node):
 
 def issue(service, name, external_id):
     file = FileRequest(sources=(SE + name,), destinations=(SE + name + "2",), external_id=external_id)
-    request = from_mint(MintRequest(request_id=wiring.new_uuid7(), files=(file,)))
-    (outcome,) = service.engine.mint_many([Submission(request, ME)], wiring.now())
+    request = from_mint(MintRequest(request_id=clock.new_uuid7(), files=(file,)))
+    (outcome,) = service.engine.mint_many([Submission(request, ME)], clock.now())
     assert len(outcome.issued) == 2
     return request.request_id
 
@@ -111,7 +111,7 @@ def test_tokens_follow_their_transfers(service, events, send):
     by_job = issue(service, "b", "")
     job = uuid.uuid4()
     Lives(service.engine, service.pool).report(
-        ME, ReportRequest(jobs=(JobReport(job, by_job, (0,), (77,)),)), wiring.now()
+        ME, ReportRequest(jobs=(JobReport(job, by_job, (0,), (77,)),)), clock.now()
     )
     send(told("start", file_metadata={"request_id": external_id}) + b" ")
     until(lambda: states(service) == ["active", "active"])

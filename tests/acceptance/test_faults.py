@@ -13,7 +13,7 @@ import kombu
 import pytest
 
 from minter.broker.publisher import declare
-from minter.client.client import FileRequest, new_request_id
+from minter.client import FileRequest, new_request_id
 from minter.contract import names
 from minter.contract.messages import MintRequest
 from minter.errors import Undeliverable, from_dict

@@ -11,8 +11,8 @@ import kombu
 import pytest
 
 from minter.cli.demo import read_jobs
-from minter.client.client import new_request_id
-from minter.contract import names as contract
+from minter.client import new_request_id
+from minter.contract import names
 from tests.acceptance.test_workers import OTHER, SE
 from tests.conftest import EXAMPLES, ROOT
 from tests.integration.test_metrics import scrape
@@ -60,7 +60,7 @@ def consume(running, key, fts, tmp_path):
 def submit(raw, job, **more):
     request_id = new_request_id()
     body = {"request_id": str(request_id), "job": job, "reply_queue": QUEUE, **more}
-    receipt = raw.ask(body, task=contract.FILL_JOB)
+    receipt = raw.ask(body, task=names.FILL_JOB)
     assert "error" not in receipt, receipt
     return request_id
 
@@ -145,7 +145,7 @@ def test_a_job_that_fts_refuses_is_cancelled(running, raw, fts, consume):
             channel = admin.channel()
 
             def found():
-                dead = channel.basic_get(contract.DEAD_LETTER_QUEUE, no_ack=True)
+                dead = channel.basic_get(names.DEAD_LETTER_QUEUE, no_ack=True)
                 return dead is not None and dead.properties["content_type"] == "application/jose"
 
             until(found)
@@ -210,7 +210,7 @@ def test_what_is_no_answer_goes_to_the_dead_letters(running, raw, fts, consume):
         channel.basic_publish(message, exchange="", routing_key=QUEUE)
 
         def found():
-            dead = channel.basic_get(contract.DEAD_LETTER_QUEUE, no_ack=True)
+            dead = channel.basic_get(names.DEAD_LETTER_QUEUE, no_ack=True)
             return dead is not None and "no JWE" in str(dead.body)
 
         until(found)

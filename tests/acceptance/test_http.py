@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from minter import service
-from minter.client.client import FileReport, FileRequest, JobReport, MinterClient
+from minter.client import FileReport, FileRequest, JobReport, MinterClient
 from minter.errors import InvalidClient, InvalidRequest, SettingsError, Unavailable, UnknownRequest
 from minter.tokens import keys
 from tests.acceptance.served import VO

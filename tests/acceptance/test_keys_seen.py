@@ -9,7 +9,7 @@ import time
 import jwt
 import pytest
 
-from minter.client.client import FileRequest
+from minter.client import FileRequest
 from tests.acceptance.served import VO, Served
 from tests.conftest import ROOT
 from tests.integration.test_mint import SE

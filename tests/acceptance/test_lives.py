@@ -5,7 +5,7 @@ import json
 import pytest
 
 from minter.cli.demo import read_jobs
-from minter.client.client import FileReport, FileRequest, JobReport, new_request_id
+from minter.client import FileReport, FileRequest, JobReport, new_request_id
 from minter.errors import Expired, InvalidRequest, UnknownRequest
 from tests.acceptance.test_workers import OTHER, SE
 from tests.conftest import EXAMPLES

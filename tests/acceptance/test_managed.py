@@ -10,7 +10,7 @@ import uuid
 import jwt
 import pytest
 
-from minter.client.client import FileOperation, FileReport, FileRequest
+from minter.client import FileOperation, FileReport, FileRequest
 from minter.errors import InvalidGrant, InvalidRequest, InvalidScope
 from minter.local.fake_iam import Behaviour
 from tests.acceptance.served import VO, Served

@@ -11,7 +11,7 @@ import pytest
 from joserfc import jwe, jwk
 
 from minter.broker.publisher import declare
-from minter.client.client import new_request_id
+from minter.client import new_request_id
 from minter.database import control_changes
 from minter.local.fake_iam import Behaviour
 from tests.acceptance.conftest import Raw, Running

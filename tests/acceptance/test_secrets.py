@@ -7,9 +7,9 @@ import kombu
 import pytest
 
 from minter.cli.demo import read_jobs
-from minter.client.client import FileRequest, FilledJob
+from minter.client import FileRequest, FilledJob
 from minter.contract import names
-from minter.database import connection as database
+from minter.database.connection import read_keys, transaction
 from minter.local.servers import _postgres_programs
 from tests.acceptance.conftest import Raw
 from tests.acceptance.test_workers import BROKEN, OTHER, SE, request
@@ -74,8 +74,8 @@ def test_nothing_secret_is_at_rest_or_in_sight(running, exercised):
     tokens, strangers = exercised
     assert len(tokens) > 100
     signatures = [t.split(".")[2] for t in tokens + strangers]
-    with database.transaction(running.service.pool) as connection:
-        ring = database.read_keys(connection)
+    with transaction(running.service.pool) as connection:
+        ring = read_keys(connection)
     pems = [running.service.keystore.unlock(key).private_pem().decode() for key in ring]
     lines = [line for pem in pems for line in pem.splitlines() if "PRIVATE" not in line]
     assert lines

@@ -375,7 +375,7 @@ def test_actors_are_named_two_deep_at_most(ask, subject):
 
 
 def test_a_per_file_token_is_refreshed_no_longer_than_its_transfer(served, ask):
-    from minter.client.client import FileRequest
+    from minter.client import FileRequest
 
     with served.client() as client:
         (token,) = client.mint(
@@ -446,7 +446,7 @@ def test_a_family_ends_with_its_subject_and_with_its_subjects_client(served, ask
 
 
 def test_a_banned_activitys_token_is_not_acted_with(served, ask):
-    from minter.client.client import FileRequest
+    from minter.client import FileRequest
 
     with served.client() as client:
         (token,) = client.mint(

@@ -16,10 +16,10 @@ from joserfc import jwe, jwk
 from minter import service
 from minter.broker.publisher import declare
 from minter.cli.demo import fts_objections, read_jobs
-from minter.client.client import FileOperation, FileRequest, FilledJob, MinterClient, new_request_id
+from minter.client import FileOperation, FileRequest, FilledJob, MinterClient, new_request_id
 from minter.contract import names
-from minter.database import connection as database
 from minter.database import control_changes
+from minter.database.connection import transaction
 from minter.errors import (
     Banned,
     ClientMismatch,
@@ -498,7 +498,7 @@ def test_the_maintenance_task_makes_the_missing_partition(running):
     (name,) = running.rows(
         "SELECT max(inhrelid::regclass::text) FROM pg_inherits WHERE inhparent = 'tokens'::regclass"
     )[0]
-    with database.transaction(running.service.pool) as tx:
+    with transaction(running.service.pool) as tx:
         tx.execute(f"DROP TABLE {name}")
     with kombu.Connection(running.broker.url) as connection:
         message = {"headers": {"task": "minter.maintain", "id": "1"}, "exchange": names.INTERNAL_EXCHANGE}

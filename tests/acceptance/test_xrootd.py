@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from minter.client.client import FileOperation, FileRequest
+from minter.client import FileOperation, FileRequest
 from tests.acceptance.served import Served
 from tests.servers import XRootD, free_ports
 

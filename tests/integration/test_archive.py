@@ -7,13 +7,14 @@ from datetime import UTC, datetime, timedelta
 import psycopg
 import pytest
 
-from minter import service as wiring
 from minter.contract.followups import FileReport, JobReport, ReportRequest
 from minter.contract.messages import FileRequest, MintRequest
 from minter.database import archive, connection, traces
 from minter.errors import SettingsError
 from minter.policy.requests import from_mint
+from minter.service import Service, uuid
 from minter.tasks.lifecycle import Lives
+from minter.tokens import clock
 from minter.tokens.outcomes import Submission
 from minter.tokens.records import fts_token_id
 from tests.conftest import load_settings, rows
@@ -28,7 +29,7 @@ def later(service, dsn):
     """The time when today is over: 39 days on for tokens, 69 for requests."""
 
     def at(days):
-        return wiring.now() + timedelta(days=days)
+        return clock.now() + timedelta(days=days)
 
     return at
 
@@ -52,18 +53,18 @@ def stocked(service):
     """A day with reported, refused and renewed things in it; return its outcomes."""
     bad = FileRequest(sources=(SE + "x",), destinations=("davs://nowhere.example.org/f",))
     half = Submission(
-        from_mint(MintRequest(request_id=wiring.new_uuid7(), files=(FileRequest(sources=(SE + "h",)), bad))),
+        from_mint(MintRequest(request_id=clock.new_uuid7(), files=(FileRequest(sources=(SE + "h",)), bad))),
         ME,
     )
     one, two = mint(service, submission("a", "b", on_behalf_of="alice", activity="Production"), half)
-    job = wiring.new_uuid7()
+    job = clock.new_uuid7()
     Lives(service.engine, service.pool).report(
         ME,
         ReportRequest(
             (JobReport(job, one.submission.request.request_id, (0, 1)),),
             (FileReport(state="active", external_id="a"), FileReport(state="finished", external_id="a")),
         ),
-        wiring.now(),
+        clock.now(),
     )
     return one, two, job
 
@@ -71,14 +72,14 @@ def stocked(service):
 def questions(one):
     issued = one.issued[0]
     return {
-        "jti": wiring.uuid.UUID(issued.jti), "path": PATH + "a", "external_id": "a", "client": ME,
+        "jti": uuid.UUID(issued.jti), "path": PATH + "a", "external_id": "a", "client": ME,
         "fts_token_id": fts_token_id(issued.token), "storage": "BOREAS-T2_DATADISK",
     }  # fmt: skip
 
 
 def test_what_is_archived_tells_the_same_story(service, tmp_path, later):
     one, two, job = stocked(service)
-    since, until = wiring.now() - timedelta(days=1), wiring.now() + timedelta(days=1)
+    since, until = clock.now() - timedelta(days=1), clock.now() + timedelta(days=1)
     asked = questions(one)
     before = {by: traces.find(service.pool, by, value, since, until) for by, value in asked.items()}
     request_id = two.submission.request.request_id
@@ -111,7 +112,7 @@ def test_only_days_that_are_over_go(service, tmp_path, later):
     before = tables(service)
     assert archive.due(service.pool, later(0), 30) == []
     run(service, tmp_path, later(38))
-    today = f"{wiring.now():%Y%m%d}"
+    today = f"{clock.now():%Y%m%d}"
     assert {t for t in before if t.endswith(today)} <= tables(service)
     run(service, tmp_path, later(40))
     assert tables(service) & {f"tokens_{today}", f"token_states_{today}"} == set()
@@ -125,7 +126,7 @@ def test_a_crash_at_any_point_is_finished_by_the_next_run(service, tmp_path, lat
     remove = archive._remove
 
     def killed(pool, table, partition, *, attached):
-        if partition.endswith(f"{wiring.now():%Y%m%d}"):
+        if partition.endswith(f"{clock.now():%Y%m%d}"):
             raise KeyboardInterrupt
         remove(pool, table, partition, attached=attached)
 
@@ -134,12 +135,12 @@ def test_a_crash_at_any_point_is_finished_by_the_next_run(service, tmp_path, lat
         run(service, tmp_path, later(40))
     monkeypatch.setattr(archive, "_remove", remove)
     (tmp_path / "tokens-20200101.jsonl.partial").write_bytes(b"half")  # another run's, killed while writing
-    today = f"{wiring.now():%Y%m%d}"
+    today = f"{clock.now():%Y%m%d}"
     with connection.transaction(service.pool) as tx:  # and one killed between detach and drop
         tx.execute(f"ALTER TABLE token_states DETACH PARTITION token_states_{today}")
     run(service, tmp_path, later(40))
     assert not {t for t in tables(service) if t.endswith(today) and t.startswith("token")}
-    since = wiring.now() - timedelta(days=1)
+    since = clock.now() - timedelta(days=1)
     assert archive.find(tmp_path, "external_id", "a", since, since + timedelta(days=2))
     assert run(service, tmp_path, later(40)) == []
 
@@ -154,11 +155,11 @@ def test_a_reader_delays_the_removal_and_loses_nothing(service, tmp_path, later,
                 + service.pool.raw_connection().driver_connection.info.dbname
                 + " SET lock_timeout = '1s'"
             )
-        hurried = wiring.Service(load_settings(dsn))
+        hurried = Service(load_settings(dsn))
         with pytest.raises(archive.Unavailable, match="in use"):
             run(hurried, tmp_path, later(40))
     run(hurried, tmp_path, later(40))
-    assert not {t for t in tables(service) if t == f"tokens_{wiring.now():%Y%m%d}"}
+    assert not {t for t in tables(service) if t == f"tokens_{clock.now():%Y%m%d}"}
     hurried.pool.dispose()
 
 
@@ -183,7 +184,7 @@ def test_no_token_and_no_secret_is_in_an_archive(service, tmp_path, later):
 
 def test_what_somebody_else_detached_is_not_dropped(service, tmp_path, later):
     stocked(service)
-    today = f"{wiring.now():%Y%m%d}"
+    today = f"{clock.now():%Y%m%d}"
     with connection.transaction(service.pool) as tx:
         tx.execute(f"ALTER TABLE tokens DETACH PARTITION tokens_{today}")
     with pytest.raises(archive.Unavailable, match="attach it again"):
@@ -194,7 +195,7 @@ def test_what_somebody_else_detached_is_not_dropped(service, tmp_path, later):
 def test_an_archived_day_that_comes_back_empty_keeps_its_file(service, tmp_path, later):
     _, two, _ = stocked(service)
     run(service, tmp_path, later(70))
-    today = f"{wiring.now():%Y%m%d}"
+    today = f"{clock.now():%Y%m%d}"
     before = (tmp_path / f"requests-{today}.jsonl.gz").read_bytes()
     assert service.make_partitions()  # as a longer retention would
     run(service, tmp_path, later(70))

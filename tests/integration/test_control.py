@@ -5,12 +5,12 @@ from datetime import timedelta
 
 import pytest
 
-from minter import service as wiring
-from minter.database import connection as database
 from minter.database import control_changes, keyring, live_tokens
+from minter.database.connection import read_control, read_keys, transaction
 from minter.errors import Banned, Expired, InvalidRequest, NoUsableKey, UnknownClient, UnknownKey, UnknownVO
 from minter.policy.clients import Ban
-from minter.tokens import keys
+from minter.service import Service
+from minter.tokens import clock, keys, keystore
 from minter.tokens.keystore import new_master_key
 from tests.conftest import MASTER_KEY, load_settings, rows
 from tests.integration.test_mint import mint, submission, tokens
@@ -20,8 +20,8 @@ VO = "alpen"
 
 
 def ring(service):
-    with database.transaction(service.pool) as connection:
-        return database.read_keys(connection)
+    with transaction(service.pool) as connection:
+        return read_keys(connection)
 
 
 def states(service):
@@ -33,7 +33,7 @@ def audited(service):
 
 
 def backdate_keys(service, days):
-    with database.transaction(service.pool) as tx:
+    with transaction(service.pool) as tx:
         tx.execute("UPDATE signing_keys SET published_at = published_at - %s, activated_at = activated_at - %s",
                    (timedelta(days=days),) * 2)  # fmt: skip
 
@@ -83,9 +83,9 @@ def test_a_change_of_nobody_is_refused(service):
 
 
 def test_a_secret_is_kept_as_a_keyed_hash_and_the_old_one_for_a_while(service):
-    with database.transaction(service.pool) as connection:
-        client = database.read_control(connection).clients[ME]
-    first, second = wiring.new_secret(), wiring.new_secret()
+    with transaction(service.pool) as connection:
+        client = read_control(connection).clients[ME]
+    first, second = keystore.new_secret(), keystore.new_secret()
     service.set_secret(client, first, "me")
     service.set_secret(client, second, "me", timedelta(hours=1))
     ((new, old, until),) = rows(
@@ -124,7 +124,7 @@ def test_a_ban_binds_at_once_and_lists_what_is_alive(service, kind, value, cover
             .split(":")[1]
             .rpartition("/")[0]
         )
-    living = list(live_tokens.under(service.pool, kind, value, None, wiring.now()))
+    living = list(live_tokens.under(service.pool, kind, value, None, clock.now()))
     names = {token.scope.rpartition("/")[2] for token in living}
     assert names == covered
     control_changes.add_ban(service.pool, Ban(kind, value), "test", "me")
@@ -141,11 +141,11 @@ def test_a_path_ban_finds_encoded_names_and_wider_grants(service):
     mint(service, submission("run 1/file", "run 2/file"))
     (scope,) = {
         t.scope
-        for t in live_tokens.under(service.pool, "path", "/", None, wiring.now())
+        for t in live_tokens.under(service.pool, "path", "/", None, clock.now())
         if "run%201" in t.scope and "read" in t.scope.partition(":")[0]
     }
     directory = scope.split(":")[1].replace("%20", " ").rpartition("/")[0]
-    found = list(live_tokens.under(service.pool, "path", directory, None, wiring.now()))
+    found = list(live_tokens.under(service.pool, "path", directory, None, clock.now()))
     assert found
     assert all("run%201" in t.scope for t in found)
 
@@ -156,7 +156,7 @@ def test_bans_that_cannot_be(service):
     with pytest.raises(InvalidRequest, match="is not banned"):
         control_changes.lift_ban(service.pool, Ban("client", ME), "me")
     with pytest.raises(InvalidRequest, match="unknown kind"):
-        list(live_tokens.under(service.pool, "planet", "x", None, wiring.now()))
+        list(live_tokens.under(service.pool, "planet", "x", None, clock.now()))
 
 
 # ── keys (I6) ────────────────────────────────────────────────────────────────────────────────
@@ -176,22 +176,22 @@ def test_beat_makes_a_standby_rotates_it_in_and_destroys_the_old_one(service):
     assert tokens(mint(service, one)[0]) == tokens(before)  # within the re-sign window
     (after,) = mint(service, submission("b"))
     assert after.issued[0].token.split(b".")[0] != before.issued[0].token.split(b".")[0]
-    with database.transaction(service.pool) as tx:
+    with transaction(service.pool) as tx:
         tx.execute("UPDATE signing_keys SET retired_at = retired_at - interval '25 hours'")
     done = service.maintain_keys("me")
     assert any("destroyed" in d for d in done)
     assert rows(service, "SELECT count(*) FROM signing_keys WHERE private_key IS NULL") == [(1,)]
     assert isinstance(mint(service, one)[0].error, Expired)
-    assert keys.is_public(ring(service)[0], wiring.now())  # until its last token expired
+    assert keys.is_public(ring(service)[0], clock.now())  # until its last token expired
 
 
 def test_a_standby_that_is_not_public_long_enough_does_not_sign(service):
     service.maintain_keys("me")
     with pytest.raises(NoUsableKey, match="has no prepared key that has been public"):
-        keyring.rotate(service.pool, VO, wiring.now(), service.engine.rotation, "me")
+        keyring.rotate(service.pool, VO, clock.now(), service.engine.rotation, "me")
     (kid,) = [k.kid for k in ring(service) if k.state == "active"]
     with pytest.raises(NoUsableKey):
-        keyring.revoke(service.pool, kid, wiring.now(), service.engine.rotation, "me", "leaked")
+        keyring.revoke(service.pool, kid, clock.now(), service.engine.rotation, "me", "leaked")
     assert states(service) == ["active", "prepared"]
     assert [a for _, a, _ in audited(service)] == ["key.create"]
 
@@ -202,30 +202,30 @@ def test_a_revoked_key_signs_nothing_and_its_standby_takes_over(service):
     one = submission("a")
     mint(service, one)
     (kid,) = [k.kid for k in ring(service) if k.state == "active"]
-    assert len(list(live_tokens.under(service.pool, "key", kid, None, wiring.now()))) == 2
-    keyring.revoke(service.pool, kid, wiring.now(), service.engine.rotation, "me", "leaked")
+    assert len(list(live_tokens.under(service.pool, "key", kid, None, clock.now()))) == 2
+    keyring.revoke(service.pool, kid, clock.now(), service.engine.rotation, "me", "leaked")
     assert states(service) == ["revoked", "active"]
-    assert kid not in {jwk["kid"] for jwk in keys.jwks(ring(service), wiring.now())["keys"]}
+    assert kid not in {jwk["kid"] for jwk in keys.jwks(ring(service), clock.now())["keys"]}
     assert rows(
         service, "SELECT private_key IS NULL, revoked_at IS NOT NULL FROM signing_keys WHERE kid = %s", kid
     ) == [(True, True)]
     assert isinstance(mint(service, one)[0].error, Expired)  # not signed again
     assert mint(service, submission("b"))[0].issued
     # Listed by its key still, for the sites; a ban's list has only what verifies.
-    assert len(list(live_tokens.under(service.pool, "key", kid, None, wiring.now()))) == 2
-    assert {t.scope[-1] for t in live_tokens.under(service.pool, "vo", VO, None, wiring.now())} == {"b"}
+    assert len(list(live_tokens.under(service.pool, "key", kid, None, clock.now()))) == 2
+    assert {t.scope[-1] for t in live_tokens.under(service.pool, "vo", VO, None, clock.now())} == {"b"}
     with pytest.raises(UnknownKey, match="revoked already"):
-        keyring.revoke(service.pool, kid, wiring.now(), service.engine.rotation, "me", "again")
+        keyring.revoke(service.pool, kid, clock.now(), service.engine.rotation, "me", "again")
     with pytest.raises(UnknownKey, match="minter keys list"):
-        keyring.revoke(service.pool, "nothing", wiring.now(), service.engine.rotation, "me", "x")
+        keyring.revoke(service.pool, "nothing", clock.now(), service.engine.rotation, "me", "x")
 
 
 def test_another_process_signs_with_the_new_key_at_once(service, dsn):
-    other = wiring.Service(load_settings(dsn))
+    other = Service(load_settings(dsn))
     mint(other, submission("a"))
     service.maintain_keys("me")
     backdate_keys(service, 3)
-    new = keyring.rotate(service.pool, VO, wiring.now(), service.engine.rotation, "me")
+    new = keyring.rotate(service.pool, VO, clock.now(), service.engine.rotation, "me")
     mint(other, submission("b"))
     assert rows(
         service, "SELECT k.kid FROM tokens JOIN signing_keys k USING (key_id) WHERE external_id = 'b' LIMIT 1"
@@ -239,28 +239,28 @@ def test_another_process_signs_with_the_new_key_at_once(service, dsn):
 def test_the_master_key_is_changed_without_a_gap(service, dsn):
     one = submission("a")
     (before,) = mint(service, one)
-    with database.transaction(service.pool) as connection:
-        client = database.read_control(connection).clients[ME]
-    secret = wiring.new_secret()
+    with transaction(service.pool) as connection:
+        client = read_control(connection).clients[ME]
+    secret = keystore.new_secret()
     service.set_secret(client, secret, "me")
     fresh = new_master_key()
-    both = wiring.Service(load_settings(dsn, MINTER_MASTER_KEY_ALPEN=f"{fresh},{MASTER_KEY}"))
+    both = Service(load_settings(dsn, MINTER_MASTER_KEY_ALPEN=f"{fresh},{MASTER_KEY}"))
     assert tokens(mint(both, one)[0]) == tokens(before)
     assert keyring.rewrap(both.pool, both.keystore, VO, "me") == 2
-    alone = wiring.Service(load_settings(dsn, MINTER_MASTER_KEY_ALPEN=fresh))
+    alone = Service(load_settings(dsn, MINTER_MASTER_KEY_ALPEN=fresh))
     assert tokens(mint(alone, one)[0]) == tokens(before)
     pepper = control_changes.secrets_key(alone.pool, VO, b"unused")
     assert rows(service, "SELECT secret_hash FROM clients WHERE name = %s", ME) == [
         (alone.keystore.hash_secret(VO, pepper, secret),)
     ]
-    stale = wiring.Service(load_settings(dsn))  # started with the old key alone
+    stale = Service(load_settings(dsn))  # started with the old key alone
     assert isinstance(mint(stale, submission("b"))[0].error, NoUsableKey)
     for made in (both, alone, stale):
         made.pool.dispose()
 
 
 def test_a_rewrap_without_the_right_key_changes_nothing(service, dsn):
-    wrong = wiring.Service(load_settings(dsn, MINTER_MASTER_KEY_ALPEN=new_master_key()))
+    wrong = Service(load_settings(dsn, MINTER_MASTER_KEY_ALPEN=new_master_key()))
     before = rows(service, "SELECT private_key FROM signing_keys")
     with pytest.raises(NoUsableKey, match="does not open"):
         keyring.rewrap(wrong.pool, wrong.keystore, VO, "me")

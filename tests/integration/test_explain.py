@@ -8,8 +8,9 @@ from uuid import UUID
 
 import pytest
 
-from minter import service as wiring
 from minter.database import connection, traces
+from minter.service import Service
+from minter.tokens import clock
 from minter.tokens.records import RequestRow
 
 pytestmark = pytest.mark.slow
@@ -28,8 +29,8 @@ def million(postgres_dsn, template):
     from tests.conftest import _admin, _dsn, load_settings
 
     _admin(postgres_dsn, f"CREATE DATABASE minter_million TEMPLATE {template}")
-    service = wiring.Service(load_settings(_dsn(postgres_dsn, "minter_million")))
-    start = (wiring.now() - timedelta(days=1)).replace(hour=0, minute=0, second=0, microsecond=0)
+    service = Service(load_settings(_dsn(postgres_dsn, "minter_million")))
+    start = (clock.now() - timedelta(days=1)).replace(hour=0, minute=0, second=0, microsecond=0)
     with connection.transaction(service.pool) as tx:
         tx.execute("SELECT setseed(0.5)")
         tx.execute(
@@ -75,7 +76,7 @@ def test_one_indexed_probe_for_each_partition_in_the_time_asked_for(million, by)
     }
     with connection.transaction(million.pool) as tx:
         (value,) = tx.execute(f"SELECT {columns[by]} FROM tokens OFFSET 500000 LIMIT 1").fetchone()
-    since = (wiring.now() - timedelta(days=1)).replace(hour=0, minute=0, second=0, microsecond=0)
+    since = (clock.now() - timedelta(days=1)).replace(hour=0, minute=0, second=0, microsecond=0)
     until = since + timedelta(days=4)  # the days that hold rows: an empty partition is read, not searched
     bounds = {**traces.bounds(since, until), "limit": 100, "asker": None}
     found = scans(plan(million, traces.queries(by)[0], {"value": value, **bounds}))
@@ -84,7 +85,7 @@ def test_one_indexed_probe_for_each_partition_in_the_time_asked_for(million, by)
     assert max(Counter(partition for partition, _ in found).values()) == 1
     if by == "jti":
         assert len(found) == 1
-    narrow = {**bounds, **traces.bounds(wiring.now(), wiring.now() + timedelta(hours=1))}
+    narrow = {**bounds, **traces.bounds(clock.now(), clock.now() + timedelta(hours=1))}
     assert len(scans(plan(million, traces.queries(by)[0], {"value": value, **narrow}))) <= 2
 
 
@@ -96,7 +97,7 @@ def test_a_requests_tokens_are_one_range_of_the_primary_key(million):
     found = scans(plan(million, query, (first, last)))
     assert len(found) == 1
     assert not [kind for _, kind in found if "Seq" in kind]
-    row = RequestRow(first, 1, b"", "mint", "", "", first, 1, [], None, wiring.now())
+    row = RequestRow(first, 1, b"", "mint", "", "", first, 1, [], None, clock.now())
     with connection.transaction(million.pool) as tx:
         assert [t.jti for t in connection.tokens_of(tx, row)] == [str(first)]
 

@@ -6,11 +6,11 @@ import uuid
 
 import pytest
 
-from minter import service as wiring
 from minter.contract.messages import FillRequest
 from minter.errors import Unavailable
 from minter.fts.jobs import from_fill
 from minter.tasks.answers import answer
+from minter.tokens import clock
 from minter.tokens.outcomes import Submission
 from tests.integration.test_mint import OTHER, SE, mint
 from workers.fts_forwarder import FTS, Away, Forwarder, Refused, TooLate
@@ -35,9 +35,9 @@ class Engine:
 @pytest.fixture
 def filled(service):
     entries = [{"sources": [SE + n], "destinations": [OTHER + n], "filesize": 10} for n in ("a", "b")]
-    request = from_fill(FillRequest(request_id=wiring.new_uuid7(), job={"files": entries, "params": {}}))
+    request = from_fill(FillRequest(request_id=clock.new_uuid7(), job={"files": entries, "params": {}}))
     (outcome,) = mint(service, Submission(request, "rucio-alpen"))
-    return answer(outcome, wiring.now())
+    return answer(outcome, clock.now())
 
 
 def test_a_job_that_is_submitted_is_never_undone(fts, filled):

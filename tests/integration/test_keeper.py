@@ -11,11 +11,10 @@ import pytest
 import urllib3
 from msgspec import structs
 
-from minter import service as wiring
 from minter.contract.followups import CancelRequest, FetchRequest, FileReport, ReportRequest
 from minter.contract.messages import FileOperation, FileRequest, MintRequest
-from minter.database import connection as database
 from minter.database import control_changes, live_tokens, managed, partitions, traces
+from minter.database.connection import read_private_key, transaction
 from minter.errors import InvalidGrant
 from minter.local.fake_iam import Behaviour, FakeIAM
 from minter.policy.clients import Ban
@@ -27,6 +26,7 @@ from minter.providers.iam import IAM
 from minter.refresher.discovery import SharedDocuments
 from minter.refresher.refresher import Keeper
 from minter.tasks.lifecycle import Lives
+from minter.tokens import clock
 from minter.tokens.outcomes import Submission
 from minter.tokens.records import fts_token_id
 from tests.conftest import rows
@@ -79,7 +79,7 @@ class Bench:
         )
         request = from_mint(
             MintRequest(
-                request_id=options.pop("request_id", None) or wiring.new_uuid7(), files=files, **options
+                request_id=options.pop("request_id", None) or clock.new_uuid7(), files=files, **options
             )
         )
         if subject:
@@ -207,7 +207,7 @@ def test_secrets_lie_encrypted(service, iam):
     assert "eyJ" not in repr(outcome.submission.request)
     bench.turn()
     token = bench.fetch(outcome).tokens[0].token
-    with database.transaction(service.pool) as connection:
+    with transaction(service.pool) as connection:
         dump = json.dumps(
             [str(r) for r in connection.execute("SELECT m.*, t.* FROM managed m, tokens t").fetchall()]
         )
@@ -227,7 +227,7 @@ def test_who_may_fetch_a_handle(service, iam):
     bench.turn()
     handle = uuid.UUID(outcome.awaited[0].handle)
     for name, gets in ((ME, True), ("consumer", True), ("thief", False)):
-        answer = bench.lives.fetch(name, FetchRequest(handles=(handle, wiring.new_uuid7())), bench.clock())
+        answer = bench.lives.fetch(name, FetchRequest(handles=(handle, clock.new_uuid7())), bench.clock())
         assert bool(answer.tokens) is gets
         assert answer.unknown == (["handles[1]"] if gets else ["handles[0]", "handles[1]"])
     control_changes.add_ban(service.pool, Ban("client", ME, "alpen"), "test", "test")
@@ -334,7 +334,7 @@ def test_dropped_scopes_are_reported(service, iam, caplog):
     files = (
         FileRequest(operations=(FileOperation("upload", SE + "a"), FileOperation("download", SE + "b"))),
     )
-    request = from_mint(MintRequest(request_id=wiring.new_uuid7(), files=files))
+    request = from_mint(MintRequest(request_id=clock.new_uuid7(), files=files))
     (outcome,) = service.engine.mint_many([Submission(request, ME)], bench.clock())
     bench.turn()
     wide = {a.handle: a.scope for a in outcome.awaited}
@@ -365,7 +365,7 @@ def test_a_lost_refresh_without_a_subject(service, iam, reuse):
     bench = Bench(service, iam, exchange(), timeout_seconds=0.5, reuse=reuse, outage_margin_seconds=300)
     outcome = bench.ask("a", subject=bench.subject())
     bench.turn()
-    with database.transaction(service.pool) as connection:
+    with transaction(service.pool) as connection:
         connection.execute("UPDATE managed SET subject = NULL")
     iam.behaviour = Behaviour(fault="lost_answer", reuse=True)
     bench.forward(minutes=45)
@@ -409,7 +409,7 @@ def test_a_refresh_that_is_refused_ends_in_the_fallback(service, iam):
     outcome = bench.ask("a", subject=bench.subject())
     bench.turn()
     handle = bench.fetch(outcome).tokens[0].handle
-    with database.transaction(service.pool) as connection:
+    with transaction(service.pool) as connection:
         connection.execute("UPDATE managed SET subject = NULL")
     iam._families.clear()
     bench.forward(minutes=45)
@@ -438,7 +438,7 @@ def test_one_request_is_stood_in_for_though_another_is_not(service, iam):
     bench = Bench(service, iam, own(fallback=("minted",), granularity="directory"), MINTED)
     iam.behaviour = Behaviour(fault="error_500")
     first, second = bench.ask("data/a"), bench.ask("data/b")
-    with database.transaction(service.pool) as connection:  # its record is of another time
+    with transaction(service.pool) as connection:  # its record is of another time
         connection.execute(
             "UPDATE requests SET activity = '(several)' WHERE request_id = %s",
             (second.submission.request.request_id,),
@@ -604,7 +604,7 @@ def test_a_changed_master_key(service, iam, dsn):
     both = read_master_key("alpen", text=f"{fresh},{MASTER_KEY}", path=None)
     count = keyring.rewrap(
         service.pool,
-        Keystore({"alpen": both}, lambda k: database.read_private_key(service.pool, k)),
+        Keystore({"alpen": both}, lambda k: read_private_key(service.pool, k)),
         "alpen",
         "test",
     )
@@ -633,7 +633,7 @@ def due_again(service, iam, **options):
 
 
 def without_subject(service):
-    with database.transaction(service.pool) as connection:
+    with transaction(service.pool) as connection:
         connection.execute("UPDATE managed SET subject = NULL")
 
 
@@ -709,13 +709,13 @@ def test_a_row_that_does_not_open_is_one_rows_trouble(service, iam):
     bench = Bench(service, iam, own(), Route(name="delete", operations=("delete",)))
     first = bench.ask("a")
     bench.turn()
-    with database.transaction(service.pool) as connection:
+    with transaction(service.pool) as connection:
         connection.execute("UPDATE managed SET access = decode(repeat('00', 64), 'hex')")
     files = (FileRequest(operations=(FileOperation("delete", SE + "b"),)),)
-    minted = from_mint(MintRequest(request_id=wiring.new_uuid7(), files=files))
+    minted = from_mint(MintRequest(request_id=clock.new_uuid7(), files=files))
     joined = from_mint(
         MintRequest(
-            request_id=wiring.new_uuid7(),
+            request_id=clock.new_uuid7(),
             files=(FileRequest(operations=(FileOperation("download", SE + "a"),), external_id="a"),),
         )
     )
@@ -742,7 +742,7 @@ def test_a_use_that_joins_while_a_stand_in_is_made(service, iam, monkeypatch):
     bench.ask("a")
     (taken,) = rows(service, "SELECT jti FROM managed")
     lease = uuid.uuid4()
-    with database.transaction(service.pool) as connection:
+    with transaction(service.pool) as connection:
         connection.execute(
             "UPDATE managed SET lease = %s, leased_until = now() + interval '1 hour'", (lease,)
         )
@@ -773,7 +773,7 @@ def test_nothing_is_pushed_to_whom_it_may_not_go(service, iam):
     pushes.turn(bench.clock())
     assert not sent
     control_changes.lift_ban(service.pool, Ban("client", ME, "alpen"), "test")
-    with database.transaction(service.pool) as connection:
+    with transaction(service.pool) as connection:
         connection.execute("UPDATE managed SET pushed_id = NULL")
     pushes.turn(bench.clock())
     (push,) = sent
@@ -802,7 +802,7 @@ def test_half_of_an_all_or_nothing_request_is_not_given(service, iam):
     (host, port), (area, *_) = next(a for a in areas.items() if "boreas" not in a[0][0] and a[1][0].tokens)
     urls = (SE + "a", f"davs://{host}:{port}{area.prefix}/data/b")
     files = (FileRequest(operations=tuple(FileOperation("download", url) for url in urls)),)
-    request = from_mint(MintRequest(request_id=wiring.new_uuid7(), files=files, all_or_nothing=True))
+    request = from_mint(MintRequest(request_id=clock.new_uuid7(), files=files, all_or_nothing=True))
     (outcome,) = service.engine.mint_many([Submission(request, ME)], bench.clock())
     assert not outcome.refusals, outcome.refusals
     assert not outcome.issued

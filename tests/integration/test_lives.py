@@ -7,7 +7,6 @@ from uuid import UUID
 
 import pytest
 
-from minter import service as wiring
 from minter.contract.followups import (
     CancelRequest,
     FetchRequest,
@@ -27,7 +26,9 @@ from minter.local import stack
 from minter.policy.clients import Ban
 from minter.policy.requests import from_mint
 from minter.policy.transfers import asked_scopes
+from minter.service import Service
 from minter.tasks.lifecycle import Lives
+from minter.tokens import clock
 from minter.tokens.claims import unverified_claims
 from minter.tokens.outcomes import Submission
 from tests.conftest import EXAMPLES, rows
@@ -42,7 +43,7 @@ def lives(service):
 
 
 def renewed(service, lives, **wire):
-    request = lives.renewal(ME, RenewRequest(request_id=wiring.new_uuid7(), **wire))
+    request = lives.renewal(ME, RenewRequest(request_id=clock.new_uuid7(), **wire))
     (outcome,) = mint(service, Submission(request, ME))
     return outcome
 
@@ -62,18 +63,18 @@ def states(service):
 def test_a_fetch_gives_the_same_bytes_and_refusals(service, lives):
     bad = FileRequest(sources=(SE + "x",), destinations=("davs://nowhere.example.org/f",))
     good = FileRequest(sources=(SE + "a",), destinations=(OTHER + "a",), size=10**9)
-    made = from_mint(MintRequest(request_id=wiring.new_uuid7(), files=(good, bad)))
+    made = from_mint(MintRequest(request_id=clock.new_uuid7(), files=(good, bad)))
     (outcome,) = mint(service, Submission(made, ME))
-    answer = lives.fetch(ME, FetchRequest(made.request_id), wiring.now())
+    answer = lives.fetch(ME, FetchRequest(made.request_id), clock.now())
     assert [t.token.encode() for t in answer.tokens] == tokens(outcome) != []
     assert [r.error["reason"] for r in answer.refusals] == [r["error"]["reason"] for r in outcome.refusals]
 
 
 def test_a_filled_jobs_tokens_can_be_fetched(service, lives):
     job = json.loads(min((EXAMPLES / "rucio-41.5/jobs").glob("*.json")).read_text())
-    made = from_fill(FillRequest(request_id=wiring.new_uuid7(), job=job))
+    made = from_fill(FillRequest(request_id=clock.new_uuid7(), job=job))
     (outcome,) = mint(service, Submission(made, ME))
-    answer = lives.fetch(ME, FetchRequest(made.request_id), wiring.now())
+    answer = lives.fetch(ME, FetchRequest(made.request_id), clock.now())
     assert [t.token.encode() for t in answer.tokens] == tokens(outcome)
     assert answer.job is None
 
@@ -83,9 +84,9 @@ def test_nobody_fetches_what_another_client_was_granted(service, lives):
     one = submission("a")
     mint(service, one)
     with pytest.raises(UnknownRequest, match="has made no request"):
-        lives.fetch("dirac", FetchRequest(one.request.request_id), wiring.now())
+        lives.fetch("dirac", FetchRequest(one.request.request_id), clock.now())
     with pytest.raises(UnknownClient):
-        lives.fetch("mallory", FetchRequest(one.request.request_id), wiring.now())
+        lives.fetch("mallory", FetchRequest(one.request.request_id), clock.now())
 
 
 def test_a_fetch_after_a_ban_gives_nothing(service, lives):
@@ -94,7 +95,7 @@ def test_a_fetch_after_a_ban_gives_nothing(service, lives):
     with control_changes.controlling(service.pool, "tests", "ban", "x", {}) as tx:
         tx.execute("INSERT INTO bans (kind, value, reason) VALUES ('activity', 'Production Input', 'test')")
     with pytest.raises(Banned):
-        lives.fetch(ME, FetchRequest(one.request.request_id), wiring.now())
+        lives.fetch(ME, FetchRequest(one.request.request_id), clock.now())
 
 
 # ── renew ────────────────────────────────────────────────────────────────────────────────────
@@ -102,9 +103,9 @@ def test_a_fetch_after_a_ban_gives_nothing(service, lives):
 
 def test_a_renewal_grants_the_same_scopes_anew(service, lives):
     first = submission("a", "b c", "d")
-    later = wiring.now() + timedelta(minutes=10)
+    later = clock.now() + timedelta(minutes=10)
     (old,) = mint(service, first)
-    request = lives.renewal(ME, RenewRequest(request_id=wiring.new_uuid7(), renews=first.request.request_id))
+    request = lives.renewal(ME, RenewRequest(request_id=clock.new_uuid7(), renews=first.request.request_id))
     (new,) = mint(service, Submission(request, ME), now=later)
     assert [(i.need, i.storage, i.scope) for i in new.issued] == [
         (i.need, i.storage, i.scope) for i in old.issued
@@ -120,7 +121,7 @@ def test_a_renewal_grants_the_same_scopes_anew(service, lives):
 def test_a_renewal_sent_twice_gives_the_same_tokens(service, lives):
     first = submission("a")
     mint(service, first)
-    wire = RenewRequest(request_id=wiring.new_uuid7(), renews=first.request.request_id)
+    wire = RenewRequest(request_id=clock.new_uuid7(), renews=first.request.request_id)
     (one,) = mint(service, Submission(lives.renewal(ME, wire), ME))
     (two,) = mint(service, Submission(lives.renewal(ME, wire), ME))
     assert tokens(one) == tokens(two) != []
@@ -137,7 +138,7 @@ def test_only_the_files_named_are_renewed_and_a_renewal_can_be_renewed(service, 
 
 def test_every_filled_job_of_rucios_can_be_renewed_with_equal_scopes(service, lives):
     for path in sorted((EXAMPLES / "rucio-41.5/jobs").glob("*.json"))[::9]:
-        made = from_fill(FillRequest(request_id=wiring.new_uuid7(), job=json.loads(path.read_text())))
+        made = from_fill(FillRequest(request_id=clock.new_uuid7(), job=json.loads(path.read_text())))
         (old,) = mint(service, Submission(made, ME))
         if not old.issued:
             continue
@@ -159,7 +160,7 @@ def test_what_was_asked_for_as_a_whole_is_renewed_as_a_whole(service, lives):
 
 def test_operations_outside_a_copy_are_renewed(service, lives):
     operations = tuple(FileOperation(o, OTHER + "a") for o in ("delete", "upload", "download", "stat"))
-    made = from_mint(MintRequest(request_id=wiring.new_uuid7(), files=(FileRequest(operations=operations),)))
+    made = from_mint(MintRequest(request_id=clock.new_uuid7(), files=(FileRequest(operations=operations),)))
     (old,) = mint(service, Submission(made, ME))
     new = renewed(service, lives, renews=made.request_id)
     assert len(old.issued) == 4
@@ -193,7 +194,7 @@ def test_what_only_names_a_directory_is_not_renewed_by_guessing(service, lives):
         area.storage, area.relative(area.prefix) + "/run1/sub/f", area.audience
     )
     files = (FileRequest(operations=(FileOperation(operation.operation, url),)),)
-    made = from_mint(MintRequest(request_id=wiring.new_uuid7(), files=files))
+    made = from_mint(MintRequest(request_id=clock.new_uuid7(), files=files))
     (old,) = mint(service, Submission(made, ME))
     assert old.issued
     with pytest.raises(UnknownRequest, match="ask anew"):
@@ -205,14 +206,14 @@ def test_a_request_of_several_activities_is_not_renewed_past_a_ban(service, live
         {"sources": [SE + n], "destinations": [OTHER + n], "filesize": 10, "activity": n}
         for n in ("Good", "Evil")
     ]
-    made = from_fill(FillRequest(request_id=wiring.new_uuid7(), job={"files": entries}))
+    made = from_fill(FillRequest(request_id=clock.new_uuid7(), job={"files": entries}))
     mint(service, Submission(made, ME))
     with pytest.raises(UnknownRequest, match="several activities"):
         renewed(service, lives, renews=made.request_id)
-    lives.fetch(ME, FetchRequest(made.request_id), wiring.now())
+    lives.fetch(ME, FetchRequest(made.request_id), clock.now())
     control_changes.add_ban(service.pool, Ban("activity", "Evil"), "test", "me")
     with pytest.raises(Banned):
-        lives.fetch(ME, FetchRequest(made.request_id), wiring.now())
+        lives.fetch(ME, FetchRequest(made.request_id), clock.now())
 
 
 def test_what_an_earlier_release_recorded_is_refused_not_broken(service, lives):
@@ -226,14 +227,14 @@ def test_what_an_earlier_release_recorded_is_refused_not_broken(service, lives):
 
 def test_odd_names_in_a_report_are_unknown_not_an_error(service, lives):
     wire = ReportRequest(files=(FileReport(state="active", external_id="a\x00b"),))
-    assert lives.report(ME, wire, wiring.now()).unknown == ["files[0]"]
+    assert lives.report(ME, wire, clock.now()).unknown == ["files[0]"]
 
 
 def test_what_cannot_be_renewed_is_refused(service, lives):
     first = submission("a")
     mint(service, first)
     with pytest.raises(UnknownRequest, match="ask anew"):
-        renewed(service, lives, renews=wiring.new_uuid7())
+        renewed(service, lives, renews=clock.new_uuid7())
     with pytest.raises(UnknownRequest, match="no token for these files"):
         renewed(service, lives, renews=first.request.request_id, files=(7,))
     directory = service.engine.policy.directories["alpen"]
@@ -247,7 +248,7 @@ def test_what_cannot_be_renewed_is_refused(service, lives):
 
 
 def test_a_renewal_that_renews_itself_is_refused():
-    same = str(wiring.new_uuid7())
+    same = str(clock.new_uuid7())
     with pytest.raises(InvalidRequest, match="needs a new request_id"):
         decode_renew(json.dumps({"request_id": same, "renews": same}).encode())
 
@@ -258,7 +259,7 @@ def test_a_renewal_that_renews_itself_is_refused():
 def test_files_are_reported_by_any_of_their_names(service, lives):
     one, two = submission("a", "b", "c"), submission("d", "e")
     (first, _) = mint(service, one, two)
-    job = wiring.new_uuid7()
+    job = clock.new_uuid7()
     (jti,) = [UUID(i.jti) for i in first.issued if i.need == (2, "source", 0)]
     wire = ReportRequest(
         (JobReport(job, two.request.request_id, (1, 0), (501, 502)),),
@@ -270,7 +271,7 @@ def test_files_are_reported_by_any_of_their_names(service, lives):
             FileReport(state="active", job_id=job, file=1),
         ),
     )
-    answer = lives.report(ME, wire, wiring.now())
+    answer = lives.report(ME, wire, clock.now())
     assert (answer.changed, answer.unknown) == (9, [])
     assert states(service) == {
         ("a", "source"): "active", ("a", "destination"): "active",
@@ -279,16 +280,16 @@ def test_files_are_reported_by_any_of_their_names(service, lives):
         ("d", "source"): "active", ("d", "destination"): "active",
         ("e", "source"): "finished", ("e", "destination"): "finished",
     }  # fmt: skip
-    assert lives.report(ME, wire, wiring.now()).changed == 0  # once more changes nothing
+    assert lives.report(ME, wire, clock.now()).changed == 0  # once more changes nothing
 
 
 def test_states_go_forward_only(service, lives):
     mint(service, submission("a", "b"))
     for state, expected in (("active", "active"), ("finished", "finished"), ("active", "finished")):
-        lives.report(ME, ReportRequest(files=(FileReport(state=state, external_id="a"),)), wiring.now())
+        lives.report(ME, ReportRequest(files=(FileReport(state=state, external_id="a"),)), clock.now())
         assert states(service)["a", "source"] == expected
-    lives.cancel(ME, CancelRequest(external_ids=("a", "b")), wiring.now())
-    lives.report(ME, ReportRequest(files=(FileReport(state="finished", external_id="b"),)), wiring.now())
+    lives.cancel(ME, CancelRequest(external_ids=("a", "b")), clock.now())
+    lives.report(ME, ReportRequest(files=(FileReport(state="finished", external_id="b"),)), clock.now())
     assert states(service)["a", "source"] == "finished"
     assert states(service)["b", "source"] == "cancelled"
 
@@ -298,7 +299,7 @@ def test_active_and_finished_in_one_report_keep_both_instants(service, lives):
     wire = ReportRequest(
         files=(FileReport(state="finished", external_id="a"), FileReport(state="active", external_id="a"))
     )
-    assert lives.report(ME, wire, wiring.now()).changed == 4
+    assert lives.report(ME, wire, clock.now()).changed == 4
     assert rows(
         service, "SELECT DISTINCT state::text, active_at IS NOT NULL, ended_at IS NOT NULL FROM token_states"
     ) == [("finished", True, True)]
@@ -307,7 +308,7 @@ def test_active_and_finished_in_one_report_keep_both_instants(service, lives):
 def test_what_a_report_names_and_nobody_knows_is_said(service, lives):
     stack.add_client(service, "dirac", "alpen", "tests")
     mint(service, submission("a", client="rucio-alpen"))
-    unknown = wiring.new_uuid7()
+    unknown = clock.new_uuid7()
     wire = ReportRequest(
         (JobReport(unknown, unknown, (0,)),),
         (
@@ -316,7 +317,7 @@ def test_what_a_report_names_and_nobody_knows_is_said(service, lives):
             FileReport(state="active", job_id=unknown, file=0),
         ),
     )
-    answer = lives.report("dirac", wire, wiring.now())  # the other client's file is unknown to it
+    answer = lives.report("dirac", wire, clock.now())  # the other client's file is unknown to it
     assert (answer.changed, answer.unknown) == (0, ["jobs[0]", "files[0]", "files[1]", "files[2]"])
     assert states(service)["a", "source"] == "issued"
 
@@ -338,8 +339,8 @@ def test_a_report_without_a_clear_name_is_refused(file, message):
 
 def test_a_job_with_other_numbers_of_ids_is_refused():
     job = {
-        "job_id": str(wiring.new_uuid7()),
-        "request_id": str(wiring.new_uuid7()),
+        "job_id": str(clock.new_uuid7()),
+        "request_id": str(clock.new_uuid7()),
         "files": [0, 1],
         "file_ids": [7],
     }
@@ -355,7 +356,7 @@ def test_a_thousand_files_are_reported_and_cancelled_in_a_few_statements(service
     for state in ("active", "finished"):
         wire = ReportRequest(files=tuple(FileReport(state=state, external_id=n) for n in names))
         started = time.perf_counter()
-        assert lives.report(ME, wire, wiring.now()).changed == 2000
+        assert lives.report(ME, wire, clock.now()).changed == 2000
         assert time.perf_counter() - started < 5
 
 
@@ -365,23 +366,23 @@ def test_a_thousand_files_are_reported_and_cancelled_in_a_few_statements(service
 def test_a_cancelled_file_is_not_given_again_and_what_works_on_is_listed(service, lives):
     one = submission("a", "b")
     (outcome,) = mint(service, one)
-    answer = lives.cancel(ME, CancelRequest(one.request.request_id, (1,)), wiring.now())
+    answer = lives.cancel(ME, CancelRequest(one.request.request_id, (1,)), clock.now())
     assert answer.changed == 2
     assert {a.jti for a in answer.alive} == {i.jti for i in outcome.issued if i.need[0] == 1}
     with pytest.raises(Expired, match="was cancelled"):
-        lives.fetch(ME, FetchRequest(one.request.request_id), wiring.now())
+        lives.fetch(ME, FetchRequest(one.request.request_id), clock.now())
     (again,) = mint(service, one)
     assert isinstance(again.error, Expired)
     assert again.issued == []
-    assert lives.cancel(ME, CancelRequest(one.request.request_id, (1, 5)), wiring.now()).unknown == [
+    assert lives.cancel(ME, CancelRequest(one.request.request_id, (1, 5)), clock.now()).unknown == [
         "files[1]"
     ]
 
 
 def test_cancelling_what_nobody_knows_is_said(service, lives):
     with pytest.raises(UnknownRequest):
-        lives.cancel(ME, CancelRequest(wiring.new_uuid7()), wiring.now())
-    answer = lives.cancel(ME, CancelRequest(external_ids=("nothing",)), wiring.now())
+        lives.cancel(ME, CancelRequest(clock.new_uuid7()), clock.now())
+    answer = lives.cancel(ME, CancelRequest(external_ids=("nothing",)), clock.now())
     assert (answer.changed, answer.unknown, answer.alive) == (0, ["external_ids[0]"], [])
 
 
@@ -414,7 +415,7 @@ def test_every_token_names_the_rule_that_made_it(service):
 def test_two_processes_agree_on_a_rule(service, dsn):
     from tests.conftest import load_settings
 
-    other = wiring.Service(load_settings(dsn))
+    other = Service(load_settings(dsn))
     mint(service, submission("a"))
     mint(other, submission("b"))
     mint(service, submission("c"))

@@ -6,10 +6,11 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from minter import metrics
-from minter import service as wiring
 from minter.contract.messages import FileRequest, MintRequest
 from minter.errors import SettingsError
 from minter.policy.requests import from_mint
+from minter.service import Service
+from minter.tokens import clock
 from minter.tokens.outcomes import Submission
 from tests.conftest import load_settings
 from tests.integration.test_mint import SE, mint, submission
@@ -27,7 +28,7 @@ def scrape(port):
 @pytest.fixture
 def observed(dsn):
     made = metrics.Metrics()
-    service = wiring.Service(load_settings(dsn), made.observe)
+    service = Service(load_settings(dsn), made.observe)
     yield service, made
     service.pool.dispose()
 
@@ -35,7 +36,7 @@ def observed(dsn):
 def test_tokens_requests_and_refusals_are_counted(observed):
     service, made = observed
     bad = FileRequest(sources=(SE + "x",), destinations=("davs://nowhere.example.org/f",))
-    half = Submission(from_mint(MintRequest(request_id=wiring.new_uuid7(), files=(bad,))), "rucio-alpen")
+    half = Submission(from_mint(MintRequest(request_id=clock.new_uuid7(), files=(bad,))), "rucio-alpen")
     one = submission("a", "b")
     mint(service, one, half)
     mint(service, one, submission("c", client="nobody"))

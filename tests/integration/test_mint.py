@@ -9,14 +9,14 @@ import psycopg
 import pytest
 from msgspec import structs
 
-from minter import service as wiring
 from minter.contract.messages import FileRequest, FillRequest, MintRequest
 from minter.database import connection, control_changes, recording, traces
 from minter.errors import Unavailable
 from minter.fts.jobs import from_fill
 from minter.local import stack
 from minter.policy.requests import from_mint
-from minter.tokens import keys
+from minter.service import Service
+from minter.tokens import clock, keys
 from minter.tokens.keystore import new_master_key
 from minter.tokens.outcomes import Submission
 from minter.tokens.records import fts_token_id
@@ -31,7 +31,7 @@ def submission(*names, request_id=None, client="rucio-alpen", **options):
         FileRequest(sources=(SE + n,), destinations=(OTHER + n,), size=10**9, external_id=n) for n in names
     )
     return Submission(
-        from_mint(MintRequest(request_id=request_id or wiring.new_uuid7(), files=files, **options)), client
+        from_mint(MintRequest(request_id=request_id or clock.new_uuid7(), files=files, **options)), client
     )
 
 
@@ -40,7 +40,7 @@ def asked_file(name):
 
 
 def mint(service, *submissions, now=None):
-    return service.engine.mint_many(list(submissions), now or wiring.now())
+    return service.engine.mint_many(list(submissions), now or clock.now())
 
 
 def tokens(outcome):
@@ -113,8 +113,8 @@ def test_asked_twice_same_bytes_also_in_one_batch_from_another_process_and_later
     first, twin = mint(service, asked, asked)
     assert tokens(first) == tokens(twin)
     assert twin.repeated
-    other = wiring.Service(load_settings(dsn))
-    (again,) = mint(other, asked, now=wiring.now() + timedelta(minutes=5))
+    other = Service(load_settings(dsn))
+    (again,) = mint(other, asked, now=clock.now() + timedelta(minutes=5))
     other.pool.dispose()
     assert tokens(again) == tokens(first)
     assert count(service) == 4
@@ -143,18 +143,18 @@ def test_rs256_too(service):
 
 
 def test_other_content_under_the_same_id_is_a_conflict(service):
-    id_ = wiring.new_uuid7()
+    id_ = clock.new_uuid7()
     mint(service, submission("a", request_id=id_))
     (other,) = mint(service, submission("b", request_id=id_))
     assert (other.error.reason, other.issued) == ("conflict", [])
     one, two = mint(
-        service, submission("c", request_id=(new := wiring.new_uuid7())), submission("d", request_id=new)
+        service, submission("c", request_id=(new := clock.new_uuid7())), submission("d", request_id=new)
     )
     assert {one.error and one.error.reason, two.error and two.error.reason} == {None, "conflict"}
 
 
 def test_a_twin_with_the_recorded_content_gets_its_tokens_beside_one_with_other_content(service):
-    id_ = wiring.new_uuid7()
+    id_ = clock.new_uuid7()
     good = submission("a", request_id=id_)
     (first,) = mint(service, good)
     for batch in ([submission("b", request_id=id_), good], [good, submission("b", request_id=id_)]):
@@ -166,7 +166,7 @@ def test_a_twin_with_the_recorded_content_gets_its_tokens_beside_one_with_other_
 def test_a_key_that_does_not_open_is_told_and_stops_nothing_else(service, dsn):
     asked = submission("a")
     mint(service, asked)
-    other = wiring.Service(load_settings(dsn, MINTER_MASTER_KEY_ALPEN=new_master_key()))
+    other = Service(load_settings(dsn, MINTER_MASTER_KEY_ALPEN=new_master_key()))
     outcomes = mint(other, asked, submission("b"))
     assert [o.error.reason for o in outcomes] == ["no_usable_key"] * 2
     other.pool.dispose()
@@ -177,7 +177,7 @@ def test_text_that_postgres_cannot_hold_is_recorded_without_it(service):
     url = "davs://nowhere.example.org/\\u0000x\x00"
     odd = from_mint(
         MintRequest(
-            request_id=wiring.new_uuid7(),
+            request_id=clock.new_uuid7(),
             activity="a\x00b",
             files=(FileRequest(sources=(url,)), asked_file("a")),
         )
@@ -189,7 +189,7 @@ def test_text_that_postgres_cannot_hold_is_recorded_without_it(service):
 
 def test_another_client_may_use_the_same_id(service):
     stack.add_client(service, "dirac", "alpen", "tests")
-    id_ = wiring.new_uuid7()
+    id_ = clock.new_uuid7()
     one, two = mint(service, submission("a", request_id=id_), submission("a", request_id=id_, client="dirac"))
     assert not one.error
     assert not two.error
@@ -199,10 +199,10 @@ def test_another_client_may_use_the_same_id(service):
 def test_a_token_that_no_longer_covers_the_need_is_expired_with_an_offer(service):
     asked = submission("a")
     mint(service, asked)
-    (late,) = mint(service, asked, now=wiring.now() + timedelta(hours=3))
+    (late,) = mint(service, asked, now=clock.now() + timedelta(hours=3))
     # Only the engine's own now is late here; the row's life is 6 h at most.
     if late.error is None:
-        (late,) = mint(service, asked, now=wiring.now() + timedelta(hours=6))
+        (late,) = mint(service, asked, now=clock.now() + timedelta(hours=6))
     assert (late.error.reason, late.error.fields) == ("expired", {"renew": True})
 
 
@@ -225,7 +225,7 @@ def test_an_old_key_resigns_for_a_day_and_a_revoked_one_never(service):
 
 def test_two_processes_with_the_same_requests_at_once_give_one_outcome(service, dsn):
     asked = [submission(f"f{n}") for n in range(40)]
-    others = [wiring.Service(load_settings(dsn)) for _ in range(3)]
+    others = [Service(load_settings(dsn)) for _ in range(3)]
     results = {}
 
     def work(number, engine):
@@ -269,7 +269,7 @@ def test_a_ban_binds_the_next_commit_and_withholds_what_is_asked_again(service):
     (again,) = mint(service, asked)
     assert (again.error.reason, again.issued) == ("banned", [])
     only_b = FileRequest(sources=(SE + "b",), destinations=(OTHER + "b",))
-    fresh = from_mint(MintRequest(request_id=wiring.new_uuid7(), files=(asked_file("a"), only_b)))
+    fresh = from_mint(MintRequest(request_id=clock.new_uuid7(), files=(asked_file("a"), only_b)))
     (partly,) = mint(service, Submission(fresh, "rucio-alpen"))
     assert {i.need[0] for i in partly.issued} == {1}
     ban(service, "client", "rucio-alpen")
@@ -281,7 +281,7 @@ def test_a_ban_waits_for_a_recording_under_way_and_binds_all_after_it(service, d
     with service.engine.store.recording() as tx:
         tx.control()
         done = threading.Event()
-        other = wiring.Service(load_settings(dsn))
+        other = Service(load_settings(dsn))
         thread = threading.Thread(target=lambda: (ban(other, "client", "rucio-alpen"), done.set()))
         thread.start()
         assert not done.wait(0.3)
@@ -306,7 +306,7 @@ def test_no_usable_key_is_told_and_not_recorded(service):
 
 @pytest.mark.parametrize("hours", [-1, 1])
 def test_a_clock_off_by_an_hour_signs_nothing(dsn, hours):
-    wrong = wiring.Service(load_settings(dsn), clock=lambda: wiring.now() + timedelta(hours=hours))
+    wrong = Service(load_settings(dsn), clock=lambda: clock.now() + timedelta(hours=hours))
     outcomes = mint(wrong, submission("a"), submission("b"), now=wrong.clock())
     assert {o.error.reason for o in outcomes} == {"clock_skew"}
     assert not any(o.issued for o in outcomes)
@@ -331,7 +331,7 @@ def test_a_missing_partition_is_told_and_passes(service):
 def test_found_by_jti_path_request_and_ftss_token_id(service):
     (outcome,) = mint(service, submission("a"))
     issued = outcome.issued[0]
-    since, until = service.since(1), wiring.now() + timedelta(days=1)
+    since, until = service.since(1), clock.now() + timedelta(days=1)
     path = "/atlas/atlasdatadisk/rucio/data/a"
     for by, value in (("jti", issued.jti), ("path", path), ("fts_token_id", fts_token_id(issued.token))):
         (found,) = traces.find(service.pool, by, value, since, until)
@@ -445,9 +445,9 @@ def test_a_filled_job_is_answered_the_same_way_twice(service):
         "params": {"max_time_in_queue": 168},
     }
     asked = Submission(
-        from_fill(FillRequest(request_id=uuid.UUID(str(wiring.new_uuid7())), job=job)), "rucio-alpen"
+        from_fill(FillRequest(request_id=uuid.UUID(str(clock.new_uuid7())), job=job)), "rucio-alpen"
     )
-    now = wiring.now()
+    now = clock.now()
     first, again = (answers.answer(mint(service, asked, now=now)[0], now) for _ in range(2))
     assert first == again
     assert first.job["params"]["max_time_in_queue"] == 168

@@ -6,11 +6,11 @@ from datetime import timedelta
 import pytest
 from joserfc import jwk, jws
 
-from minter import service as wiring
-from minter.database import connection as database
 from minter.database import keyring
+from minter.database.connection import read_keys, transaction
 from minter.errors import NoUsableKey, SettingsError
 from minter.issuer import well_known
+from minter.tokens import clock
 from tests.integration.test_mint import mint, submission
 
 ISSUERS = {"alpen": "https://tokens.vo-alpen.example.org/alpen/"}
@@ -18,12 +18,12 @@ KEYS = "alpen/jwks.json"
 
 
 def ring(service):
-    with database.transaction(service.pool) as connection:
-        return database.read_keys(connection)
+    with transaction(service.pool) as connection:
+        return read_keys(connection)
 
 
 def files(service, now=None):
-    return well_known.documents(ring(service), ISSUERS, now or wiring.now())
+    return well_known.documents(ring(service), ISSUERS, now or clock.now())
 
 
 def test_both_forms_of_discovery_name_the_key_set(service, tmp_path):
@@ -46,7 +46,7 @@ def test_both_forms_of_discovery_name_the_key_set(service, tmp_path):
 
 
 def test_an_issuer_at_the_root_of_its_host(service):
-    made = well_known.documents(ring(service), {"alpen": "https://tokens.example.org/"}, wiring.now())
+    made = well_known.documents(ring(service), {"alpen": "https://tokens.example.org/"}, clock.now())
     assert list(made) == ["jwks.json", ".well-known/openid-configuration"]
 
 
@@ -63,22 +63,22 @@ def test_only_what_changed_is_written_and_never_half(service, tmp_path):
 
 def test_a_revoked_key_leaves_at_once_and_an_old_one_stays(service):
     service.maintain_keys("me")
-    with database.transaction(service.pool) as tx:
+    with transaction(service.pool) as tx:
         tx.execute("UPDATE signing_keys SET published_at = published_at - interval '3 days'")
     first, second = (k.kid for k in ring(service))
-    keyring.rotate(service.pool, "alpen", wiring.now(), service.engine.rotation, "me")
+    keyring.rotate(service.pool, "alpen", clock.now(), service.engine.rotation, "me")
     kids = {k["kid"] for k in json.loads(files(service)[KEYS])["keys"]}
     assert kids == {first, second}
-    late = wiring.now() + timedelta(days=9)
+    late = clock.now() + timedelta(days=9)
     assert {k["kid"] for k in json.loads(files(service, late)[KEYS])["keys"]} == {second}
-    keyring.revoke(service.pool, first, wiring.now(), service.engine.rotation, "me", "leak")
+    keyring.revoke(service.pool, first, clock.now(), service.engine.rotation, "me", "leak")
     assert {k["kid"] for k in json.loads(files(service)[KEYS])["keys"]} == {second}
 
 
 def test_an_empty_key_set_is_never_published(service, tmp_path):
     well_known.write(tmp_path, files(service))
     before = (tmp_path / KEYS).read_bytes()
-    with database.transaction(service.pool) as tx:
+    with transaction(service.pool) as tx:
         tx.execute("UPDATE signing_keys SET state = 'revoked', revoked_at = now(), private_key = NULL")
     with pytest.raises(NoUsableKey, match="minter keys create"):
         well_known.write(tmp_path, files(service))

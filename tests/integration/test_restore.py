@@ -5,15 +5,15 @@ from datetime import timedelta
 
 import pytest
 
-from minter import service as wiring
 from minter.contract.followups import FetchRequest, FileReport, ReportRequest
-from minter.database import connection as database
 from minter.database import control_changes, keyring, migrations, traces
+from minter.database.connection import read_keys, transaction
 from minter.errors import UnknownRequest
 from minter.local.servers import _postgres_programs
 from minter.policy.clients import Ban
+from minter.service import Service
 from minter.tasks.lifecycle import Lives
-from minter.tokens import keys
+from minter.tokens import clock, keys
 from tests.conftest import _admin, load_settings, rows
 from tests.integration.test_mint import mint, submission, tokens
 
@@ -49,11 +49,11 @@ def test_restored_from_a_dump(service, dsn, dump_and_lose):
     service.pool.dispose()
     lose_and_restore()
 
-    again = wiring.Service(load_settings(dsn))
+    again = Service(load_settings(dsn))
     migrations.upgrade(again.pool)
     again.prepare()
     lives = Lives(again.engine, again.pool)
-    now = wiring.now()
+    now = clock.now()
     # What was before the dump is as it was: the same bytes under the same request_id.
     assert tokens(mint(again, before)[0]) == tokens(known)
     # What came after it is unknown, and said to be.
@@ -74,8 +74,8 @@ def test_restored_from_a_dump(service, dsn, dump_and_lose):
     # Asked again, it is granted anew: other tokens, each with its row, by a key that is public.
     (renewed,) = mint(again, after)
     assert {i.jti for i in renewed.issued}.isdisjoint(i.jti for i in lost.issued)
-    with database.transaction(again.pool) as connection:
-        ring = database.read_keys(connection)
+    with transaction(again.pool) as connection:
+        ring = read_keys(connection)
     public = {jwk["kid"]: jwk for jwk in keys.jwks(ring, now)["keys"]}
     (kid,) = {k.kid for k in ring if k.state == "active"}
     for issued in (*renewed.issued, *lost.issued):
@@ -88,18 +88,18 @@ def test_what_operators_must_do_again_after_a_restore(service, dsn, dump_and_los
     """docs/install.md: bans and revocations since the dump are gone until they are made again."""
     dump, lose_and_restore = dump_and_lose
     service.maintain_keys("me")
-    with database.transaction(service.pool) as tx:
+    with transaction(service.pool) as tx:
         tx.execute("UPDATE signing_keys SET published_at = published_at - interval '3 days'")
         ((kid,),) = tx.execute("SELECT kid FROM signing_keys WHERE state = 'active'").fetchall()
     dump()
     control_changes.add_ban(service.pool, Ban("path", "/atlas"), "leak", "me")
-    keyring.revoke(service.pool, kid, wiring.now(), service.engine.rotation, "me", "leak")
+    keyring.revoke(service.pool, kid, clock.now(), service.engine.rotation, "me", "leak")
     service.pool.dispose()
     lose_and_restore()
-    again = wiring.Service(load_settings(dsn))
+    again = Service(load_settings(dsn))
     assert control_changes.list_bans(again.pool) == []
-    keyring.revoke(again.pool, kid, wiring.now(), again.engine.rotation, "me", "leak, again")
-    with database.transaction(again.pool) as connection:
-        assert [k.state for k in database.read_keys(connection)] == ["revoked", "active"]
+    keyring.revoke(again.pool, kid, clock.now(), again.engine.rotation, "me", "leak, again")
+    with transaction(again.pool) as connection:
+        assert [k.state for k in read_keys(connection)] == ["revoked", "active"]
     assert mint(again, submission("a"))[0].issued
     again.pool.dispose()

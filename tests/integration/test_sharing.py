@@ -7,7 +7,6 @@ from datetime import timedelta
 import pytest
 from msgspec import structs
 
-from minter import service as wiring
 from minter.contract.followups import (
     CancelRequest,
     FetchRequest,
@@ -18,15 +17,16 @@ from minter.contract.followups import (
 )
 from minter.contract.messages import FileOperation, FileRequest, MintRequest
 from minter.database import archive, control_changes, live_tokens, recording, traces
-from minter.database import connection as database
+from minter.database.connection import instant, read_keys, transaction
 from minter.errors import Banned, Expired, Unavailable
 from minter.local import stack
 from minter.policy.clients import Ban, Bans
 from minter.policy.requests import from_mint
 from minter.policy.routes import Route
 from minter.policy.transfers import Policy
+from minter.service import Service
 from minter.tasks.lifecycle import Lives
-from minter.tokens import keys
+from minter.tokens import clock, keys
 from minter.tokens.outcomes import Submission
 from tests.conftest import load_settings, rows
 from tests.integration.test_mint import SE, count, mint, rotate, tokens
@@ -53,15 +53,15 @@ def downloads(*names, client=ME, operation="download", **options):
     files = tuple(
         FileRequest(operations=(FileOperation(operation, SE + name),), external_id=name) for name in names
     )
-    request_id = options.pop("request_id", None) or wiring.new_uuid7()
+    request_id = options.pop("request_id", None) or clock.new_uuid7()
     return Submission(from_mint(MintRequest(request_id=request_id, files=files, **options)), client)
 
 
 @pytest.fixture
 def signatures(service, monkeypatch):
     """Count what is signed, the key's own test at its loading apart."""
-    with database.transaction(service.pool) as connection:
-        (key,) = database.read_keys(connection)
+    with transaction(service.pool) as connection:
+        (key,) = read_keys(connection)
     service.engine.unlock(key)
     signed = Counter()
     sign = keys.Signer.sign
@@ -115,15 +115,15 @@ def test_only_while_the_life_left_covers_the_need(shared):
     (first,) = mint(shared, downloads("d/a"))
     need = shared.engine.policy.decide(downloads("d/a").request, first.client, Bans()).grants[0].lifetime
     at = first.issued[0].exp - need.seconds + 60
-    (last,) = mint(shared, downloads("d/b"), now=database.instant(at))
-    (later,) = mint(shared, downloads("d/c"), now=database.instant(at + 1))
+    (last,) = mint(shared, downloads("d/b"), now=instant(at))
+    (later,) = mint(shared, downloads("d/c"), now=instant(at + 1))
     assert tokens(last) == tokens(first) != tokens(later)
     assert later.issued[0].exp >= at + need.seconds
 
 
 def test_another_process_finds_it_and_makes_the_same_bytes(shared, dsn):
     (first,) = mint(shared, downloads("d/a"))
-    other = share(wiring.Service(load_settings(dsn)))
+    other = share(Service(load_settings(dsn)))
     (second,) = mint(other, downloads("d/b"))
     other.pool.dispose()
     assert tokens(second) == tokens(first)
@@ -137,7 +137,7 @@ def test_asked_twice_or_fetched_same_bytes(shared, dsn):
     assert tokens(first) == tokens(twin) == tokens(again)
     assert [i.need for i in first.issued] == [i.need for i in again.issued]
     lives = Lives(shared.engine, shared.pool)
-    fetched = lives.fetch(ME, FetchRequest(asked.request.request_id), wiring.now())
+    fetched = lives.fetch(ME, FetchRequest(asked.request.request_id), clock.now())
     assert [t.token.encode() for t in fetched.tokens] == tokens(first)
     assert (count(shared), count(shared, "uses")) == (2, 2)
 
@@ -196,16 +196,16 @@ def test_each_use_has_a_state_of_its_own(shared):
     lives = Lives(shared.engine, shared.pool)
     asked, other = downloads("d/a", "d/b"), downloads("d/c")
     made, _ = mint(shared, asked, other)
-    id_, job = asked.request.request_id, wiring.new_uuid7()
+    id_, job = asked.request.request_id, clock.new_uuid7()
     reports = (
         FileReport(state="active", external_id="d/a"),
         FileReport(state="finished", request_id=id_, file=1),
         FileReport(state="active", job_id=job, file=0),
         FileReport(state="active", jti=made.issued[0].jti),  # names no file
     )
-    told = lives.report(ME, ReportRequest((JobReport(job, id_, (0, 1)),), reports), wiring.now())
+    told = lives.report(ME, ReportRequest((JobReport(job, id_, (0, 1)),), reports), clock.now())
     assert (told.changed, told.unknown) == (2, ["files[3]"])
-    cancelled = lives.cancel(ME, CancelRequest(request_id=id_), wiring.now())
+    cancelled = lives.cancel(ME, CancelRequest(request_id=id_), clock.now())
     assert cancelled.changed == 1
     assert [a.jti for a in cancelled.alive] == [made.issued[0].jti]
     (again,) = mint(shared, asked)
@@ -220,17 +220,17 @@ def test_a_renewal_of_a_use_is_decided_anew(shared):
     asked = downloads("d/a", "d/b")
     (made,) = mint(shared, asked)
     lives = Lives(shared.engine, shared.pool)
-    wire = RenewRequest(request_id=wiring.new_uuid7(), renews=asked.request.request_id, files=(1,))
+    wire = RenewRequest(request_id=clock.new_uuid7(), renews=asked.request.request_id, files=(1,))
     (renewed,) = mint(shared, Submission(lives.renewal(ME, wire), ME))
     assert tokens(renewed) == tokens(made)[:1]
     assert rows(shared, "SELECT path, external_id FROM uses ORDER BY use_id DESC LIMIT 1") == [
         (f"{DIR}/d/b", "d/b")
     ]
     share(shared, "file")
-    later = wiring.now() + timedelta(seconds=1)
+    later = clock.now() + timedelta(seconds=1)
     (narrow,) = mint(
         shared,
-        Submission(lives.renewal(ME, structs.replace(wire, request_id=wiring.new_uuid7())), ME),
+        Submission(lives.renewal(ME, structs.replace(wire, request_id=clock.new_uuid7())), ME),
         now=later,
     )
     assert narrow.issued[0].scope == f"storage.read:{DIR}/d/b"
@@ -241,13 +241,13 @@ def test_every_question_leads_to_the_uses_in_the_database_and_in_archives(shared
     (made,) = mint(shared, asked)
     (later,) = mint(shared, downloads("d/c", on_behalf_of="bob"))
     Lives(shared.engine, shared.pool).report(
-        ME, ReportRequest((), (FileReport(state="finished", external_id="d/b"),)), wiring.now()
+        ME, ReportRequest((), (FileReport(state="finished", external_id="d/b"),)), clock.now()
     )
     ((jti, fts_id, kid),) = rows(
         shared, "SELECT jti, fts_token_id, kid FROM tokens JOIN signing_keys USING (key_id)"
     )
     (storage,) = {i.storage for i in made.issued}
-    since, until = wiring.now() - timedelta(days=1), wiring.now() + timedelta(days=1)
+    since, until = clock.now() - timedelta(days=1), clock.now() + timedelta(days=1)
     everything = {"d/a", "d/b", "d/c"}
     questions = {
         "jti": (jti, everything),
@@ -277,10 +277,10 @@ def test_every_question_leads_to_the_uses_in_the_database_and_in_archives(shared
     assert [s.external_id for s in of_request] == ["d/a", "d/b"]
     assert len(traces.find(shared.pool, "jti", jti, since, until, limit=2)) == 2
 
-    for kind, day in archive.due(shared.pool, wiring.now() + timedelta(days=39), 30):
+    for kind, day in archive.due(shared.pool, clock.now() + timedelta(days=39), 30):
         archive.archive_day(shared.pool, tmp_path, kind, day)
     assert not [name for (name,) in rows(shared, "SELECT relname FROM pg_class WHERE relname ~ '^uses_'")
-                if name.endswith(f"{wiring.now():%Y%m%d}")]  # fmt: skip
+                if name.endswith(f"{clock.now():%Y%m%d}")]  # fmt: skip
     ask(lambda by, value: archive.find(tmp_path, by, value, since, until))
     archived, _ = archive.find_request(tmp_path, later.submission.request.request_id, until)
     assert [s.external_id for s in archived] == ["d/c"]
@@ -290,7 +290,7 @@ def test_what_is_alive_under_a_ban_counts_every_user_of_a_shared_token(shared):
     mint(shared, downloads("d/a", on_behalf_of="alice", activity="one"))
     (made,) = mint(shared, downloads("d/b", on_behalf_of="bob", activity="two"))
     for kind, value in (("on_behalf_of", "bob"), ("activity", "one"), ("path", f"{DIR}/d/b"), ("client", ME)):
-        assert [t.jti for t in live_tokens.under(shared.pool, kind, value, None, wiring.now())] == [
+        assert [t.jti for t in live_tokens.under(shared.pool, kind, value, None, clock.now())] == [
             made.issued[0].jti
         ]
-    assert not list(live_tokens.under(shared.pool, "on_behalf_of", "carol", None, wiring.now()))
+    assert not list(live_tokens.under(shared.pool, "on_behalf_of", "carol", None, clock.now()))

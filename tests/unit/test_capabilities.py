@@ -11,10 +11,11 @@ from msgspec import structs
 
 from minter.policy import token_endpoint
 from minter.policy.clients import Bans, Client
+from minter.policy.limits import ANY_SECONDS, GRACE
 from minter.policy.requests import Request
 from minter.policy.routes import Route
-from minter.policy.token_endpoint import ANY, ANY_SECONDS
-from minter.policy.token_requests import GRACE, Family, Wish, act_depth, present
+from minter.policy.token_endpoint import ANY
+from minter.policy.token_requests import Family, Wish, act_depth, present
 from minter.policy.transfers import Policy
 from minter.scopes import Scope, contains, parse_scopes, path_contains
 from minter.storages.directory import Directory, Endpoint, Storage

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from minter.errors import NoUsableKey
+from minter.policy.limits import HARD_MAX_SECONDS
 from minter.tokens import keys
-from minter.tokens.keys import HARD_MAX_SECONDS, Key, RotationPolicy
+from minter.tokens.keys import Key, RotationPolicy
 
 POLICY = RotationPolicy()
 START = datetime(2026, 11, 22, tzinfo=UTC)

@@ -13,8 +13,9 @@ from minter.errors import SettingsError
 from minter.fts.jobs import from_fill
 from minter.policy import transfers
 from minter.policy.clients import Ban, Bans, Client
+from minter.policy.limits import PROFILE_MAX_SECONDS
 from minter.policy.requests import from_mint
-from minter.policy.routes import FTS, PROFILE_MAX_SECONDS, SHIPPED_ROUTES, Route
+from minter.policy.routes import FTS, SHIPPED_ROUTES, Route
 from minter.policy.transfers import Policy, asked_scopes
 from minter.scopes import parent, path_contains
 from minter.storages.dialects import DIALECTS, scopes_needed

@@ -15,7 +15,7 @@ from DIRAC.DataManagementSystem.Client.FTS3File import FTS3File
 from DIRAC.DataManagementSystem.Client.FTS3Job import FTS3Job
 from minter_fts3job import install
 
-from minter.client.client import MinterClient
+from minter.client import MinterClient
 
 issuer, secrets, fts, ca = sys.argv[1:]
 SOURCE = "davs://se01.boreas.example.org:443/atlas/atlasdatadisk/rucio/"
