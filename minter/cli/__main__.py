@@ -30,8 +30,8 @@ from minter.database.connection import read_control, read_keys, transaction
 from minter.errors import InvalidRequest, TokenRejected, Unavailable
 from minter.fts.jobs import from_fill
 from minter.local import drill, stack
-from minter.policy.transfers import explain as explain_decision
 from minter.policy.token_endpoint import ANY
+from minter.policy.transfers import explain as explain_decision
 from minter.service import Service, load_settings
 from minter.tokens import claims, keys
 
