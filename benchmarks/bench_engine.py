@@ -63,7 +63,7 @@ def main() -> None:
         bench(Path(folder), options.broker) as running,
     ):
         rounds = []
-        service.calm_collector()  # as in a worker
+        service.tune_gc()  # as in a worker
         for _ in range(options.rounds):
             raw = openssl_per_second()
             rounds.append(

@@ -25,9 +25,9 @@ from minter.database import connection, control_changes, managed, migrations
 from minter.local import stack
 from minter.local.servers import Postgres
 from minter.providers.dialects import lead_of
-from minter.refresher.refresher import Keeper
+from minter.refresher.refresher import Refresher
 from minter.service import Service
-from minter.tasks.lifecycle import Lives
+from minter.tasks.lifecycle import Lifecycle
 from minter.tokens import clock
 from minter.tokens.keystore import new_master_key
 from tests.iam_servers import OidcProvider
@@ -137,17 +137,17 @@ def most(times: list[float], window: float) -> int:
     return found
 
 
-def budget(keepers: Keepers, per_second: float, seconds: float, count: int) -> dict[str, float]:
-    keepers.configure(per_second)
-    keepers.empty()
-    keepers.rows(int(per_second * (seconds + 20)), "queued", 600, 0.00001)
-    keepers.spawn(count)
+def budget(refreshers: Keepers, per_second: float, seconds: float, count: int) -> dict[str, float]:
+    refreshers.configure(per_second)
+    refreshers.empty()
+    refreshers.rows(int(per_second * (seconds + 20)), "queued", 600, 0.00001)
+    refreshers.spawn(count)
     time.sleep(5)
     since = time.time()
     time.sleep(seconds)
     until = time.time()
-    keepers.stop_keepers()
-    times = keepers.requests(0)
+    refreshers.stop_keepers()
+    times = refreshers.requests(0)
     steady = [t for t in times if since <= t < until]
     return {
         "budget": per_second,
@@ -160,29 +160,29 @@ def budget(keepers: Keepers, per_second: float, seconds: float, count: int) -> d
     }
 
 
-def due(keepers: Keepers, alive: int) -> dict[str, object]:
+def due(refreshers: Keepers, alive: int) -> dict[str, object]:
     """Time finding 500 due ones, and leasing them, with ever more alive."""
-    keepers.configure(10_000)
-    keepers.empty()
+    refreshers.configure(10_000)
+    refreshers.empty()
     found: dict[str, object] = {}
-    held, provider = 0, keepers.service.loaded.settings.providers[0]
+    held, provider = 0, refreshers.service.loaded.settings.providers[0]
     provider = structs.replace(provider, in_flight=1000)
-    keepers.rows(3000, "issued", 600, 0.01)
+    refreshers.rows(3000, "issued", 600, 0.01)
     for size in (10_000, 100_000, alive):
-        keepers.rows(size - held, "issued", LEAD + 100, 3600 * 4 / size)
+        refreshers.rows(size - held, "issued", LEAD + 100, 3600 * 4 / size)
         held = size
-        with connection.transaction(keepers.service.pool) as tx:
+        with connection.transaction(refreshers.service.pool) as tx:
             tx.execute("ANALYZE managed")
         times, leases = [], []
         for _ in range(9):
             now = clock.now()
             started = time.perf_counter()
-            with connection.transaction(keepers.service.pool) as tx:
+            with connection.transaction(refreshers.service.pool) as tx:
                 values = {"leads": list(managed.LEADS), "provider": "iam", "now": now, "count": 500}
                 rows = tx.execute(managed.DUE, values).fetchall()
             times.append(time.perf_counter() - started)
             started = time.perf_counter()
-            taken = managed.take(keepers.service.pool, provider, uuid.uuid4(), 500, now, 0.0)
+            taken = managed.take(refreshers.service.pool, provider, uuid.uuid4(), 500, now, 0.0)
             leases.append((time.perf_counter() - started, len(taken.tokens) if taken else 0))
         found[str(size)] = {
             "found": len(rows), "find_ms": 1000 * median(times), "take_ms": 1000 * median(t for t, _ in leases),
@@ -191,27 +191,27 @@ def due(keepers: Keepers, alive: int) -> dict[str, object]:
     return found
 
 
-def one(keepers: Keepers, rounds: int = 50) -> dict[str, float]:
+def one(refreshers: Keepers, rounds: int = 50) -> dict[str, float]:
     """Time one token from taking it to its saved row, above the provider's own time."""
-    keepers.configure(1000)
-    keepers.empty()
-    service = keepers.service
+    refreshers.configure(1000)
+    refreshers.empty()
+    service = refreshers.service
     iams = service.iams()
     spent: list[float] = []
-    keeper = Keeper(
-        service.pool, service.keystore, Lives(service.engine, service.pool), iams, service.clock,
+    refresher = Refresher(
+        service.pool, service.keystore, Lifecycle(service.engine, service.pool), iams, service.clock,
         lambda *asked: spent.append(asked[3]),
     )  # fmt: skip
     above = []
     for _ in range(rounds):
-        keepers.rows(1, "queued", 600, 0)
+        refreshers.rows(1, "queued", 600, 0)
         before, started = len(spent), time.perf_counter()
         while len(spent) == before:
-            keeper.turn()
+            refresher.run_once()
             time.sleep(0.0005)
         above.append(1000 * (time.perf_counter() - started - spent[-1]))
-    keeper.stopped = True
-    keeper.run()
+    refresher.stopped = True
+    refresher.run()
     return {
         "above_provider_ms": median(above),
         "provider_ms": 1000 * median(spent),
@@ -228,22 +228,22 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     wanted = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="minter-bench-") as folder:
-        keepers = Keepers(Path(folder))
+        refreshers = Keepers(Path(folder))
         try:
-            keepers.start()
-            control_changes.sync_providers(keepers.service.pool, ["iam"])
-            result: dict[str, object] = {"versions": versions(), "keepers": wanted.keepers}
-            result["one_refresh"] = one(keepers)
+            refreshers.start()
+            control_changes.sync_providers(refreshers.service.pool, ["iam"])
+            result: dict[str, object] = {"versions": versions(), "keepers": wanted.refreshers}
+            result["one_refresh"] = one(refreshers)
             print(result["one_refresh"], flush=True)
             result["budgets"] = []
             for per_second in wanted.budgets:
-                result["budgets"].append(budget(keepers, per_second, wanted.seconds, wanted.keepers))
+                result["budgets"].append(budget(refreshers, per_second, wanted.seconds, wanted.refreshers))
                 print(result["budgets"][-1], flush=True)
             if wanted.alive:
-                result["due"] = due(keepers, wanted.alive)
+                result["due"] = due(refreshers, wanted.alive)
                 print(result["due"], flush=True)
         finally:
-            keepers.stop()
+            refreshers.stop()
     if wanted.json:
         wanted.json.write_text(json.dumps(result, indent=2) + "\n")
 

@@ -167,9 +167,9 @@ class Metrics:
         """Count one HTTP response."""
         self._http_of(endpoint, status).inc()
 
-    def provider(self, provider: str, grant: str, outcome: str, seconds: float) -> None:
+    def provider(self, provider: str, planned: str, outcome: str, seconds: float) -> None:
         """Count one request to an external IAM."""
-        self._provider.labels(provider, grant, outcome).inc()
+        self._provider.labels(provider, planned, outcome).inc()
         self._provider_seconds.labels(provider).observe(seconds)
 
     def _count(self, outcomes: Iterable[Outcome]) -> None:
@@ -188,8 +188,8 @@ class Metrics:
             for refusal in outcome.refusals:
                 refusals[vo, refusal["error"]["reason"]] += 1
             what = "repeated" if outcome.repeated else "issued"
-            for grant in outcome.decision.grants if outcome.decision else ():
-                tokens[vo, what, grant.plan] += 1
+            for planned in outcome.decision.planned_tokens if outcome.decision else ():
+                tokens[vo, what, planned.plan] += 1
         for labels, count in requests.items():
             self._requests.labels(*labels).inc(count)
         for labels, count in refusals.items():

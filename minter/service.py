@@ -31,7 +31,7 @@ def clock_of(drill: settings.DrillSettings) -> Callable[[], datetime]:
     return lambda: origin + scale * (now() - origin)
 
 
-def calm_collector() -> None:
+def tune_gc() -> None:
     """Keep the garbage collector from walking what lives as long as the process: settings, modules."""
     gc.collect()
     gc.freeze()
@@ -62,7 +62,7 @@ class Service:
         self.pool = open_pool(loaded.dsn, loaded.settings.database.pool_size)
         self.keystore = Keystore(_Masters(loaded), lambda key_id: read_private_key(self.pool, key_id))
         self.engine = Engine(
-            recording.Store(self.pool, clock or now, self.keystore.seal_token),
+            recording.PostgresStore(self.pool, clock or now, self.keystore.seal_token),
             loaded.policy,
             self.keystore.unlock,
             new_uuid7,

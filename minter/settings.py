@@ -20,7 +20,7 @@ from minter.errors import SettingsError
 from minter.policy.clients import fits
 from minter.policy.exchanges import Exchange
 from minter.policy.plans import SEVERAL_STORAGES
-from minter.policy.routes import FTS, SHIPPED_RISK_ASSESSMENT, SHIPPED_ROUTES, Route
+from minter.policy.routes import SHIPPED_RISK_ASSESSMENT, SHIPPED_ROUTES, FTSInstance, Route
 from minter.policy.transfers import Policy
 from minter.providers.dialects import Provider
 from minter.storages.dialects import DIALECTS, AudienceForm
@@ -161,7 +161,7 @@ class Settings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     storages: tuple[Storage, ...] = ()
     rucio: tuple[RucioSettings, ...] = ()
     routes: tuple[Route, ...] = SHIPPED_ROUTES
-    fts: tuple[FTS, ...] = ()
+    fts: tuple[FTSInstance, ...] = ()
     providers: tuple[Provider, ...] = ()
     exchanges: tuple[Exchange, ...] = ()
     fts_events: tuple[FTSEventsSettings, ...] = ()
@@ -376,7 +376,7 @@ _KNOWN_KEYS = {
         RotationPolicy,
         Storage,
         Route,
-        FTS,
+        FTSInstance,
         Provider,
         Exchange,
         RSERule,

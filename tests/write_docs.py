@@ -5,7 +5,7 @@ import msgspec
 from minter import metrics, settings
 from minter.contract import operations
 from minter.policy.exchanges import Exchange
-from minter.policy.routes import FTS, Route
+from minter.policy.routes import FTSInstance, Route
 from minter.providers.dialects import PROVIDER_DIALECTS, Provider
 from minter.storages import dialects
 from minter.storages.directory import Endpoint, Storage
@@ -82,7 +82,7 @@ PARTS = {
     "[[rucio]]": settings.RucioSettings,
     "[[rucio.rses]]": RSERule,
     "[[routes]]": Route,
-    "[[fts]]": FTS,
+    "[[fts]]": FTSInstance,
     "[[exchanges]]": Exchange,
     "[[fts_events]]": settings.FTSEventsSettings,
     "[drill]": settings.DrillSettings,

@@ -21,11 +21,11 @@ from minter.contract import names
 from minter.database import partitions
 from minter.errors import InvalidRequest, MinterError
 from minter.metrics import Metrics, StateCollector, serve_process
-from minter.service import Service, calm_collector, load_settings
+from minter.service import Service, load_settings, tune_gc
 from minter.settings import Loaded
-from minter.tasks.lifecycle import Lives
+from minter.tasks.lifecycle import Lifecycle
 from minter.tokens.outcomes import Observed
-from workers.batching import Batcher, Suspects
+from workers.batching import MessageBatcher, RedeliveryCounts
 
 logger = logging.getLogger("minter.app")
 
@@ -85,7 +85,7 @@ class App(Celery):
 
     loaded: Loaded
     service: Service
-    batcher: Batcher
+    batcher: MessageBatcher
 
 
 def create_app(loaded: Loaded) -> App:
@@ -139,17 +139,17 @@ def _start(**_: Any) -> None:
     metrics = Metrics()
     app.service = service = Service(app.loaded, _observe(metrics))
     service.prepare()
-    calm_collector()
+    tune_gc()
     settings = app.loaded.settings
     with app.connection_for_write() as connection:
         declare(connection)
-    app.batcher = Batcher(
+    app.batcher = MessageBatcher(
         service.engine,
-        Lives(service.engine, service.pool),
+        Lifecycle(service.engine, service.pool),
         Publisher(app.connection_for_write()),
-        Suspects(
-            lambda digest: partitions.suspect(service.pool, digest),
-            lambda digest: partitions.acquit(service.pool, digest),
+        RedeliveryCounts(
+            lambda digest: partitions.count_redelivery(service.pool, digest),
+            lambda digest: partitions.clear_redelivery(service.pool, digest),
         ),
         service.clock,
         lambda stage: on_stage(stage),  # noqa: PLW0108 - looked up at each call: tests replace it

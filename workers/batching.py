@@ -34,7 +34,7 @@ from minter.errors import (
     UnknownClient,
 )
 from minter.tasks import answers, dispatch
-from minter.tasks.lifecycle import Lives
+from minter.tasks.lifecycle import Lifecycle
 from minter.tokens.mint import Engine
 from minter.tokens.outcomes import Outcome, Submission
 from workers import replies
@@ -51,13 +51,13 @@ MAX_EXTENSIONS = 16
 _arguments = msgspec.json.Decoder(tuple[list[Raw], dict[str, Raw], Raw])
 
 
-class Pending(Struct, eq=False):
+class PendingMessage(Struct, eq=False):
     """One message that waits to be served, and who sent it by the broker's word."""
 
     message: Any
     task: str
     client: str | None
-    suspect: bool = False
+    redelivery_count: bool = False
     tries: int = 0
     queued: list[Outgoing] = []
 
@@ -81,22 +81,22 @@ class Pending(Struct, eq=False):
         return text.encode("utf-8", "replace")[:255].decode("utf-8", "ignore")
 
 
-class Suspects(Struct, eq=False):
+class RedeliveryCounts(Struct, eq=False):
     """How often messages that came again were tried (`housekeeping.suspect`, `housekeeping.acquit`)."""
 
     count: Callable[[bytes], int]
-    acquit: Callable[[bytes], None]
+    clear: Callable[[bytes], None]
 
 
-class Batcher:
+class MessageBatcher:
     """Collects messages and serves them; lives on the consumer's thread."""
 
     def __init__(
         self,
         engine: Engine,
-        lives: Lives,
+        lifecycle: Lifecycle,
         publisher: Publisher,
-        suspects: Suspects,
+        suspects: RedeliveryCounts,
         clock: Callable[[], datetime],
         on_stage: Callable[[str], None] = lambda _: None,
         on_follow_up: Callable[[str, str], None] = lambda *_: None,
@@ -107,7 +107,7 @@ class Batcher:
         local_client: str | None = None,
     ) -> None:
         self.engine = engine
-        self.lives = lives
+        self.lifecycle = lifecycle
         self.publisher = publisher
         self.suspects = suspects
         self.clock = clock
@@ -122,7 +122,7 @@ class Batcher:
     def reset(self, timer: Any) -> None:
         """Start anew on a new connection: what waited on the old one will be delivered again."""
         self._timer = timer
-        self._waiting: list[Pending] = []
+        self._waiting: list[PendingMessage] = []
         self._bytes = 0
         self._armed = False
         self._retrying = False
@@ -134,8 +134,8 @@ class Batcher:
 
     def add(self, message: Any, task: str) -> None:
         """Take a message into the batch; serve it at once when a cap is reached."""
-        pending = Pending(message, task, self.client_of(message))
-        pending.suspect = bool(
+        pending = PendingMessage(message, task, self.client_of(message))
+        pending.redelivery_count = bool(
             (message.delivery_info or {}).get("redelivered") or pending.headers.get("x-delivery-count")
         )
         self._waiting.append(pending)
@@ -149,7 +149,7 @@ class Batcher:
 
     def reject(self, message: Any, error: MinterError) -> None:
         """Answer a message that is none of the public tasks, and keep it for the operators."""
-        self._condemn(Pending(message, "", self.client_of(message)), error)
+        self._dead_letter(PendingMessage(message, "", self.client_of(message)), error)
 
     def _arm(self, seconds: float, callback: Callable[..., None], *arguments: int) -> None:
         # Never hub.call_soon: from inside a callback it waits for the next poll, up to 2 s.
@@ -181,10 +181,10 @@ class Batcher:
         else:
             self._retrying, self._delay = False, FIRST_DELAY_SECONDS
 
-    def _serve_batch(self, batch: Sequence[Pending]) -> None:
+    def _serve_batch(self, batch: Sequence[PendingMessage]) -> None:
         try:
-            if batch[0].suspect:
-                self._serve_suspect(batch[0])
+            if batch[0].redelivery_count:
+                self._serve_redelivered(batch[0])
             else:
                 self._finish(self._mint(batch))
         except Unavailable:
@@ -200,9 +200,9 @@ class Batcher:
                 return
             logger.exception("a message failed alone, dead-lettered")
             cause = error if isinstance(error, MinterError) else ServerError("see the worker's log")
-            self._condemn(batch[0], cause)
+            self._dead_letter(batch[0], cause)
 
-    def _condemn(self, pending: Pending, why: MinterError) -> None:
+    def _dead_letter(self, pending: PendingMessage, why: MinterError) -> None:
         """Answer a message that cannot be served, and keep it on the dead-letter queue."""
         pending.queued = []
         failed = answers.failure(_request_id(pending.body), why)
@@ -215,7 +215,7 @@ class Batcher:
             if not pending.message.acknowledged:
                 pending.message.reject_log_error(logger, self.publisher.errors)
 
-    def _serve_suspect(self, pending: Pending) -> None:
+    def _serve_redelivered(self, pending: PendingMessage) -> None:
         """Serve a message that came again alone, counting the try before it, not after."""
         digest = sha256(f"{pending.client} {pending.task}".encode() + pending.body).digest()
         # Once for each delivery: waiting for Postgres is no try.
@@ -227,16 +227,16 @@ class Batcher:
                 f"the request stopped a worker at {pending.tries} deliveries; it is kept on "
                 f"{names.DEAD_LETTER_QUEUE} for the operators"
             )
-            self._condemn(pending, error)
+            self._dead_letter(pending, error)
         try:
-            self.suspects.acquit(digest)
+            self.suspects.clear(digest)
         except Unavailable:
             logger.warning("a message that was served is still counted as a suspect; beat forgets it")
 
-    def _mint(self, batch: Sequence[Pending]) -> list[tuple[Pending, Answer]]:
+    def _mint(self, batch: Sequence[PendingMessage]) -> list[tuple[PendingMessage, Answer]]:
         self.on_stage("received")
-        done: list[tuple[Pending, Answer]] = []
-        decoded: list[tuple[Pending, Submission]] = []
+        done: list[tuple[PendingMessage, Answer]] = []
+        decoded: list[tuple[PendingMessage, Submission]] = []
         for pending in batch:
             try:
                 made = self._decode(pending)
@@ -265,7 +265,7 @@ class Batcher:
                 done.append((pending, answer))
         return done
 
-    def _note(self, pending: Pending, answer: Answer, outcome: Outcome | None = None) -> None:
+    def _note(self, pending: PendingMessage, answer: Answer, outcome: Outcome | None = None) -> None:
         """Log the one event of a request, and count what is about an earlier one."""
         reason = answer.error["reason"] if answer.error else None
         done = "refused" if reason else "repeated" if outcome and outcome.repeated else "served"
@@ -284,7 +284,7 @@ class Batcher:
             changed=answer.changed or None,
         )
 
-    def _decode(self, pending: Pending) -> Submission | Answer:
+    def _decode(self, pending: PendingMessage) -> Submission | Answer:
         """Return what a message submits, or the answer where it is about an earlier request."""
         body = pending.body
         if len(body) > MAX_BODY_BYTES:
@@ -305,13 +305,13 @@ class Batcher:
         if len(values) != 1:
             raise InvalidRequest(f"{pending.task} takes one argument, the request; got {len(values)}")
         client, (argument,) = pending.client, values
-        made = dispatch.submission(self.lives, pending.task, client, argument)
+        made = dispatch.submission(self.lifecycle, pending.task, client, argument)
         if made is None or made.request.reply_queue is None:
             replies.check_reply_to(pending.message.properties.get("reply_to"), client)
-        return made or dispatch.follow_up(self.lives, pending.task, client, argument, self.clock())
+        return made or dispatch.follow_up(self.lifecycle, pending.task, client, argument, self.clock())
 
     def _finish(
-        self, done: Sequence[tuple[Pending, Answer]], dead: dict[int, MinterError] | None = None
+        self, done: Sequence[tuple[PendingMessage, Answer]], dead: dict[int, MinterError] | None = None
     ) -> None:
         """Publish the answers, wait for the confirms, then acknowledge."""
         outgoing: list[Outgoing] = []
@@ -341,11 +341,11 @@ class Batcher:
         acknowledge([pending.message for pending, _ in done], self.publisher.errors)
 
 
-def _take(waiting: Sequence[Pending], most: int) -> list[Pending]:
+def _take(waiting: Sequence[PendingMessage], most: int) -> list[PendingMessage]:
     """Return the next batch: one suspect, or the messages up to the next one."""
-    if waiting[0].suspect:
+    if waiting[0].redelivery_count:
         return [waiting[0]]
-    end = next((i for i, p in enumerate(waiting) if p.suspect), len(waiting))
+    end = next((i for i, p in enumerate(waiting) if p.redelivery_count), len(waiting))
     return list(waiting[: min(end, most)])
 
 

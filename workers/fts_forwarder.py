@@ -66,11 +66,11 @@ class Away(Unavailable):
     """FTS does not answer, or says that it cannot now: try again."""
 
 
-class Refused(RequestError):
+class JobRefused(RequestError):
     """FTS will never take this job as it is."""
 
 
-class TooLate(Refused):
+class TooLate(JobRefused):
     """The token for FTS has expired. An earlier try may have submitted the job, so nothing is undone."""
 
 
@@ -81,7 +81,7 @@ class Submitted(Struct, frozen=True):
     file_ids: tuple[int, ...]
 
 
-class FTS:
+class FTSClient:
     """FTS's REST interface, as far as submitting goes."""
 
     def __init__(self, url: str, *, ca: str | None = None, timeout_seconds: float = 60.0) -> None:
@@ -99,7 +99,9 @@ class FTS:
         if answer.status_code == httpx.codes.CONFLICT:
             job_id = self._job_id(bearer, str(params["sid"]))
             if not self._is_ours(job_id, bearer, made):
-                raise Refused(f"FTS has another job under the sid {params['sid']}; submit it under a new one")
+                raise JobRefused(
+                    f"FTS has another job under the sid {params['sid']}; submit it under a new one"
+                )
             logger.info("FTS has job %s already", job_id)
         else:
             job_id = uuid.UUID(_said(answer, "job_id"))
@@ -141,7 +143,7 @@ class FTS:
             return answer
         if answer.status_code not in _FINAL:
             raise Away(f"FTS answers {answer.status_code}")
-        raise Refused(f"FTS refuses the job ({answer.status_code}): {logs.redact(answer.text)[:300]}")
+        raise JobRefused(f"FTS refuses the job ({answer.status_code}): {logs.redact(answer.text)[:300]}")
 
 
 def _json(answer: httpx.Response) -> Any:
@@ -166,7 +168,7 @@ class Forwarder:
     """Takes one answer of the engine's to FTS, and tells the engine of it."""
 
     def __init__(
-        self, minter: MinterClient, fts: Mapping[str, FTS] | FTS, private_key: Mapping[str, Any] | None,
+        self, minter: MinterClient, fts: Mapping[str, FTSClient] | FTSClient, private_key: Mapping[str, Any] | None,
         now: Callable[[], float] = time.time,
     ) -> None:  # fmt: skip
         self._minter = minter
@@ -211,23 +213,23 @@ class Forwarder:
         )
         return submitted
 
-    def refused(self, answer: Answer, error: Refused) -> None:
+    def refused(self, answer: Answer, error: JobRefused) -> None:
         """Tell the engine of a job that FTS will not have; an expired one may run there already."""
         logs.event(logger, "job refused", request_id=answer.request_id, reason=error.reason, error=str(error))
         if answer.request_id is not None and not isinstance(error, TooLate):
             self._minter.cancel(uuid.UUID(answer.request_id))
 
-    def _service(self, bearer: TokenAnswer) -> FTS:
+    def _service(self, bearer: TokenAnswer) -> FTSClient:
         if bearer.exp <= self._now():
             raise TooLate("the token for FTS expired on the queue; renew the request")
-        if isinstance(self._fts, FTS):
+        if isinstance(self._fts, FTSClient):
             return self._fts
         if bearer.storage not in self._fts:
-            raise Refused(f"no URL of FTS {bearer.storage!r} was named with --fts")
+            raise JobRefused(f"no URL of FTS {bearer.storage!r} was named with --fts")
         return self._fts[bearer.storage]
 
 
-class Consumer:
+class JobConsumer:
     """Consumes one durable queue, one message at a time; start more processes for more at once."""
 
     def __init__(
@@ -263,7 +265,7 @@ class Consumer:
         channel = connection.channel()
         channel.basic_qos(0, 1, False)
         queue = kombu.Queue(self._queue, channel=channel, no_declare=True)
-        with kombu.Consumer(channel, [queue], on_message=self._take, accept=None):
+        with kombu.JobConsumer(channel, [queue], on_message=self._take, accept=None):
             while not self.stopped:
                 try:
                     connection.drain_events(timeout=1.0)
@@ -298,7 +300,7 @@ class Consumer:
         try:
             try:
                 submitted = self._forwarder.forward(answer, done)
-            except Refused as error:
+            except JobRefused as error:
                 self._forwarder.refused(answer, error)
                 self._count("refused")
                 message.reject()  # the operators may look at it, or send it again
@@ -340,14 +342,16 @@ def main(
         raise SettingsError("MINTER_BROKER_URL is not set; it names the broker and this client's user")
     private = msgspec.json.decode(key.read_bytes()) if key else None
     named = dict(entry.split("=", 1) for entry in fts if "=" in entry.partition("://")[0])
-    services = {name: FTS(address, ca=ca) for name, address in named.items()} or FTS(fts[0], ca=ca)
+    services = {name: FTSClient(address, ca=ca) for name, address in named.items()} or FTSClient(
+        fts[0], ca=ca
+    )
     registry = CollectorRegistry()
     jobs = new_counter(FTS_JOBS, registry)
     if metrics_port:
         serve(registry, "127.0.0.1", metrics_port, 1)
     with MinterClient(url, client, ca=ca) as minter:
         forwarder = Forwarder(minter, services, private)
-        consumer = Consumer(url, queue, forwarder, ca, lambda outcome: jobs.labels(outcome).inc())
+        consumer = JobConsumer(url, queue, forwarder, ca, lambda outcome: jobs.labels(outcome).inc())
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: setattr(consumer, "stopped", True))
         consumer.run()

@@ -24,7 +24,7 @@ from minter.fts.events import FTSEvent, read_event
 from minter.metrics import EVENTS, LAST_EVENT, new_counter, new_gauge, serve_process
 from minter.service import Service, load_settings
 from minter.settings import FTSEventsSettings
-from minter.tasks.lifecycle import Lives
+from minter.tasks.lifecycle import Lifecycle
 
 logger = logging.getLogger("minter.events")
 
@@ -137,11 +137,11 @@ class Source:
         return str(self._folder / name) if name else None
 
 
-class Consumer:
+class EventConsumer:
     """Notes messages in batches, in the order in which they came."""
 
-    def __init__(self, lives: Lives, registry: CollectorRegistry, clock: Any) -> None:
-        self._lives = lives
+    def __init__(self, lifecycle: Lifecycle, registry: CollectorRegistry, clock: Any) -> None:
+        self._lifecycle = lifecycle
         self._clock = clock
         self._count = new_counter(EVENTS, registry)
         self._last = new_gauge(LAST_EVENT, registry)
@@ -209,7 +209,7 @@ class Consumer:
             else:
                 outcomes.append((vo, "nothing", 1))
         for vo, events in by_vo.items():
-            changed, unknown = self._lives.events(vo, events, self._clock())
+            changed, unknown = self._lifecycle.events(vo, events, self._clock())
             outcomes += [(vo, "noted", len(events) - unknown), (vo, "unknown", unknown)]
             logs.event(logger, "events noted", vo=vo, events=len(events), unknown=unknown, changed=changed)
         for vo, outcome, count in outcomes:
@@ -232,7 +232,7 @@ def main() -> None:
     logging.getLogger("stomp.py").setLevel(logging.WARNING)  # its debug lines show passwords and bodies
     service = Service(load_settings())
     registry = CollectorRegistry()
-    consumer = Consumer(Lives(service.engine, service.pool), registry, service.clock)
+    consumer = EventConsumer(Lifecycle(service.engine, service.pool), registry, service.clock)
     sources = [
         Source(wanted, address, service.loaded.folder, password, consumer.queue)
         for wanted in service.loaded.settings.fts_events

@@ -10,10 +10,10 @@ from minter.broker.publisher import Publisher, connect
 from minter.errors import SettingsError, Unavailable
 from minter.metrics import Metrics, serve_process
 from minter.refresher.notifications import Push
-from minter.refresher.refresher import Keeper
+from minter.refresher.refresher import Refresher
 from minter.service import Service, load_settings
 from minter.settings import Loaded
-from minter.tasks.lifecycle import Lives
+from minter.tasks.lifecycle import Lifecycle
 from workers import replies
 
 logger = logging.getLogger("minter.keeper")
@@ -56,21 +56,21 @@ def main() -> None:
     if not iams:
         raise SettingsError("no [[providers]] in the settings: there is nothing to keep")
     serve_process(metrics.registry, service.loaded.settings.metrics)
-    lives = Lives(service.engine, service.pool)
+    lifecycle = Lifecycle(service.engine, service.pool)
     send = Sender(service.loaded) if service.loaded.broker_url else None
     scale = service.loaded.settings.drill.time_scale
-    keeper = Keeper(
-        service.pool, service.keystore, lives, iams, service.clock, metrics.provider, send, scale,
+    refresher = Refresher(
+        service.pool, service.keystore, lifecycle, iams, service.clock, metrics.provider, send, scale,
         checks_clock=scale == 1,
     )  # fmt: skip
 
     def stop(*_: Any) -> None:
-        keeper.stopped = True
+        refresher.stopped = True
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
     logger.info("keeping tokens of %s", ", ".join(iams))
-    keeper.run()
+    refresher.run()
 
 
 if __name__ == "__main__":

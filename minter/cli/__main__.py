@@ -123,7 +123,7 @@ def drill_command(
     budget: Annotated[float, typer.Option(help="Requests a second that the provider may see.")] = 1.0,
     skew_seconds: Annotated[int, typer.Option(help="How wrong the provider's clock is in the outage.")] = 0,
     scale: Annotated[float, typer.Option(help="How much faster than real time.")] = 240.0,
-    keepers: Annotated[int, typer.Option(help="Keeper processes.")] = 2,
+    refreshers: Annotated[int, typer.Option(help="Keeper processes.")] = 2,
     output: Annotated[Path, typer.Option(help="The plot, SVG.")] = Path("drill.svg"),
     as_json: AsJson = False,
 ) -> None:
@@ -132,9 +132,9 @@ def drill_command(
         {
             "mode": mode, "fault": fault, "share": share, "transfers": transfers, "hours": hours,
             "outage_from_hours": outage_from, "outage_hours": outage_hours, "budget": budget,
-            "skew_seconds": skew_seconds, "scale": scale, "keepers": keepers,
+            "skew_seconds": skew_seconds, "scale": scale, "keepers": refreshers,
         },
-        drill.Plan,
+        drill.DrillPlan,
     )  # fmt: skip
     report = drill.rehearse(plan)
     drill.plot(report, output)

@@ -24,7 +24,7 @@ from minter.client import FileRequest, FilledJob, MinterClient, Token
 from minter.contract.messages import FillRequest
 from minter.database import traces
 from minter.database.connection import read_control, read_keys, transaction
-from minter.database.traces import Story
+from minter.database.traces import TraceRecord
 from minter.errors import MinterError
 from minter.fts.jobs import from_fill
 from minter.local.stack import Stack
@@ -109,7 +109,7 @@ class Verifier:
         claims: dict[str, Any] = json.loads(verified.payload)
         return claims
 
-    def rows(self, request_id: Any) -> dict[str, Story]:
+    def rows(self, request_id: Any) -> dict[str, TraceRecord]:
         """Return the recorded tokens of a request by jti."""
         found, _ = traces.find_request(self._service.pool, request_id)
         return {str(one.jti): one for one in found}
@@ -125,7 +125,7 @@ class Demo:
         self.jobs = list(read_jobs(jobs_folder))
         self.failures: list[str] = []
         self.verified = 0
-        self.tokens: list[tuple[Story, dict[str, Any]]] = []
+        self.tokens: list[tuple[TraceRecord, dict[str, Any]]] = []
 
     def run(self) -> int:
         """Run it; return 0 if every token and job stood every check."""
@@ -214,8 +214,8 @@ class Demo:
         for _, c in self.tokens:
             names = " ".join(sorted({w.partition(":")[0] for w in c["scope"].split(" ")}))
             groups.setdefault(names, []).append(c["exp"] - c["iat"])
-        for names, lives in sorted(groups.items()):
-            operations.add_row(names, str(len(lives)), _hours(min(lives), max(lives)))
+        for names, lifecycle in sorted(groups.items()):
+            operations.add_row(names, str(len(lifecycle)), _hours(min(lifecycle), max(lifecycle)))
         self.console.print(operations)
 
     def _refusals(self, filled: Sequence[FilledJob | MinterError]) -> None:

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from minter.database import connection, live_tokens
-from minter.database.traces import Story
+from minter.database.traces import TraceRecord
 from minter.errors import InvalidRequest, MinterError, SettingsError, Unavailable
 from minter.policy.clients import Ban
 from minter.service import Service, load_settings
@@ -97,7 +97,7 @@ def read_object(path: Path, what: str) -> dict[str, Any]:
     return job
 
 
-def story_table(found: Sequence[Story]) -> Table:
+def story_table(found: Sequence[TraceRecord]) -> Table:
     """Return the stories of tokens for a person: who asked, why it was granted, what became of it."""
     return as_table(
         f"{len(found)} tokens",
@@ -122,7 +122,7 @@ def story_table(found: Sequence[Story]) -> Table:
     )  # fmt: skip
 
 
-def _fate(one: Story) -> str:
+def _fate(one: TraceRecord) -> str:
     said = [one.state]
     if one.active_at:
         said.append(f"active {one.active_at:%F %T}")
@@ -140,7 +140,7 @@ def show_living(service: Service, as_json: bool, done: str, what: Ban) -> None:
     living = live_tokens.under(service.pool, what.kind, what.value, what.vo, service.clock())
     most = MOST_LISTED if as_json else MOST_SHOWN
     storages: Counter[str] = Counter()
-    found: list[live_tokens.Living] = []
+    found: list[live_tokens.LiveTokenRow] = []
     until = 0
     for token in living:
         storages[token.storage] += 1

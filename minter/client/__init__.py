@@ -1,34 +1,34 @@
 """The Python client: over HTTP as it is, over AMQP with the `amqp` extra."""
 
 from minter.client.client import (
-    Alive,
-    Awaited,
     Changed,
     FileOperation,
     FileReport,
     FileRequest,
     FilledJob,
     JobReport,
+    LiveToken,
     MinterClient,
     MinterError,
     MintResult,
+    Pending,
     Refusal,
     Token,
     new_request_id,
 )
 
 __all__ = [
-    "Alive",
-    "Awaited",
     "Changed",
     "FileOperation",
     "FileReport",
     "FileRequest",
     "FilledJob",
     "JobReport",
+    "LiveToken",
     "MintResult",
     "MinterClient",
     "MinterError",
+    "Pending",
     "Refusal",
     "Token",
     "new_request_id",

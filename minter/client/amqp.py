@@ -166,7 +166,7 @@ class AmqpTransport:
             answer = structs.replace(
                 answer,
                 tokens=[t for a in arrived.values() for t in a.tokens],
-                awaited=[w for a in arrived.values() for w in a.awaited],
+                pending=[w for a in arrived.values() for w in a.pending],
                 refusals=[r for a in arrived.values() for r in a.refusals],
             )
         self._answers[correlation_id] = answer

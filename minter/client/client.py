@@ -30,11 +30,11 @@ from minter.contract.followups import (
 )
 from minter.contract.messages import (
     MAX_FILES,
-    Alive,
     Answer,
     FileOperation,
     FileRequest,
     FillRequest,
+    LiveToken,
     MintRequest,
     TokenAnswer,
 )
@@ -42,12 +42,24 @@ from minter.contract.names import CANCEL, FETCH, FILL_JOB, MINT, RENEW, REPORT
 from minter.errors import InvalidRequest, MinterError, SettingsError, Unavailable, from_dict
 
 __all__ = [
-    "Alive", "Awaited", "Changed", "FileOperation", "FileReport", "FileRequest", "FilledJob", "JobReport",
-    "MintResult", "MinterClient", "MinterError", "Refusal", "Token", "new_request_id",
+    "Changed",
+    "FileOperation",
+    "FileReport",
+    "FileRequest",
+    "FilledJob",
+    "JobReport",
+    "LiveToken",
+    "MintResult",
+    "MinterClient",
+    "MinterError",
+    "Pending",
+    "Refusal",
+    "Token",
+    "new_request_id",
 ]  # fmt: skip
 
 DEFAULT_TIMEOUT_SECONDS = 60.0
-AWAIT_SECONDS = 0.2
+PENDING_POLL_SECONDS = 0.2
 
 
 def new_request_id() -> uuid.UUID:
@@ -92,7 +104,7 @@ class Refusal(Struct, frozen=True):
     error: MinterError
 
 
-class Awaited(Struct, frozen=True):
+class Pending(Struct, frozen=True):
     """A provider's token that is not there yet; fetch it by its handle, which is no secret."""
 
     file: int
@@ -109,7 +121,7 @@ class MintResult(Struct, frozen=True):
     request_ids: tuple[uuid.UUID, ...]
     tokens: tuple[Token, ...]
     refusals: tuple[Refusal, ...]
-    awaited: tuple[Awaited, ...] = ()
+    pending: tuple[Pending, ...] = ()
 
 
 class FilledJob(Struct, frozen=True):
@@ -136,7 +148,7 @@ class Changed(Struct, frozen=True):
 
     tokens: int
     unknown: tuple[str, ...]
-    alive: tuple[Alive, ...]
+    alive: tuple[LiveToken, ...]
 
 
 Progress = Callable[[int, int], None]
@@ -306,11 +318,11 @@ class MinterClient:
     def _complete(self, request: FillRequest, answer: Answer) -> Answer:
         """Send a request again until the tokens of providers are there, or it takes too long."""
         until = time.monotonic() + self._timeout_seconds
-        while answer.awaited:
+        while answer.pending:
             if time.monotonic() > until:
-                error = Unavailable(f"{len(answer.awaited)} tokens of providers are not there yet; ask again")
+                error = Unavailable(f"{len(answer.pending)} tokens of providers are not there yet; ask again")
                 return Answer(request_id=answer.request_id, error=error.as_dict())
-            time.sleep(AWAIT_SECONDS)
+            time.sleep(PENDING_POLL_SECONDS)
             (answer,) = self.ask(FILL_JOB, [request])
         return answer
 
@@ -418,7 +430,7 @@ def _chunks(files: Iterable[FileRequest], size: int) -> Iterator[tuple[FileReque
 def _result(requests: Sequence[MintRequest], answers: Sequence[Answer], *, whole: bool = True) -> MintResult:
     tokens: list[Token] = []
     refusals: list[Refusal] = []
-    awaited: list[Awaited] = []
+    pending: list[Pending] = []
     first = 0
     for request, answer in zip(requests, answers, strict=True):
         if answer.error is not None:
@@ -428,22 +440,22 @@ def _result(requests: Sequence[MintRequest], answers: Sequence[Answer], *, whole
             refusals += [Refusal(first + n, "request", -1, error) for n in range(len(request.files))]
         tokens += sorted((Token(t, first) for t in answer.tokens), key=lambda t: (t.file, t.side, t.index))
         refusals += [Refusal(r.file + first, r.side, r.index, from_dict(r.error)) for r in answer.refusals]
-        awaited += _awaited(answer, first)
+        pending += _pending(answer, first)
         first += len(request.files)
     ids = tuple(r.request_id for r in requests)
-    return MintResult(ids, tuple(tokens), tuple(refusals), tuple(awaited))
+    return MintResult(ids, tuple(tokens), tuple(refusals), tuple(pending))
 
 
-def _awaited(answer: Answer, first: int = 0) -> Iterator[Awaited]:
-    for a in answer.awaited:
-        yield Awaited(a.file + first, a.side, a.index, a.storage, a.scope, a.handle)
+def _pending(answer: Answer, first: int = 0) -> Iterator[Pending]:
+    for a in answer.pending:
+        yield Pending(a.file + first, a.side, a.index, a.storage, a.scope, a.handle)
 
 
 def _minted(request_id: uuid.UUID | None, answer: Answer) -> MintResult:
     tokens = sorted(map(Token, answer.tokens), key=lambda t: (t.file, t.side, t.index))
     refusals = [Refusal(r.file, r.side, r.index, from_dict(r.error)) for r in answer.refusals]
     ids = (request_id,) if request_id else ()
-    return MintResult(ids, tuple(tokens), tuple(refusals), tuple(_awaited(answer)))
+    return MintResult(ids, tuple(tokens), tuple(refusals), tuple(_pending(answer)))
 
 
 def _shifted(where: str, start: int) -> str:

@@ -134,7 +134,7 @@ class TokenAnswer(Struct, frozen=True):
         return f"TokenAnswer({self.jti}, file={self.file}, {self.side}[{self.index}])"
 
 
-class AwaitedToken(Struct, frozen=True):
+class PendingToken(Struct, frozen=True):
     """A provider's token that is not there yet: to be fetched by its handle, which is no secret."""
 
     file: int
@@ -154,7 +154,7 @@ class RefusedNeed(Struct, frozen=True):
     error: dict[str, Any]
 
 
-class Alive(Struct, frozen=True):
+class LiveToken(Struct, frozen=True):
     """A cancelled token that works until it expires; `exp` is a NumericDate."""
 
     jti: str
@@ -165,7 +165,7 @@ class Alive(Struct, frozen=True):
 class Answer(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The answer to every task (schemas/answer.json).
 
-    `error` is set when the whole request is refused. `awaited` are tokens of providers that are not there
+    `error` is set when the whole request is refused. `pending` are tokens of providers that are not there
     yet; a job with any of them is filled when the same request is sent again. `job`, `refused` and
     `bearer` come with a filled job. `changed` counts the tokens that a report or a cancellation changed,
     `unknown` has the places of what it named and nobody knows, `alive` what works on. A large answer
@@ -174,7 +174,7 @@ class Answer(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     request_id: str | None = None
     tokens: list[TokenAnswer] = []
-    awaited: list[AwaitedToken] = []
+    pending: list[PendingToken] = []
     refusals: list[RefusedNeed] = []
     error: dict[str, Any] | None = None
     job: dict[str, Any] | None = None
@@ -183,7 +183,7 @@ class Answer(Struct, frozen=True, kw_only=True, omit_defaults=True):
     bearer: TokenAnswer | None = None
     changed: int = 0
     unknown: list[str] = []
-    alive: list[Alive] = []
+    alive: list[LiveToken] = []
     part: int = 0
     parts: int = 1
 

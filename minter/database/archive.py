@@ -23,7 +23,7 @@ from sqlalchemy.engine import Engine as Pool
 from minter.contract.messages import unix_time
 from minter.database.connection import one, transaction
 from minter.database.partitions import bounds, day_of
-from minter.database.traces import AROUND, COLUMNS, USES, Refusals, Story, matches, story, wanted
+from minter.database.traces import AROUND, COLUMNS, USES, Refusals, TraceRecord, matches, story, wanted
 from minter.errors import SettingsError, Unavailable
 from minter.policy.limits import LAST_EXPIRY
 
@@ -41,11 +41,11 @@ uses of a day are of tokens of that day or before.
 """
 
 _encode = msgspec.json.Encoder().encode
-_story = msgspec.json.Decoder(Story).decode
+_story = msgspec.json.Decoder(TraceRecord).decode
 _refused = msgspec.json.Decoder(Refusals).decode
 
 
-def due(engine: Pool, now: datetime, retention_days: int) -> list[tuple[Kind, date]]:
+def due(pool: Pool, now: datetime, retention_days: int) -> list[tuple[Kind, date]]:
     """Return what is due, oldest first: tokens that expired `retention_days` ago, and requests.
 
     A request_id may be used for `retention_days`, and its request belongs to its tokens' stories,
@@ -56,30 +56,30 @@ def due(engine: Pool, now: datetime, retention_days: int) -> list[tuple[Kind, da
         "requests": (now - timedelta(days=2 * retention_days) - LAST_EXPIRY).date(),
     }
     return sorted(
-        {(kind, day) for table, day, _ in _partitions(engine) for kind in _kinds(table) if day <= last[kind]},
+        {(kind, day) for table, day, _ in _partitions(pool) for kind in _kinds(table) if day <= last[kind]},
         key=lambda x: (x[1], x[0]),
     )
 
 
-def archive_day(engine: Pool, folder: Path, kind: Kind, day: date) -> tuple[Path, int]:
+def archive_day(pool: Pool, folder: Path, kind: Kind, day: date) -> tuple[Path, int]:
     """Write one day's file, then detach and drop its partitions; return the file and its lines.
 
     Raises SettingsError if the folder cannot be written, Unavailable as the database does.
     """
     path = folder / f"{kind}-{day:%Y%m%d}.jsonl.gz"
     with _alone(folder):
-        return path, _archive(engine, path, kind, day)
+        return path, _archive(pool, path, kind, day)
 
 
-def _archive(engine: Pool, path: Path, kind: Kind, day: date) -> int:
-    present = {table: attached for table, that, attached in _partitions(engine) if that == day}
+def _archive(pool: Pool, path: Path, kind: Kind, day: date) -> int:
+    present = {table: attached for table, that, attached in _partitions(pool) if that == day}
     held = sum(1 for _ in _lines(path)) if path.exists() else 0
     if kind in present and all(present.get(table, True) for table in TABLES[kind]):
-        with transaction(engine) as connection:
+        with transaction(pool) as connection:
             (there,) = one(connection.execute(_COUNTS[kind], bounds(day)))
         if held > there > 0:
             raise Unavailable(f"archive {path} has {held} lines and the database {there}; move the file away")
-        count = held if held >= there and held else _write(engine, path, kind, day)
+        count = held if held >= there and held else _write(pool, path, kind, day)
     elif kind in present and not path.exists():  # somebody else detached it: what it holds is in no file
         raise Unavailable(
             f"a partition of {kind} of {day} is detached, and {path} is not there; attach it again"
@@ -87,13 +87,13 @@ def _archive(engine: Pool, path: Path, kind: Kind, day: date) -> int:
     else:
         count = held
     if kind == "requests":
-        with transaction(engine) as connection:
+        with transaction(pool) as connection:
             connection.execute(
                 "DELETE FROM jobs WHERE reported_at < %s", (datetime.combine(day, time(), UTC),)
             )
     for table in TABLES[kind]:
         if table in present:
-            _remove(engine, table, f"{table}_{day:%Y%m%d}", attached=present[table])
+            _remove(pool, table, f"{table}_{day:%Y%m%d}", attached=present[table])
     return count
 
 
@@ -116,10 +116,10 @@ def _alone(folder: Path) -> Iterator[None]:
 
 def find(
     folder: Path, by: str, value: object, since: datetime, until: datetime, limit: int = 100
-) -> list[Story]:
+) -> list[TraceRecord]:
     """Find tokens in archives as `stories.find` does in the database, newest day first."""
     held = wanted(by, value)
-    found: list[Story] = []
+    found: list[TraceRecord] = []
     # A use's story is in the file of its token's day.
     for path in reversed(_files(folder, "tokens", since - LAST_EXPIRY, until)):
         found += [
@@ -130,7 +130,7 @@ def find(
     return found
 
 
-def find_request(folder: Path, request_id: UUID, until: datetime) -> tuple[list[Story], list[Refusals]]:
+def find_request(folder: Path, request_id: UUID, until: datetime) -> tuple[list[TraceRecord], list[Refusals]]:
     """Find a request in the archives of its day, and its tokens there or later: it may have come late."""
     sent = datetime.fromtimestamp(unix_time(request_id), UTC)
     refusals = [
@@ -139,7 +139,7 @@ def find_request(folder: Path, request_id: UUID, until: datetime) -> tuple[list[
         for one in map(_refused, _lines(path))
         if one.request_id == request_id
     ]
-    found: list[Story] = []
+    found: list[TraceRecord] = []
     for path in _files(folder, "tokens", sent - LAST_EXPIRY, until):
         if found and path.name > f"tokens-{found[0].issued_at:%Y%m%d}.jsonl.gz":
             break  # a request's tokens and uses are of one moment, what it used was made before
@@ -161,9 +161,9 @@ def _kinds(table: str) -> list[Kind]:
     return [kind for kind, tables in TABLES.items() if table in tables]
 
 
-def _partitions(engine: Pool) -> list[tuple[str, date, bool]]:
+def _partitions(pool: Pool) -> list[tuple[str, date, bool]]:
     """Return the daily partitions, attached or not, as (table, day, attached)."""
-    with transaction(engine) as connection:
+    with transaction(pool) as connection:
         rows = connection.execute(
             "SELECT c.relname, EXISTS (SELECT FROM pg_inherits i"
             " WHERE i.inhrelid = c.oid AND NOT i.inhdetachpending)"
@@ -173,7 +173,7 @@ def _partitions(engine: Pool) -> list[tuple[str, date, bool]]:
     return [(name.rpartition("_")[0], day_of(name), attached) for name, attached in rows]
 
 
-def _write(engine: Pool, path: Path, kind: Kind, day: date) -> int:
+def _write(pool: Pool, path: Path, kind: Kind, day: date) -> int:
     """Write the file and bring it to the disk, under its name only when it is whole."""
     partial = path.with_suffix(".partial")
     count = 0
@@ -181,7 +181,7 @@ def _write(engine: Pool, path: Path, kind: Kind, day: date) -> int:
         with (
             os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o640), "wb") as file,
             gzip.GzipFile(fileobj=file, mode="wb", mtime=0) as packed,
-            transaction(engine) as connection,
+            transaction(pool) as connection,
         ):
             # One snapshot: what is reported meanwhile is all in the file, or in none of it.
             connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
@@ -227,9 +227,9 @@ _COUNTS: dict[Kind, str] = {
 }
 
 
-def _remove(engine: Pool, table: str, partition: str, *, attached: bool) -> None:
+def _remove(pool: Pool, table: str, partition: str, *, attached: bool) -> None:
     """Detach a partition without blocking anybody, then drop it."""
-    with transaction(engine) as connection:
+    with transaction(pool) as connection:
         connection.autocommit = True  # CONCURRENTLY runs in no transaction
         pending = connection.execute(
             "SELECT FROM pg_inherits WHERE inhrelid = %s::regclass AND inhdetachpending", (partition,)

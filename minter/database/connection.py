@@ -40,10 +40,10 @@ def open_pool(dsn: str, size: int = 2) -> Pool:
 
 
 @contextmanager
-def transaction(engine: Pool) -> Iterator["psycopg.Connection[Any]"]:
+def transaction(pool: Pool) -> Iterator["psycopg.Connection[Any]"]:
     """Yield a driver connection in a transaction; raises Unavailable for what will pass."""
     try:
-        pooled = engine.raw_connection()
+        pooled = pool.raw_connection()
     except _PASSING as error:
         raise Unavailable(f"Postgres cannot be reached ({type(error).__name__})") from error
     driver: psycopg.Connection[Any] = pooled.driver_connection  # type: ignore[assignment]
@@ -224,9 +224,9 @@ def read_keys(connection: "psycopg.Connection[Any]") -> list[Key]:
     return [Key(*row) for row in rows]
 
 
-def read_private_key(engine: Pool, key_id: int) -> bytes | None:
+def read_private_key(pool: Pool, key_id: int) -> bytes | None:
     """Return the encrypted private half of a key, None once it was destroyed."""
-    with transaction(engine) as connection:
+    with transaction(pool) as connection:
         row = connection.execute(
             "SELECT private_key FROM signing_keys WHERE key_id = %s", (key_id,)
         ).fetchone()
@@ -237,9 +237,9 @@ _LARGE_ROWS = 1_000_000
 """Above this, living tokens are counted in a sample of 1 %."""
 
 
-def count_living(engine: Pool, now: datetime, soon: timedelta) -> dict[str, tuple[int, int]]:
+def count_living(pool: Pool, now: datetime, soon: timedelta) -> dict[str, tuple[int, int]]:
     """Count, by VO, the tokens that have not expired, and those that do so `soon`."""
-    with transaction(engine) as connection:
+    with transaction(pool) as connection:
         (size,) = one(
             connection.execute(
                 "SELECT coalesce(sum(c.reltuples), 0) FROM pg_inherits i"

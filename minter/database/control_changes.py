@@ -16,10 +16,10 @@ from minter.policy.clients import Ban, Client
 
 @contextmanager
 def controlling(
-    engine: Pool, actor: str, action: str, subject: str, details: Mapping[str, object]
+    pool: Pool, actor: str, action: str, subject: str, details: Mapping[str, object]
 ) -> Iterator["psycopg.Connection[Any]"]:
     """Change a control table: alone, and audited in the same transaction (I8, I9)."""
-    with transaction(engine) as connection:
+    with transaction(pool) as connection:
         connection.execute("SELECT pg_advisory_xact_lock(%s)", (CONTROL_LOCK,))
         yield connection
         connection.execute(
@@ -28,7 +28,7 @@ def controlling(
         )
 
 
-def sync_catalogue(engine: Pool, issuers: Mapping[str, str], wanted: Mapping[tuple[str, str], object]) -> int:
+def sync_catalogue(pool: Pool, issuers: Mapping[str, str], wanted: Mapping[tuple[str, str], object]) -> int:
     """Bring issuers and storages of the settings into rows that outlive them; return the changes.
 
     `wanted` has what the settings say of each storage and FTS, as JSON values, by (VO, name).
@@ -36,7 +36,7 @@ def sync_catalogue(engine: Pool, issuers: Mapping[str, str], wanted: Mapping[tup
     A VO never changes its `iss` (§2.1: sub is unique in it); a storage no longer in the settings
     is kept, marked retired, for what was issued on it.
     """
-    with transaction(engine) as connection:
+    with transaction(pool) as connection:
         known_issuers = dict(connection.execute("SELECT vo, iss FROM issuers").fetchall())
         rows = connection.execute(
             "SELECT vo, name, definition, retired_at IS NOT NULL FROM storages"
@@ -48,7 +48,7 @@ def sync_catalogue(engine: Pool, issuers: Mapping[str, str], wanted: Mapping[tup
     if not (new or changed or gone):
         return 0
     details = {"issuers": sorted(new), "changed": len(changed), "retired": len(gone)}
-    with controlling(engine, "settings", "catalogue", "settings", details) as connection:
+    with controlling(pool, "settings", "catalogue", "settings", details) as connection:
         for vo, iss in new.items():
             connection.execute(
                 "INSERT INTO issuers (vo, iss) VALUES (%s, %s) ON CONFLICT DO NOTHING", (vo, iss)
@@ -67,9 +67,9 @@ def sync_catalogue(engine: Pool, issuers: Mapping[str, str], wanted: Mapping[tup
     return len(new) + len(changed) + len(gone)
 
 
-def sync_providers(engine: Pool, names: Iterable[str]) -> None:
+def sync_providers(pool: Pool, names: Iterable[str]) -> None:
     """Give each provider of the settings its row; one that left them keeps it."""
-    with transaction(engine) as connection:
+    with transaction(pool) as connection:
         for name in sorted(names):
             connection.execute(
                 "INSERT INTO providers (name, due_at) SELECT %(name)s, now()"
@@ -78,15 +78,15 @@ def sync_providers(engine: Pool, names: Iterable[str]) -> None:
             )
 
 
-def set_subject(engine: Pool, name: str, subject: Mapping[str, Any], actor: str) -> None:
+def set_subject(pool: Pool, name: str, subject: Mapping[str, Any], actor: str) -> None:
     """Store the token that a client is represented by at a provider; `subject` are columns of `clients`."""
     shown = {k: str(v) for k, v in subject.items() if k != "subject_token"}
-    with controlling(engine, actor, "client.subject_token", name, shown) as tx:
+    with controlling(pool, actor, "client.subject_token", name, shown) as tx:
         for column, value in subject.items():
             _update(tx, name, f"{column} = %s", value)
 
 
-def add_client(engine: Pool, client: Client, actor: str) -> int:
+def add_client(pool: Pool, client: Client, actor: str) -> int:
     """Register a client; return its client_id. Raises psycopg's UniqueViolation as UnknownClient."""
     details = {
         "vo": client.vo, "operations": sorted(client.operations), "paths": client.paths,
@@ -94,7 +94,7 @@ def add_client(engine: Pool, client: Client, actor: str) -> int:
         "audiences": client.audiences, "scopes": client.scopes, "groups": client.groups,
     }  # fmt: skip
     try:
-        with controlling(engine, actor, "client.add", client.name, details) as connection:
+        with controlling(pool, actor, "client.add", client.name, details) as connection:
             row = connection.execute(
                 "INSERT INTO clients (name, vo, sub, operations, paths, max_lifetime_seconds,"
                 " reply_queues, jwe_key, default_audience, audiences, scopes, groups)"
@@ -122,24 +122,24 @@ def add_client(engine: Pool, client: Client, actor: str) -> int:
 _KEYS = ("jwe_key", "auth_key")
 
 
-def change_client(engine: Pool, name: str, changes: Mapping[str, Any], actor: str) -> None:
+def change_client(pool: Pool, name: str, changes: Mapping[str, Any], actor: str) -> None:
     """Change a client's limits, queues or key; `changes` are columns of `clients`."""
     shown = {k: bool(v) if k in _KEYS else v for k, v in changes.items()}
-    with controlling(engine, actor, "client.change", name, shown) as tx:
+    with controlling(pool, actor, "client.change", name, shown) as tx:
         for column, value in changes.items():
             _update(tx, name, f"{column} = %s", Jsonb(value) if column in _KEYS and value else value)
 
 
-def disable_client(engine: Pool, name: str, actor: str, *, disabled: bool) -> None:
+def disable_client(pool: Pool, name: str, actor: str, *, disabled: bool) -> None:
     """Refuse all that a client asks, from the next transaction on, or take it back."""
-    with controlling(engine, actor, "client.disable" if disabled else "client.enable", name, {}) as tx:
+    with controlling(pool, actor, "client.disable" if disabled else "client.enable", name, {}) as tx:
         _update(tx, name, "disabled_at = CASE WHEN %s THEN now() END", disabled)
 
 
-def set_secret(engine: Pool, name: str, hashed: bytes, keep_old: timedelta, actor: str) -> None:
+def set_secret(pool: Pool, name: str, hashed: bytes, keep_old: timedelta, actor: str) -> None:
     """Give a client a new secret; the one before is taken for `keep_old` more."""
     with controlling(
-        engine, actor, "client.secret", name, {"keep_old_seconds": keep_old.total_seconds()}
+        pool, actor, "client.secret", name, {"keep_old_seconds": keep_old.total_seconds()}
     ) as tx:
         _update(
             tx,
@@ -151,9 +151,9 @@ def set_secret(engine: Pool, name: str, hashed: bytes, keep_old: timedelta, acto
         )
 
 
-def secrets_key(engine: Pool, vo: str, fresh: bytes) -> bytes:
+def secrets_key(pool: Pool, vo: str, fresh: bytes) -> bytes:
     """Return the encrypted key that hashes a VO's client secrets; `fresh` becomes it if there is none."""
-    with transaction(engine) as connection:
+    with transaction(pool) as connection:
         connection.execute(
             "UPDATE issuers SET secrets_key = %s WHERE vo = %s AND secrets_key IS NULL", (fresh, vo)
         )
@@ -172,11 +172,11 @@ def _update(tx: "psycopg.Connection[Any]", name: str, change: str, *values: obje
         raise UnknownClient(f"client {name!r} is not registered; run: minter clients list")
 
 
-def add_ban(engine: Pool, ban: Ban, reason: str, actor: str) -> None:
+def add_ban(pool: Pool, ban: Ban, reason: str, actor: str) -> None:
     """Ban, from the next transaction on; raises InvalidRequest if it is in force already."""
     details = {"kind": ban.kind, "value": ban.value, "vo": ban.vo, "reason": reason}
     try:
-        with controlling(engine, actor, "ban", ban.value, details) as tx:
+        with controlling(pool, actor, "ban", ban.value, details) as tx:
             tx.execute("INSERT INTO bans (kind, value, vo, reason) VALUES (%s, %s, %s, %s)", (*ban, reason))
     except psycopg.errors.UniqueViolation as error:
         raise InvalidRequest(f"{ban.kind} {ban.value!r} is banned already") from error
@@ -184,9 +184,9 @@ def add_ban(engine: Pool, ban: Ban, reason: str, actor: str) -> None:
         raise UnknownVO(f"VO {ban.vo!r} has no issuer in the database") from error
 
 
-def lift_ban(engine: Pool, ban: Ban, actor: str) -> None:
+def lift_ban(pool: Pool, ban: Ban, actor: str) -> None:
     """Lift a ban; raises InvalidRequest if there is none."""
-    with controlling(engine, actor, "unban", ban.value, {"kind": ban.kind, "vo": ban.vo}) as tx:
+    with controlling(pool, actor, "unban", ban.value, {"kind": ban.kind, "vo": ban.vo}) as tx:
         lifted = tx.execute(
             "UPDATE bans SET lifted_at = now() WHERE (kind, value) = (%s, %s)"
             " AND vo IS NOT DISTINCT FROM %s AND lifted_at IS NULL",
@@ -203,17 +203,17 @@ _NAMES = {
 }
 
 
-def names(engine: Pool, kind: str) -> set[str] | None:
+def names(pool: Pool, kind: str) -> set[str] | None:
     """Return the names that a ban's kind can have, None where any will do."""
     if kind not in _NAMES:
         return None
-    with transaction(engine) as connection:
+    with transaction(pool) as connection:
         return {name for (name,) in connection.execute(_NAMES[kind]).fetchall()}
 
 
-def list_bans(engine: Pool) -> list[dict[str, Any]]:
+def list_bans(pool: Pool) -> list[dict[str, Any]]:
     """Return the bans in force, newest first."""
-    with transaction(engine) as connection:
+    with transaction(pool) as connection:
         rows = connection.execute(
             "SELECT kind, value, vo, reason, created_at FROM bans WHERE lifted_at IS NULL"
             " ORDER BY ban_id DESC"

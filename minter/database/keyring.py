@@ -20,13 +20,11 @@ from minter.tokens.keys import Key, RotationPolicy
 from minter.tokens.keystore import PEPPER, SIGNING_KEY, Keystore
 
 
-def create(
-    engine: Pool, keystore: Keystore, vo: str, algorithm: keys.Algorithm, actor: str
-) -> tuple[str, str]:
+def create(pool: Pool, keystore: Keystore, vo: str, algorithm: keys.Algorithm, actor: str) -> tuple[str, str]:
     """Make, seal and store a key; return its kid and state: an issuer's first is active at once."""
     signer = keys.generate(algorithm)
     sealed = keystore.seal(vo, signer)
-    with controlling(engine, actor, "key.create", signer.kid, {"vo": vo, "algorithm": algorithm}) as tx:
+    with controlling(pool, actor, "key.create", signer.kid, {"vo": vo, "algorithm": algorithm}) as tx:
         row = tx.execute(
             """
             INSERT INTO signing_keys (vo, kid, algorithm, state, public_jwk, private_key, activated_at)
@@ -44,47 +42,45 @@ def create(
     return signer.kid, str(row[0]) if row else ""
 
 
-def rotate(engine: Pool, vo: str, now: datetime, policy: RotationPolicy, actor: str) -> Key:
+def rotate(pool: Pool, vo: str, now: datetime, policy: RotationPolicy, actor: str) -> Key:
     """Put the standby in the active key's place; return the key that signs now. Raises NoUsableKey."""
     details: dict[str, object] = {}
-    with controlling(engine, actor, "key.rotate", vo, details) as tx:
+    with controlling(pool, actor, "key.rotate", vo, details) as tx:
         ring = read_keys(tx)
         after = keys.rotate(ring, vo, now, policy)
         details |= _save(tx, ring, after, now)
     return keys.active(after, vo)
 
 
-def revoke(
-    engine: Pool, kid: str, now: datetime, policy: RotationPolicy, actor: str, reason: str
-) -> list[Key]:
+def revoke(pool: Pool, kid: str, now: datetime, policy: RotationPolicy, actor: str, reason: str) -> list[Key]:
     """Revoke a key and destroy its private half; return the ring as it is then.
 
     A ready standby takes an active key's place in the same transaction; without one this raises
     NoUsableKey, and nothing has changed. Raises UnknownKey.
     """
     details: dict[str, object] = {"reason": reason}
-    with controlling(engine, actor, "key.revoke", kid, details) as tx:
+    with controlling(pool, actor, "key.revoke", kid, details) as tx:
         ring = read_keys(tx)
         after = keys.revoke(ring, kid, now, policy)
         details |= _save(tx, ring, after, now)
     return after
 
 
-def destroy_spent(engine: Pool, now: datetime, policy: RotationPolicy, actor: str) -> list[str]:
+def destroy_spent(pool: Pool, now: datetime, policy: RotationPolicy, actor: str) -> list[str]:
     """Destroy the private halves of old keys that re-sign no more; return their kids."""
-    with transaction(engine) as connection:
+    with transaction(pool) as connection:
         held = connection.execute("SELECT kid FROM signing_keys WHERE private_key IS NOT NULL").fetchall()
         spent = {k.kid for k in keys.spent(read_keys(connection), now, policy)} & {kid for (kid,) in held}
     for kid in sorted(spent):
-        with controlling(engine, actor, "key.destroy", kid, {}) as tx:
+        with controlling(pool, actor, "key.destroy", kid, {}) as tx:
             tx.execute("UPDATE signing_keys SET private_key = NULL WHERE kid = %s", (kid,))
     return sorted(spent)
 
 
-def rewrap(engine: Pool, keystore: Keystore, vo: str, actor: str) -> int:
+def rewrap(pool: Pool, keystore: Keystore, vo: str, actor: str) -> int:
     """Encrypt a VO's secrets anew under the first of its master keys; return how many there are."""
     details: dict[str, object] = {}
-    with controlling(engine, actor, "master_key.rewrap", vo, details) as tx:
+    with controlling(pool, actor, "master_key.rewrap", vo, details) as tx:
         held = tx.execute(
             "SELECT kid, private_key FROM signing_keys WHERE vo = %s AND private_key IS NOT NULL", (vo,)
         ).fetchall()

@@ -24,7 +24,7 @@ VERIFIER_CACHES = "XRootD 10 min, FTS and DIRAC 24 h, Rucio 12 h"
 """How long verifiers go on trusting a key that left the JWKS (facts of the real software)."""
 
 
-class Living(Struct, frozen=True):
+class LiveTokenRow(Struct, frozen=True):
     """One token that works; `exp` is a NumericDate."""
 
     jti: str
@@ -61,7 +61,7 @@ _ALIVE = """
 """
 
 
-def under(engine: Pool, kind: str, value: str, vo: str | None, now: datetime) -> Iterator[Living]:
+def under(pool: Pool, kind: str, value: str, vo: str | None, now: datetime) -> Iterator[LiveTokenRow]:
     """Yield the living tokens under a ban's kind and value, or signed by the key of a kid (`key`)."""
     if kind not in _CONDITIONS:
         raise InvalidRequest(f"unknown kind {kind!r}, expected one of {', '.join(sorted(_CONDITIONS))}")
@@ -73,7 +73,7 @@ def under(engine: Pool, kind: str, value: str, vo: str | None, now: datetime) ->
         "first": first, "now": now, "vo": vo, "value": value, "kind": kind,
         "raw": f":{start}", "encoded": f":{encode_path(start)}",
     }  # fmt: skip
-    with transaction(engine) as connection, connection.cursor("alive") as cursor:
+    with transaction(pool) as connection, connection.cursor("alive") as cursor:
         subs = connection.execute("SELECT sub FROM clients WHERE name = %s", (value,)).fetchall()
         values["sub"] = f'"sub":{json.dumps(subs[0][0])}' if subs else "\x01"
         cursor.itersize = FETCH_ROWS
@@ -81,7 +81,7 @@ def under(engine: Pool, kind: str, value: str, vo: str | None, now: datetime) ->
         for jti, client, storage, payload, expires_at in cursor:
             claims = json.loads(payload)
             if bans is None or _touches(bans, str(claims["scope"])):
-                yield Living(jti, client, storage, claims["scope"], int(expires_at.timestamp()))
+                yield LiveTokenRow(jti, client, storage, claims["scope"], int(expires_at.timestamp()))
 
 
 def _touches(bans: Bans, scope: str) -> bool:

@@ -204,7 +204,7 @@ class Taken(Struct, frozen=True):
 
 
 def take(
-    engine: Pool,
+    pool: Pool,
     provider: Provider,
     lease: UUID,
     most: int,
@@ -217,7 +217,7 @@ def take(
     While the provider is paused nothing is leased; then one is, to see whether it is back.
     """
     values = {"leads": list(LEADS), "provider": provider.name, "now": now, "count": 1}
-    with transaction(engine) as connection:
+    with transaction(pool) as connection:
         # Looked at before anything is locked, the cheaper first: most looks end here.
         if known(connection, provider.name).state(now) == "open":
             return None
@@ -279,12 +279,12 @@ class Result(Struct, frozen=True, kw_only=True):
     error: dict[str, Any] | None = None
 
 
-def save(engine: Pool, results: Sequence[Result]) -> set[UUID]:
+def save(pool: Pool, results: Sequence[Result]) -> set[UUID]:
     """Save results and give their leases back; return those that were still ours to save."""
     if not results:
         return set()
     ordered = sorted(results, key=lambda r: r.jti)
-    with transaction(engine) as connection:
+    with transaction(pool) as connection:
         rows = connection.execute(
             """
             UPDATE managed m SET
@@ -330,9 +330,9 @@ def save(engine: Pool, results: Sequence[Result]) -> set[UUID]:
     return {jti for (jti,) in rows}
 
 
-def release(engine: Pool, tokens: Sequence[Leased], lease: UUID) -> None:
+def release(pool: Pool, tokens: Sequence[Leased], lease: UUID) -> None:
     """Give leases back of which nothing was sent."""
-    with transaction(engine) as connection:
+    with transaction(pool) as connection:
         connection.execute(
             "UPDATE managed m SET leased_until = NULL, lease = NULL, spent = r.spent"
             " FROM unnest(%s::uuid[], %s::bool[]) AS r (jti, spent) WHERE m.jti = r.jti AND m.lease = %s",
@@ -342,12 +342,12 @@ def release(engine: Pool, tokens: Sequence[Leased], lease: UUID) -> None:
 
 # ── stood in for ─────────────────────────────────────────────────────────────────────────────
 
-STRANDED_SECONDS = 900
+FALLBACK_WITHIN_SECONDS = 900
 """While a provider is paused, a token with less life than this is stood in for, if its route says how."""
 
 
-def strand(
-    engine: Pool,
+def lease_for_fallback(
+    pool: Pool,
     provider: Provider,
     lease: UUID,
     most: int,
@@ -356,7 +356,7 @@ def strand(
     but: Collection[UUID] = (),
 ) -> list[Leased]:
     """Lease the tokens that something must stand in for because the provider is paused; not these."""
-    with transaction(engine) as connection:
+    with transaction(pool) as connection:
         paused = connection.execute(
             "SELECT FROM providers WHERE name = %s AND open_until IS NOT NULL", (provider.name,)
         ).fetchone()
@@ -376,7 +376,7 @@ def strand(
             WHERE m.jti = d.jti AND c.client_id = m.client_id RETURNING {_LEASED}
             """,
             {
-                "provider": provider.name, "now": now, "soon": now + timedelta(seconds=STRANDED_SECONDS),
+                "provider": provider.name, "now": now, "soon": now + timedelta(seconds=FALLBACK_WITHIN_SECONDS),
                 "until": now + timedelta(seconds=lease_seconds), "lease": lease, "most": most,
                 "leads": list(LEADS), "but": list(but),
             },
@@ -384,9 +384,9 @@ def strand(
     return [Leased(*row) for row in rows]
 
 
-def living_uses(engine: Pool, jti: UUID) -> list[tuple[UUID, UUID, str, int, str, int]]:
+def living_uses(pool: Pool, jti: UUID) -> list[tuple[UUID, UUID, str, int, str, int]]:
     """Return what a managed token serves still: (use_id, request_id, queue, file, side, position)."""
-    with transaction(engine) as connection:
+    with transaction(pool) as connection:
         return connection.execute(
             "SELECT u.use_id, u.request_id, u.queue, u.file, u.side::text, u.position FROM uses u"
             " WHERE u.jti = %s AND NOT EXISTS (SELECT FROM token_states l WHERE l.jti = u.use_id"
@@ -395,13 +395,13 @@ def living_uses(engine: Pool, jti: UUID) -> list[tuple[UUID, UUID, str, int, str
         ).fetchall()
 
 
-def stand_in(engine: Pool, jti: UUID, lease: UUID, instead: Mapping[UUID, UUID]) -> int:
+def fall_back(pool: Pool, jti: UUID, lease: UUID, instead: Mapping[UUID, UUID]) -> int:
     """Let uses be served by other tokens (by use_id), or by what serves other uses; return how many were.
 
     Those that ended meanwhile stay as they are. A token that serves no more is finished; 0 if its lease
     was lost.
     """
-    with transaction(engine) as connection:
+    with transaction(pool) as connection:
         mine = connection.execute(
             "SELECT FROM managed WHERE jti = %s AND lease = %s FOR UPDATE", (jti, lease)
         ).fetchone()
@@ -466,9 +466,9 @@ _UNPUSHED = ", ".join(
 PUSH_SECONDS = 30
 
 
-def unpushed(engine: Pool, now: datetime, most: int) -> list[Unpushed]:
+def unpushed(pool: Pool, now: datetime, most: int) -> list[Unpushed]:
     """Take tokens that are to be pushed, for a while; one row for each use that wants to know."""
-    with transaction(engine) as connection:
+    with transaction(pool) as connection:
         rows = connection.execute(
             f"""
             WITH m AS (
@@ -487,9 +487,9 @@ def unpushed(engine: Pool, now: datetime, most: int) -> list[Unpushed]:
     return [Unpushed(*row) for row in rows]
 
 
-def pushed(engine: Pool, done: Mapping[UUID, int]) -> None:
+def pushed(pool: Pool, done: Mapping[UUID, int]) -> None:
     """Note which tokens were pushed, by the FTS id of each; one that changed meanwhile is pushed again."""
-    with transaction(engine) as connection:
+    with transaction(pool) as connection:
         connection.execute(
             "UPDATE managed m SET pushed_id = r.id, pushing_until = NULL"
             " FROM unnest(%s::uuid[], %s::bigint[]) AS r (jti, id) WHERE m.jti = r.jti",
@@ -502,9 +502,9 @@ def pushed(engine: Pool, done: Mapping[UUID, int]) -> None:
 BULK_ROWS = 5_000
 
 
-def end_overdue(engine: Pool, now: datetime) -> int:
+def end_overdue(pool: Pool, now: datetime) -> int:
     """Finish the managed tokens whose deadline is over: no secret is kept longer. Return how many."""
-    with transaction(engine) as connection:
+    with transaction(pool) as connection:
         return connection.execute(
             f"UPDATE managed SET {_FINISHED} WHERE jti IN (SELECT jti FROM managed WHERE deadline <= %s"
             f" AND {_UNFINISHED} LIMIT %s FOR UPDATE SKIP LOCKED)",
@@ -512,9 +512,9 @@ def end_overdue(engine: Pool, now: datetime) -> int:
         ).rowcount
 
 
-def forget(engine: Pool, before: datetime) -> int:
+def forget(pool: Pool, before: datetime) -> int:
     """Delete managed tokens whose deadline was over `before`; their record stays in `tokens` and `uses`."""
-    with transaction(engine) as connection:
+    with transaction(pool) as connection:
         return connection.execute(
             "DELETE FROM managed WHERE jti IN (SELECT jti FROM managed WHERE deadline <= %s LIMIT %s"
             " FOR UPDATE SKIP LOCKED)",

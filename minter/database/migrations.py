@@ -9,10 +9,10 @@ from sqlalchemy.engine import Engine
 import schemas
 
 
-def upgrade(engine: Engine) -> None:
+def upgrade(pool: Engine) -> None:
     """Run every migration that the database has not seen, in one transaction."""
     config = Config()
     config.set_main_option("script_location", str(Path(schemas.__file__).parent / "migrations"))
-    with engine.begin() as connection:
+    with pool.begin() as connection:
         config.attributes["connection"] = connection
         command.upgrade(config, "head")

@@ -15,10 +15,10 @@ PARTITIONED = ("requests", "tokens", "uses", "token_states")
 _PARTITION_LOCK = 0x6D696E75
 
 
-def make_partitions(engine: Pool, today: date, retention_days: int) -> list[str]:
+def make_partitions(pool: Pool, today: date, retention_days: int) -> list[str]:
     """Make the missing daily partitions, a week ahead and back to the oldest request_id taken."""
     made = []
-    with transaction(engine) as connection:
+    with transaction(pool) as connection:
         connection.execute("SET LOCAL lock_timeout TO '5s'")  # better late partitions than late tokens
         connection.execute("SELECT pg_advisory_xact_lock(%s)", (_PARTITION_LOCK,))
         known = {
@@ -67,9 +67,9 @@ def _days(table: str, today: date, retention_days: int, known: Collection[str]) 
     return days
 
 
-def partitions_ahead(engine: Pool, today: date) -> int:
+def partitions_ahead(pool: Pool, today: date) -> int:
     """Return for how many days after `today` tokens have a partition already."""
-    with transaction(engine) as connection:
+    with transaction(pool) as connection:
         rows = connection.execute(
             "SELECT c.relname FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid"
             " JOIN pg_class p ON p.oid = i.inhparent WHERE p.relname = 'tokens'"
@@ -82,9 +82,9 @@ def partitions_ahead(engine: Pool, today: date) -> int:
 # ── suspects ─────────────────────────────────────────────────────────────────────────────────
 
 
-def suspect(engine: Pool, digest: bytes) -> int:
+def count_redelivery(pool: Pool, digest: bytes) -> int:
     """Count one more try of a message that came again; committed before the try."""
-    with transaction(engine) as connection:
+    with transaction(pool) as connection:
         row = one(
             connection.execute(
                 "INSERT INTO suspects (digest, attempts) VALUES (%s, 1) ON CONFLICT (digest)"
@@ -96,15 +96,15 @@ def suspect(engine: Pool, digest: bytes) -> int:
     return int(row[0])
 
 
-def acquit(engine: Pool, digest: bytes) -> None:
+def clear_redelivery(pool: Pool, digest: bytes) -> None:
     """Forget a message that was served, or dead-lettered."""
-    with transaction(engine) as connection:
+    with transaction(pool) as connection:
         connection.execute("DELETE FROM suspects WHERE digest = %s", (digest,))
 
 
-def prune_ended(engine: Pool, retention_days: int) -> int:
+def prune_ended(pool: Pool, retention_days: int) -> int:
     """Forget assertions that nobody could use again, and refresh families that ended so long ago."""
-    with transaction(engine) as connection:
+    with transaction(pool) as connection:
         assertions = connection.execute("DELETE FROM assertions WHERE expires_at < now()").rowcount
         families = connection.execute(
             "DELETE FROM families WHERE ends_at < now() - make_interval(days => %s)", (retention_days,)
@@ -112,15 +112,15 @@ def prune_ended(engine: Pool, retention_days: int) -> int:
     return assertions + families
 
 
-def prune_managed(engine: Pool, retention_days: int, now: datetime) -> int:
+def prune_managed(pool: Pool, retention_days: int, now: datetime) -> int:
     """Forget, in bulk, managed tokens whose days are archived: their record was in `tokens` and `uses`."""
     before, forgotten = now - timedelta(days=retention_days + GRACE_DAYS), 0
-    while count := managed.forget(engine, before):
+    while count := managed.forget(pool, before):
         forgotten += count
     return forgotten
 
 
-def prune_suspects(engine: Pool) -> int:
+def prune_suspects(pool: Pool) -> int:
     """Forget messages not seen for a day."""
-    with transaction(engine) as connection:
+    with transaction(pool) as connection:
         return connection.execute("DELETE FROM suspects WHERE seen_at < now() - interval '1 day'").rowcount

@@ -37,9 +37,9 @@ def locked(connection: "psycopg.Connection[Any]", name: str, now: datetime) -> t
     return row[0], Breaker(*row[1:]), leased[0]
 
 
-def probe(engine: Pool, provider: Provider, now: datetime, seconds: float) -> bool:
+def probe(pool: Pool, provider: Provider, now: datetime, seconds: float) -> bool:
     """Say whether this process shall see if a paused provider is back, while no token waits for it."""
-    with transaction(engine) as connection:
+    with transaction(pool) as connection:
         due_at, breaker, _ = locked(connection, provider.name, now)
         if breaker.state(now) != "half_open":
             return False
@@ -52,14 +52,14 @@ def probe(engine: Pool, provider: Provider, now: datetime, seconds: float) -> bo
 
 
 def note_health(
-    engine: Pool, provider: str, answers: Sequence[tuple[bool, float]], now: datetime,
+    pool: Pool, provider: str, answers: Sequence[tuple[bool, float]], now: datetime,
     jitter: Callable[[float], float],
 ) -> tuple[Breaker, Breaker]:  # fmt: skip
     """Count answers, as (failed, the seconds that it asked to wait); return the breaker before and after.
 
     The row is left alone, and not locked, while all is well.
     """
-    with transaction(engine) as connection:
+    with transaction(pool) as connection:
         before = after = known(connection, provider)
         if before == Breaker() and not any(failed for failed, _ in answers):
             return before, after
@@ -82,9 +82,9 @@ def note_health(
 # ── documents ────────────────────────────────────────────────────────────────────────────────
 
 
-def documents(engine: Pool, provider: str) -> tuple[Any, datetime | None]:
+def documents(pool: Pool, provider: str) -> tuple[Any, datetime | None]:
     """Return a provider's discovery and JWKS as some process fetched them last, and when."""
-    with transaction(engine) as connection:
+    with transaction(pool) as connection:
         row = connection.execute(
             "SELECT documents, documents_at FROM providers WHERE name = %s", (provider,)
         ).fetchone()
@@ -95,14 +95,12 @@ LEASED_DOCUMENTS = timedelta(seconds=60)
 """Until another process fetches what one began to fetch."""
 
 
-def lease_documents(
-    engine: Pool, provider: Provider, now: datetime, older_than: datetime
-) -> timedelta | None:
+def lease_documents(pool: Pool, provider: Provider, now: datetime, older_than: datetime) -> timedelta | None:
     """Return how long this process shall wait before it fetches the documents, None if it shall not.
 
     Their slots come after those that are given out, but never later for what comes after them.
     """
-    with transaction(engine) as connection:
+    with transaction(pool) as connection:
         due_at, breaker, _ = locked(connection, provider.name, now)
         row = connection.execute(
             "SELECT FROM providers WHERE name = %s AND (documents_at IS NULL OR documents_at < %s)",
@@ -118,9 +116,9 @@ def lease_documents(
     return slots.first - now
 
 
-def save_documents(engine: Pool, provider: str, found: Any, at: datetime) -> None:
+def save_documents(pool: Pool, provider: str, found: Any, at: datetime) -> None:
     """Keep a provider's discovery and JWKS for all processes, as of `at`; None keeps those before."""
-    with transaction(engine) as connection:
+    with transaction(pool) as connection:
         connection.execute(
             "UPDATE providers SET documents = coalesce(%s, documents), documents_at = %s WHERE name = %s",
             (None if found is None else Jsonb(found), at, provider),

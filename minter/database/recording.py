@@ -38,7 +38,7 @@ from minter.policy.plans import Plan
 from minter.policy.token_requests import Family, Subject
 from minter.tokens.managed import ManagedToken, Wanted
 from minter.tokens.records import OWN_KINDS, Control, RequestRow, TokenRow, UseRow, path_hash
-from minter.tokens.shared import Place
+from minter.tokens.shared import SharedKey
 
 COPY_ROWS = 64
 """Rows sent to Postgres at once, which takes them in while the next ones are signed: few, so that
@@ -53,7 +53,7 @@ _BEGIN_RECORDING = sql.SQL(
 ).format(CONTROL_LOCK)
 
 
-class Store:
+class PostgresStore:
     """Where tokens are recorded; `clock` is the entry point's, compared with Postgres's.
 
     `seal` encrypts what a provider's token is made of, for a VO.
@@ -61,11 +61,11 @@ class Store:
 
     def __init__(
         self,
-        engine: Pool,
+        pool: Pool,
         clock: Callable[[], datetime],
         seal: Callable[[str, UUID, str, str], bytes] | None = None,
     ) -> None:
-        self.engine = engine
+        self.pool = pool
         self._clock = clock
         self._seal = seal
         self._version = -1
@@ -75,10 +75,10 @@ class Store:
         self._rules: dict[bytes, int] = {}
 
     @contextmanager
-    def recording(self) -> Iterator["Recording"]:
+    def recording(self) -> Iterator["PostgresRecording"]:
         """Open the recording transaction; leaving it without an error commits it durably."""
-        with transaction(self.engine) as connection:
-            recording = Recording(self, connection)
+        with transaction(self.pool) as connection:
+            recording = PostgresRecording(self, connection)
             yield recording
         self._rules |= recording.new_rules  # only now are they there for every later transaction
 
@@ -113,10 +113,10 @@ class Store:
         return self._storage_ids[self._vo_of[client_id], name]
 
 
-class Recording:
+class PostgresRecording:
     """The open recording transaction (`records.Recording`)."""
 
-    def __init__(self, store: Store, connection: "psycopg.Connection[Any]") -> None:
+    def __init__(self, store: PostgresStore, connection: "psycopg.Connection[Any]") -> None:
         self._store = store
         self._connection = connection
         self.new_rules: dict[bytes, int] = {}
@@ -277,7 +277,7 @@ class Recording:
         ).fetchall()
         return [(name, consumer, TokenRow(*row)) for name, consumer, *row in rows]
 
-    def shared_tokens(self, places: Sequence[Place], now: datetime) -> dict[Place, TokenRow]:
+    def shared_tokens(self, shared_keys: Sequence[SharedKey], now: datetime) -> dict[SharedKey, TokenRow]:
         """Read for each place the shared token that lives longest, if one lives."""
         rows = self._connection.execute(
             f"""
@@ -289,14 +289,14 @@ class Recording:
             ORDER BY w.n, t.expires_at DESC
             """,
             (
-                [p.client_id for p in places],
-                [p.rule_id for p in places],
-                [path_hash(p.path) for p in places],
+                [p.client_id for p in shared_keys],
+                [p.rule_id for p in shared_keys],
+                [path_hash(p.path) for p in shared_keys],
                 now,
                 floor(now - timedelta(seconds=HARD_MAX_SECONDS)),
             ),
         ).fetchall()
-        return {places[n - 1]: TokenRow(*row) for n, *row in rows}
+        return {shared_keys[n - 1]: TokenRow(*row) for n, *row in rows}
 
     def subjects(self, jtis: Sequence[UUID]) -> dict[UUID, Subject]:
         """Read tokens that somebody wants to act with."""

@@ -18,7 +18,7 @@ from minter.policy.limits import HARD_MAX_SECONDS
 from minter.tokens.records import path_hash
 
 
-class Story(Struct, frozen=True, kw_only=True):
+class TraceRecord(Struct, frozen=True, kw_only=True):
     """One token: who asked, what decided, what it allowed, when, and what became of it.
 
     A shared token has a story for each use, with the `path` of the file that it served. Of a provider's
@@ -167,11 +167,11 @@ def queries(by: str) -> list[str]:
     return [statement.format(**parts, first=first) for statement in statements]
 
 
-def story(row: Sequence[Any]) -> Story:
+def story(row: Sequence[Any]) -> TraceRecord:
     """Return the story of a row of COLUMNS."""
-    fields = dict(zip(Story.__struct_fields__, row, strict=True))
+    fields = dict(zip(TraceRecord.__struct_fields__, row, strict=True))
     fields["steps"] = [(rule, text) for rule, text in fields["steps"]]
-    return Story(**fields)
+    return TraceRecord(**fields)
 
 
 def wanted(by: str, value: object) -> object:
@@ -182,20 +182,20 @@ def wanted(by: str, value: object) -> object:
 
 
 def find(
-    engine: Pool,
+    pool: Pool,
     by: str,
     value: object,
     since: datetime,
     until: datetime,
     limit: int = 100,
     asker: str | None = None,
-) -> list[Story]:
+) -> list[TraceRecord]:
     """Find tokens by one of INDEXED or WALKED, newest first; only those of the client `asker`, if named.
 
     A managed token's handle stands for its jti, too.
     """
     values = bounds(since, until) | {"value": wanted(by, value), "limit": limit, "asker": asker}
-    with transaction(engine) as connection:
+    with transaction(pool) as connection:
         rows = [row for query in queries(by) for row in connection.execute(query, values).fetchall()]
         handles = connection.execute(_OF_IDS, {"ids": [value]}).fetchall() if by == "jti" else []
     of_handles = (
@@ -212,16 +212,16 @@ def bounds(since: datetime, until: datetime) -> dict[str, UUID]:
     return {"first": floor(since), "before": floor(before), "last": floor(until)}
 
 
-def find_request(engine: Pool, request_id: UUID) -> tuple[list[Story], list[Refusals]]:
+def find_request(pool: Pool, request_id: UUID) -> tuple[list[TraceRecord], list[Refusals]]:
     """Find what a request, of whichever client, was granted and refused."""
-    with transaction(engine) as connection:
+    with transaction(pool) as connection:
         requests = connection.execute(
             "SELECT r.first_jti, r.tokens, r.request_id, c.name, r.received_at, r.error,"
             " coalesce(r.refusals, '[]') FROM requests r JOIN clients c USING (client_id)"
             " WHERE r.request_id = %s",
             (request_id,),
         ).fetchall()
-        found: list[Story] = []
+        found: list[TraceRecord] = []
         for first, count, *_ in requests:
             ids = {"ids": [UUID(int=first.int + n) for n in range(count)]}
             found += map(story, connection.execute(_OF_IDS, ids).fetchall())
@@ -238,7 +238,7 @@ _OF_IDS = f"""
 """
 
 
-def matches(one: Story, by: str, value: object) -> bool:
+def matches(one: TraceRecord, by: str, value: object) -> bool:
     """Say whether an archived story answers a question; `value` is as `wanted` returns it."""
     attribute = {"path": "path_hash", "key": "kid"}.get(by, by)
     held = getattr(one, attribute)
@@ -247,6 +247,6 @@ def matches(one: Story, by: str, value: object) -> bool:
     return bool(held == value)
 
 
-def newest(found: Iterable[Story], limit: int) -> list[Story]:
+def newest(found: Iterable[TraceRecord], limit: int) -> list[TraceRecord]:
     """Return the newest of stories from several places, each once."""
     return sorted({one.id: one for one in found}.values(), key=lambda s: s.id, reverse=True)[:limit]

@@ -33,7 +33,7 @@ from minter.errors import (
     UnknownRequest,
 )
 from minter.issuer import well_known
-from minter.issuer.batches import Gatherer
+from minter.issuer.batches import Batcher
 from minter.issuer.client_authentication import WRONG, Account, Credentials, Presented, presented
 from minter.issuer.ratelimits import RateLimit
 from minter.metrics import Metrics
@@ -98,7 +98,7 @@ class Web:
         self.service = service
         self.settings = service.loaded.settings.http
         self.metrics = metrics
-        self.gatherer = Gatherer(service.engine, service.clock, self.settings.waiting_requests)
+        self.batcher = Batcher(service.engine, service.clock, self.settings.waiting_requests)
         self.credentials = Credentials(service.pool, service.keystore, service.loaded.issuers, service.clock)
         self._subjects = Subjects(service.loaded.issuers, service.iams)
         self.ring: list[keys.Key] = []
@@ -128,7 +128,7 @@ class Web:
         """Look once a second, for ever; what was read last stays while Postgres is away."""
         while True:
             try:
-                await self.gatherer.call(self.look)
+                await self.batcher.call(self.look)
             except (Unavailable, NoUsableKey) as error:
                 logger.warning("keys and clients stay as they were: %s", error)
             except Exception:
@@ -180,7 +180,7 @@ class Web:
         account = await self._known(req, who, vo)
         if account is None:
             await asyncio.sleep(self.credentials.fresh_for())  # who was just registered is known then
-            await self.gatherer.call(self.credentials.refresh, arrived)
+            await self.batcher.call(self.credentials.refresh, arrived)
             account = await self._known(req, who, vo)
         if account is None or form.get("client_id", account.name) != account.name:
             raise InvalidClient(WRONG)
@@ -196,7 +196,7 @@ class Web:
             return self.credentials.by_secret(who, vo)
         issuer = self.service.loaded.issuers[vo]
         audience = [issuer, f"{issuer}token", issuer + req.path.rpartition("/")[2]]
-        return await self.gatherer.call(self.credentials.by_assertion, who, vo, audience)
+        return await self.batcher.call(self.credentials.by_assertion, who, vo, audience)
 
 
 # ── the application ──────────────────────────────────────────────────────────────────────────
@@ -256,7 +256,7 @@ class _Health:
         send(resp, {"status": "alive"})
 
     async def on_get_ready(self, _req: asgi.Request, resp: asgi.Response) -> None:
-        await self._web.gatherer.call(self._web.ready)
+        await self._web.batcher.call(self._web.ready)
         send(resp, {"status": "ready"})
 
 

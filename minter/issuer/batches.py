@@ -24,7 +24,7 @@ MOST_FILES = 2_000
 """What one call of the engine takes, at least one request."""
 
 
-class Gatherer:
+class Batcher:
     """Hands requests to the engine's thread; lives on the event loop's."""
 
     def __init__(self, engine: Engine, clock: Callable[[], datetime], waiting_requests: int) -> None:

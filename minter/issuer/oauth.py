@@ -32,7 +32,7 @@ from minter.issuer.client_authentication import Account
 from minter.issuer.well_known import EXCHANGE
 from minter.policy.limits import MAX_CLAIM_CHARACTERS
 from minter.policy.requests import Request
-from minter.policy.token_requests import Family, SubjectToken, Wish, present
+from minter.policy.token_requests import Family, SubjectToken, TokenRequest, present
 from minter.tasks import lifecycle
 from minter.tokens import clock, keys
 from minter.tokens.outcomes import Outcome, Submission
@@ -144,7 +144,7 @@ class Issuer:
         return told
 
 
-def wish_of(issuer: Issuer, form: dict[str, str], foreign: SubjectToken | None = None) -> Wish:
+def wish_of(issuer: Issuer, form: dict[str, str], foreign: SubjectToken | None = None) -> TokenRequest:
     """Return what a form asks for, on a provider's token if it is `foreign` and was verified.
 
     Raises InvalidRequest, InvalidGrant or UnsupportedGrantType.
@@ -157,12 +157,12 @@ def wish_of(issuer: Issuer, form: dict[str, str], foreign: SubjectToken | None =
         raise InvalidRequest("audience and resource differ; send one of them")
     audience = _words(form, "audience", InvalidTarget) or _words(form, "resource", InvalidTarget)
     if grant_type == "client_credentials":
-        return Wish(scope=scope, audience=audience)
+        return TokenRequest(scope=scope, audience=audience)
     if grant_type == "refresh_token":
         refresh = issuer.read_refresh_token(_needed(form, "refresh_token"))
         if refresh is None:
             raise InvalidGrant("not a refresh token of this issuer")
-        return Wish(scope=scope, audience=audience, offline=True, refresh=refresh)
+        return TokenRequest(scope=scope, audience=audience, offline=True, refresh=refresh)
     if form.get("subject_token_type", ACCESS_TOKEN) not in (ACCESS_TOKEN, JWT_TOKEN):
         raise InvalidRequest(f"subject_token_type is not {ACCESS_TOKEN}")
     if form.get("requested_token_type", ACCESS_TOKEN) not in (ACCESS_TOKEN, JWT_TOKEN, REFRESH_TOKEN):
@@ -171,9 +171,9 @@ def wish_of(issuer: Issuer, form: dict[str, str], foreign: SubjectToken | None =
         raise InvalidRequest("actor_token is not taken: the authenticated client is the actor")
     offline = form.get("requested_token_type") == REFRESH_TOKEN or "offline_access" in scope
     if foreign is not None:
-        return Wish(scope=scope, audience=audience, offline=offline, foreign=foreign)
+        return TokenRequest(scope=scope, audience=audience, offline=offline, foreign=foreign)
     subject = issuer.read_access_token(_needed(form, "subject_token"))
-    return Wish(scope=scope, audience=audience, offline=offline, subject=subject)
+    return TokenRequest(scope=scope, audience=audience, offline=offline, subject=subject)
 
 
 def _words(form: dict[str, str], name: str, wrong: type[RequestError]) -> tuple[str, ...]:
@@ -211,16 +211,18 @@ class _Token(_Endpoint):
         issuer = self._issuer
         form, account = await self._read(req)
         try:
-            wish = wish_of(issuer, form, await issuer.foreign(form))
+            token_request = wish_of(issuer, form, await issuer.foreign(form))
             request = Request(
                 clock.new_uuid7(),
                 _KIND[form["grant_type"]],  # type: ignore[arg-type]
-                sha256(msgspec.json.encode([wish.scope, wish.audience, wish.offline])).digest(),
+                sha256(
+                    msgspec.json.encode([token_request.scope, token_request.audience, token_request.offline])
+                ).digest(),
                 (),
-                wish=wish,
+                token_request=token_request,
             )
-            outcome = await issuer.web.gatherer.mint(Submission(request, account.name))
-            told = issuer.answer(outcome, exchanged=bool(wish.subject or wish.foreign))
+            outcome = await issuer.web.batcher.mint(Submission(request, account.name))
+            told = issuer.answer(outcome, exchanged=bool(token_request.subject or token_request.foreign))
         except MinterError as error:
             self._note(req, account, form, error)
             raise
@@ -247,7 +249,7 @@ class _Introspect(_Endpoint):
 
     async def on_post(self, req: asgi.Request, resp: asgi.Response) -> None:
         form, account = await self._read(req)
-        send(resp, await self._issuer.web.gatherer.call(self._state, _needed(form, "token"), account))
+        send(resp, await self._issuer.web.batcher.call(self._state, _needed(form, "token"), account))
 
     def _state(self, token: str, account: Account) -> dict[str, Any]:
         issuer, service = self._issuer, self._issuer.web.service
@@ -305,7 +307,7 @@ class _Revoke(_Endpoint):
 
     async def on_post(self, req: asgi.Request, resp: asgi.Response) -> None:
         form, account = await self._read(req)
-        await self._issuer.web.gatherer.call(self._revoke, _needed(form, "token"), account)
+        await self._issuer.web.batcher.call(self._revoke, _needed(form, "token"), account)
         send(resp, {})
 
     def _revoke(self, token: str, account: Account) -> None:

@@ -14,7 +14,7 @@ from minter import logs
 from minter.issuer import app as web
 from minter.issuer import oauth, tasks
 from minter.metrics import Metrics, serve_process
-from minter.service import Service, calm_collector, load_settings
+from minter.service import Service, load_settings, tune_gc
 from minter.settings import Loaded
 
 MAX_HEADER_BYTES = 64 * 1024
@@ -33,7 +33,7 @@ def create() -> "asgi.App[Any, Any]":
     app = web.application(made)
     tasks.add_routes(app, made)
     oauth.add_routes(app, made)
-    calm_collector()
+    tune_gc()
     serve_process(metrics.registry, loaded.settings.metrics)
     return app
 

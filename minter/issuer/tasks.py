@@ -20,7 +20,7 @@ from minter.issuer.app import Web, base_path, send, status_of
 from minter.issuer.client_authentication import Account
 from minter.issuer.openapi import document
 from minter.tasks import answers, dispatch
-from minter.tasks.lifecycle import Lives
+from minter.tasks.lifecycle import Lifecycle
 from minter.tokens.outcomes import Outcome, Submission
 
 TRACE_DAYS, TRACE_LIMIT = 30, 1_000
@@ -29,10 +29,10 @@ _QUESTIONS = ("jti", "path", "external_id", "request_id")
 
 def add_routes(app: "asgi.App[Any, Any]", web: Web) -> None:
     """Add every issuer's endpoints for transfers."""
-    lives = Lives(web.service.engine, web.service.pool)
+    lifecycle = Lifecycle(web.service.engine, web.service.pool)
     for vo, issuer in web.service.loaded.issuers.items():
         for task in names.PUBLIC_TASKS:
-            app.add_route(f"{base_path(issuer)}v1/{names.endpoint(task)}", _Task(web, lives, vo, task))
+            app.add_route(f"{base_path(issuer)}v1/{names.endpoint(task)}", _Task(web, lifecycle, vo, task))
         app.add_route(f"{base_path(issuer)}v1/trace", _Trace(web, vo))
         app.add_route(f"{base_path(issuer)}openapi.json", _OpenAPI(issuer))
 
@@ -40,9 +40,9 @@ def add_routes(app: "asgi.App[Any, Any]", web: Web) -> None:
 class _Task:
     """One task of the contract."""
 
-    def __init__(self, web: Web, lives: Lives, vo: str, task: str) -> None:
+    def __init__(self, web: Web, lifecycle: Lifecycle, vo: str, task: str) -> None:
         self._web = web
-        self._lives = lives
+        self._lifecycle = lifecycle
         self._vo = vo
         self._task = task
 
@@ -55,21 +55,21 @@ class _Task:
         send(resp, answer, status_of(from_dict(answer.error)) if answer.error else 200)
 
     async def _answer(self, account: Account, body: bytes) -> tuple[Answer, Outcome | None]:
-        gatherer, now = self._web.gatherer, self._web.service.clock()
-        made = await gatherer.call(
-            dispatch.submission, self._lives, self._task, account.name, body, private=True
+        batcher, now = self._web.batcher, self._web.service.clock()
+        made = await batcher.call(
+            dispatch.submission, self._lifecycle, self._task, account.name, body, private=True
         )
         if made is not None and made.request.subject is not None:
             subject = await self._web.verify_subject(self._vo, made.request.subject)
             made = Submission(structs.replace(made.request, subject=subject), made.client)
         if made is None:
-            return await gatherer.call(
-                dispatch.follow_up, self._lives, self._task, account.name, body, now
+            return await batcher.call(
+                dispatch.follow_up, self._lifecycle, self._task, account.name, body, now
             ), None
         if made.request.reply_queue is not None:
             raise ReplyNotAllowed("reply_queue is for requests over AMQP; over HTTP the answer comes at once")
-        outcome = await gatherer.mint(Submission(made.request, account.name))
-        return await gatherer.call(answers.answer, outcome, now), outcome
+        outcome = await batcher.mint(Submission(made.request, account.name))
+        return await batcher.call(answers.answer, outcome, now), outcome
 
     def _note(self, req: asgi.Request, account: Account, answer: Answer, outcome: Outcome | None) -> None:
         reason = answer.error["reason"] if answer.error else None
@@ -112,10 +112,10 @@ class _Trace:
         by, value = next(iter(req.params.items()), ("", ""))
         if len(req.params) != 1 or by not in _QUESTIONS or not isinstance(value, str):
             raise InvalidRequest(f"expected exactly one parameter, one of {', '.join(_QUESTIONS)}")
-        found = await self._web.gatherer.call(self._find, by, value, account.name)
+        found = await self._web.batcher.call(self._find, by, value, account.name)
         send(resp, {"tokens": [story for story in found if story.client == account.name]})
 
-    def _find(self, by: str, value: str, client: str) -> list[traces.Story]:
+    def _find(self, by: str, value: str, client: str) -> list[traces.TraceRecord]:
         pool, now = self._web.service.pool, self._web.service.clock()
         asked: Any = _uuid(by, value) if by in ("jti", "request_id") else value
         if by == "request_id":

@@ -81,7 +81,7 @@ risk_assessment = "none: a drill"
 """
 
 
-class Plan(Struct, frozen=True, kw_only=True):
+class DrillPlan(Struct, frozen=True, kw_only=True):
     """What is rehearsed. Hours are of the drill's own time, `budget` is in requests a second of it, too."""
 
     mode: Mode = "exchange"
@@ -99,7 +99,7 @@ class Plan(Struct, frozen=True, kw_only=True):
     budget: float = 1.0
     skew_seconds: int = 0
     scale: float = 240.0
-    keepers: int = 2
+    refreshers: int = 2
 
 
 class Sample(Struct, frozen=True):
@@ -115,7 +115,7 @@ class Sample(Struct, frozen=True):
 class Report(Struct, frozen=True, kw_only=True):
     """What came of it; requests are those that the provider's own log has, by minute of the drill's time."""
 
-    plan: Plan
+    plan: DrillPlan
     submitted: int
     transfers: int
     failed: int
@@ -131,7 +131,7 @@ class Report(Struct, frozen=True, kw_only=True):
 class Drill:
     """One rehearsal, in a folder of its own."""
 
-    def __init__(self, plan: Plan, folder: Path) -> None:
+    def __init__(self, plan: DrillPlan, folder: Path) -> None:
         self.plan = plan
         self.folder = folder
         self._port = _free_port()
@@ -150,7 +150,7 @@ class Drill:
         try:
             self._until_up()
             self.origin = time.time()
-            with Stack(self._settings(), self.folder, workers=1, keepers=self.plan.keepers) as stack:
+            with Stack(self._settings(), self.folder, workers=1, refreshers=self.plan.refreshers) as stack:
                 self.stack = stack
                 self._behave()
                 self._prepare()
@@ -266,7 +266,7 @@ class Drill:
         self.refused += FILES if answer.error else len(answer.refusals)
         ends = timedelta(hours=self.plan.run_hours)
         rows: list[tuple[str | None, datetime | None, datetime]] = [
-            (a.handle, None, starts[a.file]) for a in answer.awaited
+            (a.handle, None, starts[a.file]) for a in answer.pending
         ]
         rows += [(None, datetime.fromtimestamp(t.exp, UTC), starts[t.file]) for t in answer.tokens]
         with transaction(self.stack.service.pool) as connection:
@@ -363,7 +363,7 @@ def plot(report: Report, path: Path) -> None:
     path.write_bytes(chart.render())
 
 
-def rehearse(plan: Plan) -> Report:
+def rehearse(plan: DrillPlan) -> Report:
     """Run a drill in a temporary folder."""
     with tempfile.TemporaryDirectory(prefix="minter-drill-") as folder:
         return Drill(plan, Path(folder)).run()

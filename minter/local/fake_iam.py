@@ -60,7 +60,7 @@ class Behaviour(Struct, kw_only=True):
     refresh_tokens: bool = True
 
 
-class Refusal(Exception):
+class OAuthRefusal(Exception):
     """An error of OAuth."""
 
     def __init__(self, code: str, description: str, status: int = 400) -> None:
@@ -129,25 +129,25 @@ class FakeIAM(ThreadingHTTPServer):
 
     def answer(self, client: str, form: Mapping[str, str], fault: str) -> dict[str, Any]:
         """Return the answer of the token endpoint; raises Refusal."""
-        grant = form.get("grant_type", "").rpartition(":")[2]
-        if grant == "client_credentials":
+        planned = form.get("grant_type", "").rpartition(":")[2]
+        if planned == "client_credentials":
             return self._given(client, _scope(form), _audience(form), fault)
-        if grant == "token-exchange":
+        if planned == "token-exchange":
             subject = self._subject(form.get("subject_token", ""), client)
             wants = form.get("requested_token_type", "").endswith(":refresh_token")
             told = self._given(subject["sub"], _scope(form), _audience(form), fault)
             if (wants or "offline_access" in form.get("scope", "")) and self.behaviour.refresh_tokens:
                 told["refresh_token"] = self._family(client, subject["sub"], _scope(form), _audience(form))
             return told | {"issued_token_type": "urn:ietf:params:oauth:token-type:access_token"}
-        if grant == "refresh_token":
+        if planned == "refresh_token":
             return self._refreshed(client, form, fault)
-        raise Refusal("unsupported_grant_type", f"no grant {grant}")
+        raise OAuthRefusal("unsupported_grant_type", f"no grant {planned}")
 
     def _given(self, sub: str, scope: str, audience: list[str], fault: str) -> dict[str, Any]:
         if not scope:
-            raise Refusal("invalid_scope", "no scope")
+            raise OAuthRefusal("invalid_scope", "no scope")
         if not audience:
-            raise Refusal("invalid_target", "no audience")
+            raise OAuthRefusal("invalid_target", "no audience")
         aud: Any = audience[0] if len(audience) == 1 else audience
         token = self.sign({"sub": sub, "aud": aud, "scope": scope, "wlcg.ver": "1.0"}, fault)
         return {
@@ -162,7 +162,7 @@ class FakeIAM(ThreadingHTTPServer):
                            issuer=self.issuer, options={"verify_exp": False, "verify_iat": False})
             )  # fmt: skip
         except jwt.InvalidTokenError:
-            raise Refusal("invalid_grant", "the subject token is no good") from None
+            raise OAuthRefusal("invalid_grant", "the subject token is no good") from None
 
     def _family(self, client: str, sub: str, scope: str, audience: list[str]) -> str:
         name, first = secrets.token_hex(8), secrets.token_urlsafe(32)
@@ -178,15 +178,15 @@ class FakeIAM(ThreadingHTTPServer):
             name = self._refresh.get(form.get("refresh_token", ""), "")
             family = self._families.get(name)
             if fault == "echo":
-                raise Refusal("invalid_grant", f"Invalid refresh token: {form['refresh_token']}")
+                raise OAuthRefusal("invalid_grant", f"Invalid refresh token: {form['refresh_token']}")
             if family is None or family["client"] != client:
-                raise Refusal("invalid_grant", "no such refresh token")
+                raise OAuthRefusal("invalid_grant", "no such refresh token")
             if form["refresh_token"] != family["newest"] and not self.behaviour.reuse:
                 del self._families[name]
-                raise Refusal("invalid_grant", "spent before: the family ends")
+                raise OAuthRefusal("invalid_grant", "spent before: the family ends")
             scope = _scope(form) or family["scope"]
             if not set(scope.split()) <= set(family["scope"].split()):
-                raise Refusal("invalid_scope", "not granted")
+                raise OAuthRefusal("invalid_scope", "not granted")
             told = self._given(family["sub"], scope, _audience(form) or family["aud"], fault)
             if self.behaviour.rotates:
                 family["newest"] = secrets.token_urlsafe(32)
@@ -255,11 +255,11 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(200, {"access_token": self.server.sign(json.loads(body))})
             return
         form = {k: v[-1] for k, v in parse_qs(body.decode(), keep_blank_values=True).items()}
-        grant, fault = form.get("grant_type", "").rpartition(":")[2], self._fault()
+        planned, fault = form.get("grant_type", "").rpartition(":")[2], self._fault()
         started = time.time()
         status = self._serve(form, fault)
         self.server.note(
-            {"path": self.path, "grant_type": grant, "status": status, "fault": fault, "at": started * 1000}
+            {"path": self.path, "grant_type": planned, "status": status, "fault": fault, "at": started * 1000}
         )
 
     def _serve(self, form: dict[str, str], fault: str) -> int:
@@ -276,7 +276,7 @@ class _Handler(BaseHTTPRequestHandler):
                 told = {}
             else:
                 told = self.server.answer(client, form, fault)
-        except Refusal as refusal:
+        except OAuthRefusal as refusal:
             return self._send(refusal.status, {"error": refusal.code, "error_description": str(refusal)})
         if fault == "lost_answer":
             self.close_connection = True
@@ -291,7 +291,7 @@ class _Handler(BaseHTTPRequestHandler):
         if scheme == "Basic":
             name, _, secret = base64.b64decode(encoded).decode().partition(":")
         if not name or unquote_plus(secret) != f"{unquote_plus(name)}-secret":
-            raise Refusal("invalid_client", "client authentication failed", 401)
+            raise OAuthRefusal("invalid_client", "client authentication failed", 401)
         return unquote_plus(name)
 
     def _fault(self) -> str:

@@ -32,10 +32,10 @@ CELERY = ("celery", "-A", "workers.app")
 class Stack:
     """A running embedded engine; `environ` is what a process needs to join it."""
 
-    def __init__(self, settings_path: Path, folder: Path, workers: int, keepers: int = 1) -> None:
+    def __init__(self, settings_path: Path, folder: Path, workers: int, refreshers: int = 1) -> None:
         self.folder = folder
         self.workers = workers
-        self.keepers = keepers
+        self.refreshers = refreshers
         self.environ = {
             **os.environ,
             "MINTER_SETTINGS": str(settings_path.resolve()),
@@ -77,7 +77,7 @@ class Stack:
         for number in range(self.workers):
             self.spawn_worker(number)
         self.spawn("beat", *CELERY, "beat", "--schedule", str(self.folder / "beat-schedule"))
-        for number in range(self.keepers if self.service.loaded.settings.providers else 0):
+        for number in range(self.refreshers if self.service.loaded.settings.providers else 0):
             self.spawn(f"keeper-{number}", "workers.keeper")
 
     def _master_key(self, vo: str) -> None:

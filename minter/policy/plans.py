@@ -76,7 +76,7 @@ class Extra(Struct, frozen=True):
     act: dict[str, Any] | None = None
 
 
-class Grant(Struct, frozen=True, eq=False, gc=False):
+class PlannedToken(Struct, frozen=True, eq=False, gc=False):
     """One token that may be made."""
 
     need: Need
@@ -94,7 +94,7 @@ class Grant(Struct, frozen=True, eq=False, gc=False):
         """Whether a provider signs the token, and we keep it fresh."""
         return self.plan.route is not None and self.plan.route.mode != "mint"
 
-    def whole(self) -> "Grant":
+    def whole(self) -> "PlannedToken":
         """Return the grant of the token that this one is a use of: with all the life it may have."""
         cap = self.plan.cap_seconds
         return structs.replace(self, path=self.shared, lifetime=Lifetime(cap, cap, self.lifetime.fixed))
@@ -119,13 +119,13 @@ class Refused(NamedTuple):
 class Decision(Struct, frozen=True, eq=False):
     """What a request gets; `error` refuses it whole, and then there are no grants."""
 
-    grants: list[Grant]
+    planned_tokens: list[PlannedToken]
     refused: list[Refused]
     error: RequestError | None = None
 
     def refused_files(self) -> list[int]:
         """Return the numbers of the files that get no token at all."""
-        granted = {g.need.file for g in self.grants}
+        granted = {g.need.file for g in self.planned_tokens}
         refused = {r.need.file for r in self.refused if r.need is not None}
         return sorted(refused - granted)
 

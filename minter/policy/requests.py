@@ -15,7 +15,7 @@ from minter.contract.messages import FileRequest, MintRequest, RefusedNeed, Side
 from minter.contract.operations import Operation
 from minter.errors import InvalidRequest, RequestError
 from minter.policy.limits import MAX_AHEAD_SECONDS
-from minter.policy.token_requests import SubjectToken, Wish
+from minter.policy.token_requests import SubjectToken, TokenRequest
 
 SEVERAL = "(several)"
 """The recorded activity of a request whose files have different ones."""
@@ -71,7 +71,7 @@ class Request(Struct, frozen=True):
     via_fts: bool = False
     job: Mapping[str, Any] | None = None
     renews: UUID | None = None
-    wish: Wish | None = None
+    token_request: TokenRequest | None = None
     subject: SubjectToken | None = None
     consumer: str = ""
     routes: tuple[str, ...] = ()

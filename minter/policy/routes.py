@@ -129,7 +129,7 @@ SHIPPED_ROUTES = (
 )
 
 
-class FTS(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class FTSInstance(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """An FTS instance that jobs may be filled for, and the token for submitting there."""
 
     name: str

@@ -34,16 +34,25 @@ from minter.policy.limits import (
     MAX_CLAIM_CHARACTERS,
     MIN_LEFT_SECONDS,
 )
-from minter.policy.plans import SEVERAL_STORAGES, Decision, Extra, Grant, Lifetime, Refused, Step, cap_of
+from minter.policy.plans import (
+    SEVERAL_STORAGES,
+    Decision,
+    Extra,
+    Lifetime,
+    PlannedToken,
+    Refused,
+    Step,
+    cap_of,
+)
 from minter.policy.requests import Need, Request
-from minter.policy.token_requests import Family, Subject, SubjectToken, Wish, act_depth, present
+from minter.policy.token_requests import Family, Subject, SubjectToken, TokenRequest, act_depth, present
 from minter.policy.transfers import Policy, host_of
 from minter.scopes import STORAGE_SCOPES, Scope, intersect, parse_scopes, path_contains
 from minter.storages.dialects import DIALECTS, Needed
 from minter.storages.directory import Area
 
 ANY = ("https://wlcg.cern.ch/jwt/v1/any",)
-MOST_KEPT = 4_096
+CACHE_SIZE = 4_096
 """Decisions of clients' own wishes that are kept: Rucio and FTS ask for the same again and again."""
 
 _OPERATIONS: dict[str, tuple[Operation, ...]] = {
@@ -59,7 +68,7 @@ _OPERATIONS: dict[str, tuple[Operation, ...]] = {
 _SUB = re.compile(r"[ -~]{1,255}").fullmatch
 
 
-class Held(NamedTuple):
+class SubjectAuthority(NamedTuple):
     """What a token that is acted with holds: the most that may be granted on it, and for whom.
 
     A provider's has no `audience` that counts here, for it is meant for us, and no route has allowed it yet.
@@ -81,7 +90,7 @@ class Held(NamedTuple):
         return bool(self.audience)
 
 
-class Granted(NamedTuple):
+class EndpointDecision(NamedTuple):
     """A decision of the token endpoint, and the refresh family as it is after it, if it changes."""
 
     decision: Decision
@@ -99,59 +108,64 @@ def decide(
     now: datetime,
     subjects: Mapping[uuid.UUID, Subject],
     families: Mapping[uuid.UUID, Family],
-) -> Granted:
+) -> EndpointDecision:
     """Decide one request of the token endpoint. Refusals are returned, not raised."""
-    wish = request.wish
-    assert wish is not None
+    token_request = request.token_request
+    assert token_request is not None
     try:
         policy.admit(request, client, bans)
         family: Family | None
-        if wish.refresh is not None:
-            family, held = _refreshed(policy, wish, client, now, subjects, families)
-        elif wish.foreign is not None:
-            family, held = None, _foreign(policy, wish.foreign, client, now, offline=wish.offline)
-        elif wish.subject is not None:
-            family, held = _exchanged(policy, wish, client, now, subjects)
+        if token_request.refresh is not None:
+            family, authority = _refreshed(policy, token_request, client, now, subjects, families)
+        elif token_request.foreign is not None:
+            family, authority = (
+                None,
+                _foreign(policy, token_request.foreign, client, now, offline=token_request.offline),
+            )
+        elif token_request.subject is not None:
+            family, authority = _exchanged(policy, token_request, client, now, subjects)
         else:
-            return _own(policy, client, bans, wish, request.on_behalf_of)
-        _check_holder(held, client.vo, clients, bans)
-        grant = _Decider(policy, client, bans, wish, held).grant()
+            return _own(policy, client, bans, token_request, request.on_behalf_of)
+        _check_holder(authority, client.vo, clients, bans)
+        planned = _Decider(policy, client, bans, token_request, authority).planned()
     except _Reused as reuse:
         refused = Refused(None, reuse.error)
-        return Granted(Decision([], [refused], reuse.error), reuse.family)
+        return EndpointDecision(Decision([], [refused], reuse.error), reuse.family)
     except RequestError as error:
-        return Granted(Decision([], [Refused(None, error)], error))
-    if family is not None and wish.refresh is None:
-        family = structs.replace(family, scope=grant.scope, audience=grant.audience)
-    return Granted(Decision([grant], []), family, held.on_behalf_of, held.activity)
+        return EndpointDecision(Decision([], [Refused(None, error)], error))
+    if family is not None and token_request.refresh is None:
+        family = structs.replace(family, scope=planned.scope, audience=planned.audience)
+    return EndpointDecision(Decision([planned], []), family, authority.on_behalf_of, authority.activity)
 
 
-def _own(policy: Policy, client: Client, bans: Bans, wish: Wish, on_behalf_of: str) -> Granted:
+def _own(
+    policy: Policy, client: Client, bans: Bans, token_request: TokenRequest, on_behalf_of: str
+) -> EndpointDecision:
     """Decide on the client's own behalf: nothing but its arguments matters, so equal ones are decided once.
 
     Clients and bans are other objects after each change of the control tables.
     """
-    key = (client, bans, wish.scope, wish.audience)
-    grant = policy.own_grants.get(key)
-    if grant is None:
-        grant = _Decider(policy, client, bans, wish, None).grant()
-        if len(policy.own_grants) >= MOST_KEPT:
-            policy.own_grants.clear()
-        policy.own_grants[key] = grant
-    return Granted(Decision([grant], []), None, on_behalf_of)
+    key = (client, bans, token_request.scope, token_request.audience)
+    planned = policy.own_planned_tokens.get(key)
+    if planned is None:
+        planned = _Decider(policy, client, bans, token_request, None).planned()
+        if len(policy.own_planned_tokens) >= CACHE_SIZE:
+            policy.own_planned_tokens.clear()
+        policy.own_planned_tokens[key] = planned
+    return EndpointDecision(Decision([planned], []), None, on_behalf_of)
 
 
 # ── on another's token ───────────────────────────────────────────────────────────────────────
 
 
-def _check_holder(held: Held, vo: str, clients: Mapping[str, Client], bans: Bans) -> None:
+def _check_holder(authority: SubjectAuthority, vo: str, clients: Mapping[str, Client], bans: Bans) -> None:
     """Raise Banned or InvalidGrant if the client whose token it is may have none itself any more (I9)."""
-    bans.check(vo, client=held.client, on_behalf_of=held.on_behalf_of, activity=held.activity)
-    if not held.ours:
+    bans.check(vo, client=authority.client, on_behalf_of=authority.on_behalf_of, activity=authority.activity)
+    if not authority.ours:
         return  # a provider's client
-    holder = clients.get(held.client)
+    holder = clients.get(authority.client)
     if holder is None or holder.disabled:
-        raise InvalidGrant(f"client {held.client!r}, whose token it is, is disabled")
+        raise InvalidGrant(f"client {authority.client!r}, whose token it is, is disabled")
 
 
 class _Reused(Exception):
@@ -162,10 +176,14 @@ class _Reused(Exception):
 
 
 def _exchanged(
-    policy: Policy, wish: Wish, client: Client, now: datetime, subjects: Mapping[uuid.UUID, Subject]
-) -> tuple[Family | None, Held]:
-    assert wish.subject is not None
-    jti, payload = wish.subject
+    policy: Policy,
+    token_request: TokenRequest,
+    client: Client,
+    now: datetime,
+    subjects: Mapping[uuid.UUID, Subject],
+) -> tuple[Family | None, SubjectAuthority]:
+    assert token_request.subject is not None
+    jti, payload = token_request.subject
     subject = subjects.get(jti)
     if subject is None or subject.payload != payload:
         raise InvalidGrant("the subject token is not on record here, or its retention is over")
@@ -175,11 +193,13 @@ def _exchanged(
     left = int((subject.expires_at - now).total_seconds())
     if left < MIN_LEFT_SECONDS:
         raise InvalidGrant(f"the subject token lives {max(left, 0)} s more")
-    rule = exchanges.find(policy.exchanges, client.vo, client.name, subject.client, offline=wish.offline)
+    rule = exchanges.find(
+        policy.exchanges, client.vo, client.name, subject.client, offline=token_request.offline
+    )
     if rule is None:
         raise UnauthorizedClient(
             f"no exchange rule lets client {client.name!r} act with tokens of client {subject.client!r}"
-            + (" and refresh them" if wish.offline else "")
+            + (" and refresh them" if token_request.offline else "")
         )
     claims = json.loads(subject.payload)
     act = {"sub": client.sub, **({"act": claims["act"]} if "act" in claims else {})}
@@ -190,12 +210,12 @@ def _exchanged(
     limit = now + timedelta(seconds=rule.max_refresh_seconds)
     ends_at = limit if subject.kind == "token" else min(limit, subject.expires_at)
     audience = _audience_of(claims)
-    held = Held(
+    authority = SubjectAuthority(
         claims["sub"], act, str(claims["scope"]), audience, int((ends_at - now).total_seconds()), rule,
         subject.client, subject.on_behalf_of, subject.activity,
     )  # fmt: skip
-    if not wish.offline:
-        return None, held._replace(left_seconds=left)
+    if not token_request.offline:
+        return None, authority._replace(left_seconds=left)
     family = Family(
         family_id=uuid.UUID(int=jti.int ^ uuid.uuid4().int),
         client_id=client.client_id,
@@ -203,16 +223,16 @@ def _exchanged(
         subject_client=subject.client,
         on_behalf_of=subject.on_behalf_of,
         activity=subject.activity,
-        sub=held.sub,
+        sub=authority.sub,
         act=act,
-        scope=held.scope,
+        scope=authority.scope,
         audience=audience,
         rule=rule.name,
         ends_at=ends_at.replace(microsecond=0),
         generation=1,
         rotated_at=now.replace(microsecond=0),
     )
-    return family, held
+    return family, authority
 
 
 def _foreign(
@@ -222,7 +242,7 @@ def _foreign(
     now: datetime,
     *,
     offline: bool,
-) -> Held:
+) -> SubjectAuthority:
     """Return what a provider's token holds; its `sub` gets the provider's name before it."""
     if offline:
         raise InvalidGrant("refresh tokens are given on our own tokens only; ask without offline_access")
@@ -242,7 +262,7 @@ def _foreign(
     sub = f"{subject.provider}:{subject.sub}"
     if not _SUB(sub):
         raise InvalidGrant("the subject token's sub is longer than 255 characters, or not of ASCII")
-    return Held(sub, {"sub": client.sub}, subject.scope, (), left, rule, "", sub, "")
+    return SubjectAuthority(sub, {"sub": client.sub}, subject.scope, (), left, rule, "", sub, "")
 
 
 def _check_subject(subject: Subject) -> None:
@@ -252,14 +272,14 @@ def _check_subject(subject: Subject) -> None:
 
 def _refreshed(
     policy: Policy,
-    wish: Wish,
+    token_request: TokenRequest,
     client: Client,
     now: datetime,
     subjects: Mapping[uuid.UUID, Subject],
     families: Mapping[uuid.UUID, Family],
-) -> tuple[Family, Held]:
-    assert wish.refresh is not None
-    family_id, generation = wish.refresh
+) -> tuple[Family, SubjectAuthority]:
+    assert token_request.refresh is not None
+    family_id, generation = token_request.refresh
     family = families.get(family_id)
     if family is None or family.client_id != client.client_id:
         raise InvalidGrant("the refresh token is not this client's, or its family has ended")
@@ -280,11 +300,11 @@ def _refreshed(
             f"no exchange rule lets client {client.name!r} refresh tokens of client "
             f"{family.subject_client!r} any more"
         )
-    held = Held(
+    authority = SubjectAuthority(
         family.sub, family.act, family.scope, family.audience, left, rule, family.subject_client,
         family.on_behalf_of, family.activity,
     )  # fmt: skip
-    return after, held
+    return after, authority
 
 
 def _audience_of(claims: Mapping[str, Any]) -> tuple[str, ...]:
@@ -307,20 +327,27 @@ class _Allowed(NamedTuple):
 class _Decider:
     """One decision: which of the wanted words may be granted, then the grant that they make."""
 
-    def __init__(self, policy: Policy, client: Client, bans: Bans, wish: Wish, held: Held | None) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        client: Client,
+        bans: Bans,
+        token_request: TokenRequest,
+        authority: SubjectAuthority | None,
+    ) -> None:
         self.policy = policy
         self.client = client
         self.bans = bans
-        self.held = held
-        self.wanted = dict.fromkeys(wish.scope or (held.scope.split(" ") if held else ()))
-        self.audience = self._audience(tuple(dict.fromkeys(wish.audience)))
+        self.authority = authority
+        self.wanted = dict.fromkeys(token_request.scope or (authority.scope.split(" ") if authority else ()))
+        self.audience = self._audience(tuple(dict.fromkeys(token_request.audience)))
         self.is_any = any(a in ANY for a in self.audience)
-        self.places = self._places()
+        self.endpoints = self._endpoints()
         self.allowed: dict[tuple[str, str], _Allowed] = {}
         """What was found allowed, by scope name and storage."""
         self.left_out: set[Step] = set()
 
-    def grant(self) -> Grant:
+    def planned(self) -> PlannedToken:
         """Return what is granted; raises a RequestError if that is nothing."""
         storage: dict[str, Scope] = {}
         groups: list[str] = []
@@ -345,15 +372,17 @@ class _Decider:
                 f"nothing of scope {' '.join(self.wanted)[:200]!r} may be granted to client "
                 f"{self.client.name!r} for {' '.join(self.audience)[:200]!r}"
             )
-        return self._made(" ".join(words), tuple(dict.fromkeys(groups)), list(storage.values()))
+        return self._planned_token(" ".join(words), tuple(dict.fromkeys(groups)), list(storage.values()))
 
-    def _made(self, scope: str, groups: tuple[str, ...], on_storage: Sequence[Scope]) -> Grant:
+    def _planned_token(
+        self, scope: str, groups: tuple[str, ...], on_storage: Sequence[Scope]
+    ) -> PlannedToken:
         if len(scope) > MAX_CLAIM_CHARACTERS or len(" ".join(self.audience)) > MAX_CLAIM_CHARACTERS:
             raise InvalidScope(
                 f"scope or audience is longer than {MAX_CLAIM_CHARACTERS} characters; ask for less at once"
             )
         cap, rule, why = self._cap(bool(on_storage))
-        left = self.held.left_seconds if self.held else cap
+        left = self.authority.left_seconds if self.authority else cap
         seconds = min(cap, left + BACKDATE_SECONDS)
         if seconds < BACKDATE_SECONDS + MIN_LEFT_SECONDS:
             raise LifetimeNotAllowed(f"lifetime {seconds} s allowed by {rule} is too short to be of use")
@@ -377,9 +406,9 @@ class _Decider:
             rule,
             (*sorted(steps), Step(rule, f"at most {cap} s: {why}")),
         )
-        sub, act = (self.held.sub, self.held.act) if self.held else (self.client.sub, None)
+        sub, act = (self.authority.sub, self.authority.act) if self.authority else (self.client.sub, None)
         path = (on_storage[0].path or "") if on_storage else ""
-        return Grant(
+        return PlannedToken(
             Need(-1, "service", 0, "", plan.operations), plan, path, scope,
             Lifetime(seconds, cap, BACKDATE_SECONDS), "", extra=Extra(sub, groups, act),
         )  # fmt: skip
@@ -399,10 +428,10 @@ class _Decider:
     # ── audiences ────────────────────────────────────────────────────────────────────────────
 
     def _audience(self, asked: tuple[str, ...]) -> tuple[str, ...]:
-        if self.held is not None and self.held.ours:
-            if outside := [a for a in asked if a not in self.held.audience]:
+        if self.authority is not None and self.authority.ours:
+            if outside := [a for a in asked if a not in self.authority.audience]:
                 raise InvalidTarget(f"audience {outside[0][:200]!r} is not the subject token's")
-            return asked or self.held.audience
+            return asked or self.authority.audience
         audience = asked or self.client.default_audience
         if not audience:
             raise InvalidTarget(
@@ -411,7 +440,7 @@ class _Decider:
             )
         return audience
 
-    def _places(self) -> list[list[list[Area]]]:
+    def _endpoints(self) -> list[list[list[Area]]]:
         """Return for each audience the endpoints that it stands for, none if it is no storage's.
 
         Raises InvalidTarget for an audience of nobody, or one that the client may not have.
@@ -425,7 +454,7 @@ class _Decider:
                 endpoints = directory.at(audience)
                 listed = fits(audience, self.client.audiences)
                 known = bool(endpoints) or self._fts(audience) or listed
-            if not (known or (self.held and self.held.ours)):
+            if not (known or (self.authority and self.authority.ours)):
                 raise InvalidTarget(
                     f"audience {audience[:200]!r} is of no storage or FTS here, and not listed for client "
                     f"{self.client.name!r}"
@@ -447,11 +476,11 @@ class _Decider:
         stands for every storage of the VO is enough to be allowed at one.
         """
         assert scope.path is not None
-        if self.held is not None and not exchanges.allows(self.held.rule, scope.name):
-            self.left_out.add(Step(f"exchange {self.held.rule.name}", f"leaves out {scope.name}"))
+        if self.authority is not None and not exchanges.allows(self.authority.rule, scope.name):
+            self.left_out.add(Step(f"exchange {self.authority.rule.name}", f"leaves out {scope.name}"))
             return {}
         paths = [scope.path]
-        for endpoints in self.places:
+        for endpoints in self.endpoints:
             if self.is_any:
                 paths = [p for areas in endpoints for p in self._within(paths, areas, scope.name)]
             else:
@@ -464,8 +493,8 @@ class _Decider:
         granted = {
             Scope(scope.name, p) for p in paths if not any(q != p and path_contains(q, p) for q in paths)
         }
-        if self.held is not None:  # DIRAC asks for all that it is configured with
-            granted = set(intersect(granted, parse_scopes(self.held.scope)))
+        if self.authority is not None:  # DIRAC asks for all that it is configured with
+            granted = set(intersect(granted, parse_scopes(self.authority.scope)))
         for one in granted:
             self.bans.check_path(self.client.vo, one.path or "/")
         # oauthlib warns of a scope that is not spelt as it was asked for; a directory's slash may stay.
@@ -480,10 +509,10 @@ class _Decider:
         allow the scope.
         """
         found = []
-        for path in _meet(paths, [area.top for area in areas]):
+        for path in _meet(paths, [area.root for area in areas]):
             # By base path, since each reads the path in its own way; the longest prefix comes first.
-            around = {a.base_path: a for a in reversed(areas) if path_contains(a.top, path)}
-            inside = [area for area in areas if area.top != path and path_contains(path, area.top)]
+            around = {a.base_path: a for a in reversed(areas) if path_contains(a.root, path)}
+            inside = [area for area in areas if area.root != path and path_contains(path, area.root)]
             allowed = [self._allow(area, name) for area in (*around.values(), *inside)]
             if all(allowed):
                 found.append(path)
@@ -498,7 +527,7 @@ class _Decider:
         operations = [
             o for o in _OPERATIONS[name] if not self.client.operations or o in self.client.operations
         ]
-        if self.held is not None and self.held.ours and operations:  # a route allowed it at first
+        if self.authority is not None and self.authority.ours and operations:  # a route allowed it at first
             return _Allowed(area)
         for operation in operations:
             need = Need(-1, "operation", 0, "", (operation,))
@@ -509,7 +538,7 @@ class _Decider:
         return None
 
     def _groups(self, word: str) -> list[str]:
-        if self.held is not None:
+        if self.authority is not None:
             return []  # groups are the client's own, never another's
         _, colon, group = word.partition(":")
         return [g for g in self.client.groups if not colon or g == group]
@@ -517,8 +546,8 @@ class _Decider:
     def _other(self, word: str) -> bool:
         if word == "offline_access":  # Rucio and FTS ask for it: it stands in the scope, and grants nothing
             return True
-        if self.held is not None:
-            return word in self.held.scope.split(" ") and exchanges.allows(self.held.rule, word)
+        if self.authority is not None:
+            return word in self.authority.scope.split(" ") and exchanges.allows(self.authority.rule, word)
         listed = fits(word, self.client.scopes)
         return listed or (word == "fts" and any(map(self._fts, self.audience)))
 

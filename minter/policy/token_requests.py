@@ -32,7 +32,7 @@ class SubjectToken(Struct, frozen=True):
         return f"SubjectToken({self.provider})"
 
 
-class Wish(Struct, frozen=True, kw_only=True):
+class TokenRequest(Struct, frozen=True, kw_only=True):
     """What a token is wanted for; an empty scope or audience means what its default or subject has.
 
     `subject` is the jti of one of our tokens and its payload, `refresh` the family and generation of a

@@ -33,9 +33,9 @@ from minter.policy.limits import (
     MAX_CLAIM_CHARACTERS,
     PROFILE_MIN_SECONDS,
 )
-from minter.policy.plans import Decision, Grant, Lifetime, Plan, Refused, Step, make_plan, matches
+from minter.policy.plans import Decision, Lifetime, Plan, PlannedToken, Refused, Step, make_plan, matches
 from minter.policy.requests import File, Need, Request
-from minter.policy.routes import FTS, SHIPPED_ROUTES, Route
+from minter.policy.routes import SHIPPED_ROUTES, FTSInstance, Route
 from minter.scopes import (
     Scope,
     check_path,
@@ -59,7 +59,7 @@ class Policy:
         self,
         directories: Mapping[str, Directory],
         routes: Sequence[Route] = SHIPPED_ROUTES,
-        fts: Sequence[FTS] = (),
+        fts: Sequence[FTSInstance] = (),
         exchanges: Sequence[Exchange] = (),
         token_lifetime_seconds: int = 7200,
     ) -> None:
@@ -74,7 +74,7 @@ class Policy:
         # theirs beyond this cache, whose size is bounded because activities are free text.
         self._plans: dict[tuple[Any, ...], dict[object, Plan | RequestError]] = {}
         self._plans_of_steps: dict[object, Plan] = {}
-        self.own_grants: dict[object, Grant] = {}
+        self.own_planned_tokens: dict[object, PlannedToken] = {}
         """Kept by `capabilities`."""
 
     def decide(
@@ -89,22 +89,22 @@ class Policy:
             service = [self._service(request.service, client.vo)] if request.service else []
         except RequestError as error:
             return Decision([], [Refused(None, error)], error)
-        grants: list[Grant] = []
+        planned_tokens: list[PlannedToken] = []
         refused: list[Refused] = []
         whole = True
         for file in request.files:
-            whole &= self._decide_file(request, file, client, bans, away, grants, refused)
+            whole &= self._decide_file(request, file, client, bans, away, planned_tokens, refused)
         if request.all_or_nothing and not whole:
             why = "another file of this all-or-nothing request was refused"
-            refused += [Refused(g.need, NeighbourRefused(why)) for g in grants]
-            grants = []
-        if grants:
-            grants += service
+            refused += [Refused(g.need, NeighbourRefused(why)) for g in planned_tokens]
+            planned_tokens = []
+        if planned_tokens:
+            planned_tokens += service
         try:
-            _check_plaintext(request, client, grants)
+            _check_plaintext(request, client, planned_tokens)
         except ReplyNotAllowed as error:
             return Decision([], [Refused(None, error)], error)
-        return Decision(grants, refused)
+        return Decision(planned_tokens, refused)
 
     def admit(self, request: Request, client: Client, bans: Bans) -> None:
         """Raise Banned, UnknownVO or ReplyNotAllowed for a request that is refused whole."""
@@ -128,13 +128,13 @@ class Policy:
         client: Client,
         bans: Bans,
         away: frozenset[str],
-        grants: list[Grant],
+        planned_tokens: list[PlannedToken],
         refused: list[Refused],
     ) -> bool:
         """Decide one file; a copy without a source or destination left is refused whole."""
         activity = file.activity or request.activity
         plans = self._plans_of(client, activity, request.via_fts, away, request.routes)
-        made: list[Grant] = []
+        made: list[PlannedToken] = []
         failed: list[Refused] = []
         for need in file.needs:
             try:
@@ -157,9 +157,9 @@ class Policy:
                 made = [g for g in made if g.need.side == "operation"]
             refused += failed
             if broken or any(r.need and r.need.side == "operation" for r in failed):
-                grants += made
+                planned_tokens += made
                 return False
-        grants += made
+        planned_tokens += made
         return True
 
     def _plans_of(self, *key: Any) -> dict[object, Plan | RequestError]:
@@ -180,7 +180,7 @@ class Policy:
         client: Client,
         bans: Bans,
         away: frozenset[str],
-    ) -> Grant:
+    ) -> PlannedToken:
         area, path = self.directories[client.vo].locate(need.url)
         bans.check(client.vo, storage=area.storage)
         key = (area, need.operations, need.side)
@@ -206,7 +206,7 @@ class Policy:
         scope = _scope(plan, path, shared, client, bans)
         if plan.route is not None and plan.route.mode == "exchange":
             _check_subject(plan.route, request, client, scope)
-        return Grant(
+        return PlannedToken(
             need,
             plan,
             path,
@@ -283,7 +283,7 @@ class Policy:
         """Return an URL that means the FTS `name`, empty (the VO's first) if it left the settings."""
         return next((f"https://{h}" for h, p in self.fts[vo].items() if p.area.storage == name), "")
 
-    def _service(self, need: Need, vo: str) -> Grant:
+    def _service(self, need: Need, vo: str) -> PlannedToken:
         services = self.fts[vo]
         first = next(iter(services.values()), None)
         plan = services.get(host_of(need.url)) if need.url else first
@@ -293,7 +293,7 @@ class Policy:
                 f"{', '.join(services) or 'none: add [[fts]] to the settings'}"
             )
         life = Lifetime(plan.cap_seconds, plan.cap_seconds, BACKDATE_SECONDS)
-        return Grant(need, plan, "", "fts", life, "")
+        return PlannedToken(need, plan, "", "fts", life, "")
 
 
 def _there(fitting: Sequence[Route], away: frozenset[str]) -> tuple[Route, Sequence[Step]]:
@@ -342,18 +342,18 @@ def check_reply_queue(queue: str | None, client: Client) -> None:
         )
 
 
-def _check_plaintext(request: Request, client: Client, grants: Sequence[Grant]) -> None:
+def _check_plaintext(request: Request, client: Client, planned_tokens: Sequence[PlannedToken]) -> None:
     """Raise ReplyNotAllowed for tokens that would lie unencrypted on a durable queue (I5)."""
     if request.reply_queue is None:
         return
-    if request.job is not None and any(g.managed for g in grants):
+    if request.job is not None and any(g.managed for g in planned_tokens):
         raise ReplyNotAllowed(
             "a job with tokens of a provider is filled when they are there, so it cannot go to a durable "
             "queue; ask for it again without reply_queue until it is filled"
         )
     if client.jwe_key is not None:
         return
-    if not all(g.plan.route is None or g.plan.route.plaintext_queue for g in grants):
+    if not all(g.plan.route is None or g.plan.route.plaintext_queue for g in planned_tokens):
         raise ReplyNotAllowed(
             f"client {client.name!r} has no key to encrypt to, and tokens lie on a durable queue only "
             "encrypted; register a public JWK with the client"
@@ -368,7 +368,7 @@ def host_of(url: str) -> str:
         return ""
 
 
-def _services(vo: str, fts: Sequence[FTS]) -> dict[str, Plan]:
+def _services(vo: str, fts: Sequence[FTSInstance]) -> dict[str, Plan]:
     found = {}
     for service in fts:
         if fits(vo, service.vos):
@@ -383,12 +383,12 @@ def _services(vo: str, fts: Sequence[FTS]) -> dict[str, Plan]:
 
 
 def _area_path(area: Area, client: Client, path: str) -> str:
-    return check_path(area.top) if _may_have(area, area.top, client) else path
+    return check_path(area.root) if _may_have(area, area.root, client) else path
 
 
 def _may_have(area: Area, wide: str, client: Client) -> bool:
     """Say whether a client may have all of a path: its own prefixes hold it, and no other storage."""
-    return client.may_reach(wide) and not any(path_contains(wide, hole) for hole in area.holes)
+    return client.may_reach(wide) and not any(path_contains(wide, inner) for inner in area.nested)
 
 
 def _shared_path(plan: Plan, path: str, request: Request, client: Client, bans: Bans) -> str:
@@ -403,7 +403,7 @@ def _shared_path(plan: Plan, path: str, request: Request, client: Client, bans: 
         wide = parent(path)
         inside = area.holds_directory(wide)
     else:
-        wide = area.top
+        wide = area.root
         inside = path_contains(wide, path)
     allowed = inside and _may_have(area, wide, client) and not bans.touches(client.vo, wide)
     return check_path(wide) if allowed else ""
@@ -487,11 +487,11 @@ def _lifetime(plan: Plan, request: Request, file: File, need: Need) -> Lifetime:
 def explain(decision: Decision) -> list[str]:
     """Render the steps of a decision, one line each; it decides nothing."""
     lines = []
-    for grant in decision.grants:
-        lines.append(f"file {grant.need.file} {grant.need.side}[{grant.need.index}]: granted")
-        lines += [f"  {step.rule}: {step.text}" for step in grant.plan.steps]
-        lines.append(f"  scope: {grant.scope}")
-        life = grant.lifetime
+    for planned in decision.planned_tokens:
+        lines.append(f"file {planned.need.file} {planned.need.side}[{planned.need.index}]: granted")
+        lines += [f"  {step.rule}: {step.text}" for step in planned.plan.steps]
+        lines.append(f"  scope: {planned.scope}")
+        life = planned.lifetime
         clipped = f", clipped from {life.wanted} s" if life.seconds < life.wanted else ""
         lines.append(f"  lifetime: {life.seconds} s{clipped}, of which {life.fixed} s are not waiting")
     for refused in decision.refused:
@@ -502,6 +502,6 @@ def explain(decision: Decision) -> list[str]:
     return lines
 
 
-def asked_scopes(grant: Grant) -> frozenset[Scope]:
+def asked_scopes(planned: PlannedToken) -> frozenset[Scope]:
     """Return the grant's scopes, parsed: for tests, traces and people."""
-    return frozenset(Scope.parse(word) for word in grant.scope.split(" "))
+    return frozenset(Scope.parse(word) for word in planned.scope.split(" "))

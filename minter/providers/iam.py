@@ -216,13 +216,13 @@ class IAM:
         provider = self.provider
         by_scope = [provider.audience_scope + audience for audience in asked.audience]
         scope = " ".join([asked.scope + more, *(by_scope if provider.audience_scope else ())])
-        wish = [("scope", scope)]
+        token_request = [("scope", scope)]
         if target != "none":
             targets = asked.audience if provider.how.separate else (" ".join(asked.audience),)
-            wish += [(target, one) for one in targets]
+            token_request += [(target, one) for one in targets]
         if provider.how.lifetime_parameter:
-            wish.append((provider.how.lifetime_parameter, str(asked.cap_seconds)))
-        return wish
+            token_request.append((provider.how.lifetime_parameter, str(asked.cap_seconds)))
+        return token_request
 
     def _token(self, form: Form, asked: Asked) -> Obtained:
         told = self._post(self.documents().token_endpoint, form)

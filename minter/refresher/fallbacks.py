@@ -22,7 +22,7 @@ from minter.errors import MinterError, RefreshTokenLost, RequestError, Unavailab
 from minter.policy.limits import BACKDATE_SECONDS
 from minter.policy.requests import Request
 from minter.refresher.notifications import Pushes
-from minter.tasks.lifecycle import Lives
+from minter.tasks.lifecycle import Lifecycle
 from minter.tokens.outcomes import Issued, Outcome, Submission
 
 logger = logging.getLogger("minter.stand_ins")
@@ -33,12 +33,12 @@ Needs = Mapping[tuple[int, Any, int], UUID]
 """Uses by file, side and index."""
 
 
-class StandIns:
+class Fallbacks:
     """Gives leased tokens their stand-ins; `pushes` is there where a broker is."""
 
-    def __init__(self, pool: Pool, lives: Lives, pushes: Pushes | None) -> None:
+    def __init__(self, pool: Pool, lifecycle: Lifecycle, pushes: Pushes | None) -> None:
         self._pool = pool
-        self._lives = lives
+        self._lifecycle = lifecycle
         self._pushes = pushes
         self.refused: dict[UUID, None] = {}
         """Those that nothing may stand in for: they are not tried again while the provider is paused."""
@@ -62,7 +62,7 @@ class StandIns:
             except Unavailable as error:
                 logger.warning("no stand-in for %s yet: %s", token.jti, error)
                 return
-            served = managed.stand_in(self._pool, token.jti, lease, instead)
+            served = managed.fall_back(self._pool, token.jti, lease, instead)
             logs.event(logger, "stood in", jti=str(token.jti), reason=why.reason, uses=served)
         if refused is not None and not isinstance(why, Unavailable):
             fail(self._pool, token, lease, refused)
@@ -83,21 +83,21 @@ class StandIns:
                 if needs.get(i.need) in queues
             )
         given = {i.need: UUID(i.jti) for i in outcome.issued}
-        given |= {a.need: UUID(a.handle) for a in outcome.awaited}
+        given |= {a.need: UUID(a.handle) for a in outcome.pending}
         return {use: given[need] for need, use in needs.items()}
 
     def _minted(self, token: Leased, request_id: UUID, needs: Needs, now: datetime) -> Outcome:
         """Decide and mint anew what one request was granted; raises what refuses it."""
-        engine = self._lives.engine
+        engine = self._lifecycle.engine
         files = tuple(sorted({file for file, _, _ in needs}))
         wire = RenewRequest(request_id=engine.new_jti(), renews=request_id, files=files)
         life = int((token.deadline - now).total_seconds()) + BACKDATE_SECONDS
         routes = self._routes(token, now)
-        request = _only(self._lives.renewal(token.client, wire), needs, life, routes)
+        request = _only(self._lifecycle.renewal(token.client, wire), needs, life, routes)
         (outcome,) = engine.mint_many([Submission(request, token.client)], now)
         if outcome.error is not None:
             raise outcome.error
-        given = {issued.need for issued in outcome.issued} | {awaited.need for awaited in outcome.awaited}
+        given = {issued.need for issued in outcome.issued} | {pending.need for pending in outcome.pending}
         if missing := [need for need in needs if need not in given]:
             first = outcome.refusals[0]["error"]["error_description"] if outcome.refusals else "no reason"
             raise RefreshTokenLost(
@@ -110,7 +110,7 @@ class StandIns:
         valid = token.expires_at is not None and token.expires_at > now
         found = tuple(
             route.name
-            for route in self._lives.engine.policy.routes
+            for route in self._lifecycle.engine.policy.routes
             if route.name in token.fallback and (route.mode == "mint" or not valid)
         )
         if not found:

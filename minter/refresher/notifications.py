@@ -54,7 +54,7 @@ class Pushes:
         self._send = send
         self._away_until = float("-inf")
 
-    def turn(self, now: datetime) -> None:
+    def run_once(self, now: datetime) -> None:
         """Push what changed; what is not confirmed is pushed again, later."""
         if time.monotonic() < self._away_until:
             return

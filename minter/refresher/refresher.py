@@ -40,9 +40,9 @@ from minter.errors import (
 )
 from minter.providers.budgets import HORIZON, backoff_seconds
 from minter.providers.iam import IAM, Asked, Lost, Misconfigured, Obtained
-from minter.refresher.fallbacks import StandIns, failure
+from minter.refresher.fallbacks import Fallbacks, failure
 from minter.refresher.notifications import Pushes, Send
-from minter.tasks.lifecycle import Lives
+from minter.tasks.lifecycle import Lifecycle
 from minter.tokens.keystore import Keystore
 from minter.tokens.managed import LEAST_SECONDS, forbidden, next_need
 from minter.tokens.mint import check_clock
@@ -56,7 +56,7 @@ IDLE_SECONDS = 0.05
 """How long a keeper rests when nothing is due: the longest that a token waits to be noticed."""
 TOGETHER, TOGETHER_SECONDS = 4, 0.02
 """With more requests out than that, answers of this time are saved together."""
-CHORES_SECONDS = 5.0
+MAINTENANCE_SECONDS = 5.0
 FIRST_DELAY_SECONDS, MAX_DELAY_SECONDS = 0.1, 10.0
 KEYLESS = timedelta(minutes=5)
 """How long a token is left alone whose secrets could not be encrypted."""
@@ -67,17 +67,17 @@ Observe = Callable[[str, str, str, float], None]
 """Called for each request: provider, grant, outcome, seconds."""
 
 
-class Answer(Struct, frozen=True):
+class ProviderAnswer(Struct, frozen=True):
     """What became of one request to a provider; `sent` is False if it never left."""
 
-    grant: str
+    planned: str
     obtained: Obtained | None = None
     error: MinterError | None = None
     sent: bool = True
     seconds: float = 0.0
 
 
-class Keeper:
+class Refresher:
     """One process's part in keeping tokens; `run` until stopped.
 
     `time_scale` is how much faster than real time `clock` runs: 1 but in drills. `checks_clock`: a clock that
@@ -88,7 +88,7 @@ class Keeper:
         self,
         pool: Pool,
         keystore: Keystore,
-        lives: Lives,
+        lifecycle: Lifecycle,
         iams: Mapping[str, IAM],
         clock: Callable[[], datetime],
         observe: Observe = lambda *_: None,
@@ -104,17 +104,17 @@ class Keeper:
         self._clock = clock
         self._observe = observe
         self._pushes = Pushes(pool, keystore, self._current, send) if send is not None else None
-        self._stand_ins = StandIns(pool, lives, self._pushes)
+        self._fallbacks = Fallbacks(pool, lifecycle, self._pushes)
         self._scale = time_scale
         self._checks_clock = checks_clock
         self._jitter = jitter
         self._out: Counter[str] = Counter()
-        self._came: SimpleQueue[tuple[IAM, Taken, Leased, Answer]] = SimpleQueue()
-        self._unsaved: list[tuple[IAM, Taken, Leased, Answer]] = []
+        self._came: SimpleQueue[tuple[IAM, Taken, Leased, ProviderAnswer]] = SimpleQueue()
+        self._unsaved: list[tuple[IAM, Taken, Leased, ProviderAnswer]] = []
         self._threads = {name: ThreadPoolExecutor(_threads(iam), name) for name, iam in iams.items()}
         self._version = -1
         self._control: Control
-        self._chores_at = float("-inf")
+        self._maintained_at = float("-inf")
         self.stopped = False
 
     def run(self) -> None:
@@ -122,7 +122,7 @@ class Keeper:
         delay = FIRST_DELAY_SECONDS
         while not self.stopped or self._out.total() or self._unsaved:
             try:
-                busy = self.turn()
+                busy = self.run_once()
                 delay = FIRST_DELAY_SECONDS
             except Unavailable as error:
                 logger.warning("cannot go on, trying again in %.1f s: %s", delay, error)
@@ -138,7 +138,7 @@ class Keeper:
         for threads in self._threads.values():
             threads.shutdown()
 
-    def turn(self) -> bool:
+    def run_once(self) -> bool:
         """Save what came back, take what is due; say whether there was anything."""
         while not self._came.empty():
             self._note_came(self._came.get_nowait())
@@ -148,10 +148,10 @@ class Keeper:
             return bool(done)
         taken = [self._take(iam) for iam in self._iams.values()]
         if self._pushes is not None:
-            self._pushes.turn(self._clock())
-        if time.monotonic() - self._chores_at > max(CHORES_SECONDS / self._scale, IDLE_SECONDS):
-            self._chores_at = time.monotonic()
-            self._chores()
+            self._pushes.run_once(self._clock())
+        if time.monotonic() - self._maintained_at > max(MAINTENANCE_SECONDS / self._scale, IDLE_SECONDS):
+            self._maintained_at = time.monotonic()
+            self._maintenance()
         return bool(done) or any(taken)
 
     def _wait(self) -> None:
@@ -159,7 +159,7 @@ class Keeper:
         with suppress(Empty):
             self._note_came(self._came.get(timeout=IDLE_SECONDS / 5))
 
-    def _note_came(self, came: tuple[IAM, Taken, Leased, Answer]) -> None:
+    def _note_came(self, came: tuple[IAM, Taken, Leased, ProviderAnswer]) -> None:
         self._out[came[0].provider.name] -= 1
         self._unsaved.append(came)
 
@@ -184,7 +184,7 @@ class Keeper:
                 at = started + slot.total_seconds() / self._scale
                 self._threads[provider.name].submit(self._run, iam, taken, token, at)
             else:
-                self._came.put((iam, taken, token, Answer("", error=refused, sent=False)))
+                self._came.put((iam, taken, token, ProviderAnswer("", error=refused, sent=False)))
         return True
 
     def _lease_seconds(self, iam: IAM) -> float:
@@ -205,23 +205,23 @@ class Keeper:
     def _run(self, iam: IAM, taken: Taken, token: Leased, slot: float) -> None:
         self._came.put((iam, taken, token, self._ask(iam, token, slot)))
 
-    def _ask(self, iam: IAM, token: Leased, slot: float) -> Answer:
+    def _ask(self, iam: IAM, token: Leased, slot: float) -> ProviderAnswer:
         time.sleep(max(0.0, slot - time.monotonic()))
         if time.monotonic() - slot > TOLERANCE_SECONDS:
-            return Answer("", sent=False)
+            return ProviderAnswer("", sent=False)
         started = time.perf_counter()
-        grant, error, obtained = "none", None, None
+        planned, error, obtained = "none", None, None
         try:
-            grant, send = self._request(iam, token)
+            planned, send = self._request(iam, token)
             obtained = send()
         except MinterError as caught:
             error = caught
             if isinstance(caught, Unavailable) and not isinstance(caught, ProviderAway):
-                grant = "none"  # nothing was sent
+                planned = "none"  # nothing was sent
         except Exception as caught:
             logger.exception("asking provider %s failed here", iam.provider.name)
             error = Lost(f"the keeper failed here ({type(caught).__name__})")
-        return Answer(grant, obtained, error, seconds=time.perf_counter() - started)
+        return ProviderAnswer(planned, obtained, error, seconds=time.perf_counter() - started)
 
     def _request(self, iam: IAM, token: Leased) -> tuple[str, Callable[[], Obtained]]:
         """Return which grant to use and how; raises RefreshTokenLost if there is nothing to go on with."""
@@ -284,14 +284,14 @@ class Keeper:
         self._unsaved = []
         self._note(unsaved, saved, now)
         for taken, token, error in failed:
-            self._stand_ins.give(token, taken.lease, error, now)
+            self._fallbacks.give(token, taken.lease, error, now)
 
     def _result(
-        self, iam: IAM, taken: Taken, token: Leased, answer: Answer, now: datetime
+        self, iam: IAM, taken: Taken, token: Leased, answer: ProviderAnswer, now: datetime
     ) -> Result | MinterError:
         """Return what to save after one request, or the error that ends the token."""
         # One that may be spent is forgotten as soon as there was another way.
-        forget = token.spent and answer.grant != "refresh_token"
+        forget = token.spent and answer.planned != "refresh_token"
         keep = structs.replace(_kept(taken, token), refresh=b"" if forget else None)
         again = structs.replace(
             keep,
@@ -299,11 +299,11 @@ class Keeper:
             retry_at=now + timedelta(seconds=backoff_seconds(token.tries, self._jitter)),
         )
         error = answer.error
-        if isinstance(error, Lost) and answer.grant == "refresh_token" and not iam.provider.replays:
+        if isinstance(error, Lost) and answer.planned == "refresh_token" and not iam.provider.replays:
             return structs.replace(again, spent=True, error=error.as_dict())
         if isinstance(error, Unavailable | Misconfigured):
             return structs.replace(again, error=error.as_dict())
-        if isinstance(error, ProviderRefused) and answer.grant == "refresh_token":
+        if isinstance(error, ProviderRefused) and answer.planned == "refresh_token":
             if token.subject is None and token.client_subject is None:
                 return error
             return structs.replace(keep, refresh=b"")  # exchanged anew, at the next slot
@@ -343,18 +343,21 @@ class Keeper:
         )
 
     def _note(
-        self, answers: Sequence[tuple[IAM, Taken, Leased, Answer]], saved: set[uuid.UUID], now: datetime
+        self,
+        answers: Sequence[tuple[IAM, Taken, Leased, ProviderAnswer]],
+        saved: set[uuid.UUID],
+        now: datetime,
     ) -> None:
         """Tell the breaker, the metrics and the log what became of requests that were sent."""
         for name, iam in self._iams.items():
-            sent = [(t, k, a) for i, t, k, a in answers if i is iam and a.sent and a.grant != "none"]
+            sent = [(t, k, a) for i, t, k, a in answers if i is iam and a.sent and a.planned != "none"]
             if not sent:
                 continue
             told = [_health(answer) for _, _, answer in sent]
             before, after = providers.note_health(self._pool, name, told, now, self._jitter)
             if before.open_until != after.open_until:
                 until = after.open_until.isoformat() if after.open_until else None
-                self._stand_ins.refused.clear()
+                self._fallbacks.refused.clear()
                 logs.event(
                     logger, "provider paused" if until else "provider is back", provider=name, until=until
                 )
@@ -362,9 +365,9 @@ class Keeper:
                 obtained = answer.obtained or Obtained()
                 error = answer.error or obtained.error
                 outcome = error.reason if error else "ok" if token.jti in saved else "outrun"
-                self._observe(name, answer.grant, outcome, answer.seconds)
+                self._observe(name, answer.planned, outcome, answer.seconds)
                 logs.event(
-                    logger, "provider asked", provider=name, grant=answer.grant, outcome=outcome,
+                    logger, "provider asked", provider=name, planned=answer.planned, outcome=outcome,
                     jti=str(token.jti), client=token.client, vo=token.vo,
                     token_jti=obtained.jti or None, dropped=" ".join(obtained.dropped) or None,
                     error=error.message if error else None,
@@ -372,15 +375,17 @@ class Keeper:
 
     # ── chores ───────────────────────────────────────────────────────────────────────────────
 
-    def _chores(self) -> None:
+    def _maintenance(self) -> None:
         """Stand in where a provider is paused, see whether it is back, finish what is overdue."""
         now = self._clock()
         for iam in self._iams.values():
             lease, seconds = uuid.uuid4(), self._lease_seconds(iam)
             paused = ProviderAway(f"provider {iam.provider.name} is paused")
-            refused = self._stand_ins.refused
-            for token in managed.strand(self._pool, iam.provider, lease, STAND_INS, now, seconds, refused):
-                self._stand_ins.give(token, lease, paused, now)
+            refused = self._fallbacks.refused
+            for token in managed.lease_for_fallback(
+                self._pool, iam.provider, lease, STAND_INS, now, seconds, refused
+            ):
+                self._fallbacks.give(token, lease, paused, now)
             if providers.probe(self._pool, iam.provider, now, seconds):
                 self._probe(iam, now)
         managed.end_overdue(self._pool, now)
@@ -405,7 +410,7 @@ def _kept(taken: Taken, token: Leased) -> Result:
     )  # fmt: skip
 
 
-def _health(answer: Answer) -> tuple[bool, float]:
+def _health(answer: ProviderAnswer) -> tuple[bool, float]:
     """Return whether an answer tells that a provider is ill, and the seconds that it asks to wait."""
     rejected = answer.obtained is not None and isinstance(answer.obtained.error, ProviderTokenRejected)
     retry_after = float(answer.error.fields.get("retry_after", 0)) if answer.error else 0.0

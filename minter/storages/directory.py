@@ -80,7 +80,7 @@ class Area(Struct, frozen=True, eq=False):
     matching: Matching
     tape: bool
     tokens: bool
-    holes: tuple[str, ...] = ()
+    nested: tuple[str, ...] = ()
     """VO-relative prefixes of other storages that lie inside this one and take its tokens."""
 
     def relative(self, path: str) -> str:
@@ -88,13 +88,13 @@ class Area(Struct, frozen=True, eq=False):
         return path if self.base_path == "/" else path[len(self.base_path) :] or "/"
 
     @property
-    def top(self) -> str:
+    def root(self) -> str:
         """The prefix of the area itself, VO-relative."""
         return self.relative(self.prefix)
 
     def holds_directory(self, directory: str) -> bool:
         """Say whether a VO-relative directory lies strictly below this area's own prefix."""
-        return directory != self.top and path_contains(self.top, directory)
+        return directory != self.root and path_contains(self.root, directory)
 
 
 def squash(path: str) -> str:
@@ -156,9 +156,9 @@ class Directory:
                 self._add(endpoint, area)
         for known in self._areas.values():
             known.sort(key=lambda area: -len(area.prefix))
-        self._note_holes()
+        self._note_nested()
 
-    def _note_holes(self) -> None:
+    def _note_nested(self) -> None:
         """Tell each area of the storages inside it: no token for all of it may reach into them."""
         by_audience: dict[str, list[Area]] = {}
         self._by_audience: dict[str, list[list[Area]]] = {}
@@ -178,7 +178,7 @@ class Directory:
                 for other in by_audience[name]
                 if other.storage != area.storage and path_contains(area.prefix, other.prefix)
             }
-            structs.force_setattr(area, "holes", tuple(sorted(inside)))
+            structs.force_setattr(area, "nested", tuple(sorted(inside)))
 
     def _add(self, endpoint: tuple[str, int], area: Area) -> None:
         for known in self._areas.setdefault(endpoint, []):

@@ -6,7 +6,7 @@ from datetime import datetime
 import msgspec
 from msgspec import structs
 
-from minter.contract.messages import MAX_BODY_BYTES, Answer, AwaitedToken, RefusedNeed, TokenAnswer
+from minter.contract.messages import MAX_BODY_BYTES, Answer, PendingToken, RefusedNeed, TokenAnswer
 from minter.errors import Expired, InvalidRequest, MinterError, RequestError, ServerError, Unavailable
 from minter.fts.jobs import fill_job
 from minter.policy.limits import BACKDATE_SECONDS
@@ -32,8 +32,8 @@ def answer(outcome: Outcome, now: datetime) -> Answer:
     if outcome.error is not None:
         return failure(str(request.request_id), outcome.error)
     refusals = [RefusedNeed(**r) for r in outcome.refusals]
-    awaited = [AwaitedToken(*a.need, a.storage, a.scope, a.handle) for a in outcome.awaited]
-    if request.kind == "fill_job" and not awaited:
+    pending = [PendingToken(*a.need, a.storage, a.scope, a.handle) for a in outcome.pending]
+    if request.kind == "fill_job" and not pending:
         try:
             return _filled(request, outcome, refusals, now)
         except (Expired, InvalidRequest) as error:
@@ -41,7 +41,7 @@ def answer(outcome: Outcome, now: datetime) -> Answer:
     return Answer(
         request_id=str(request.request_id),
         tokens=[] if request.kind == "fill_job" else [_token(i) for i in outcome.issued],
-        awaited=awaited,
+        pending=pending,
         refusals=refusals,
     )
 
@@ -93,8 +93,8 @@ def _queue_hours(request: Request, outcome: Outcome, now: datetime) -> int:
     FTS counts from the job's submission, so a repeated answer gets what life is left. Raises
     Expired when that is not a whole hour.
     """
-    grants = outcome.decision.grants if outcome.decision else ()
-    fixed = {(g.need.file, g.need.side, g.need.index): g.lifetime.fixed for g in grants}
+    planned_tokens = outcome.decision.planned_tokens if outcome.decision else ()
+    fixed = {(g.need.file, g.need.side, g.need.index): g.lifetime.fixed for g in planned_tokens}
     left = min(
         i.exp - int(now.timestamp()) - fixed.get(i.need, _DEFAULT_FIXED_SECONDS) + BACKDATE_SECONDS
         for i in outcome.issued
@@ -112,7 +112,7 @@ def parts(whole: Answer, max_bytes: int = MAX_BODY_BYTES) -> list[bytes]:
     A filled job is never divided: at most 2 000 files of it fit in what AMQP carries.
     """
     body = encode(whole)
-    if len(body) <= max_bytes or len(whole.tokens) + len(whole.awaited) + len(whole.refusals) < 2:  # noqa: PLR2004
+    if len(body) <= max_bytes or len(whole.tokens) + len(whole.pending) + len(whole.refusals) < 2:  # noqa: PLR2004
         return [body]
     count = len(body) // max_bytes + 1
     return [
@@ -120,7 +120,7 @@ def parts(whole: Answer, max_bytes: int = MAX_BODY_BYTES) -> list[bytes]:
             structs.replace(
                 whole,
                 tokens=whole.tokens[number::count],
-                awaited=whole.awaited[number::count],
+                pending=whole.pending[number::count],
                 refusals=whole.refusals[number::count],
                 part=number,
                 parts=count,

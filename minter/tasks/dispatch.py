@@ -10,7 +10,7 @@ from minter.contract.messages import Answer
 from minter.errors import InvalidRequest
 from minter.fts.jobs import decode_fill
 from minter.policy.requests import Request, decode_mint
-from minter.tasks.lifecycle import Lives
+from minter.tasks.lifecycle import Lifecycle
 from minter.tokens.outcomes import Submission
 
 _NEW: dict[str, Callable[[Raw | bytes], Request]] = {
@@ -20,7 +20,7 @@ _NEW: dict[str, Callable[[Raw | bytes], Request]] = {
 
 
 def submission(
-    lives: Lives, task: str, client: str, argument: Raw | bytes, *, private: bool = False
+    lifecycle: Lifecycle, task: str, client: str, argument: Raw | bytes, *, private: bool = False
 ) -> Submission | None:
     """Return what a task submits to the engine, None if it is about an earlier request.
 
@@ -30,7 +30,7 @@ def submission(
     if task in _NEW:
         request = _NEW[task](argument)
     elif task == names.RENEW:
-        request = lives.renewal(client, followups.decode_renew(argument))
+        request = lifecycle.renewal(client, followups.decode_renew(argument))
     else:
         return None
     if request.subject is not None and not private:
@@ -41,10 +41,10 @@ def submission(
     return Submission(request, client)
 
 
-def follow_up(lives: Lives, task: str, client: str, argument: Raw | bytes, now: datetime) -> Answer:
+def follow_up(lifecycle: Lifecycle, task: str, client: str, argument: Raw | bytes, now: datetime) -> Answer:
     """Answer a task about an earlier request: fetch, report or cancel; raises as `Lives` does."""
     if task == names.FETCH:
-        return lives.fetch(client, followups.decode_fetch(argument), now)
+        return lifecycle.fetch(client, followups.decode_fetch(argument), now)
     if task == names.REPORT:
-        return lives.report(client, followups.decode_report(argument), now)
-    return lives.cancel(client, followups.decode_cancel(argument), now)
+        return lifecycle.report(client, followups.decode_report(argument), now)
+    return lifecycle.cancel(client, followups.decode_cancel(argument), now)

@@ -23,7 +23,7 @@ from minter.contract.followups import (
     RenewRequest,
     ReportRequest,
 )
-from minter.contract.messages import Alive, Answer
+from minter.contract.messages import Answer, LiveToken
 from minter.database import managed
 from minter.database.connection import (
     OWN,
@@ -46,7 +46,7 @@ MAX_TOKENS = 100_000
 """Tokens of all requests that one report may name by request and file."""
 
 
-class Lives:
+class Lifecycle:
     """The four operations, with everything but client, request and time bound to them."""
 
     def __init__(self, engine: Engine, pool: Pool) -> None:
@@ -137,7 +137,7 @@ class Lives:
                 " UNION SELECT u.jti FROM uses u WHERE u.use_id = ANY(%(ids)s)) ORDER BY t.jti",
                 {"ids": ids, "now": now},
             ).fetchall()
-        return Answer(changed=changed, unknown=unknown, alive=[Alive(*row) for row in alive])
+        return Answer(changed=changed, unknown=unknown, alive=[LiveToken(*row) for row in alive])
 
 
 def cancel_token(pool: Pool, client_id: int, jti: UUID, now: datetime) -> None:

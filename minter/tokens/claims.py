@@ -14,7 +14,7 @@ from msgspec import Struct
 
 from minter.errors import TokenRejected
 from minter.policy.limits import BACKDATE_SECONDS, HARD_MAX_SECONDS, MAX_CLAIM_CHARACTERS
-from minter.policy.plans import Grant
+from minter.policy.plans import PlannedToken
 
 WLCG_VERSION = "1.0"
 """Stays 1.0 until all verifiers read newer ones: dCache and XRootD refuse any other."""
@@ -40,25 +40,25 @@ class _Claims(Struct, gc=False, omit_defaults=True):
 _encode = msgspec.json.Encoder().encode
 
 
-def build_claims(grant: Grant, issuer: str, sub: str, client_id: str, now: int, jti: str) -> bytes:
+def build_claims(planned: PlannedToken, issuer: str, sub: str, client_id: str, now: int, jti: str) -> bytes:
     """Return the JWS payload of a grant (WLCG §2.1), the text that is recorded and signed.
 
     `now` is in whole seconds since the epoch; iat and nbf are back-dated by 60 s (§4.3.1), so
     `exp - iat` is the grant's lifetime.
     """
     issued_at = now - BACKDATE_SECONDS
-    audience, extra = grant.audience, grant.extra
+    audience, extra = planned.audience, planned.extra
     return _encode(
         _Claims(
             WLCG_VERSION,
             issuer,
             extra.sub if extra else sub,
             audience[0] if len(audience) == 1 else audience,
-            grant.scope,
+            planned.scope,
             client_id,
             issued_at,
             issued_at,
-            issued_at + grant.lifetime.seconds,
+            issued_at + planned.lifetime.seconds,
             jti,
             extra.groups if extra else (),
             extra.act if extra else None,
@@ -94,7 +94,7 @@ def unverified_claims(token: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def check_token(
     token: bytes,
-    grant: Grant,
+    planned: PlannedToken,
     issuer: str,
     sub: str,
     client_id: str,
@@ -109,43 +109,43 @@ def check_token(
     """
     header, claims = unverified_claims(token)
     _same("header", header, {"alg": algorithm, "kid": kid, "typ": "JWT"})
-    audience = list(grant.audience)
+    audience = list(planned.audience)
     start = now - 60
     expected: dict[str, Any] = {
         "wlcg.ver": "1.0",
         "iss": issuer,
         "sub": sub,
         "aud": audience if len(audience) > 1 else audience[0],
-        "scope": " ".join(_meant(grant)),
+        "scope": " ".join(_meant(planned)),
         "client_id": client_id,
         "iat": start,
         "nbf": start,
-        "exp": start + grant.lifetime.seconds,
+        "exp": start + planned.lifetime.seconds,
         "jti": jti,
     }
-    if grant.extra is not None:
-        expected["sub"] = grant.extra.sub
-        if grant.extra.groups:
-            expected["wlcg.groups"] = list(grant.extra.groups)
-        if grant.extra.act is not None:
-            expected["act"] = grant.extra.act
+    if planned.extra is not None:
+        expected["sub"] = planned.extra.sub
+        if planned.extra.groups:
+            expected["wlcg.groups"] = list(planned.extra.groups)
+        if planned.extra.act is not None:
+            expected["act"] = planned.extra.act
     _same("claims", claims, expected)
     # Python holds 1 == 1.0 == True; the wire does not.
     for name in ("iat", "nbf", "exp"):
         if type(claims[name]) is not int:
             raise TokenRejected(f"claims differ from the grant in {name}: not an integer", claims=[name])
-    if not 0 < grant.lifetime.seconds <= min(grant.plan.cap_seconds, HARD_MAX_SECONDS):
-        raise TokenRejected(f"lifetime {grant.lifetime.seconds} s is beyond policy")
-    _check_size(token, claims, grant.plan.area.dialect.max_token_bytes)
+    if not 0 < planned.lifetime.seconds <= min(planned.plan.cap_seconds, HARD_MAX_SECONDS):
+        raise TokenRejected(f"lifetime {planned.lifetime.seconds} s is beyond policy")
+    _check_size(token, claims, planned.plan.area.dialect.max_token_bytes)
 
 
-def _meant(grant: Grant) -> Iterable[str]:
+def _meant(planned: PlannedToken) -> Iterable[str]:
     """Return the grant's scopes one by one, refusing what no token may hold."""
-    for scope in grant.scope.split(" "):
+    for scope in planned.scope.split(" "):
         name, colon, path = scope.partition(":")
         if name.startswith("storage.") and not (colon and path.startswith("/")):
             raise TokenRejected(f"scope {scope!r} has no absolute path")
-        if name == "offline_access" and grant.extra is None:
+        if name == "offline_access" and planned.extra is None:
             raise TokenRejected("offline_access would make FTS manage the token")
         yield scope
 

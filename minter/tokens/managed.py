@@ -17,7 +17,7 @@ from msgspec import Struct, structs
 from minter.errors import Banned, MinterError, UnknownClient
 from minter.policy.clients import Bans, Client
 from minter.policy.limits import BACKDATE_SECONDS, FTS_QUEUE_SECONDS, HARD_MAX_SECONDS
-from minter.policy.plans import Grant
+from minter.policy.plans import PlannedToken
 from minter.policy.requests import SEVERAL, Request
 from minter.policy.routes import Mode
 from minter.providers.dialects import PATIENCE_SECONDS, Provider, lead_of
@@ -98,42 +98,44 @@ class ManagedToken(Struct, frozen=True, kw_only=True):
         return self.expires_at - now > timedelta(seconds=SHOWN_SECONDS)
 
 
-def wanted(grant: Grant, request: Request, client: Client, jti: UUID, activity: str, now: datetime) -> Wanted:
+def wanted(
+    planned: PlannedToken, request: Request, client: Client, jti: UUID, activity: str, now: datetime
+) -> Wanted:
     """Return what a grant of a provider's token wants; equal digests are one managed token.
 
     A day's are never joined by the next day's, so that their records are archived together.
     """
-    route = grant.plan.route
+    route = planned.plan.route
     assert route is not None
-    life = grant.lifetime
+    life = planned.lifetime
     subject = request.subject.token if request.subject is not None and route.mode == "exchange" else ""
     stored = (client.subject_provider, client.subject_until) if route.mode == "exchange" else ()
-    cap = min(grant.plan.cap_seconds, request.lifetime_seconds or grant.plan.cap_seconds)
+    cap = min(planned.plan.cap_seconds, request.lifetime_seconds or planned.plan.cap_seconds)
     # FTS takes the token as it is: its queue can be cut to an hour, what comes after cannot.
-    least = life.fixed + FTS_QUEUE_SECONDS if grant.need.one_token else LEAST_SECONDS
+    least = life.fixed + FTS_QUEUE_SECONDS if planned.need.one_token else LEAST_SECONDS
     same = (
-        client.client_id, route.provider, route.mode, grant.scope, grant.audience, grant.plan.area.storage,
-        request.on_behalf_of, activity, sha256(subject.encode()).hexdigest(), stored, grant.plan.rule, cap,
+        client.client_id, route.provider, route.mode, planned.scope, planned.audience, planned.plan.area.storage,
+        request.on_behalf_of, activity, sha256(subject.encode()).hexdigest(), stored, planned.plan.rule, cap,
         least // 3600, int(now.timestamp()) // 86_400,
     )  # fmt: skip
     # From its coming, which takes a while, it shall last as long as one that we sign at once.
-    keep = min(max(life.wanted, life.seconds), HARD_MAX_SECONDS) + PATIENCE_SECONDS - BACKDATE_SECONDS
+    remember = min(max(life.wanted, life.seconds), HARD_MAX_SECONDS) + PATIENCE_SECONDS - BACKDATE_SECONDS
     return Wanted(
         jti=jti,
         client_id=client.client_id,
         digest=sha256(msgspec.json.encode(same)).digest(),
         provider=route.provider,
         mode=route.mode,
-        scope=grant.scope,
-        audience=grant.audience,
-        storage=grant.plan.area.storage,
+        scope=planned.scope,
+        audience=planned.audience,
+        storage=planned.plan.area.storage,
         on_behalf_of=request.on_behalf_of,
         activity=activity,
         fallback=route.fallback,
         subject=subject,
         cap_seconds=cap,
         least_seconds=least,
-        deadline=now + timedelta(seconds=keep),
+        deadline=now + timedelta(seconds=remember),
         needed_at=now + timedelta(seconds=PATIENCE_SECONDS),
         pushes=request.reply_queue is not None,
     )

@@ -41,7 +41,7 @@ from minter.errors import (
 from minter.policy import token_endpoint
 from minter.policy.clients import Client
 from minter.policy.limits import COVER_SECONDS, MAX_CLOCK_SKEW_SECONDS
-from minter.policy.plans import Grant, Plan
+from minter.policy.plans import Plan, PlannedToken
 from minter.policy.requests import SEVERAL, Request, check_request_id
 from minter.policy.transfers import Policy, check_reply_queue
 from minter.scopes import parse_scopes
@@ -49,9 +49,18 @@ from minter.tokens import keys, managed
 from minter.tokens.claims import build_claims, check_token, unverified_claims
 from minter.tokens.keys import Key, RotationPolicy, Signer
 from minter.tokens.managed import ManagedToken, Wanted
-from minter.tokens.outcomes import Awaited, Issued, Observe, Observed, Outcome, Submission, Work, share
+from minter.tokens.outcomes import (
+    Issued,
+    Observe,
+    Observed,
+    Outcome,
+    Pending,
+    PendingRequest,
+    Submission,
+    copy_outcome,
+)
 from minter.tokens.records import OWN_KINDS, Control, Recording, RequestRow, Store, TokenRow
-from minter.tokens.shared import Kept, Place, Shared
+from minter.tokens.shared import Shared, SharedKey, SharedTokenCache
 
 _SAMPLE = 256
 """The signature of every such token, told by FTS's id of it, is verified; the claims of every one
@@ -87,7 +96,7 @@ class Engine:
         self._open_token = open_token
         self.rotation = rotation or RotationPolicy()
         self.retention_seconds = retention_seconds
-        self._kept = Kept()
+        self._shared_tokens = SharedTokenCache()
 
     def mint_many(self, submissions: Sequence[Submission], now: datetime) -> list[Outcome]:
         """Give each submission its outcome; equal ones are served once.
@@ -96,22 +105,22 @@ class Engine:
         """
         outcomes = [Outcome(s, [], []) for s in submissions]
         # Lock order: every batch inserts its request_ids sorted, so two batches cannot deadlock.
-        pending = sorted(outcomes, key=lambda o: (o.submission.request.request_id, o.submission.client))
+        ordered = sorted(outcomes, key=lambda o: (o.submission.request.request_id, o.submission.client))
         self._observe("received", outcomes, now)
-        works: dict[tuple[UUID, str], Work] = {}
-        twins: list[tuple[Outcome, Work]] = []
+        waiting: dict[tuple[UUID, str], PendingRequest] = {}
+        duplicates: list[tuple[Outcome, PendingRequest]] = []
         with self.store.recording() as tx:
             control, skew = tx.control()
             try:
                 check_clock(skew)
             except ClockSkew as error:
                 return [structs.replace(o, error=error) for o in outcomes]
-            held = _Held(tx, pending)
-            for outcome in pending:
-                self._begin(outcome, control, now, works, twins, held)
+            lookups = _Lookups(tx, ordered)
+            for outcome in ordered:
+                self._begin(outcome, control, now, waiting, duplicates, lookups)
             self._observe("decided", outcomes, now)
-            ready = [w for w in works.values() if self._ready(w, control, now)]
-            rules = tx.rules({g.plan for w in ready for g in w.decision.grants})
+            ready = [w for w in waiting.values() if self._ready(w, control, now)]
+            rules = tx.rules({g.plan for w in ready for g in w.decision.planned_tokens})
             new = tx.insert_requests([w.row for w in ready])
             self._observe("inserted", outcomes, now)
             fresh = [w for w in ready if w.key in new]
@@ -122,19 +131,25 @@ class Engine:
             tx.copy_uses([use for w in fresh for use in w.uses])
             tx.save_families(list({f.family_id: f for w in fresh if (f := w.outcome.family)}.values()))
             self._observe("copied", outcomes, now)
-            known = [w for w in works.values() if w.key not in new]
+            known = [w for w in waiting.values() if w.key not in new]
             recorded = tx.recorded([w.key for w in known]) if known else {}
-            kept = _managed_of(tx, (token for _, tokens in recorded.values() for token in tokens))
-        self._kept.keep(shares)
+            managed_tokens = _managed_rows(tx, (token for _, tokens in recorded.values() for token in tokens))
+        self._shared_tokens.remember(shares)
         self._observe("committed", outcomes, now)
-        for work in known:
-            if work.key in recorded:
-                self._repeat(work, *recorded[work.key], kept, control, now)
-        for outcome, work in twins:
-            if work.key in recorded:
-                self._repeat(work.twin(outcome), *recorded[work.key], kept, control, now)
+        for waiting_request in known:
+            if waiting_request.key in recorded:
+                self._repeat(waiting_request, *recorded[waiting_request.key], managed_tokens, control, now)
+        for outcome, waiting_request in duplicates:
+            if waiting_request.key in recorded:
+                self._repeat(
+                    waiting_request.duplicate(outcome),
+                    *recorded[waiting_request.key],
+                    managed_tokens,
+                    control,
+                    now,
+                )
             else:
-                share(outcome, work)
+                copy_outcome(outcome, waiting_request)
         for outcome in outcomes:
             outcome.keep_whole(all_or_nothing=outcome.submission.request.all_or_nothing)
         self._observe("answered", outcomes, now)
@@ -147,15 +162,15 @@ class Engine:
         outcome: Outcome,
         control: Control,
         now: datetime,
-        works: dict[tuple[UUID, str], Work],
-        twins: list[tuple[Outcome, Work]],
-        held: "_Held",
+        waiting: dict[tuple[UUID, str], PendingRequest],
+        duplicates: list[tuple[Outcome, PendingRequest]],
+        lookups: "_Lookups",
     ) -> None:
         """Decide one submission, or set it beside its equal one in the same batch."""
         request, name = outcome.submission.request, outcome.submission.client
-        first = works.get((request.request_id, name))
+        first = waiting.get((request.request_id, name))
         if first is not None:
-            twins.append((outcome, first))
+            duplicates.append((outcome, first))
             return
         try:
             client = _client(control, request, name)
@@ -164,77 +179,92 @@ class Engine:
         except RequestError as error:  # not a client, or no id to record it under
             outcome.error = error
             return
-        if request.wish is None:
+        if request.token_request is None:
             on_behalf_of, activity = request.on_behalf_of, _activity(request)
             decision = self.policy.decide(request, client.at(now), control.bans, control.away)
         else:
             granted = token_endpoint.decide(
-                self.policy, request, client, control.clients, control.bans, now, held.subjects, held.families
+                self.policy,
+                request,
+                client,
+                control.clients,
+                control.bans,
+                now,
+                lookups.subjects,
+                lookups.families,
             )
             decision, outcome.family, on_behalf_of, activity = granted
             if outcome.family is not None:
-                held.families[outcome.family.family_id] = outcome.family
+                lookups.families[outcome.family.family_id] = outcome.family
         outcome.client, outcome.decision, outcome.error = client, decision, decision.error
         outcome.refusals = [structs.asdict(r.record()) for r in decision.refused]
-        works[request.request_id, name] = Work(outcome, client, decision, on_behalf_of, activity)
+        waiting[request.request_id, name] = PendingRequest(outcome, client, decision, on_behalf_of, activity)
 
-    def _ready(self, work: Work, control: Control, now: datetime) -> bool:
+    def _ready(self, waiting_request: PendingRequest, control: Control, now: datetime) -> bool:
         """Make the request's row; False if no key may sign, so that nothing can be recorded."""
-        request, client, grants = work.outcome.submission.request, work.client, work.decision.grants
+        request, client, planned_tokens = (
+            waiting_request.outcome.submission.request,
+            waiting_request.client,
+            waiting_request.decision.planned_tokens,
+        )
         base = self.new_jti().int & ~_JTI_NUMBERS
-        shared = {(g.plan, g.shared) for g in grants if g.shared and not g.managed}
-        work.first_managed = len(grants) + len(shared)
-        work.row = RequestRow(
-            request.request_id, client.client_id, request.digest, request.kind, work.activity,
-            work.on_behalf_of, UUID(int=base), work.first_managed + sum(g.managed for g in grants),
-            work.outcome.refusals,
-            work.decision.error.as_dict() if work.decision.error else None, now, request.renews,
+        shared = {(g.plan, g.shared) for g in planned_tokens if g.shared and not g.managed}
+        waiting_request.first_managed = len(planned_tokens) + len(shared)
+        waiting_request.row = RequestRow(
+            request.request_id, client.client_id, request.digest, request.kind, waiting_request.activity,
+            waiting_request.on_behalf_of, UUID(int=base), waiting_request.first_managed + sum(g.managed for g in planned_tokens),
+            waiting_request.outcome.refusals,
+            waiting_request.decision.error.as_dict() if waiting_request.decision.error else None, now, request.renews,
             request.all_or_nothing,
         )  # fmt: skip
-        if not grants:
+        if not planned_tokens:
             return True
         try:  # a provider's token needs no key of ours, but the master key that opens one
-            work.signing_key = keys.active(control.ring, client.vo)
-            self.unlock(work.signing_key)
+            waiting_request.signing_key = keys.active(control.ring, client.vo)
+            self.unlock(waiting_request.signing_key)
         except NoUsableKey as error:
-            work.outcome.error, work.outcome.refusals = error, []
+            waiting_request.outcome.error, waiting_request.outcome.refusals = error, []
             return False
         return True
 
-    def _manage(self, tx: Recording, fresh: Sequence[Work], rules: Mapping[Plan, int], now: datetime) -> None:
+    def _manage(
+        self, tx: Recording, fresh: Sequence[PendingRequest], rules: Mapping[Plan, int], now: datetime
+    ) -> None:
         """Record what providers are to give; what was given for an equal wish before is handed out."""
-        wishes: dict[bytes, Wanted] = {}
+        token_requests: dict[bytes, Wanted] = {}
         rows: dict[bytes, TokenRow] = {}
-        uses: list[tuple[Work, Grant, str, bytes]] = []
-        for work in fresh:
-            base, request = work.row.first_jti.int, work.outcome.submission.request
-            fresh_id = base + work.first_managed
-            for number, grant in enumerate(work.decision.grants):
-                if not grant.managed:
+        uses: list[tuple[PendingRequest, PlannedToken, str, bytes]] = []
+        for waiting_request in fresh:
+            base, request = waiting_request.row.first_jti.int, waiting_request.outcome.submission.request
+            fresh_id = base + waiting_request.first_managed
+            for number, planned in enumerate(waiting_request.decision.planned_tokens):
+                if not planned.managed:
                     continue
                 jti = UUID(int=fresh_id)
-                one = managed.wanted(grant, request, work.client, jti, work.activity, now)
-                if one.digest in wishes:
-                    wishes[one.digest] = wishes[one.digest].joined(one)
+                one = managed.wanted(
+                    planned, request, waiting_request.client, jti, waiting_request.activity, now
+                )
+                if one.digest in token_requests:
+                    token_requests[one.digest] = token_requests[one.digest].joined(one)
                 else:
-                    wishes[one.digest], fresh_id = one, fresh_id + 1
-                    rows[one.digest] = work.managed_row(grant, rules[grant.plan], one)
-                uses.append((work, grant, str(UUID(int=base + number)), one.digest))
-        if not wishes:
+                    token_requests[one.digest], fresh_id = one, fresh_id + 1
+                    rows[one.digest] = waiting_request.managed_row(planned, rules[planned.plan], one)
+                uses.append((waiting_request, planned, str(UUID(int=base + number)), one.digest))
+        if not token_requests:
             return
-        kept = tx.join_managed(list(wishes.values()))
-        tx.copy_managed([row for digest, row in rows.items() if str(kept[digest].jti) == row.jti])
-        for work, grant, handle, digest in uses:
-            token = kept[digest]
-            work.manage(grant, handle, token.jti)
-            need: tuple[int, Side, int] = (grant.need.file, grant.need.side, grant.need.index)
-            least = timedelta(seconds=wishes[digest].least_seconds)
-            storage = grant.plan.area.storage
+        managed_tokens = tx.join_managed(list(token_requests.values()))
+        tx.copy_managed([row for digest, row in rows.items() if str(managed_tokens[digest].jti) == row.jti])
+        for waiting_request, planned, handle, digest in uses:
+            token = managed_tokens[digest]
+            waiting_request.manage(planned, handle, token.jti)
+            need: tuple[int, Side, int] = (planned.need.file, planned.need.side, planned.need.index)
+            least = timedelta(seconds=token_requests[digest].least_seconds)
+            storage = planned.plan.area.storage
             given = self._given(token, need, storage, handle) if token.shows(now + least) else None
             if given is not None:
-                work.outcome.issued.append(given)
+                waiting_request.outcome.issued.append(given)
             else:
-                work.outcome.awaited.append(Awaited(need, storage, grant.scope, handle))
+                waiting_request.outcome.pending.append(Pending(need, storage, planned.scope, handle))
 
     def _given(
         self, token: ManagedToken, need: tuple[int, Side, int], storage: str, handle: str
@@ -250,112 +280,117 @@ class Engine:
         return Issued(need, storage, token.scope, handle, exp, access.encode(), handle)
 
     def _shares(
-        self, tx: Recording, fresh: Sequence[Work], rules: Mapping[Plan, int], now: datetime
-    ) -> dict[Place, Shared]:
+        self, tx: Recording, fresh: Sequence[PendingRequest], rules: Mapping[Plan, int], now: datetime
+    ) -> dict[SharedKey, Shared]:
         """Return the shared tokens that may serve these requests: kept here, or recorded elsewhere."""
         wanted = {
-            Place(w.client.client_id, rules[g.plan], g.shared): (w, g)
+            SharedKey(w.client.client_id, rules[g.plan], g.shared): (w, g)
             for w in fresh
-            for g in w.decision.grants
+            for g in w.decision.planned_tokens
             if g.shared and not g.managed
         }
         if not wanted:
             return {}
-        found, seconds = self._kept.get(wanted), int(now.timestamp())
+        found, seconds = self._shared_tokens.get(wanted), int(now.timestamp())
         missing = [
-            place
-            for place, (work, grant) in wanted.items()
-            if place not in found or not found[place].serves(grant, work.key_id, seconds)
+            shared_key
+            for shared_key, (waiting_request, planned) in wanted.items()
+            if shared_key not in found
+            or not found[shared_key].serves(planned, waiting_request.key_id, seconds)
         ]
-        for place, row in tx.shared_tokens(missing, now).items() if missing else ():
-            key = wanted[place][0].signing_key
+        for shared_key, row in tx.shared_tokens(missing, now).items() if missing else ():
+            key = wanted[shared_key][0].signing_key
             if key is not None and row.key_id == key.key_id:
                 token = self.unlock(key).sign(row.payload.encode())
                 scope = str(unverified_claims(token)[1]["scope"])
-                found[place] = Shared(row.jti, row.key_id, row.expires_at, scope, token)
+                found[shared_key] = Shared(row.jti, row.key_id, row.expires_at, scope, token)
         return found
 
     def _sign(
         self,
-        work: Work,
+        waiting_request: PendingRequest,
         control: Control,
         rules: Mapping[Plan, int],
-        shares: dict[Place, Shared],
+        shares: dict[SharedKey, Shared],
         now: datetime,
     ) -> Iterator[TokenRow]:
         """Build, sign and check every token that one new request needs; yield their rows."""
-        key, client = work.signing_key, work.client
+        key, client = waiting_request.signing_key, waiting_request.client
         if key is None:
             return  # every file was refused, or is a provider's
         signer, issuer = self.unlock(key), control.issuers[client.vo]
         seconds = int(now.timestamp())
-        first = str(work.row.first_jti)[:-5]
+        first = str(waiting_request.row.first_jti)[:-5]
 
-        def make(grant: Grant, jti: str) -> tuple[bytes, TokenRow]:
-            payload = build_claims(grant, issuer, client.sub, client.name, seconds, jti)
+        def make(planned: PlannedToken, jti: str) -> tuple[bytes, TokenRow]:
+            payload = build_claims(planned, issuer, client.sub, client.name, seconds, jti)
             token = signer.sign(payload)
-            check_token(token, grant, issuer, client.sub, client.name, seconds, jti, key.kid, key.algorithm)
-            row = work.token_row(grant, rules[grant.plan], jti, payload, token, key, seconds)
+            check_token(token, planned, issuer, client.sub, client.name, seconds, jti, key.kid, key.algorithm)
+            row = waiting_request.token_row(planned, rules[planned.plan], jti, payload, token, key, seconds)
             if row.fts_token_id % _SAMPLE == 0:
                 keys.verify(token, key.public_jwk)
             return token, row
 
-        beyond = len(work.decision.grants)  # the ids of new shared tokens follow those of the grants
-        for number, grant in enumerate(work.decision.grants):
+        beyond = len(
+            waiting_request.decision.planned_tokens
+        )  # the ids of new shared tokens follow those of the grants
+        for number, planned in enumerate(waiting_request.decision.planned_tokens):
             jti = f"{first}{number:05x}"
-            if grant.managed:
+            if planned.managed:
                 continue
-            if not grant.shared:
-                token, row = make(grant, jti)
-                work.add(grant, jti, row.expires_at, token)
+            if not planned.shared:
+                token, row = make(planned, jti)
+                waiting_request.add(planned, jti, row.expires_at, token)
                 yield row
                 continue
-            place = Place(client.client_id, rules[grant.plan], grant.shared)
-            shared = shares.get(place)
-            if shared is None or not shared.serves(grant, key.key_id, seconds):
-                token, row = make(grant.whole(), f"{first}{beyond:05x}")
-                shared = shares[place] = Shared(row.jti, key.key_id, row.expires_at, grant.scope, token)
+            shared_key = SharedKey(client.client_id, rules[planned.plan], planned.shared)
+            shared = shares.get(shared_key)
+            if shared is None or not shared.serves(planned, key.key_id, seconds):
+                token, row = make(planned.whole(), f"{first}{beyond:05x}")
+                shared = shares[shared_key] = Shared(
+                    row.jti, key.key_id, row.expires_at, planned.scope, token
+                )
                 beyond += 1
                 yield row
-            work.use(grant, jti, shared)
+            waiting_request.use(planned, jti, shared)
 
     def _repeat(
         self,
-        work: Work,
+        waiting_request: PendingRequest,
         row: RequestRow,
         tokens: Sequence[TokenRow],
-        kept: Mapping[UUID, ManagedToken],
+        managed_tokens: Mapping[UUID, ManagedToken],
         control: Control,
         now: datetime,
     ) -> None:
         """Answer a repeated request_id from what was recorded (I4)."""
         try:
-            self._answer_again(work, row, tokens, kept, control, now)
+            self._answer_again(waiting_request, row, tokens, managed_tokens, control, now)
         except (RequestError, NoUsableKey) as error:
-            work.outcome.withhold(error)
+            waiting_request.outcome.withhold(error)
 
     def _answer_again(
         self,
-        work: Work,
+        waiting_request: PendingRequest,
         row: RequestRow,
         tokens: Sequence[TokenRow],
-        kept: Mapping[UUID, ManagedToken],
+        managed_tokens: Mapping[UUID, ManagedToken],
         control: Control,
         now: datetime,
     ) -> None:
-        outcome = work.outcome
+        outcome = waiting_request.outcome
         outcome.issued, outcome.refusals, outcome.repeated = [], list(row.refusals), True
-        outcome.client, outcome.decision = work.client, work.decision
+        outcome.client, outcome.decision = waiting_request.client, waiting_request.decision
         outcome.error = from_dict(row.error) if row.error else None
         if row.digest != outcome.submission.request.digest:
             raise Conflict(f"request_id {row.request_id} was used before with other content; make a new one")
         for file in outcome.submission.request.files:
-            control.bans.check(work.client.vo, activity=file.activity)
-        check_reply_queue(outcome.submission.request.reply_queue, work.client)
-        if isinstance(work.decision.error, ReplyNotAllowed):
-            raise work.decision.error
+            control.bans.check(waiting_request.client.vo, activity=file.activity)
+        check_reply_queue(outcome.submission.request.reply_queue, waiting_request.client)
+        if isinstance(waiting_request.decision.error, ReplyNotAllowed):
+            raise waiting_request.decision.error
         if outcome.error is None:
-            self._reissue_all(outcome, row, tokens, kept, control, now)
+            self._reissue_all(outcome, row, tokens, managed_tokens, control, now)
 
     def fetch(self, request_id: UUID, name: str, now: datetime) -> Outcome:
         """Give again what a request was granted, known by its id alone (I3, I4).
@@ -368,7 +403,7 @@ class Engine:
             check_clock(skew)
             client = known_client(control, name)
             found = tx.recorded([(request_id, client.client_id)])
-            kept = _managed_of(tx, (token for _, tokens in found.values() for token in tokens))
+            managed_tokens = _managed_rows(tx, (token for _, tokens in found.values() for token in tokens))
         if not found:
             raise UnknownRequest(f"client {name!r} has made no request {request_id} that is still kept")
         ((row, tokens),) = found.values()
@@ -379,7 +414,7 @@ class Engine:
         _check_several(row, control, client)
         request = Request(request_id, "mint", row.digest, ())  # a job's content is not recorded
         outcome = Outcome(Submission(request, name), [], list(row.refusals), repeated=True, client=client)
-        self._reissue_all(outcome, row, tokens, kept, control, now)
+        self._reissue_all(outcome, row, tokens, managed_tokens, control, now)
         outcome.keep_whole(all_or_nothing=row.all_or_nothing)
         return outcome
 
@@ -399,14 +434,14 @@ class Engine:
                 if owner in known and name in (owner, consumer)
             ]
             requests = tx.recorded(list({(t.request_id, t.client_id) for t in used}))
-            kept = _managed_of(tx, used)
+            managed_tokens = _managed_rows(tx, used)
         request = Request(handles[0], "mint", b"", ())
         outcome = Outcome(Submission(request, name), [], [], repeated=True, client=client)
         for token in used:
             row, _ = requests[token.request_id, token.client_id]
             try:
                 _check_several(row, control, client)
-                self._reissue_all(outcome, row, [token], kept, control, now)
+                self._reissue_all(outcome, row, [token], managed_tokens, control, now)
             except RequestError as error:  # the others are not its trouble
                 where = {"file": token.file, "side": token.side, "index": token.index}
                 outcome.refusals.append(where | {"error": error.as_dict()})
@@ -418,7 +453,7 @@ class Engine:
         outcome: Outcome,
         row: RequestRow,
         tokens: Sequence[TokenRow],
-        kept: Mapping[UUID, ManagedToken],
+        managed_tokens: Mapping[UUID, ManagedToken],
         control: Control,
         now: datetime,
     ) -> None:
@@ -440,7 +475,7 @@ class Engine:
             if token.mode == "mint":
                 outcome.issued.append(self.reissue(token, control, now))
             else:
-                self._give_again(outcome, token, kept.get(UUID(token.jti)), now)
+                self._give_again(outcome, token, managed_tokens.get(UUID(token.jti)), now)
 
     def _give_again(self, outcome: Outcome, row: TokenRow, token: ManagedToken | None, now: datetime) -> None:
         """Give what a managed token holds, say that it is waited for, or why it never comes."""
@@ -456,7 +491,7 @@ class Engine:
         waits = token is not None and token.state in ("queued", "issued") and token.deadline > now
         if waits and not ended:
             scope = str(json.loads(row.payload)["scope"])
-            outcome.awaited.append(Awaited(need, row.storage, scope, row.use_id))
+            outcome.pending.append(Pending(need, row.storage, scope, row.use_id))
             return
         over = f"was {row.state}" if ended else "is past its deadline"
         expired = Expired(f"token {row.id} {over}; renew it under a new request_id", renew=True)
@@ -483,19 +518,19 @@ class Engine:
         self.observe(Observed(stage, outcomes, now))
 
 
-class _Held:
+class _Lookups:
     """What the wishes of a batch are on: tokens of others, and refresh families, which change with it."""
 
     def __init__(self, tx: Recording, outcomes: Sequence[Outcome]) -> None:
-        wishes = [w for o in outcomes if (w := o.submission.request.wish) is not None]
-        subjects = [w.subject[0] for w in wishes if w.subject]
-        families = [w.refresh[0] for w in wishes if w.refresh]
+        token_requests = [w for o in outcomes if (w := o.submission.request.token_request) is not None]
+        subjects = [w.subject[0] for w in token_requests if w.subject]
+        families = [w.refresh[0] for w in token_requests if w.refresh]
         self.families = tx.families(families) if families else {}
         subjects += [family.subject_jti for family in self.families.values()]
         self.subjects = tx.subjects(subjects) if subjects else {}
 
 
-def _managed_of(tx: Recording, tokens: Iterable[TokenRow]) -> dict[UUID, ManagedToken]:
+def _managed_rows(tx: Recording, tokens: Iterable[TokenRow]) -> dict[UUID, ManagedToken]:
     """Read what is kept of the managed ones among tokens."""
     jtis = {UUID(token.jti) for token in tokens if token.mode != "mint"}
     return tx.managed(jtis) if jtis else {}

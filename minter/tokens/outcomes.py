@@ -11,7 +11,7 @@ from minter.contract.messages import Side
 from minter.errors import Conflict, MinterError, NoUsableKey
 from minter.policy.clients import Client
 from minter.policy.limits import BACKDATE_SECONDS
-from minter.policy.plans import Decision, Grant
+from minter.policy.plans import Decision, PlannedToken
 from minter.policy.requests import Request
 from minter.policy.token_requests import Family
 from minter.tokens.keys import Key
@@ -43,7 +43,7 @@ class Issued(Struct, frozen=True, gc=False):
         return f"Issued({self.jti}, {self.need})"
 
 
-class Awaited(Struct, frozen=True, gc=False):
+class Pending(Struct, frozen=True, gc=False):
     """A managed token that there is nothing of yet: it can be fetched by its handle."""
 
     need: tuple[int, Side, int]
@@ -63,16 +63,16 @@ class Outcome(Struct, eq=False):
     client: Client | None = None
     decision: Decision | None = None
     family: Family | None = None
-    awaited: list[Awaited] = []
+    pending: list[Pending] = []
 
     def keep_whole(self, *, all_or_nothing: bool) -> None:
         """Give nothing of an all-or-nothing request while a provider owes a part, or does not give it."""
-        if all_or_nothing and (self.awaited or (self.repeated and self.refusals)):
+        if all_or_nothing and (self.pending or (self.repeated and self.refusals)):
             self.issued = []
 
     def withhold(self, error: MinterError) -> None:
         """Take back what was to be given, for an error of the whole."""
-        self.issued, self.refusals, self.awaited, self.error = [], [], [], error
+        self.issued, self.refusals, self.pending, self.error = [], [], [], error
 
 
 class Observed(Struct, frozen=True):
@@ -86,7 +86,7 @@ class Observed(Struct, frozen=True):
 Observe = Callable[[Observed], None]
 
 
-class Work:
+class PendingRequest:
     """One request on its way through the steps."""
 
     __slots__ = (
@@ -126,67 +126,71 @@ class Work:
         """The key that signs for it, 0 if none may."""
         return self.signing_key.key_id if self.signing_key else 0
 
-    def twin(self, outcome: Outcome) -> "Work":
+    def duplicate(self, outcome: Outcome) -> "PendingRequest":
         """Return an equal id of the same batch, to be answered from the row."""
-        return Work(outcome, self.client, self.decision)
+        return PendingRequest(outcome, self.client, self.decision)
 
-    def add(self, grant: Grant, jti: str, exp: int, token: bytes) -> None:
+    def add(self, planned: PlannedToken, jti: str, exp: int, token: bytes) -> None:
         """Note a token for handing out."""
-        need = grant.need
+        need = planned.need
         where: tuple[int, Side, int] = (need.file, need.side, need.index)
-        self.outcome.issued.append(Issued(where, grant.plan.area.storage, grant.scope, jti, exp, token))
+        self.outcome.issued.append(Issued(where, planned.plan.area.storage, planned.scope, jti, exp, token))
 
-    def use(self, grant: Grant, use_id: str, shared: Shared) -> None:
+    def use(self, planned: PlannedToken, use_id: str, shared: Shared) -> None:
         """Note a use of a shared token, which is handed out like one of its own."""
-        self.add(grant, shared.jti, shared.expires_at, shared.token)
-        self._note_use(grant, use_id, shared.jti)
+        self.add(planned, shared.jti, shared.expires_at, shared.token)
+        self._note_use(planned, use_id, shared.jti)
 
-    def manage(self, grant: Grant, handle: str, jti: UUID) -> None:
+    def manage(self, planned: PlannedToken, handle: str, jti: UUID) -> None:
         """Note a use of a managed token, which its consumer and its queue may have, too."""
         request = self.outcome.submission.request
-        self._note_use(grant, handle, str(jti), request.consumer, request.reply_queue or "")
+        self._note_use(planned, handle, str(jti), request.consumer, request.reply_queue or "")
 
-    def _note_use(self, grant: Grant, use_id: str, jti: str, consumer: str = "", queue: str = "") -> None:
-        need = grant.need
+    def _note_use(
+        self, planned: PlannedToken, use_id: str, jti: str, consumer: str = "", queue: str = ""
+    ) -> None:
+        need = planned.need
         self.uses.append(
             UseRow(
-                use_id, jti, self.row.request_id, self.client.client_id, grant.path,
-                need.file, need.side, need.index, grant.external_id, consumer, queue,
+                use_id, jti, self.row.request_id, self.client.client_id, planned.path,
+                need.file, need.side, need.index, planned.external_id, consumer, queue,
             )
         )  # fmt: skip
 
-    def managed_row(self, grant: Grant, rule_id: int, wanted: Wanted) -> TokenRow:
+    def managed_row(self, planned: PlannedToken, rule_id: int, wanted: Wanted) -> TokenRow:
         """Return the row of a managed token: what was decided, and nothing signed."""
         return TokenRow(
             str(wanted.jti), self.row.request_id, self.client.client_id, wanted.storage, 0,
-            int(wanted.deadline.timestamp()), grant.shared or grant.path, 0, -1, grant.need.side, 0, "",
+            int(wanted.deadline.timestamp()), planned.shared or planned.path, 0, -1, planned.need.side, 0, "",
             wanted.payload(self.client.name), rule_id, mode=wanted.mode, state="queued",
         )  # fmt: skip
 
     def token_row(
-        self, grant: Grant, rule_id: int, jti: str, payload: bytes, token: bytes, key: Key, now: int
+        self, planned: PlannedToken, rule_id: int, jti: str, payload: bytes, token: bytes, key: Key, now: int
     ) -> TokenRow:
         """Return the row of a token, a shared one's as that of no file."""
-        need = grant.need
-        file, index, external_id = (-1, 0, "") if grant.shared else (need.file, need.index, grant.external_id)
+        need = planned.need
+        file, index, external_id = (
+            (-1, 0, "") if planned.shared else (need.file, need.index, planned.external_id)
+        )
         return TokenRow(
-            jti, self.row.request_id, self.client.client_id, grant.plan.area.storage, key.key_id,
-            now - BACKDATE_SECONDS + grant.lifetime.seconds, grant.path, fts_token_id(token), file,
+            jti, self.row.request_id, self.client.client_id, planned.plan.area.storage, key.key_id,
+            now - BACKDATE_SECONDS + planned.lifetime.seconds, planned.path, fts_token_id(token), file,
             need.side, index, external_id, payload.decode(), rule_id,
         )  # fmt: skip
 
 
-def share(outcome: Outcome, work: Work) -> None:
+def copy_outcome(outcome: Outcome, waiting_request: PendingRequest) -> None:
     """Give an equal request of the same batch what the first one got (I4)."""
     outcome.repeated = True
-    outcome.client = work.client
-    if isinstance(work.outcome.error, NoUsableKey):  # nothing was recorded that could differ
-        outcome.error = work.outcome.error
+    outcome.client = waiting_request.client
+    if isinstance(waiting_request.outcome.error, NoUsableKey):  # nothing was recorded that could differ
+        outcome.error = waiting_request.outcome.error
         return
-    if outcome.submission.request.digest != work.outcome.submission.request.digest:
+    if outcome.submission.request.digest != waiting_request.outcome.submission.request.digest:
         outcome.error = Conflict("request_id was used before with other content; make a new one")
         return
-    first = work.outcome
+    first = waiting_request.outcome
     outcome.issued, outcome.refusals, outcome.error = first.issued, first.refusals, first.error
-    outcome.awaited = first.awaited
+    outcome.pending = first.pending
     outcome.decision = first.decision

@@ -18,7 +18,7 @@ from minter.policy.plans import Plan
 from minter.policy.token_requests import Family, Subject
 from minter.tokens.keys import Key
 from minter.tokens.managed import ManagedToken, Wanted
-from minter.tokens.shared import Place
+from minter.tokens.shared import SharedKey
 
 OWN_KINDS = ("token", "exchange", "refresh")
 """Requests of the token endpoint: their ids are made there, so nobody can have sent them before."""
@@ -142,7 +142,7 @@ class Recording(Protocol):
         """Add use rows, if there are any."""
         ...
 
-    def shared_tokens(self, places: Sequence[Place], now: datetime) -> dict[Place, TokenRow]:
+    def shared_tokens(self, shared_keys: Sequence[SharedKey], now: datetime) -> dict[SharedKey, TokenRow]:
         """Read for each place the shared token that lives longest."""
         ...
 

@@ -12,13 +12,13 @@ from typing import NamedTuple
 from msgspec import Struct
 
 from minter.policy.limits import BACKDATE_SECONDS
-from minter.policy.plans import Grant
+from minter.policy.plans import PlannedToken
 
 KEPT = 4_096
 """Shared tokens whose bytes a process keeps, of about 1 kB each."""
 
 
-class Place(NamedTuple):
+class SharedKey(NamedTuple):
     """What a shared token is for: its client, the rule that made it, and the path of its scopes."""
 
     client_id: int
@@ -39,27 +39,29 @@ class Shared(Struct, frozen=True, gc=False):
         """Name the token without showing it."""
         return f"Shared({self.jti})"
 
-    def serves(self, grant: Grant, key_id: int, now: int) -> bool:
+    def serves(self, planned: PlannedToken, key_id: int, now: int) -> bool:
         """Say whether its life left covers the grant's need, in the same words, under the same key."""
-        covers = self.expires_at >= now - BACKDATE_SECONDS + grant.lifetime.seconds
-        return covers and (self.scope, self.key_id) == (grant.scope, key_id)
+        covers = self.expires_at >= now - BACKDATE_SECONDS + planned.lifetime.seconds
+        return covers and (self.scope, self.key_id) == (planned.scope, key_id)
 
 
-class Kept:
+class SharedTokenCache:
     """The shared tokens that a process used last."""
 
     def __init__(self, limit: int = KEPT) -> None:
         self._limit = limit
-        self._tokens: OrderedDict[Place, Shared] = OrderedDict()
+        self._tokens: OrderedDict[SharedKey, Shared] = OrderedDict()
 
-    def get(self, places: Iterable[Place]) -> dict[Place, Shared]:
+    def get(self, shared_keys: Iterable[SharedKey]) -> dict[SharedKey, Shared]:
         """Return what is kept for these places."""
-        return {place: self._tokens[place] for place in places if place in self._tokens}
+        return {
+            shared_key: self._tokens[shared_key] for shared_key in shared_keys if shared_key in self._tokens
+        }
 
-    def keep(self, used: Mapping[Place, Shared]) -> None:
+    def remember(self, used: Mapping[SharedKey, Shared]) -> None:
         """Keep what was used now, whose rows are committed, and forget what was not for longest."""
-        for place, shared in used.items():
-            self._tokens[place] = shared
-            self._tokens.move_to_end(place)
+        for shared_key, shared in used.items():
+            self._tokens[shared_key] = shared
+            self._tokens.move_to_end(shared_key)
         while len(self._tokens) > self._limit:
             self._tokens.popitem(last=False)

@@ -9,7 +9,7 @@ import signal
 
 from workers import app as module
 from workers import batching
-from workers.batching import Batcher
+from workers.batching import MessageBatcher
 
 app = module.app
 _stage, _, _left = os.environ.get("MINTER_FAULT", "").partition(":")
@@ -31,7 +31,7 @@ def on_stage(stage):
             _die()
 
 
-_decode = Batcher._decode
+_decode = MessageBatcher._decode
 
 
 def decode(self, pending):
@@ -41,4 +41,4 @@ def decode(self, pending):
 
 
 module.on_stage = on_stage
-Batcher._decode = decode
+MessageBatcher._decode = decode

@@ -14,7 +14,7 @@ import stomp
 from minter.contract.followups import JobReport, ReportRequest
 from minter.contract.messages import FileRequest, MintRequest
 from minter.policy.requests import from_mint
-from minter.tasks.lifecycle import Lives
+from minter.tasks.lifecycle import Lifecycle
 from minter.tokens import clock
 from minter.tokens.outcomes import Submission
 from tests.conftest import EXAMPLES, MASTER_KEY, ROOT, rows
@@ -110,7 +110,7 @@ def test_tokens_follow_their_transfers(service, events, send):
     issue(service, "a", external_id)
     by_job = issue(service, "b", "")
     job = uuid.uuid4()
-    Lives(service.engine, service.pool).report(
+    Lifecycle(service.engine, service.pool).report(
         ME, ReportRequest(jobs=(JobReport(job, by_job, (0,), (77,)),)), clock.now()
     )
     send(told("start", file_metadata={"request_id": external_id}) + b" ")

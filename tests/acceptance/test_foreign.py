@@ -75,8 +75,8 @@ def test_rucios_submitter_gets_its_tokens(served, rucio, fts, tmp_path, tool):
         for side in ("source", "destination")
     }
     if tool == "own":
-        top = "storage.read:/atlas/atlasdatadisk/rucio"
-        assert set(scopes["source"]) == {f"offline_access {top}"}
+        root = "storage.read:/atlas/atlasdatadisk/rucio"
+        assert set(scopes["source"]) == {f"offline_access {root}"}
     else:
         assert len(set(scopes["source"])) == len(set(scopes["destination"])) == 3
         assert all("/mc23/" in s for s in scopes["source"] + scopes["destination"])

@@ -62,7 +62,7 @@ scopes = ["storage.read"]
 """
 
 
-class Kept(Served):
+class SharedTokenCache(Served):
     """The HTTP service, and keepers that can be killed."""
 
     def __init__(self, folder, postgres_dsn, iam):
@@ -71,14 +71,14 @@ class Kept(Served):
         secret.write_text("minter-secret")
         super().__init__(folder, postgres_dsn, settings(iam.issuer, iam.dialect))
         self.iam = iam
-        self.keepers = []
+        self.refreshers = []
         for name in ("rucio", "consumer", "thief"):
             self.add_client(name)
 
     def spawn(self, count=1):
         for _ in range(count):
             with (self.folder / "keeper.log").open("ab") as log:
-                self.keepers.append(
+                self.refreshers.append(
                     subprocess.Popen(
                         [sys.executable, "-m", "workers.refresher"],
                         env=self.environ,
@@ -89,10 +89,10 @@ class Kept(Served):
                 )
 
     def kill(self, number=signal.SIGKILL):
-        for keeper in self.keepers:
-            keeper.send_signal(number)
-            keeper.wait(30)
-        self.keepers.clear()
+        for refresher in self.refreshers:
+            refresher.send_signal(number)
+            refresher.wait(30)
+        self.refreshers.clear()
 
     def close(self):
         self.kill(signal.SIGTERM)
@@ -104,7 +104,7 @@ def kept(request, postgres_dsn, tmp_path_factory):
     folder = tmp_path_factory.mktemp("kept")
     iam = Fake() if request.param == "fake" else OidcProvider(folder / "iam", AT_TTL="14400")
     iam.start()
-    made = Kept(folder, postgres_dsn, iam)
+    made = SharedTokenCache(folder, postgres_dsn, iam)
     made.spawn(2)
     yield made
     made.close()
@@ -130,9 +130,9 @@ def test_from_a_subject_token_to_a_token_kept_fresh(kept):
     with kept.client() as client:
         asked = client.mint(**read("x/1", "exchanged"), subject_token=subject, consumer="consumer")
         assert not asked.refusals, asked.refusals
-        (awaited,) = asked.awaited
+        (pending,) = asked.pending
         (token,) = until(lambda: client.fetch(*asked.request_ids).tokens)
-        assert token.handle == awaited.handle
+        assert token.handle == pending.handle
         claims = jwt.decode(token.reveal(), options={"verify_signature": False})
         assert claims["iss"] == kept.iam.issuer
         assert claims["scope"] == f"storage.read:{TOP}/data/x/1"
@@ -213,7 +213,7 @@ def test_an_outage_is_stood_in_for_and_ends(kept):
             assert jwt.decode(token.reveal(), options={"verify_signature": False})["iss"] == kept.iss
         assert client.mint(**read("y/9", "own")).tokens  # at once, while the provider is paused
         kept.iam.server.behaviour = Behaviour()
-        until(lambda: client.mint(**read(f"z/{uuid.uuid4()}", "own")).awaited, 60)
+        until(lambda: client.mint(**read(f"z/{uuid.uuid4()}", "own")).pending, 60)
 
 
 def test_keepers_die_and_nothing_is_lost(kept):
@@ -271,9 +271,9 @@ def test_nothing_secret_in_logs_or_rows(kept):
 def test_subject_tokens_do_not_go_over_a_broker(service):
     from minter.contract import names
     from minter.tasks import dispatch
-    from minter.tasks.lifecycle import Lives
+    from minter.tasks.lifecycle import Lifecycle
 
     body = f'{{"request_id":"{uuid.uuid4()}","files":[{{"sources":["{SE}a"]}}],"subject_token":"eyJ.x.y"}}'
     with pytest.raises(InvalidRequest, match="over HTTP only"):
-        dispatch.submission(Lives(service.engine, service.pool), names.MINT, "rucio-alpen", body.encode())
+        dispatch.submission(Lifecycle(service.engine, service.pool), names.MINT, "rucio-alpen", body.encode())
     assert VO

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import uuid
 from datetime import UTC, datetime, timedelta
 
 import psycopg
@@ -12,8 +13,8 @@ from minter.contract.messages import FileRequest, MintRequest
 from minter.database import archive, connection, traces
 from minter.errors import SettingsError
 from minter.policy.requests import from_mint
-from minter.service import Service, uuid
-from minter.tasks.lifecycle import Lives
+from minter.service import Service
+from minter.tasks.lifecycle import Lifecycle
 from minter.tokens import clock
 from minter.tokens.outcomes import Submission
 from minter.tokens.records import fts_token_id
@@ -58,7 +59,7 @@ def stocked(service):
     )
     one, two = mint(service, submission("a", "b", on_behalf_of="alice", activity="Production"), half)
     job = clock.new_uuid7()
-    Lives(service.engine, service.pool).report(
+    Lifecycle(service.engine, service.pool).report(
         ME,
         ReportRequest(
             (JobReport(job, one.submission.request.request_id, (0, 1)),),

@@ -13,7 +13,7 @@ from minter.tasks.answers import answer
 from minter.tokens import clock
 from minter.tokens.outcomes import Submission
 from tests.integration.test_mint import OTHER, SE, mint
-from workers.fts_forwarder import FTS, Away, Forwarder, Refused, TooLate
+from workers.fts_forwarder import Away, Forwarder, FTSClient, JobRefused, TooLate
 
 
 class Engine:
@@ -43,7 +43,7 @@ def filled(service):
 def test_a_job_that_is_submitted_is_never_undone(fts, filled):
     """The engine is away after FTS took the job, for longer than the bearer token lives."""
     engine, clock = Engine(away=1), [time.time()]
-    forwarder = Forwarder(engine, FTS(fts.url), None, lambda: clock[0])
+    forwarder = Forwarder(engine, FTSClient(fts.url), None, lambda: clock[0])
     done = {}
     with pytest.raises(Unavailable):
         forwarder.forward(filled, done)
@@ -51,7 +51,7 @@ def test_a_job_that_is_submitted_is_never_undone(fts, filled):
     assert forwarder.forward(filled, done).file_ids == (1000, 1001)
     assert (fts.posts, len(engine.reports), engine.cancelled) == (1, 1, [])
     # The same message, taken by another process: it cannot know, so it undoes nothing.
-    again = Forwarder(engine, FTS(fts.url), None, lambda: clock[0])
+    again = Forwarder(engine, FTSClient(fts.url), None, lambda: clock[0])
     with pytest.raises(TooLate) as caught:
         again.forward(filled)
     again.refused(filled, caught.value)
@@ -60,20 +60,20 @@ def test_a_job_that_is_submitted_is_never_undone(fts, filled):
 
 def test_only_fts_can_refuse_a_job(fts, filled):
     engine = Engine()
-    forwarder = Forwarder(engine, FTS(fts.url), None)
+    forwarder = Forwarder(engine, FTSClient(fts.url), None)
     for fault in ("404", "408", "500", "302", "html", "odd"):
         fts.faults = [fault]
         with pytest.raises(Away):
             forwarder.forward(filled)
     fts.faults = ["400"]
-    with pytest.raises(Refused, match="refuses the job") as caught:
+    with pytest.raises(JobRefused, match="refuses the job") as caught:
         forwarder.forward(filled)
     forwarder.refused(filled, caught.value)
     assert engine.cancelled == [uuid.UUID(filled.request_id)]
 
 
 def test_fts_is_told_the_token_and_keeps_the_jobs_own_params(fts, filled):
-    Forwarder(Engine(), FTS(fts.url), None).forward(filled)
+    Forwarder(Engine(), FTSClient(fts.url), None).forward(filled)
     (job,) = fts.jobs.values()
     assert job["params"]["unmanaged_tokens"] is True
     assert job["params"]["sid"] == filled.request_id

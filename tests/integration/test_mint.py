@@ -78,7 +78,7 @@ def test_nothing_is_recorded_when_the_transaction_fails(service, monkeypatch):
     def broken(*_):
         raise psycopg.OperationalError("server closed the connection")
 
-    monkeypatch.setattr(recording.Recording, "copy_tokens", broken)
+    monkeypatch.setattr(recording.PostgresRecording, "copy_tokens", broken)
     with pytest.raises(Unavailable, match="nothing was handed out"):
         mint(service, submission("a"))
     assert count(service) == count(service, "requests") == 0

@@ -12,7 +12,7 @@ from minter.errors import UnknownRequest
 from minter.local.servers import _postgres_programs
 from minter.policy.clients import Ban
 from minter.service import Service
-from minter.tasks.lifecycle import Lives
+from minter.tasks.lifecycle import Lifecycle
 from minter.tokens import clock, keys
 from tests.conftest import _admin, load_settings, rows
 from tests.integration.test_mint import mint, submission, tokens
@@ -52,14 +52,14 @@ def test_restored_from_a_dump(service, dsn, dump_and_lose):
     again = Service(load_settings(dsn))
     migrations.upgrade(again.pool)
     again.prepare()
-    lives = Lives(again.engine, again.pool)
+    lifecycle = Lifecycle(again.engine, again.pool)
     now = clock.now()
     # What was before the dump is as it was: the same bytes under the same request_id.
     assert tokens(mint(again, before)[0]) == tokens(known)
     # What came after it is unknown, and said to be.
     since, until = now - timedelta(days=1), now + timedelta(days=1)
     assert traces.find(again.pool, "jti", lost.issued[0].jti, since, until) == []
-    assert lives.report(
+    assert lifecycle.report(
         ME,
         ReportRequest(
             files=(
@@ -70,7 +70,7 @@ def test_restored_from_a_dump(service, dsn, dump_and_lose):
         now,
     ).unknown == ["files[1]"]
     with pytest.raises(UnknownRequest):
-        lives.fetch(ME, FetchRequest(after.request.request_id), now)
+        lifecycle.fetch(ME, FetchRequest(after.request.request_id), now)
     # Asked again, it is granted anew: other tokens, each with its row, by a key that is public.
     (renewed,) = mint(again, after)
     assert {i.jti for i in renewed.issued}.isdisjoint(i.jti for i in lost.issued)

@@ -18,16 +18,18 @@ NOW = 1_795_315_000
 ISSUER = "https://tokens.example.org/vo/"
 JTI = "01a20118-9ddb-7538-9909-d9caefa00001"
 GRANT = next(
-    g for g in fill((SE,), (OLD,), overwrite=True, max_time_in_queue=2).grants if g.need.side == "destination"
+    g
+    for g in fill((SE,), (OLD,), overwrite=True, max_time_in_queue=2).planned_tokens
+    if g.need.side == "destination"
 )
 
 
-def check(token, signer, grant=GRANT):
-    check_token(token, grant, ISSUER, "sub", "rucio", NOW, JTI, signer.kid, signer.algorithm)
+def check(token, signer, planned=GRANT):
+    check_token(token, planned, ISSUER, "sub", "rucio", NOW, JTI, signer.kid, signer.algorithm)
 
 
-def payload(grant=GRANT):
-    return build_claims(grant, ISSUER, "sub", "rucio", NOW, JTI)
+def payload(planned=GRANT):
+    return build_claims(planned, ISSUER, "sub", "rucio", NOW, JTI)
 
 
 def forged(claims=None, **header):
@@ -116,7 +118,7 @@ def test_joserfc_verifies_what_pyjwt_signed(es256, rs256):
 
 
 def test_scitokens_accepts_exactly_the_file(es256, rs256):
-    grant = next(g for g in fill((SE,), (OLD,)).grants if g.need.side == "source")
+    planned = next(g for g in fill((SE,), (OLD,)).planned_tokens if g.need.side == "source")
     for signer in (es256, rs256):
         pem = signer._private_key.public_key().public_bytes(
             serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
@@ -124,9 +126,9 @@ def test_scitokens_accepts_exactly_the_file(es256, rs256):
         # Built for the present: scitokens reads the clock itself.
         import time
 
-        token = signer.sign(build_claims(grant, ISSUER, "sub", "rucio", int(time.time()), JTI))
-        found = scitokens.SciToken.deserialize(token, audience=grant.audience[0], public_key=pem)
-        enforcer = scitokens.Enforcer(ISSUER, audience=grant.audience[0])
+        token = signer.sign(build_claims(planned, ISSUER, "sub", "rucio", int(time.time()), JTI))
+        found = scitokens.SciToken.deserialize(token, audience=planned.audience[0], public_key=pem)
+        enforcer = scitokens.Enforcer(ISSUER, audience=planned.audience[0])
         for name in ("wlcg.ver", "client_id"):
             enforcer.add_validator(name, lambda _: True)
         assert enforcer.test(found, "storage.read", "/data/d/f")

@@ -57,9 +57,9 @@ def _imported(tree):
 
 def _packages_imported(tree):
     for name in _imported(tree):
-        top, _, rest = name.partition(".")
-        package = top if top == "workers" else rest.partition(".")[0]
-        if top in ("minter", "workers") and package in FLOOR:
+        root, _, rest = name.partition(".")
+        package = root if root == "workers" else rest.partition(".")[0]
+        if root in ("minter", "workers") and package in FLOOR:
             yield package
 
 

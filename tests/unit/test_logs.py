@@ -90,7 +90,7 @@ def written():
 def test_the_lines_of_one_turn_are_written_together(written):
     writes, logger = written
 
-    async def turn():
+    async def run_once():
         for number in range(3):
             logs.event(logger, f"event {number}")
         assert not writes
@@ -101,7 +101,7 @@ def test_the_lines_of_one_turn_are_written_together(written):
         assert writes[1:] == ["late\nsoon\n"]
         logs.event(logger, "last")
 
-    asyncio.run(turn())
+    asyncio.run(run_once())
     logger.handlers[0].flush()  # as at exit
     assert writes[2:] == ["last\n"]
 
@@ -109,12 +109,12 @@ def test_the_lines_of_one_turn_are_written_together(written):
 def test_a_pipe_takes_each_write_as_one(written):
     writes, logger = written
 
-    async def turn():
+    async def run_once():
         for number in range(50):
             logs.event(logger, f"{number} " + "ä" * 300)
         logs.event(logger, "x" * 5000)
 
-    asyncio.run(turn())
+    asyncio.run(run_once())
     logger.handlers[0].flush()
     assert all(text.endswith("\n") for text in writes)
     assert [len(text.encode()) <= select.PIPE_BUF for text in writes] == [True] * 9 + [False]

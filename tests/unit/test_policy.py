@@ -15,7 +15,7 @@ from minter.policy import transfers
 from minter.policy.clients import Ban, Bans, Client
 from minter.policy.limits import PROFILE_MAX_SECONDS
 from minter.policy.requests import from_mint
-from minter.policy.routes import FTS, SHIPPED_ROUTES, Route
+from minter.policy.routes import SHIPPED_ROUTES, FTSInstance, Route
 from minter.policy.transfers import Policy, asked_scopes
 from minter.scopes import parent, path_contains
 from minter.storages.dialects import DIALECTS, scopes_needed
@@ -37,45 +37,45 @@ def test_no_grant_is_wider_than_the_dialects_expansion_of_what_was_asked(data):
     client = data.draw(strategies.clients())
     request = from_mint(data.draw(strategies.requests(made)))
     decision = Policy({"vo": Directory(made)}, routes).decide(request, client, NO_BANS)
-    SEEN["granted" if decision.grants else "refused"] += 1
+    SEEN["granted" if decision.planned_tokens else "refused"] += 1
 
-    for grant in decision.grants:
-        route, area = grant.plan.route, grant.plan.area
+    for planned in decision.planned_tokens:
+        route, area = planned.plan.route, planned.plan.area
         assert area.storage in {s.name for s in made}
-        path = Directory([s for s in made if s.name == area.storage]).locate(grant.need.url)[1]
-        operations = set(grant.need.operations)
-        if grant.need.side == "destination":
+        path = Directory([s for s in made if s.name == area.storage]).locate(planned.need.url)[1]
+        operations = set(planned.need.operations)
+        if planned.need.side == "destination":
             operations |= {"retry"} if route.cleanup else set()
             operations |= {"make_parents"} if route.make_parents else set()
         wide = area.prefix.removeprefix(area.base_path.rstrip("/"))
         allowed = set()
-        if grant.shared:
-            top = grant.shared == wide
-            assert route.granularity == ("storage" if top else "directory")
-            assert top or (grant.shared == parent(path) and path_contains(wide, grant.shared))
-            assert path_contains(grant.shared, path)
-            assert not any(path_contains(grant.shared, hole) for hole in area.holes)
-            assert grant.lifetime.seconds <= grant.whole().lifetime.seconds == grant.plan.cap_seconds
+        if planned.shared:
+            root = planned.shared == wide
+            assert route.granularity == ("storage" if root else "directory")
+            assert root or (planned.shared == parent(path) and path_contains(wide, planned.shared))
+            assert path_contains(planned.shared, path)
+            assert not any(path_contains(planned.shared, inner) for inner in area.nested)
+            assert planned.lifetime.seconds <= planned.whole().lifetime.seconds == planned.plan.cap_seconds
         for needed in scopes_needed(area.dialect, operations):
             allowed.add((needed.scope, path if needed.where == "file" else parent(path)))
-            if grant.shared:
-                allowed.add((needed.scope, grant.shared))
-            if route.poll_area and grant.need.operations == ("poll",):
+            if planned.shared:
+                allowed.add((needed.scope, planned.shared))
+            if route.poll_area and planned.need.operations == ("poll",):
                 allowed.add((needed.scope, wide))
-        for scope in asked_scopes(grant):
+        for scope in asked_scopes(planned):
             assert (scope.name, scope.path) in allowed
             assert not client.paths or any(path_contains(p, scope.path) for p in client.paths)
-        assert not client.operations or client.operations >= set(grant.need.operations)
+        assert not client.operations or client.operations >= set(planned.need.operations)
         longest = client.max_lifetime_seconds or route.max_lifetime_seconds
-        assert 0 < grant.lifetime.seconds <= longest
+        assert 0 < planned.lifetime.seconds <= longest
         if area.matching == "prefix":
-            assert grant.lifetime.seconds <= PROFILE_MAX_SECONDS
-        extras = [n.quirk.name for n in grant.plan.needed if n.quirk]
+            assert planned.lifetime.seconds <= PROFILE_MAX_SECONDS
+        extras = [n.quirk.name for n in planned.plan.needed if n.quirk]
         assert not set(extras) & set(route.forbid)
         shown = "\n".join(transfers.explain(decision))
         assert all(f"quirk {name}" in shown for name in extras)
 
-    granted = {(g.need.file, g.need.side, g.need.index) for g in decision.grants}
+    granted = {(g.need.file, g.need.side, g.need.index) for g in decision.planned_tokens}
     refused = {(r.need.file, r.need.side, r.need.index) for r in decision.refused if r.need}
     asked = {(n.file, n.side, n.index) for f in request.files for n in f.needs}
     assert granted | refused == asked  # exactly one outcome each (I3)
@@ -98,7 +98,7 @@ def client(**limits):
     return Client(client_id=1, name="rucio", vo="vo", sub="s", **limits)
 
 
-FTS_A = FTS(name="fts", url="https://fts.example.org:8446")
+FTS_A = FTSInstance(name="fts", url="https://fts.example.org:8446")
 ENGINE = Policy(
     {"vo": Directory([storage(), storage("OLD", "xrootd-5.5"), storage("TAPE", "dcache", tape=True)])},
     fts=[FTS_A],
@@ -129,7 +129,7 @@ def fill(sources=(SE,), destinations=(OLD,), engine=ENGINE, files=None, fts=None
 
 
 def scopes(decision, side):
-    return {g.need.index: g.scope for g in decision.grants if g.need.side == side}
+    return {g.need.index: g.scope for g in decision.planned_tokens if g.need.side == side}
 
 
 def reasons(decision):
@@ -140,8 +140,8 @@ def test_the_ordinary_rucio_job_gets_modify_on_its_one_destination_file():
     decision = fill((SE + "0",), (SE,), overwrite=True, max_time_in_queue=168)
     assert scopes(decision, "source") == {0: "storage.read:/data/d/f0"}
     assert scopes(decision, "destination") == {0: "storage.modify:/data/d/f"}
-    assert {g.lifetime.seconds // 3600 for g in decision.grants if g.need.side != "service"} == {168}
-    assert [g.scope for g in decision.grants if g.need.side == "service"] == ["fts"]
+    assert {g.lifetime.seconds // 3600 for g in decision.planned_tokens if g.need.side != "service"} == {168}
+    assert [g.scope for g in decision.planned_tokens if g.need.side == "service"] == ["fts"]
 
 
 def test_a_tape_destination_that_may_not_be_overwritten_gets_create_and_poll():
@@ -157,7 +157,7 @@ def test_overwriting_a_tape_destination_when_asked(params):
 def test_overwrite_hop_means_every_hop_but_the_last():
     hops = [{"sources": [SE], "destinations": [TAPE]}, {"sources": [TAPE], "destinations": [TAPE + "2"]}]
     decision = fill(files=hops, overwrite=False, overwrite_hop=True, multihop=True)
-    written = [g.scope for g in decision.grants if g.need.side == "destination"]
+    written = [g.scope for g in decision.planned_tokens if g.need.side == "destination"]
     assert written == ["storage.modify:/data/d/f", "storage.create:/data/d/f2"]
 
 
@@ -167,7 +167,7 @@ def test_a_multihop_job_is_refused_whole():
         {"sources": [TAPE], "destinations": ["davs://unknown.example.org/f"]},
     ]
     decision = fill(files=hops, multihop=True)
-    assert not decision.grants
+    assert not decision.planned_tokens
     assert sorted(reasons(decision)) == ["neighbour_refused"] * 3 + ["unknown_storage"]
 
 
@@ -181,9 +181,9 @@ def test_staging_joins_reading_in_ftss_one_slot_and_stays_apart_in_a_native_requ
 
 
 def test_a_poll_token_is_wide_and_long_by_its_route():
-    (grant,) = mint(operations=(FileOperation("poll", TAPE),)).grants
-    assert (grant.plan.route.name, grant.scope) == ("tape-poll", "storage.poll:/data")
-    assert grant.lifetime.seconds > PROFILE_MAX_SECONDS
+    (planned,) = mint(operations=(FileOperation("poll", TAPE),)).planned_tokens
+    assert (planned.plan.route.name, planned.scope) == ("tape-poll", "storage.poll:/data")
+    assert planned.lifetime.seconds > PROFILE_MAX_SECONDS
 
 
 def test_a_stagein_job_gets_stage_on_both_of_its_equal_urls():
@@ -196,13 +196,13 @@ def test_a_file_keeps_its_other_sources_and_a_copy_without_any_is_refused_whole(
     assert sorted(scopes(kept, "source")) == [0, 2]
     assert reasons(kept) == ["endpoint_takes_no_token"]
     lost = fill(("http://se.example.org/data/d/f",), (SE,))
-    assert not lost.grants
+    assert not lost.planned_tokens
     assert sorted(reasons(lost)) == ["endpoint_takes_no_token", "neighbour_refused"]
 
 
 def test_prefix_matching_storages_never_get_more_than_six_hours():
     decision = fill((OLD,), (SE,), max_time_in_queue=168)
-    life = {g.plan.area.storage: g.lifetime for g in decision.grants}
+    life = {g.plan.area.storage: g.lifetime for g in decision.planned_tokens}
     assert life["OLD"].seconds == PROFILE_MAX_SECONDS < life["OLD"].wanted
     assert life["SE"].seconds > 168 * 3600
     assert "clipped from" in "\n".join(transfers.explain(decision))
@@ -213,7 +213,7 @@ def test_a_lifetime_beyond_policy_is_refused_and_one_too_short_too():
     assert refused.message == "lifetime 25200 s exceeds 21600 s allowed by route direct; ask for less"
     short = mint(sources=(SE,), lifetime_seconds=60).refused[0].error
     assert short.reason == "lifetime_not_allowed"
-    assert mint(sources=(SE,), lifetime_seconds=7200).grants[0].lifetime.seconds == 7200
+    assert mint(sources=(SE,), lifetime_seconds=7200).planned_tokens[0].lifetime.seconds == 7200
 
 
 def test_a_client_has_its_own_limits():
@@ -222,7 +222,10 @@ def test_a_client_has_its_own_limits():
     assert reasons(
         mint(client=client(operations=frozenset({"read"})), operations=(FileOperation("delete", SE),))
     ) == ["operation_not_allowed"]
-    assert mint(client=client(max_lifetime_seconds=1800), sources=(SE,)).grants[0].lifetime.seconds == 1800
+    assert (
+        mint(client=client(max_lifetime_seconds=1800), sources=(SE,)).planned_tokens[0].lifetime.seconds
+        == 1800
+    )
 
 
 def test_no_route_no_token():
@@ -236,8 +239,8 @@ def test_the_first_matching_route_decides():
         *SHIPPED_ROUTES,
     ]
     engine = Policy({"vo": Directory([storage()])}, routes)
-    assert mint(engine, sources=(SE,), activity="T0 Export").grants[0].plan.route.name == "special"
-    assert mint(engine, sources=(SE,), activity="Other").grants[0].plan.route.name == "direct"
+    assert mint(engine, sources=(SE,), activity="T0 Export").planned_tokens[0].plan.route.name == "special"
+    assert mint(engine, sources=(SE,), activity="Other").planned_tokens[0].plan.route.name == "direct"
 
 
 @pytest.mark.parametrize(
@@ -249,8 +252,8 @@ def test_bans(ban):
     bans = Bans([ban])
     asked = {"sources": (SE,), "activity": "T0", "on_behalf_of": "eve"}
     assert set(reasons(mint(bans=bans, **asked))) == {"banned"}
-    assert mint(bans=Bans([ban._replace(vo="another")]), **asked).grants
-    assert mint(bans=Bans([ban._replace(value="/data/dd")]), **asked).grants
+    assert mint(bans=Bans([ban._replace(vo="another")]), **asked).planned_tokens
+    assert mint(bans=Bans([ban._replace(value="/data/dd")]), **asked).planned_tokens
 
 
 def test_a_wide_grant_above_a_banned_path_is_refused_too():
@@ -261,8 +264,8 @@ def test_a_wide_grant_above_a_banned_path_is_refused_too():
 
 def test_one_bad_file_fails_alone_unless_all_or_nothing():
     files = (FileRequest(sources=(SE,)), FileRequest(sources=("davs://nowhere.example.org/f",)))
-    assert [g.need.file for g in mint(files=files).grants] == [0]
-    assert not mint(files=files, all_or_nothing=True).grants
+    assert [g.need.file for g in mint(files=files).planned_tokens] == [0]
+    assert not mint(files=files, all_or_nothing=True).planned_tokens
 
 
 def test_a_scope_too_long_for_fts_is_refused():
@@ -272,7 +275,7 @@ def test_a_scope_too_long_for_fts_is_refused():
 def test_another_vo_or_fts_is_refused_whole():
     assert mint(vo="other", sources=(SE,)).error.reason == "unknown_vo"
     assert fill(fts="https://evil.example.org:8446").error.reason == "unknown_storage"
-    assert fill(fts="https://FTS.example.org:8446").grants
+    assert fill(fts="https://FTS.example.org:8446").planned_tokens
 
 
 @pytest.mark.parametrize(
@@ -293,16 +296,16 @@ def test_a_mitigation_that_does_not_hold_keeps_the_token_to_six_hours():
     route = Route(name="long", operations=("read", "overwrite"), max_lifetime_seconds=24 * 3600, wait_seconds=10 * 3600,
                   mitigations=("no_modify",), risk_assessment="doc")  # fmt: skip
     engine = Policy({"vo": Directory([storage()])}, [route])
-    read, modify = mint(engine, sources=(SE,), destinations=(SE,), overwrite=True).grants
+    read, modify = mint(engine, sources=(SE,), destinations=(SE,), overwrite=True).planned_tokens
     assert read.lifetime.seconds > PROFILE_MAX_SECONDS
     assert modify.lifetime.seconds == PROFILE_MAX_SECONDS
     assert any("no_modify does not hold" in s.text for s in modify.plan.steps)
 
 
 def test_raw_dialects_write_raw_paths_and_refuse_white_space():
-    assert mint(sources=(OLD + "ü#",)).grants[0].scope == "storage.read:/data/d/fü#"
+    assert mint(sources=(OLD + "ü#",)).planned_tokens[0].scope == "storage.read:/data/d/fü#"
     assert reasons(mint(sources=(OLD + " x",))) == ["invalid_path"]
-    assert mint(sources=(SE + "ü#",)).grants[0].scope == "storage.read:/data/d/f%C3%BC%23"
+    assert mint(sources=(SE + "ü#",)).planned_tokens[0].scope == "storage.read:/data/d/f%C3%BC%23"
 
 
 def test_a_later_hop_waits_for_the_ones_before_it():
@@ -311,7 +314,7 @@ def test_a_later_hop_waits_for_the_ones_before_it():
         {"sources": [SE + "2"], "destinations": [SE + "3"], "filesize": 10**11},
     ]
     first, second = (
-        next(g for g in fill(files=hops, multihop=True).grants if g.need.file == n) for n in (0, 1)
+        next(g for g in fill(files=hops, multihop=True).planned_tokens if g.need.file == n) for n in (0, 1)
     )
     assert second.lifetime.wanted - first.lifetime.wanted == 20_000
 
@@ -342,8 +345,8 @@ def test_no_scope_is_ever_the_whole_storage_or_outside_its_prefix():
         fts=[FTS_A],
     )
     for url in ("davs://old.example.org/data/f", "davs://cnaf.example.org/data/f"):
-        for grant in fill((url + "0",), (url,), engine, overwrite=True).grants:
-            assert not [s for s in asked_scopes(grant) if s.path in ("/", "/data")]
+        for planned in fill((url + "0",), (url,), engine, overwrite=True).planned_tokens:
+            assert not [s for s in asked_scopes(planned) if s.path in ("/", "/data")]
     assert "storage.read:/data/d" in scopes(fill((SE,), ("davs://cnaf.example.org/data/d/f",), Policy(
         {"vo": Directory([storage(), storage("CNAF", "storm-cnaf")])}, fts=[FTS_A])), "destination")[0]  # fmt: skip
 
@@ -366,15 +369,15 @@ def test_a_shared_token_never_reaches_into_a_storage_inside_this_one(granularity
     for storages, shared in (((outer,), True), ((outer, inner), False)):
         engine = Policy({"vo": Directory(storages)}, [route])
         decision = mint(engine, sources=("davs://se.example.org/data/d/f",))
-        (grant,) = decision.grants
-        assert bool(grant.shared) is shared
-        assert (grant.scope == "storage.read:/d/f") is not shared
+        (planned,) = decision.planned_tokens
+        assert bool(planned.shared) is shared
+        assert (planned.scope == "storage.read:/d/f") is not shared
 
 
 def test_a_directorys_scope_never_covers_a_banned_path():
     bans = Bans([Ban("path", "/data/d/secret")])
     decision = mint(bans=bans, operations=(FileOperation("make_parents", OLD),))
-    assert not decision.grants
+    assert not decision.planned_tokens
     assert reasons(decision) == ["operation_not_allowed"]
 
 
@@ -384,5 +387,7 @@ def test_an_fts_that_is_no_url_is_unknown(url):
 
 
 def test_half_an_hour_of_queue_is_rounded_up_to_what_fts_can_say():
-    grants = fill(max_time_in_queue="30m").grants
-    assert all(g.lifetime.seconds - g.lifetime.fixed >= 3600 for g in grants if g.need.side != "service")
+    planned_tokens = fill(max_time_in_queue="30m").planned_tokens
+    assert all(
+        g.lifetime.seconds - g.lifetime.fixed >= 3600 for g in planned_tokens if g.need.side != "service"
+    )

@@ -44,12 +44,12 @@ def pushing(broker, database_dsn, tmp_path_factory):
             declare(connection, [QUEUE])
     engine.start_worker()
     with (folder / "keeper.log").open("ab") as log:
-        keeper = subprocess.Popen(
+        refresher = subprocess.Popen(
             [sys.executable, "-m", "workers.refresher"], env=engine.environ, stdout=log, stderr=log, cwd=ROOT
         )
     yield engine
-    keeper.terminate()
-    keeper.wait(30)
+    refresher.terminate()
+    refresher.wait(30)
     engine.close()
     iam.stop()
 
@@ -85,16 +85,16 @@ def test_a_handle_first_and_then_the_token(pushing):
     assert "tokens" not in told  # they go to the queue
     first = next_answer(pushing)
     assert first["request_id"] == request_id
-    (awaited,) = first["awaited"]
+    (pending,) = first["pending"]
     second = next_answer(pushing)
     assert second["request_id"] == request_id
     (token,) = second["tokens"]
-    assert token["handle"] == awaited["handle"]
+    assert token["handle"] == pending["handle"]
     assert jwt.decode(token["token"], options={"verify_signature": False})["iss"] == pushing.iam.issuer
     with pushing.service.pool.begin() as tx:
         tx.exec_driver_sql("UPDATE managed SET needed_at = now(), lead_seconds = 60 WHERE state = 'issued'")
     third = next_answer(pushing)
-    assert third["tokens"][0]["handle"] == awaited["handle"]
+    assert third["tokens"][0]["handle"] == pending["handle"]
     assert third["tokens"][0]["token"] != token["token"]
 
 

@@ -15,7 +15,7 @@ from minter.policy.limits import ANY_SECONDS, GRACE
 from minter.policy.requests import Request
 from minter.policy.routes import Route
 from minter.policy.token_endpoint import ANY
-from minter.policy.token_requests import Family, Wish, act_depth, present
+from minter.policy.token_requests import Family, TokenRequest, act_depth, present
 from minter.policy.transfers import Policy
 from minter.scopes import Scope, contains, parse_scopes, path_contains
 from minter.storages.directory import Directory, Endpoint, Storage
@@ -27,7 +27,7 @@ NAMES = ("storage.read", "storage.create", "storage.modify", "storage.stage", "s
 
 
 @st.composite
-def wishes(draw, made):
+def token_requests(draw, made):
     audiences = []
     for storage in draw(st.lists(st.sampled_from(made), min_size=1, max_size=2)):
         door = storage.endpoints[0]
@@ -43,7 +43,7 @@ def wishes(draw, made):
     paths = st.sampled_from(
         ["/", "/data", "/data/a", "/a", "/a/b", "/b", "/atlas", "/atlas/disk", "/elsewhere"]
     )
-    tops = [area.top for area in Directory(made).areas()]
+    tops = [area.root for area in Directory(made).areas()]
     words = []
     for _ in range(draw(st.integers(1, 3))):
         path = draw(
@@ -56,7 +56,7 @@ def wishes(draw, made):
             + draw(st.sampled_from(["", "/"] if path != "/" else [""]))
         )
     words += draw(st.lists(st.sampled_from(["offline_access", "fts", "openid", "wlcg.groups"]), max_size=1))
-    return Wish(scope=tuple(words), audience=tuple(audiences))
+    return TokenRequest(scope=tuple(words), audience=tuple(audiences))
 
 
 @settings(max_examples=400)
@@ -73,34 +73,34 @@ def test_nothing_is_granted_beyond_what_was_asked_the_areas_of_every_audience_an
             )
         )
     client = structs.replace(data.draw(strategies.clients()), audiences=ANY, groups=("/g",))
-    wish = data.draw(wishes(made))
+    token_request = data.draw(token_requests(made))
     policy = Policy({"vo": Directory(made)}, data.draw(strategies.routes()))
-    request = Request(uuid.uuid4(), "token", b"", (), wish=wish)
+    request = Request(uuid.uuid4(), "token", b"", (), token_request=token_request)
     decision = token_endpoint.decide(policy, request, client, {}, Bans(), NOW, {}, {}).decision
-    SEEN["granted" if decision.grants else "refused"] += 1
-    for grant in decision.grants:
-        asked = [Scope.parse(w) for w in wish.scope]
+    SEEN["granted" if decision.planned_tokens else "refused"] += 1
+    for planned in decision.planned_tokens:
+        asked = [Scope.parse(w) for w in token_request.scope]
         directory = policy.directories["vo"]
-        storage_scopes = [s for s in parse_scopes(grant.scope) if s.path is not None]
+        storage_scopes = [s for s in parse_scopes(planned.scope) if s.path is not None]
         for scope in storage_scopes:
             assert contains(asked, [scope])
             assert not client.paths or any(path_contains(p, scope.path) for p in client.paths)
-            for audience in grant.audience:
+            for audience in planned.audience:
                 if audience in ANY:
-                    assert any(path_contains(a.top, scope.path) for a in directory.areas())
+                    assert any(path_contains(a.root, scope.path) for a in directory.areas())
                     continue
                 for areas in directory.at(audience):
-                    around = next(a for a in areas if path_contains(a.top, scope.path))
-                    inside = [a for a in areas if path_contains(scope.path, a.top)]
+                    around = next(a for a in areas if path_contains(a.root, scope.path))
+                    inside = [a for a in areas if path_contains(scope.path, a.root)]
                     for area in (around, *inside):
                         assert area.tokens
                         assert may(policy, client, area, scope.name)
-        assert set(grant.audience) <= set(wish.audience)
+        assert set(planned.audience) <= set(token_request.audience)
         if storage_scopes:
-            assert not grant.extra.groups
-            assert set(grant.audience).isdisjoint(ANY) or grant.lifetime.seconds <= ANY_SECONDS
-        assert grant.lifetime.seconds <= 6 * 3600
-        assert not client.max_lifetime_seconds or grant.lifetime.seconds <= client.max_lifetime_seconds
+            assert not planned.extra.groups
+            assert set(planned.audience).isdisjoint(ANY) or planned.lifetime.seconds <= ANY_SECONDS
+        assert planned.lifetime.seconds <= 6 * 3600
+        assert not client.max_lifetime_seconds or planned.lifetime.seconds <= client.max_lifetime_seconds
 
 
 def may(policy, client, area, name):
@@ -133,11 +133,13 @@ def test_areas_of_different_base_paths_at_one_door_must_all_allow_it():
         Route(name="ro", storages=("WHOLE",), operations=("read",)),
     ]
     client = Client(client_id=1, name="c", vo="vo", sub="s")
-    wish = Wish(scope=("storage.modify:/x", "storage.read:/x"), audience=("h.org",))
-    request = Request(uuid.uuid4(), "token", b"", (), wish=wish)
+    token_request = TokenRequest(scope=("storage.modify:/x", "storage.read:/x"), audience=("h.org",))
+    request = Request(uuid.uuid4(), "token", b"", (), token_request=token_request)
     policy = Policy({"vo": Directory([scratch, whole])}, routes)
-    (grant,) = token_endpoint.decide(policy, request, client, {}, Bans(), NOW, {}, {}).decision.grants
-    assert grant.scope == "storage.read:/x"
+    (planned,) = token_endpoint.decide(
+        policy, request, client, {}, Bans(), NOW, {}, {}
+    ).decision.planned_tokens
+    assert planned.scope == "storage.read:/x"
 
 
 # ── families ─────────────────────────────────────────────────────────────────────────────────

@@ -24,8 +24,8 @@ from minter.policy.transfers import Policy
 from minter.providers.dialects import Provider
 from minter.providers.iam import IAM
 from minter.refresher.discovery import SharedDocuments
-from minter.refresher.refresher import Keeper
-from minter.tasks.lifecycle import Lives
+from minter.refresher.refresher import Refresher
+from minter.tasks.lifecycle import Lifecycle
 from minter.tokens import clock
 from minter.tokens.outcomes import Submission
 from minter.tokens.records import fts_token_id
@@ -63,13 +63,13 @@ class Bench:
         service.engine.policy = Policy(old.directories, routes, ())
         service.engine.store._clock = lambda: datetime.now(UTC)  # Postgres's, whatever the test's is
         control_changes.sync_providers(service.pool, ["iam"])
-        self.lives = Lives(service.engine, service.pool)
+        self.lifecycle = Lifecycle(service.engine, service.pool)
         known = SharedDocuments(service.pool, self.provider, self.clock)
         known.iam = self.iam = IAM(self.provider, "minter-secret", known, self.clock)
         self.iam.documents()  # known from better days
         self.asked = []
-        self.keeper = Keeper(
-            service.pool, service.keystore, self.lives, {"iam": self.iam}, self.clock,
+        self.refresher = Refresher(
+            service.pool, service.keystore, self.lifecycle, {"iam": self.iam}, self.clock,
             lambda *asked: self.asked.append(asked[1:3]), jitter=lambda bound: bound / 100, checks_clock=False,
         )  # fmt: skip
 
@@ -93,17 +93,17 @@ class Bench:
         told = {"sub": "atlas-user", "aud": "minter", "scope": "storage.read:/", **claims}
         return self.fake.sign(told)
 
-    def turn(self, seconds=5.0, until=None):
+    def run_once(self, seconds=5.0, until=None):
         """Let the keeper do what is due now, or whatever it takes until something has happened."""
         end = time.monotonic() + seconds
         quiet = 0
         while time.monotonic() < end and (not until() if until else quiet < 3):
-            self.keeper._chores_at = float("-inf")
-            quiet = 0 if self.keeper.turn() or self.keeper._out.total() else quiet + 1
+            self.refresher._maintained_at = float("-inf")
+            quiet = 0 if self.refresher.run_once() or self.refresher._out.total() else quiet + 1
             time.sleep(0.005)
 
     def fetch(self, outcome, client=ME):
-        return self.lives.fetch(client, FetchRequest(outcome.submission.request.request_id), self.clock())
+        return self.lifecycle.fetch(client, FetchRequest(outcome.submission.request.request_id), self.clock())
 
     def forward(self, **by):
         self.clock.ahead += timedelta(**by)
@@ -143,15 +143,15 @@ def own(**route):
 def test_client_credentials_are_asked_for_and_shared(service, iam):
     bench = Bench(service, iam, own(granularity="directory"))
     first = bench.ask("data/a", "data/b")
-    assert len(first.awaited) == 2
+    assert len(first.pending) == 2
     assert not first.issued
-    assert bench.fetch(first).awaited
-    bench.turn()
+    assert bench.fetch(first).pending
+    bench.run_once()
     assert bench.asked == [("client_credentials", "ok")]
     given = bench.fetch(first).tokens
     assert len(given) == 2
     assert given[0].token == given[1].token
-    assert {t.handle for t in given} == {a.handle for a in first.awaited}
+    assert {t.handle for t in given} == {a.handle for a in first.pending}
     claims = jwt.decode(given[0].token, options={"verify_signature": False})
     assert claims["scope"] == given[0].scope == "storage.read:/atlas/atlasdatadisk/rucio/data/data"
     second = bench.ask("data/c")  # the third file costs no request
@@ -160,24 +160,24 @@ def test_client_credentials_are_asked_for_and_shared(service, iam):
     again = bench.ask("data/c", request_id=second.submission.request.request_id)
     assert again.repeated
     assert [i.handle for i in again.issued] == [i.handle for i in second.issued]
-    bench.turn()
+    bench.run_once()
     assert len(bench.asked) == 1
 
 
 def test_an_exchanged_token_is_kept_fresh_until_its_transfer_ends(service, iam):
     bench = Bench(service, iam, exchange(), outage_margin_seconds=300)
     outcome = bench.ask("a", subject=bench.subject())
-    bench.turn()
+    bench.run_once()
     first = bench.fetch(outcome).tokens[0]
     bench.forward(minutes=35)
-    bench.turn()
+    bench.run_once()
     assert bench.fetch(outcome).tokens[0].token == first.token  # 25 minutes are left: more than the margin
     bench.forward(minutes=10)
-    bench.turn()
+    bench.run_once()
     second = bench.fetch(outcome).tokens[0]
     assert second.token != first.token
     assert bench.asked == [("token_exchange", "ok"), ("refresh_token", "ok")]
-    done = bench.lives.report(
+    done = bench.lifecycle.report(
         ME, ReportRequest(files=(FileReport(state="finished", external_id="a"),)), bench.clock()
     )
     assert done.changed == 1
@@ -185,7 +185,7 @@ def test_an_exchanged_token_is_kept_fresh_until_its_transfer_ends(service, iam):
     (secrets,) = rows(service, "SELECT access, refresh, subject FROM managed")
     assert secrets == (None, None, None)
     bench.forward(minutes=45)
-    bench.turn()
+    bench.run_once()
     assert len(bench.asked) == 2
     assert bench.fetch(outcome).refusals[0].error["reason"] == "expired"
 
@@ -193,9 +193,9 @@ def test_an_exchanged_token_is_kept_fresh_until_its_transfer_ends(service, iam):
 def test_nothing_is_refreshed_after_the_deadline(service, iam):
     bench = Bench(service, iam, exchange(transfer_seconds=3600, wait_seconds=600))
     bench.ask("a", subject=bench.subject())
-    bench.turn()
+    bench.run_once()
     bench.forward(hours=1, minutes=35)
-    bench.turn()
+    bench.run_once()
     assert bench.row()["state"] == "finished"
     assert len(bench.asked) <= 2
 
@@ -205,7 +205,7 @@ def test_secrets_lie_encrypted(service, iam):
     subject = bench.subject()
     outcome = bench.ask("a", subject=subject)
     assert "eyJ" not in repr(outcome.submission.request)
-    bench.turn()
+    bench.run_once()
     token = bench.fetch(outcome).tokens[0].token
     with transaction(service.pool) as connection:
         dump = json.dumps(
@@ -224,14 +224,14 @@ def test_who_may_fetch_a_handle(service, iam):
     stack.add_client(service, "thief", "alpen", "test")
     bench = Bench(service, iam, own())
     outcome = bench.ask("a", consumer="consumer")
-    bench.turn()
-    handle = uuid.UUID(outcome.awaited[0].handle)
+    bench.run_once()
+    handle = uuid.UUID(outcome.pending[0].handle)
     for name, gets in ((ME, True), ("consumer", True), ("thief", False)):
-        answer = bench.lives.fetch(name, FetchRequest(handles=(handle, clock.new_uuid7())), bench.clock())
+        answer = bench.lifecycle.fetch(name, FetchRequest(handles=(handle, clock.new_uuid7())), bench.clock())
         assert bool(answer.tokens) is gets
         assert answer.unknown == (["handles[1]"] if gets else ["handles[0]", "handles[1]"])
     control_changes.add_ban(service.pool, Ban("client", ME, "alpen"), "test", "test")
-    answer = bench.lives.fetch("consumer", FetchRequest(handles=(handle,)), bench.clock())
+    answer = bench.lifecycle.fetch("consumer", FetchRequest(handles=(handle,)), bench.clock())
     assert [r.error["reason"] for r in answer.refusals] == ["banned"]
     assert not answer.tokens
 
@@ -253,7 +253,7 @@ def test_the_stored_subject_token_serves(service, iam):
         "test",
     )  # fmt: skip
     outcome = bench.ask("a")
-    bench.turn()
+    bench.run_once()
     assert bench.fetch(outcome).tokens
     assert bench.asked == [("token_exchange", "ok")]
     bench.forward(days=1)
@@ -273,11 +273,11 @@ def test_what_was_not_asked_for_is_destroyed(service, iam, fault):
     bench = Bench(service, iam, own())
     iam.behaviour = Behaviour(fault=fault)
     outcome = bench.ask("a")
-    bench.turn(until=lambda: len(bench.asked) >= 2)
-    assert bench.fetch(outcome).awaited  # it may be mended before anybody needs it
+    bench.run_once(until=lambda: len(bench.asked) >= 2)
+    assert bench.fetch(outcome).pending  # it may be mended before anybody needs it
     assert bench.row()["error"]["reason"] == "provider_token_rejected"
     bench.forward(minutes=16)
-    bench.turn(until=lambda: bench.row()["state"] == "failed")
+    bench.run_once(until=lambda: bench.row()["state"] == "failed")
     answer = bench.fetch(outcome)
     assert not answer.tokens
     assert answer.refusals[0].error["reason"] == "provider_token_rejected"
@@ -305,13 +305,13 @@ def test_an_answer_that_is_none_is_waited_for(service, iam, fault):
     bench = Bench(service, iam, own(), timeout_seconds=0.3)
     iam.behaviour = Behaviour(fault=fault, slow_seconds=1.0)
     outcome = bench.ask("a")
-    bench.turn(until=lambda: len(bench.asked) >= 2)
+    bench.run_once(until=lambda: len(bench.asked) >= 2)
     assert {o for _, o in bench.asked} <= {"provider_away", "lost"}
-    assert bench.fetch(outcome).awaited
+    assert bench.fetch(outcome).pending
     assert "eyJ" not in json.dumps(bench.row()["error"])
     iam.behaviour = Behaviour()
     bench.forward(minutes=5)
-    bench.turn(until=lambda: bench.row()["state"] == "issued")
+    bench.run_once(until=lambda: bench.row()["state"] == "issued")
     assert bench.fetch(outcome).tokens
 
 
@@ -319,12 +319,12 @@ def test_a_wrong_secret_is_waited_for_and_shown(service, iam):
     bench = Bench(service, iam, own())
     iam.behaviour = Behaviour(fault="invalid_client")
     outcome = bench.ask("a")
-    bench.turn(until=lambda: len(bench.asked) >= 5)
-    assert bench.fetch(outcome).awaited
+    bench.run_once(until=lambda: len(bench.asked) >= 5)
+    assert bench.fetch(outcome).pending
     assert bench.row()["error"]["reason"] == "misconfigured"
     iam.behaviour = Behaviour()
     bench.forward(minutes=5)
-    bench.turn(until=lambda: bench.row()["state"] == "issued")
+    bench.run_once(until=lambda: bench.row()["state"] == "issued")
     assert bench.fetch(outcome).tokens
 
 
@@ -336,8 +336,8 @@ def test_dropped_scopes_are_reported(service, iam, caplog):
     )
     request = from_mint(MintRequest(request_id=clock.new_uuid7(), files=files))
     (outcome,) = service.engine.mint_many([Submission(request, ME)], bench.clock())
-    bench.turn()
-    wide = {a.handle: a.scope for a in outcome.awaited}
+    bench.run_once()
+    wide = {a.handle: a.scope for a in outcome.pending}
     for token in bench.fetch(outcome).tokens:
         claims = jwt.decode(token.token, options={"verify_signature": False})
         assert claims["scope"] == token.scope
@@ -347,15 +347,15 @@ def test_dropped_scopes_are_reported(service, iam, caplog):
 def test_a_lost_refresh_is_exchanged_again(service, iam):
     bench = Bench(service, iam, exchange(), timeout_seconds=0.5, outage_margin_seconds=300)
     outcome = bench.ask("a", subject=bench.subject())
-    bench.turn()
+    bench.run_once()
     iam.behaviour = Behaviour(fault="lost_answer")
     bench.forward(minutes=45)
-    bench.turn(until=lambda: len(bench.asked) == 2)
+    bench.run_once(until=lambda: len(bench.asked) == 2)
     assert bench.asked[-1] == ("refresh_token", "lost")
     assert bench.row()["spent"]
     iam.behaviour = structs.replace(iam.behaviour, fault="")
     bench.forward(seconds=30)
-    bench.turn(until=lambda: len(bench.asked) == 3)
+    bench.run_once(until=lambda: len(bench.asked) == 3)
     assert bench.asked[-1] == ("token_exchange", "ok")
     assert bench.fetch(outcome).tokens[0].exp > bench.clock().timestamp() + 3000
 
@@ -364,15 +364,15 @@ def test_a_lost_refresh_is_exchanged_again(service, iam):
 def test_a_lost_refresh_without_a_subject(service, iam, reuse):
     bench = Bench(service, iam, exchange(), timeout_seconds=0.5, reuse=reuse, outage_margin_seconds=300)
     outcome = bench.ask("a", subject=bench.subject())
-    bench.turn()
+    bench.run_once()
     with transaction(service.pool) as connection:
         connection.execute("UPDATE managed SET subject = NULL")
     iam.behaviour = Behaviour(fault="lost_answer", reuse=True)
     bench.forward(minutes=45)
-    bench.turn(until=lambda: len(bench.asked) == 2)
+    bench.run_once(until=lambda: len(bench.asked) == 2)
     iam.behaviour = structs.replace(iam.behaviour, fault="")
     bench.forward(seconds=30)
-    bench.turn(until=lambda: bench.row()["state"] == "failed" or len(bench.asked) == 3)
+    bench.run_once(until=lambda: bench.row()["state"] == "failed" or len(bench.asked) == 3)
     answer = bench.fetch(outcome)
     assert answer.tokens  # the last one works still
     if reuse == "safe":
@@ -387,15 +387,15 @@ def test_a_worker_that_died_with_a_refresh_token(service, iam):
     """A lease that ran out, on a token whose refresh token may be spent: it is not presented again."""
     bench = Bench(service, iam, exchange(), outage_margin_seconds=300)
     outcome = bench.ask("a", subject=bench.subject())
-    bench.turn()
+    bench.run_once()
     bench.forward(minutes=45)
     dead = managed.take(service.pool, bench.provider, uuid.uuid4(), 5, bench.clock(), 30.0)
     assert len(dead.tokens) == 1
     assert not dead.tokens[0].spent
-    bench.turn(seconds=0.3)
+    bench.run_once(seconds=0.3)
     assert len(bench.asked) == 1  # its lease is not over
     bench.forward(seconds=31)
-    bench.turn()
+    bench.run_once()
     assert bench.asked[-1] == ("token_exchange", "ok")
     assert (
         managed.save(service.pool, [managed.Result(jti=dead.tokens[0].jti, lease=dead.lease, state="issued")])
@@ -407,20 +407,20 @@ def test_a_worker_that_died_with_a_refresh_token(service, iam):
 def test_a_refresh_that_is_refused_ends_in_the_fallback(service, iam):
     bench = Bench(service, iam, exchange(fallback=("minted",)), MINTED, outage_margin_seconds=300)
     outcome = bench.ask("a", subject=bench.subject())
-    bench.turn()
+    bench.run_once()
     handle = bench.fetch(outcome).tokens[0].handle
     with transaction(service.pool) as connection:
         connection.execute("UPDATE managed SET subject = NULL")
     iam._families.clear()
     bench.forward(minutes=45)
-    bench.turn()
+    bench.run_once()
     (token,) = bench.fetch(outcome).tokens
     claims = jwt.decode(token.token, options={"verify_signature": False})
     assert claims["iss"] != iam.issuer
     assert claims["scope"] == "storage.read:/atlas/atlasdatadisk/rucio/data/a"
     assert bench.row()["state"] == "finished"
     assert (
-        bench.lives.fetch(ME, FetchRequest(handles=(uuid.UUID(handle),)), bench.clock()).tokens[0].token
+        bench.lifecycle.fetch(ME, FetchRequest(handles=(uuid.UUID(handle),)), bench.clock()).tokens[0].token
         == token.token
     )
     ((steps,),) = rows(service, "SELECT steps FROM rules WHERE route = 'minted'")
@@ -443,17 +443,17 @@ def test_one_request_is_stood_in_for_though_another_is_not(service, iam):
             "UPDATE requests SET activity = '(several)' WHERE request_id = %s",
             (second.submission.request.request_id,),
         )
-    bench.turn(until=lambda: bench.fetch(first).tokens)
-    bench.turn()
+    bench.run_once(until=lambda: bench.fetch(first).tokens)
+    bench.run_once()
     assert bench.row()["uses"] == 1
     iam.behaviour = Behaviour()
     bench.forward(minutes=8)
-    bench.turn(until=lambda: not rows(service, "SELECT 1 FROM managed WHERE state <> 'issued'"))
+    bench.run_once(until=lambda: not rows(service, "SELECT 1 FROM managed WHERE state <> 'issued'"))
     (given,), (stood_in,) = bench.fetch(second).tokens, bench.fetch(first).tokens
     issuers = [jwt.decode(t.token, options={"verify_signature": False})["iss"] for t in (given, stood_in)]
     assert [iss == iam.issuer for iss in issuers] == [True, False]
     report = ReportRequest(files=tuple(FileReport(state="finished", external_id=f"data/{n}") for n in "ab"))
-    assert bench.lives.report(ME, report, bench.clock()).changed == 3  # two uses, and the stand-in itself
+    assert bench.lifecycle.report(ME, report, bench.clock()).changed == 3  # two uses, and the stand-in itself
     assert bench.row()["state"] == "finished"
 
 
@@ -461,31 +461,33 @@ def test_a_paused_provider_is_stood_in_for_and_asked_again_when_it_is_back(servi
     bench = Bench(service, iam, own(fallback=("minted",)), MINTED)
     iam.behaviour = Behaviour(fault="error_500")
     waiting = [bench.ask(f"f{n}") for n in range(8)]
-    assert all(o.awaited for o in waiting)
-    bench.turn(until=lambda: not rows(service, "SELECT 1 FROM managed WHERE state <> 'finished'"))
+    assert all(o.pending for o in waiting)
+    bench.run_once(until=lambda: not rows(service, "SELECT 1 FROM managed WHERE state <> 'finished'"))
     for outcome in waiting:  # what waited was stood in for
         (token,) = bench.fetch(outcome).tokens
         assert jwt.decode(token.token, options={"verify_signature": False})["iss"] != iam.issuer
     asked = len(bench.asked)
     fresh = bench.ask("g")  # what comes now is minted at once, and says why
     assert fresh.issued
-    assert any("is away: route minted stands in" in s.text for s in fresh.decision.grants[0].plan.steps)
+    assert any(
+        "is away: route minted stands in" in s.text for s in fresh.decision.planned_tokens[0].plan.steps
+    )
     assert len(bench.asked) == asked
     iam.behaviour = Behaviour()
     bench.forward(minutes=6)
-    bench.turn(until=lambda: not rows(service, "SELECT 1 FROM providers WHERE open_until IS NOT NULL"))
-    assert bench.ask("h").awaited
+    bench.run_once(until=lambda: not rows(service, "SELECT 1 FROM providers WHERE open_until IS NOT NULL"))
+    assert bench.ask("h").pending
 
 
 def test_bans_stop_the_refresh(service, iam):
     bench = Bench(service, iam, exchange(), outage_margin_seconds=300)
     bench.ask("a", subject=bench.subject())
-    bench.turn()
+    bench.run_once()
     control_changes.add_ban(
         service.pool, Ban("path", "/atlas/atlasdatadisk/rucio/data/a", "alpen"), "test", "test"
     )
     bench.forward(minutes=45)
-    bench.turn()
+    bench.run_once()
     assert len(bench.asked) == 1
     assert bench.row()["error"]["reason"] == "banned"
 
@@ -493,8 +495,8 @@ def test_bans_stop_the_refresh(service, iam):
 def test_cancelled_handles_are_not_given(service, iam):
     bench = Bench(service, iam, own())
     outcome = bench.ask("a")
-    bench.turn()
-    gone = bench.lives.cancel(ME, CancelRequest(external_ids=("a",)), bench.clock())
+    bench.run_once()
+    gone = bench.lifecycle.cancel(ME, CancelRequest(external_ids=("a",)), bench.clock())
     assert gone.changed == 1
     assert bench.fetch(outcome).refusals[0].error["reason"] == "expired"
 
@@ -536,7 +538,7 @@ def test_what_is_known_of_a_managed_token(service, iam):
         "",
     )
     assert not list(live_tokens.under(service.pool, "client", ME, "alpen", bench.clock()))
-    bench.turn()
+    bench.run_once()
     (token,) = bench.fetch(outcome).tokens
     fts_id = fts_token_id(token.token.encode())
     day = timedelta(days=1)
@@ -554,7 +556,7 @@ def test_what_is_known_of_a_managed_token(service, iam):
     for kind, value in (("client", ME), ("storage", found.storage), ("path", "/atlas"), ("vo", "alpen")):
         (living,) = live_tokens.under(service.pool, kind, value, "alpen", bench.clock())
         assert living.exp == token.exp
-    bench.lives.cancel(ME, CancelRequest(external_ids=("a",)), bench.clock())
+    bench.lifecycle.cancel(ME, CancelRequest(external_ids=("a",)), bench.clock())
     assert list(live_tokens.under(service.pool, "client", ME, "alpen", bench.clock()))  # it works still
     bench.forward(hours=1, minutes=1)
     assert not list(live_tokens.under(service.pool, "client", ME, "alpen", bench.clock()))
@@ -564,9 +566,9 @@ def test_the_reason_of_a_failure_is_told(service, iam):
     bench = Bench(service, iam, own())
     iam.behaviour = Behaviour(fault="wider_scope")
     outcome = bench.ask("a")
-    bench.turn(until=lambda: len(bench.asked) >= 1)
+    bench.run_once(until=lambda: len(bench.asked) >= 1)
     bench.forward(minutes=16)
-    bench.turn(until=lambda: bench.row()["state"] == "failed")
+    bench.run_once(until=lambda: bench.row()["state"] == "failed")
     (story,) = traces.find_request(service.pool, outcome.submission.request.request_id)[0]
     assert story.state == "failed"
     assert story.error["reason"] == "provider_token_rejected"
@@ -598,7 +600,7 @@ def test_a_changed_master_key(service, iam, dsn):
         {"subject_token": sealed, "subject_provider": "iam", "subject_expires_at": until},
         "test",
     )
-    bench.turn()
+    bench.run_once()
     token = bench.fetch(outcome).tokens[0].token
     fresh = new_master_key()
     both = read_master_key("alpen", text=f"{fresh},{MASTER_KEY}", path=None)
@@ -627,7 +629,7 @@ def due_again(service, iam, **options):
         service, iam, exchange(**options.pop("route", {})), MINTED, outage_margin_seconds=300, **options
     )
     outcome = bench.ask("a", subject=bench.subject())
-    bench.turn()
+    bench.run_once()
     bench.forward(minutes=45)
     return bench, outcome
 
@@ -640,11 +642,11 @@ def without_subject(service):
 def test_a_gateways_timeout_may_have_spent_the_refresh_token(service, iam):
     bench, outcome = due_again(service, iam)
     iam.behaviour = structs.replace(iam.behaviour, fault="gateway_504")
-    bench.turn(until=lambda: len(bench.asked) == 2)
+    bench.run_once(until=lambda: len(bench.asked) == 2)
     assert bench.asked[-1] == ("refresh_token", "lost")
     iam.behaviour = structs.replace(iam.behaviour, fault="")
     bench.forward(seconds=30)
-    bench.turn(until=lambda: len(bench.asked) == 3)
+    bench.run_once(until=lambda: len(bench.asked) == 3)
     assert bench.asked[-1] == ("token_exchange", "ok")
     assert bench.fetch(outcome).tokens
 
@@ -653,11 +655,11 @@ def test_the_refresh_token_beside_an_odd_access_token_is_kept(service, iam):
     bench, outcome = due_again(service, iam)
     without_subject(service)
     iam.behaviour = structs.replace(iam.behaviour, fault="odd_audience")
-    bench.turn(until=lambda: len(bench.asked) == 2)
+    bench.run_once(until=lambda: len(bench.asked) == 2)
     assert bench.asked[-1] == ("refresh_token", "provider_token_rejected")
     iam.behaviour = structs.replace(iam.behaviour, fault="")
     bench.forward(seconds=30)
-    bench.turn(until=lambda: len(bench.asked) == 3)
+    bench.run_once(until=lambda: len(bench.asked) == 3)
     assert bench.asked[-1] == ("refresh_token", "ok")
     assert bench.fetch(outcome).tokens[0].exp > bench.clock().timestamp() + 3000
 
@@ -665,15 +667,15 @@ def test_the_refresh_token_beside_an_odd_access_token_is_kept(service, iam):
 def test_a_spent_refresh_token_is_never_tried_again(service, iam):
     bench, _ = due_again(service, iam, timeout_seconds=0.5)
     iam.behaviour = structs.replace(iam.behaviour, fault="lost_answer")
-    bench.turn(until=lambda: len(bench.asked) == 2)
+    bench.run_once(until=lambda: len(bench.asked) == 2)
     iam.behaviour = structs.replace(iam.behaviour, fault="error_500")
     for number in (3, 4):
         bench.forward(seconds=30)
-        bench.turn(until=lambda number=number: len(bench.asked) == number)
+        bench.run_once(until=lambda number=number: len(bench.asked) == number)
     iam.behaviour = structs.replace(iam.behaviour, fault="")
     bench.forward(seconds=30)
-    bench.turn(until=lambda: len(bench.asked) == 5)
-    assert [grant for grant, _ in bench.asked[2:]] == ["token_exchange"] * 3
+    bench.run_once(until=lambda: len(bench.asked) == 5)
+    assert [planned for planned, _ in bench.asked[2:]] == ["token_exchange"] * 3
 
 
 def test_postgres_away_between_taking_and_asking(service, iam, monkeypatch):
@@ -685,11 +687,11 @@ def test_postgres_away_between_taking_and_asking(service, iam, monkeypatch):
         raise Unavailable("away")
 
     with monkeypatch.context() as patched:
-        patched.setattr(bench.keeper, "_current", away)
+        patched.setattr(bench.refresher, "_current", away)
         with pytest.raises(Unavailable):
-            bench.keeper.turn()
+            bench.refresher.run_once()
     bench.forward(minutes=2)
-    bench.turn()
+    bench.run_once()
     assert bench.asked[-1] == ("refresh_token", "ok")
     assert bench.fetch(outcome).tokens
 
@@ -699,7 +701,7 @@ def test_what_an_iam_echoes_is_not_told(service, iam):
     without_subject(service)
     (spent,) = iam._refresh
     iam.behaviour = structs.replace(iam.behaviour, fault="echo")
-    bench.turn(until=lambda: bench.row()["state"] == "failed")
+    bench.run_once(until=lambda: bench.row()["state"] == "failed")
     assert spent not in json.dumps(bench.row()["error"])
     bench.forward(minutes=20)
     assert spent not in str(bench.fetch(outcome).refusals[0].error)
@@ -708,7 +710,7 @@ def test_what_an_iam_echoes_is_not_told(service, iam):
 def test_a_row_that_does_not_open_is_one_rows_trouble(service, iam):
     bench = Bench(service, iam, own(), Route(name="delete", operations=("delete",)))
     first = bench.ask("a")
-    bench.turn()
+    bench.run_once()
     with transaction(service.pool) as connection:
         connection.execute("UPDATE managed SET access = decode(repeat('00', 64), 'hex')")
     files = (FileRequest(operations=(FileOperation("delete", SE + "b"),)),)
@@ -720,21 +722,21 @@ def test_a_row_that_does_not_open_is_one_rows_trouble(service, iam):
         )
     )
     one, two = service.engine.mint_many([Submission(joined, ME), Submission(minted, ME)], bench.clock())
-    assert one.awaited
+    assert one.pending
     assert two.issued
-    assert bench.fetch(first).awaited
+    assert bench.fetch(first).pending
 
 
 def test_a_fallback_that_refuses_costs_nothing_while_the_provider_is_paused(service, iam):
     bench = Bench(service, iam, own(fallback=("narrow",)), Route(name="narrow", operations=("delete",)))
     iam.behaviour = Behaviour(fault="error_500")
     asked = [bench.ask(f"f{n}") for n in range(6)]
-    bench.turn(until=lambda: rows(service, "SELECT 1 FROM providers WHERE open_until IS NOT NULL"))
-    bench.turn()
-    assert all(bench.fetch(one).awaited for one in asked)
+    bench.run_once(until=lambda: rows(service, "SELECT 1 FROM providers WHERE open_until IS NOT NULL"))
+    bench.run_once()
+    assert all(bench.fetch(one).pending for one in asked)
     iam.behaviour = Behaviour()
     bench.forward(minutes=8)
-    bench.turn(until=lambda: not rows(service, "SELECT 1 FROM managed WHERE state <> 'issued'"))
+    bench.run_once(until=lambda: not rows(service, "SELECT 1 FROM managed WHERE state <> 'issued'"))
 
 
 def test_a_use_that_joins_while_a_stand_in_is_made(service, iam, monkeypatch):
@@ -750,10 +752,10 @@ def test_a_use_that_joins_while_a_stand_in_is_made(service, iam, monkeypatch):
     late = bench.ask("a")
     assert bench.row()["uses"] == 2
     instead = {use[0]: uuid.uuid4() for use in uses}
-    assert managed.stand_in(service.pool, taken[0], uuid.uuid4(), instead) == 0  # another's lease
-    assert managed.stand_in(service.pool, taken[0], lease, instead) == 1
+    assert managed.fall_back(service.pool, taken[0], uuid.uuid4(), instead) == 0  # another's lease
+    assert managed.fall_back(service.pool, taken[0], lease, instead) == 1
     assert (bench.row()["state"], bench.row()["uses"]) == ("queued", 1)
-    assert bench.fetch(late).awaited
+    assert bench.fetch(late).pending
 
 
 def test_nothing_is_pushed_to_whom_it_may_not_go(service, iam):
@@ -765,21 +767,21 @@ def test_nothing_is_pushed_to_whom_it_may_not_go(service, iam):
     )
     bench = Bench(service, iam, own())
     bench.ask("a", reply_queue="mine")
-    bench.turn()
+    bench.run_once()
     with service.engine.store.recording() as tx:
         tx.control()
     control_changes.add_ban(service.pool, Ban("client", ME, "alpen"), "test", "test")
-    pushes = Pushes(service.pool, service.keystore, bench.keeper._current, sent.extend)
-    pushes.turn(bench.clock())
+    pushes = Pushes(service.pool, service.keystore, bench.refresher._current, sent.extend)
+    pushes.run_once(bench.clock())
     assert not sent
     control_changes.lift_ban(service.pool, Ban("client", ME, "alpen"), "test")
     with transaction(service.pool) as connection:
         connection.execute("UPDATE managed SET pushed_id = NULL")
-    pushes.turn(bench.clock())
+    pushes.run_once(bench.clock())
     (push,) = sent
     assert push.queue == "mine"
     assert push.answer.tokens[0].handle
-    pushes.turn(bench.clock())
+    pushes.run_once(bench.clock())
     assert len(sent) == 1
 
 
@@ -791,7 +793,7 @@ def test_equal_wishes_of_different_limits_are_not_shared(service, iam):
     bench.ask("a", activity="Other")
     bench.ask("a")
     assert sorted(n for (n,) in rows(service, "SELECT uses FROM managed")) == [1, 1, 1, 2]
-    bench.turn(until=lambda: len(bench.asked) >= 4)
+    bench.run_once(until=lambda: len(bench.asked) >= 4)
     outcomes = {o for _, o in bench.asked}
     assert outcomes <= {"ok", "provider_token_rejected"}  # the provider's hour is more than half of one
 
@@ -806,8 +808,8 @@ def test_half_of_an_all_or_nothing_request_is_not_given(service, iam):
     (outcome,) = service.engine.mint_many([Submission(request, ME)], bench.clock())
     assert not outcome.refusals, outcome.refusals
     assert not outcome.issued
-    assert len(outcome.awaited) == 1
-    bench.turn()
+    assert len(outcome.pending) == 1
+    bench.run_once()
     assert len(bench.fetch(outcome).tokens) == 2
 
 
@@ -822,9 +824,9 @@ def test_a_keeper_without_the_master_key_goes_on_with_others(service, iam, monke
 
     with monkeypatch.context() as patched:
         patched.setattr(service.keystore, "seal_token", closed)
-        bench.turn(seconds=1)
+        bench.run_once(seconds=1)
     assert len(bench.asked) == 1
-    assert not bench.keeper._unsaved
+    assert not bench.refresher._unsaved
     bench.forward(minutes=6)
-    bench.turn()
+    bench.run_once()
     assert bench.row()["state"] == "issued"

@@ -25,7 +25,7 @@ from minter.policy.requests import from_mint
 from minter.policy.routes import Route
 from minter.policy.transfers import Policy
 from minter.service import Service
-from minter.tasks.lifecycle import Lives
+from minter.tasks.lifecycle import Lifecycle
 from minter.tokens import clock, keys
 from minter.tokens.outcomes import Submission
 from tests.conftest import load_settings, rows
@@ -113,7 +113,9 @@ def test_only_within_one_client_and_one_kind_of_need(shared):
 
 def test_only_while_the_life_left_covers_the_need(shared):
     (first,) = mint(shared, downloads("d/a"))
-    need = shared.engine.policy.decide(downloads("d/a").request, first.client, Bans()).grants[0].lifetime
+    need = (
+        shared.engine.policy.decide(downloads("d/a").request, first.client, Bans()).planned_tokens[0].lifetime
+    )
     at = first.issued[0].exp - need.seconds + 60
     (last,) = mint(shared, downloads("d/b"), now=instant(at))
     (later,) = mint(shared, downloads("d/c"), now=instant(at + 1))
@@ -136,8 +138,8 @@ def test_asked_twice_or_fetched_same_bytes(shared, dsn):
     (again,) = mint(shared, asked)
     assert tokens(first) == tokens(twin) == tokens(again)
     assert [i.need for i in first.issued] == [i.need for i in again.issued]
-    lives = Lives(shared.engine, shared.pool)
-    fetched = lives.fetch(ME, FetchRequest(asked.request.request_id), clock.now())
+    lifecycle = Lifecycle(shared.engine, shared.pool)
+    fetched = lifecycle.fetch(ME, FetchRequest(asked.request.request_id), clock.now())
     assert [t.token.encode() for t in fetched.tokens] == tokens(first)
     assert (count(shared), count(shared, "uses")) == (2, 2)
 
@@ -148,7 +150,7 @@ def test_a_use_that_was_not_committed_is_not_kept(shared, monkeypatch):
         def fail(*_):
             raise Unavailable("Postgres failed")
 
-        broken.setattr(recording.Recording, "copy_uses", fail)
+        broken.setattr(recording.PostgresRecording, "copy_uses", fail)
         with pytest.raises(Unavailable):
             mint(shared, downloads("d/a"))
     (outcome,) = mint(shared, downloads("d/a"))
@@ -183,17 +185,17 @@ def test_narrow_mitigations_do_not_hold_for_a_shared_token(service):
         "risk_assessment": "docs/r",
     }
     (outcome,) = mint(share(service, **long), downloads("d/a"))
-    (plan,) = {g.plan for g in outcome.decision.grants}
+    (plan,) = {g.plan for g in outcome.decision.planned_tokens}
     assert plan.cap_seconds == 6 * 3600
     (alone,) = mint(share(service, "file", **long), downloads("d/a"))
-    assert alone.decision.grants[0].plan.cap_seconds == 48 * 3600
+    assert alone.decision.planned_tokens[0].plan.cap_seconds == 48 * 3600
 
 
 # ── the life of uses ─────────────────────────────────────────────────────────────────────────
 
 
 def test_each_use_has_a_state_of_its_own(shared):
-    lives = Lives(shared.engine, shared.pool)
+    lifecycle = Lifecycle(shared.engine, shared.pool)
     asked, other = downloads("d/a", "d/b"), downloads("d/c")
     made, _ = mint(shared, asked, other)
     id_, job = asked.request.request_id, clock.new_uuid7()
@@ -203,9 +205,9 @@ def test_each_use_has_a_state_of_its_own(shared):
         FileReport(state="active", job_id=job, file=0),
         FileReport(state="active", jti=made.issued[0].jti),  # names no file
     )
-    told = lives.report(ME, ReportRequest((JobReport(job, id_, (0, 1)),), reports), clock.now())
+    told = lifecycle.report(ME, ReportRequest((JobReport(job, id_, (0, 1)),), reports), clock.now())
     assert (told.changed, told.unknown) == (2, ["files[3]"])
-    cancelled = lives.cancel(ME, CancelRequest(request_id=id_), clock.now())
+    cancelled = lifecycle.cancel(ME, CancelRequest(request_id=id_), clock.now())
     assert cancelled.changed == 1
     assert [a.jti for a in cancelled.alive] == [made.issued[0].jti]
     (again,) = mint(shared, asked)
@@ -219,9 +221,9 @@ def test_each_use_has_a_state_of_its_own(shared):
 def test_a_renewal_of_a_use_is_decided_anew(shared):
     asked = downloads("d/a", "d/b")
     (made,) = mint(shared, asked)
-    lives = Lives(shared.engine, shared.pool)
+    lifecycle = Lifecycle(shared.engine, shared.pool)
     wire = RenewRequest(request_id=clock.new_uuid7(), renews=asked.request.request_id, files=(1,))
-    (renewed,) = mint(shared, Submission(lives.renewal(ME, wire), ME))
+    (renewed,) = mint(shared, Submission(lifecycle.renewal(ME, wire), ME))
     assert tokens(renewed) == tokens(made)[:1]
     assert rows(shared, "SELECT path, external_id FROM uses ORDER BY use_id DESC LIMIT 1") == [
         (f"{DIR}/d/b", "d/b")
@@ -230,7 +232,7 @@ def test_a_renewal_of_a_use_is_decided_anew(shared):
     later = clock.now() + timedelta(seconds=1)
     (narrow,) = mint(
         shared,
-        Submission(lives.renewal(ME, structs.replace(wire, request_id=clock.new_uuid7())), ME),
+        Submission(lifecycle.renewal(ME, structs.replace(wire, request_id=clock.new_uuid7())), ME),
         now=later,
     )
     assert narrow.issued[0].scope == f"storage.read:{DIR}/d/b"
@@ -240,7 +242,7 @@ def test_every_question_leads_to_the_uses_in_the_database_and_in_archives(shared
     asked = downloads("d/a", "d/b", on_behalf_of="alice")
     (made,) = mint(shared, asked)
     (later,) = mint(shared, downloads("d/c", on_behalf_of="bob"))
-    Lives(shared.engine, shared.pool).report(
+    Lifecycle(shared.engine, shared.pool).report(
         ME, ReportRequest((), (FileReport(state="finished", external_id="d/b"),)), clock.now()
     )
     ((jti, fts_id, kid),) = rows(

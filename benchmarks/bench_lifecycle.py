@@ -13,7 +13,7 @@ from benchmarks.load import body
 from minter import service
 from minter.contract.followups import CancelRequest, FetchRequest, FileReport, RenewRequest, ReportRequest
 from minter.policy.requests import decode_mint
-from minter.tasks.lifecycle import Lives
+from minter.tasks.lifecycle import Lifecycle
 from minter.tokens.outcomes import Submission
 
 FILES, ROUNDS = 1_000, 7
@@ -33,7 +33,7 @@ def main() -> None:
         bench(Path(folder), "embedded") as running,
     ):
         engine, client = running.service.engine, running.client
-        lives = Lives(engine, running.service.pool)
+        lifecycle = Lifecycle(engine, running.service.pool)
         for number in range(ROUNDS):
             raw = msgspec.json.decode(body(FILES, number, 200)[1])[0][0]
             request = decode_mint(msgspec.json.encode(raw))
@@ -42,7 +42,9 @@ def main() -> None:
             for state in ("active", "finished"):
                 wire = ReportRequest(files=tuple(FileReport(state=state, external_id=i) for i in ids))
                 assert (
-                    timed(f"report_{state}", lambda w=wire: lives.report(client, w, service.now())).changed
+                    timed(
+                        f"report_{state}", lambda w=wire: lifecycle.report(client, w, service.now())
+                    ).changed
                     == 2 * FILES
                 )
             wire = ReportRequest(
@@ -51,15 +53,17 @@ def main() -> None:
                 )
             )
             assert (
-                timed("report_by_file_again", lambda w=wire: lives.report(client, w, service.now())).changed
+                timed(
+                    "report_by_file_again", lambda w=wire: lifecycle.report(client, w, service.now())
+                ).changed
                 == 0
             )
             again = RenewRequest(request_id=service.new_uuid7(), renews=request.request_id)
-            renewal = timed("renewal_decoded", lambda w=again: lives.renewal(client, w))
+            renewal = timed("renewal_decoded", lambda w=again: lifecycle.renewal(client, w))
             engine.mint_many([Submission(renewal, client)], service.now())
-            timed("fetch", lambda r=again: lives.fetch(client, FetchRequest(r.request_id), service.now()))
+            timed("fetch", lambda r=again: lifecycle.fetch(client, FetchRequest(r.request_id), service.now()))
             cancelled = timed(
-                "cancel", lambda r=again: lives.cancel(client, CancelRequest(r.request_id), service.now())
+                "cancel", lambda r=again: lifecycle.cancel(client, CancelRequest(r.request_id), service.now())
             )
             assert cancelled.changed == len(cancelled.alive) == 2 * FILES
     print(
