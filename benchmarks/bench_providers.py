@@ -179,10 +179,10 @@ def due(refreshers: Keepers, alive: int) -> dict[str, object]:
             started = time.perf_counter()
             with connection.transaction(refreshers.service.pool) as tx:
                 values = {"leads": list(managed.LEADS), "provider": "iam", "now": now, "count": 500}
-                rows = tx.execute(managed.DUE, values).fetchall()
+                rows = tx.execute(leases.DUE, values).fetchall()
             times.append(time.perf_counter() - started)
             started = time.perf_counter()
-            taken = managed.take(refreshers.service.pool, provider, uuid.uuid4(), 500, now, 0.0)
+            taken = leases.take(refreshers.service.pool, provider, uuid.uuid4(), 500, now, 0.0)
             leases.append((time.perf_counter() - started, len(taken.tokens) if taken else 0))
         found[str(size)] = {
             "found": len(rows), "find_ms": 1000 * median(times), "take_ms": 1000 * median(t for t, _ in leases),

@@ -17,7 +17,8 @@ import kombu
 from minter import service, settings
 from minter.broker.publisher import declare
 from minter.database import migrations
-from minter.database.connection import read_keys, transaction
+from minter.database.connection import transaction
+from minter.database.control import read_keys
 from minter.local import stack
 from minter.local.servers import Postgres, Valkey
 from minter.tokens import keys

@@ -26,7 +26,9 @@ from prometheus_client.registry import Collector
 from sqlalchemy.engine import Engine as Pool
 
 from minter.database import partitions
-from minter.database.connection import count_living, read_keys, transaction
+from minter.database.connection import transaction
+from minter.database.control import read_keys
+from minter.database.live_tokens import count_living
 from minter.errors import SettingsError, Unavailable
 from minter.policy.plans import Plan
 from minter.settings import MetricsSettings

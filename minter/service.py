@@ -8,7 +8,8 @@ from pathlib import Path
 
 from minter import settings
 from minter.database import control_changes, keyring, partitions, recording
-from minter.database.connection import open_pool, read_keys, read_private_key, transaction
+from minter.database.connection import open_pool, transaction
+from minter.database.control import read_keys, read_private_key
 from minter.errors import NoUsableKey, SettingsError
 from minter.policy.clients import Client
 from minter.providers.iam import IAM

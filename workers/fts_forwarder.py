@@ -168,9 +168,12 @@ class Forwarder:
     """Takes one answer of the engine's to FTS, and tells the engine of it."""
 
     def __init__(
-        self, minter: MinterClient, fts: Mapping[str, FTSClient] | FTSClient, private_key: Mapping[str, Any] | None,
+        self,
+        minter: MinterClient,
+        fts: Mapping[str, FTSClient] | FTSClient,
+        private_key: Mapping[str, Any] | None,
         now: Callable[[], float] = time.time,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._minter = minter
         self._fts = fts
         self._key = jwk.import_key(dict(private_key)) if private_key else None

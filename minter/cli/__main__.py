@@ -26,12 +26,13 @@ from minter.cli.tables import AsJson, SettingsPath, console, guarded, open_servi
 from minter.client import MinterClient, new_request_id
 from minter.contract.messages import FillRequest
 from minter.database import migrations, partitions, traces
-from minter.database.connection import read_control, read_keys, transaction
+from minter.database.connection import transaction
+from minter.database.control import read_control, read_keys
 from minter.errors import InvalidRequest, TokenRejected, Unavailable
 from minter.fts.jobs import from_fill
 from minter.local import drill, stack
+from minter.policy.explain import explain as explain_decision
 from minter.policy.token_endpoint import ANY
-from minter.policy.transfers import explain as explain_decision
 from minter.service import Service, load_settings
 from minter.tokens import claims, keys
 

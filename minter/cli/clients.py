@@ -16,7 +16,8 @@ from joserfc.jwk import ECKey
 from minter.cli.tables import AsJson, as_table, guarded, open_service, read_object, show, show_living, whoami
 from minter.contract.operations import OPERATIONS
 from minter.database import control_changes
-from minter.database.connection import instant, read_control, transaction
+from minter.database.connection import instant, transaction
+from minter.database.control import read_control
 from minter.errors import InvalidRequest, UnknownClient
 from minter.policy.clients import Ban, Client
 from minter.policy.token_requests import SubjectToken

@@ -7,7 +7,8 @@ import typer
 
 from minter.cli.tables import AsJson, as_table, guarded, open_service, show, show_living, whoami
 from minter.database import control_changes, keyring, live_tokens
-from minter.database.connection import read_keys, transaction
+from minter.database.connection import transaction
+from minter.database.control import read_keys
 from minter.errors import InvalidRequest, SettingsError
 from minter.policy.clients import Ban
 from minter.scopes import check_path

@@ -23,12 +23,13 @@ from minter.cli.tables import story_table
 from minter.client import FileRequest, FilledJob, MinterClient, Token
 from minter.contract.messages import FillRequest
 from minter.database import traces
-from minter.database.connection import read_control, read_keys, transaction
+from minter.database.connection import transaction
+from minter.database.control import read_control, read_keys
 from minter.database.traces import TraceRecord
 from minter.errors import MinterError
 from minter.fts.jobs import from_fill
 from minter.local.stack import Stack
-from minter.policy import transfers
+from minter.policy.explain import explain
 from minter.service import Service
 from minter.tokens import keys
 from minter.tokens.claims import unverified_claims
@@ -249,7 +250,7 @@ class Demo:
         with transaction(self.service.pool) as connection:
             control = read_control(connection)
         client = control.clients[self.service.loaded.settings.broker.local_client]
-        lines = transfers.explain(self.service.loaded.policy.decide(request, client, control.bans))
+        lines = explain(self.service.loaded.policy.decide(request, client, control.bans))
         start = next(i for i, line in enumerate(lines) if line.startswith("file 0 destination"))
         self.console.print("[bold]Why: minter explain[/bold]")
         for line in lines[start : start + 9]:

@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from minter.cli.tables import AsJson, guarded, open_service, show
-from minter.database.connection import read_keys, transaction
+from minter.database.connection import transaction
+from minter.database.control import read_keys
 from minter.errors import Unavailable
 from minter.issuer import well_known as files
 from minter.service import Service, load_settings

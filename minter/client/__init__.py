@@ -1,21 +1,16 @@
 """The Python client: over HTTP as it is, over AMQP with the `amqp` extra."""
 
 from minter.client.client import (
-    Changed,
     FileOperation,
     FileReport,
     FileRequest,
-    FilledJob,
     JobReport,
     LiveToken,
     MinterClient,
     MinterError,
-    MintResult,
-    Pending,
-    Refusal,
-    Token,
     new_request_id,
 )
+from minter.client.results import Changed, FilledJob, MintResult, Pending, Refusal, Token
 
 __all__ = [
     "Changed",

@@ -20,6 +20,17 @@ import uuid_utils
 from msgspec import Struct
 
 from minter.client.http import HttpTransport
+from minter.client.results import (
+    Changed,
+    FilledJob,
+    MintResult,
+    Pending,
+    Refusal,
+    Token,
+    minted,
+    shifted,
+    whole_result,
+)
 from minter.contract.followups import (
     CancelRequest,
     FetchRequest,
@@ -36,7 +47,6 @@ from minter.contract.messages import (
     FillRequest,
     LiveToken,
     MintRequest,
-    TokenAnswer,
 )
 from minter.contract.names import CANCEL, FETCH, FILL_JOB, MINT, RENEW, REPORT
 from minter.errors import InvalidRequest, MinterError, SettingsError, Unavailable, from_dict
@@ -65,90 +75,6 @@ PENDING_POLL_SECONDS = 0.2
 def new_request_id() -> uuid.UUID:
     """Return a fresh request_id (UUIDv7); keep it to repeat the request."""
     return uuid.UUID(int=uuid_utils.uuid7().int)
-
-
-class Token:
-    """One token. `str` and `repr` hide it; `reveal()` gives it to whoever sends it on."""
-
-    __slots__ = ("_token", "exp", "file", "handle", "index", "jti", "scope", "side", "storage")
-
-    def __init__(self, answer: TokenAnswer, first_file: int = 0) -> None:
-        self._token = answer.token
-        self.file = answer.file + first_file if answer.file >= 0 else answer.file
-        self.side = answer.side
-        self.index = answer.index
-        self.storage = answer.storage
-        self.scope = answer.scope
-        self.jti = answer.jti
-        self.exp = answer.exp
-        self.handle = answer.handle
-        """By which the one that follows it is fetched, if a provider signed it; empty otherwise."""
-
-    def reveal(self) -> str:
-        """Return the compact JWS itself: a secret."""
-        return self._token
-
-    def __repr__(self) -> str:
-        """Name the token without showing it."""
-        return f"<Token {self.jti} for {self.side}[{self.index}] of file {self.file}>"
-
-    __str__ = __repr__
-
-
-class Refusal(Struct, frozen=True):
-    """One file's side that got no token, and the typed reason."""
-
-    file: int
-    side: str
-    index: int
-    error: MinterError
-
-
-class Pending(Struct, frozen=True):
-    """A provider's token that is not there yet; fetch it by its handle, which is no secret."""
-
-    file: int
-    side: str
-    index: int
-    storage: str
-    scope: str
-    handle: str
-
-
-class MintResult(Struct, frozen=True):
-    """What a request got; files are numbered as they were given."""
-
-    request_ids: tuple[uuid.UUID, ...]
-    tokens: tuple[Token, ...]
-    refusals: tuple[Refusal, ...]
-    pending: tuple[Pending, ...] = ()
-
-
-class FilledJob(Struct, frozen=True):
-    """An FTS job with tokens in it, `None` if every file was refused, and the token for FTS."""
-
-    request_id: uuid.UUID
-    job: dict[str, Any] | None
-    bearer: Token | None
-    refused: tuple[dict[str, Any], ...]
-    dropped_sources: tuple[dict[str, Any], ...]
-
-    def __repr__(self) -> str:
-        """Count the files without showing their tokens."""
-        files = len(self.job["files"]) if self.job else 0
-        return f"<FilledJob {self.request_id}: {files} files, {len(self.refused)} refused>"
-
-
-class Changed(Struct, frozen=True):
-    """What a report or a cancellation did.
-
-    `tokens` counts those changed, `unknown` has the places that named nothing known, `alive` the
-    cancelled tokens that work until they expire.
-    """
-
-    tokens: int
-    unknown: tuple[str, ...]
-    alive: tuple[LiveToken, ...]
 
 
 Progress = Callable[[int, int], None]
@@ -231,7 +157,7 @@ class MinterClient:
         """
         request = MintRequest(request_id=request_id or new_request_id(), files=tuple(files), **options)
         (answer,) = self.ask(MINT, [request])
-        return _result([request], [answer])
+        return whole_result([request], [answer])
 
     def mint_many(
         self,
@@ -260,7 +186,7 @@ class MinterClient:
             done += len(request.files)
             if progress is not None:
                 progress(done, total)
-        return _result(requests, answers, whole=False)
+        return whole_result(requests, answers, whole=False)
 
     def fill_job(
         self,
@@ -350,7 +276,7 @@ class MinterClient:
             wait_seconds=wait_seconds,
             **fields,
         )
-        return _minted(request.request_id, self._one(RENEW, request))
+        return minted(request.request_id, self._one(RENEW, request))
 
     def fetch(self, request_id: uuid.UUID | None = None, *, handles: Sequence[str] = ()) -> MintResult:
         """Return what a request was granted before: the same bytes, while they are of use.
@@ -361,8 +287,8 @@ class MinterClient:
         """
         if request_id is None:
             wanted = FetchRequest(handles=tuple(map(uuid.UUID, handles)))
-            return _minted(None, self._one(FETCH, wanted))
-        return _minted(request_id, self._one(FETCH, FetchRequest(request_id)))
+            return minted(None, self._one(FETCH, wanted))
+        return minted(request_id, self._one(FETCH, FetchRequest(request_id)))
 
     def report(self, files: Sequence[FileReport] = (), *, jobs: Sequence[JobReport] = ()) -> Changed:
         """Tell what became of files, and which FTS jobs were submitted; may be repeated."""
@@ -371,7 +297,7 @@ class MinterClient:
             end = start + MAX_FILES
             answer = self._one(REPORT, ReportRequest(tuple(jobs[start:end]), tuple(files[start:end])))
             changed += answer.changed
-            unknown += [_shifted(where, start) for where in answer.unknown]
+            unknown += [shifted(where, start) for where in answer.unknown]
         return Changed(changed, tuple(unknown), ())
 
     def cancel(
@@ -425,40 +351,3 @@ def _chunks(files: Iterable[FileRequest], size: int) -> Iterator[tuple[FileReque
     remaining = iter(files)
     while group := tuple(islice(remaining, size)):
         yield group
-
-
-def _result(requests: Sequence[MintRequest], answers: Sequence[Answer], *, whole: bool = True) -> MintResult:
-    tokens: list[Token] = []
-    refusals: list[Refusal] = []
-    pending: list[Pending] = []
-    first = 0
-    for request, answer in zip(requests, answers, strict=True):
-        if answer.error is not None:
-            error = from_dict(answer.error)
-            if whole:
-                raise error
-            refusals += [Refusal(first + n, "request", -1, error) for n in range(len(request.files))]
-        tokens += sorted((Token(t, first) for t in answer.tokens), key=lambda t: (t.file, t.side, t.index))
-        refusals += [Refusal(r.file + first, r.side, r.index, from_dict(r.error)) for r in answer.refusals]
-        pending += _pending(answer, first)
-        first += len(request.files)
-    ids = tuple(r.request_id for r in requests)
-    return MintResult(ids, tuple(tokens), tuple(refusals), tuple(pending))
-
-
-def _pending(answer: Answer, first: int = 0) -> Iterator[Pending]:
-    for a in answer.pending:
-        yield Pending(a.file + first, a.side, a.index, a.storage, a.scope, a.handle)
-
-
-def _minted(request_id: uuid.UUID | None, answer: Answer) -> MintResult:
-    tokens = sorted(map(Token, answer.tokens), key=lambda t: (t.file, t.side, t.index))
-    refusals = [Refusal(r.file, r.side, r.index, from_dict(r.error)) for r in answer.refusals]
-    ids = (request_id,) if request_id else ()
-    return MintResult(ids, tuple(tokens), tuple(refusals), tuple(_pending(answer)))
-
-
-def _shifted(where: str, start: int) -> str:
-    """Return the place `files[3]` of a later chunk as a place in the whole."""
-    name, _, number = where.rstrip("]").partition("[")
-    return f"{name}[{int(number) + start}]"

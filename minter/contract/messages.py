@@ -3,7 +3,7 @@
 The JSON Schemas in schemas/ are generated from these structs.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 from uuid import UUID
 
 import msgspec
@@ -26,6 +26,18 @@ Seconds = Annotated[int, Meta(ge=0, le=MAX_SECONDS)]
 MAX_BYTES = 2**63 - 1
 Bytes = Annotated[int, Meta(ge=0, le=MAX_BYTES)]
 Side = Literal["source", "destination", "operation", "service"]
+
+
+class Slot(NamedTuple):
+    """Where a token belongs in its request: a file's number, a side, and the position on that side."""
+
+    file: int
+    side: Side
+    position: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it as the messages name it."""
+        return {"file": self.file, "side": self.side, "index": self.position}
 
 
 def unix_time(uuid7: UUID) -> float:

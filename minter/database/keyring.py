@@ -13,7 +13,8 @@ from msgspec import structs
 from psycopg.types.json import Jsonb
 from sqlalchemy.engine import Engine as Pool
 
-from minter.database.connection import read_keys, transaction
+from minter.database.connection import transaction
+from minter.database.control import read_keys
 from minter.database.control_changes import controlling
 from minter.tokens import keys
 from minter.tokens.keys import Key, RotationPolicy

@@ -6,15 +6,15 @@ tokens, one after the other, and takes its time.
 
 import json
 from collections.abc import Iterator
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from msgspec import Struct
 from sqlalchemy.engine import Engine as Pool
 
-from minter.database.connection import floor, transaction
+from minter.database.connection import floor, one, transaction
 from minter.errors import InvalidRequest
 from minter.policy.clients import Ban, Bans
-from minter.policy.limits import LAST_EXPIRY
+from minter.policy.limits import HARD_MAX_SECONDS, LAST_EXPIRY
 from minter.policy.plans import SEVERAL_STORAGES
 from minter.policy.requests import SEVERAL
 from minter.scopes import encode_path, parse_scopes
@@ -86,3 +86,27 @@ def under(pool: Pool, kind: str, value: str, vo: str | None, now: datetime) -> I
 
 def _touches(bans: Bans, scope: str) -> bool:
     return any(bans.touches("", s.path) for s in parse_scopes(scope) if s.path is not None)
+
+
+_LARGE_ROWS = 1_000_000
+"""Above this, living tokens are counted in a sample of 1 %."""
+
+
+def count_living(pool: Pool, now: datetime, soon: timedelta) -> dict[str, tuple[int, int]]:
+    """Count, by VO, the tokens that have not expired, and those that do so `soon`."""
+    with transaction(pool) as connection:
+        (size,) = one(
+            connection.execute(
+                "SELECT coalesce(sum(c.reltuples), 0) FROM pg_inherits i"
+                " JOIN pg_class c ON c.oid = i.inhrelid"
+                " WHERE i.inhparent = 'tokens'::regclass AND c.reltuples > 0"
+            )
+        )
+        sample, factor = ("TABLESAMPLE SYSTEM (1)", 100) if size > _LARGE_ROWS else ("", 1)
+        rows = connection.execute(
+            "SELECT c.vo, count(*), count(*) FILTER (WHERE t.expires_at <= %(soon)s)"
+            f" FROM tokens t {sample} JOIN clients c USING (client_id)"
+            " WHERE t.expires_at > %(now)s AND t.jti >= %(first)s GROUP BY c.vo",
+            {"now": now, "soon": now + soon, "first": floor(now - timedelta(seconds=HARD_MAX_SECONDS))},
+        ).fetchall()
+    return {vo: (factor * alive, factor * expiring) for vo, alive, expiring in rows}

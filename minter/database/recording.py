@@ -18,21 +18,9 @@ from psycopg.types.json import Jsonb
 from sqlalchemy.engine import Engine as Pool
 
 from minter.database import managed
-from minter.database.connection import (
-    CONTROL_LOCK,
-    REQUEST_COLUMNS,
-    TOKEN_COLUMNS,
-    USE_COLUMNS,
-    floor,
-    instant,
-    json_text,
-    one,
-    plain_text,
-    read_control,
-    request_row,
-    tokens_of,
-    transaction,
-)
+from minter.database.connection import CONTROL_LOCK, floor, instant, json_text, one, plain_text, transaction
+from minter.database.control import read_control
+from minter.database.requests import REQUEST_COLUMNS, TOKEN_COLUMNS, USE_COLUMNS, request_row, tokens_of
 from minter.policy.limits import HARD_MAX_SECONDS
 from minter.policy.plans import Plan
 from minter.policy.token_requests import Family, Subject

@@ -13,7 +13,8 @@ from msgspec import Struct, json
 from sqlalchemy.engine import Engine as Pool
 
 from minter.contract.messages import unix_time
-from minter.database.connection import OWN, floor, transaction
+from minter.database.connection import floor, transaction
+from minter.database.requests import OWN
 from minter.policy.limits import HARD_MAX_SECONDS
 from minter.tokens.records import path_hash
 

@@ -18,7 +18,8 @@ from falcon import HTTPError, asgi
 from falcon.uri import parse_query_string
 
 from minter import logs
-from minter.database.connection import read_keys, transaction
+from minter.database.connection import transaction
+from minter.database.control import read_keys
 from minter.errors import (
     Conflict,
     Expired,

@@ -18,7 +18,8 @@ import kombu
 from minter import settings
 from minter.broker.publisher import declare
 from minter.database import control_changes, migrations
-from minter.database.connection import read_control, transaction
+from minter.database.connection import transaction
+from minter.database.control import read_control
 from minter.local.servers import Postgres, Valkey
 from minter.policy.clients import Client
 from minter.service import Service

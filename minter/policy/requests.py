@@ -11,7 +11,7 @@ from uuid import UUID
 import msgspec
 from msgspec import UNSET, Struct, UnsetType, structs
 
-from minter.contract.messages import FileRequest, MintRequest, RefusedNeed, Side, decode, unix_time
+from minter.contract.messages import FileRequest, MintRequest, RefusedNeed, Side, Slot, decode, unix_time
 from minter.contract.operations import Operation
 from minter.errors import InvalidRequest, RequestError
 from minter.policy.limits import MAX_AHEAD_SECONDS
@@ -36,6 +36,11 @@ class Need(Struct, frozen=True, gc=False):
     after_seconds: int = 0
     one_token: bool = False
     life_seconds: int | None = None
+
+    @property
+    def slot(self) -> Slot:
+        """Where its token belongs in the request."""
+        return Slot(self.file, self.side, self.index)
 
 
 class File(Struct, frozen=True):

@@ -6,7 +6,6 @@ A grant never holds more than the dialect's expansion of what was asked (I1); ea
 quirk or the route's rule that added it.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
@@ -15,36 +14,29 @@ from minter.contract.operations import Operation
 from minter.errors import (
     InvalidGrant,
     InvalidScope,
-    LifetimeNotAllowed,
     NeighbourRefused,
     OperationNotAllowed,
     PathNotAllowed,
     ReplyNotAllowed,
     RequestError,
-    ScopeTooLarge,
     UnknownStorage,
     UnknownVO,
 )
 from minter.policy.clients import Bans, Client, fits
 from minter.policy.exchanges import Exchange
+from minter.policy.lifetimes import lifetime_of
 from minter.policy.limits import (
     BACKDATE_SECONDS,
-    FTS_QUEUE_SECONDS,
-    MAX_CLAIM_CHARACTERS,
-    PROFILE_MIN_SECONDS,
 )
-from minter.policy.plans import Decision, Lifetime, Plan, PlannedToken, Refused, Step, make_plan, matches
+from minter.policy.paths import area_path, scope_on, shared_path
+from minter.policy.planning import make_plan, matches
+from minter.policy.plans import Decision, Lifetime, Plan, PlannedToken, Refused, Step
 from minter.policy.requests import File, Need, Request
 from minter.policy.routes import SHIPPED_ROUTES, FTSInstance, Route
 from minter.scopes import (
     Scope,
-    check_path,
     contains,
-    encode_path,
-    parent,
     parse_scopes,
-    path_contains,
-    raw_path,
 )
 from minter.storages.dialects import DIALECTS
 from minter.storages.directory import Area, Directory
@@ -191,7 +183,7 @@ class Policy:
         if isinstance(plan, RequestError):
             raise plan.with_traceback(None)
         if plan.route is not None and plan.route.poll_area and need.operations == ("poll",):
-            path = _area_path(area, client, path)
+            path = area_path(area, client, path)
         bans.check_path(client.vo, path)
         if not client.may_reach(path):
             raise PathNotAllowed(
@@ -200,10 +192,10 @@ class Policy:
             )
         shared = ""
         if plan.granularity != "file":
-            shared = _shared_path(plan, path, request, client, bans)
+            shared = shared_path(plan, path, request, client, bans)
             if not shared:
                 plan = self._narrow(plan, key, plans, request, need, client)
-        scope = _scope(plan, path, shared, client, bans)
+        scope = scope_on(plan, path, shared, client, bans)
         if plan.route is not None and plan.route.mode == "exchange":
             _check_subject(plan.route, request, client, scope)
         return PlannedToken(
@@ -211,7 +203,7 @@ class Policy:
             plan,
             path,
             scope,
-            _lifetime(plan, request, file, need),
+            lifetime_of(plan, request, file, need),
             file.external_id,
             shared,
         )
@@ -380,128 +372,3 @@ def _services(vo: str, fts: Sequence[FTSInstance]) -> dict[str, Plan]:
             step = Step("fts", f"token for submitting to {service.name}, scope fts")
             found[host] = Plan(None, area, (), (), service.lifetime_seconds, "fts", (step,))
     return found
-
-
-def _area_path(area: Area, client: Client, path: str) -> str:
-    return check_path(area.root) if _may_have(area, area.root, client) else path
-
-
-def _may_have(area: Area, wide: str, client: Client) -> bool:
-    """Say whether a client may have all of a path: its own prefixes hold it, and no other storage."""
-    return client.may_reach(wide) and not any(path_contains(wide, inner) for inner in area.nested)
-
-
-def _shared_path(plan: Plan, path: str, request: Request, client: Client, bans: Bans) -> str:
-    """Return the path that a shared token may be on; empty if this file must have its own token.
-
-    That is so where the client asked for a lifetime, which a shared token would exceed.
-    """
-    if plan.granularity == "file" or request.lifetime_seconds is not None:
-        return ""
-    area = plan.area
-    if plan.granularity == "directory":
-        wide = parent(path)
-        inside = area.holds_directory(wide)
-    else:
-        wide = area.root
-        inside = path_contains(wide, path)
-    allowed = inside and _may_have(area, wide, client) and not bans.touches(client.vo, wide)
-    return check_path(wide) if allowed else ""
-
-
-def _scope(plan: Plan, path: str, shared: str, client: Client, bans: Bans) -> str:
-    write = encode_path if plan.area.dialect.encoding == "percent" else raw_path
-    if shared:
-        on_shared = write(shared)
-        return _check_scope(list(dict.fromkeys(f"{n.scope}:{on_shared}" for n in plan.needed)), plan, shared)
-    on_file = write(path)
-    words = []
-    for needed in plan.needed:
-        if needed.where == "file":
-            words.append(f"{needed.scope}:{on_file}")
-            continue
-        directory = parent(path)
-        if not plan.area.holds_directory(directory) or bans.touches(client.vo, directory):
-            continue
-        if not client.may_reach(directory):
-            continue
-        words.append(f"{needed.scope}:{write(directory)}")
-    return _check_scope(words, plan, path)
-
-
-def _check_scope(words: Sequence[str], plan: Plan, path: str) -> str:
-    if not words:
-        raise OperationNotAllowed(
-            f"nothing of the operation is left on {path!r} after what route {plan.rule} forbids and "
-            "what the client may reach"
-        )
-    scope = " ".join(words)
-    if len(scope) > MAX_CLAIM_CHARACTERS:
-        raise ScopeTooLarge(
-            f"scope for a path of {len(path)} characters is {len(scope)} characters long, "
-            f"expected at most {MAX_CLAIM_CHARACTERS}; shorten the name",
-            path=path[:200],
-        )
-    return scope
-
-
-def _lifetime(plan: Plan, request: Request, file: File, need: Need) -> Lifetime:
-    route = plan.route
-    assert route is not None
-    if file.transfer_seconds is not None:
-        once = file.transfer_seconds
-    elif file.size is not None:
-        once = math.ceil(file.size / route.min_rate_bytes)
-    else:
-        once = route.transfer_seconds
-    transfer = once * (1 + max(file.retries, route.retries))
-    wait = route.wait_seconds if need.wait_seconds is None else need.wait_seconds
-    if need.one_token:
-        wait = max(wait, FTS_QUEUE_SECONDS)
-    fixed = BACKDATE_SECONDS + transfer + route.margin_seconds
-    if need.one_token:  # FTS: staging and archiving need the same token, and whole hours of queue
-        fixed += need.after_seconds
-    cap = plan.cap_seconds
-    if request.lifetime_seconds is not None:
-        wanted = request.lifetime_seconds
-        if wanted > cap:
-            raise LifetimeNotAllowed(
-                f"lifetime {wanted} s exceeds {cap} s allowed by {plan.cap_rule}; ask for less",
-                expected=cap, got=wanted,
-            )  # fmt: skip
-    else:
-        derived = fixed + wait if need.life_seconds is None else need.life_seconds
-        wanted = max(derived, PROFILE_MIN_SECONDS)
-    seconds = min(wanted, cap)
-    queue = FTS_QUEUE_SECONDS if need.one_token else 0
-    least = BACKDATE_SECONDS + route.margin_seconds + queue
-    if seconds < least:
-        raise LifetimeNotAllowed(
-            f"lifetime {seconds} s allowed by {plan.cap_rule} does not cover the margin of "
-            f"{least} s; ask for more or change the route",
-            expected=least, got=seconds,
-        )  # fmt: skip
-    return Lifetime(seconds, wanted, min(fixed, seconds - queue))
-
-
-def explain(decision: Decision) -> list[str]:
-    """Render the steps of a decision, one line each; it decides nothing."""
-    lines = []
-    for planned in decision.planned_tokens:
-        lines.append(f"file {planned.need.file} {planned.need.side}[{planned.need.index}]: granted")
-        lines += [f"  {step.rule}: {step.text}" for step in planned.plan.steps]
-        lines.append(f"  scope: {planned.scope}")
-        life = planned.lifetime
-        clipped = f", clipped from {life.wanted} s" if life.seconds < life.wanted else ""
-        lines.append(f"  lifetime: {life.seconds} s{clipped}, of which {life.fixed} s are not waiting")
-    for refused in decision.refused:
-        need = refused.need
-        where = "request" if need is None else f"file {need.file} {need.side}[{need.index}]"
-        lines.append(f"{where}: refused")
-        lines.append(f"  {refused.error.reason}: {refused.error.message}")
-    return lines
-
-
-def asked_scopes(planned: PlannedToken) -> frozenset[Scope]:
-    """Return the grant's scopes, parsed: for tests, traces and people."""
-    return frozenset(Scope.parse(word) for word in planned.scope.split(" "))

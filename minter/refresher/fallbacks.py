@@ -15,9 +15,10 @@ from sqlalchemy.engine import Engine as Pool
 
 from minter import logs
 from minter.contract.followups import RenewRequest
-from minter.contract.messages import TokenAnswer
-from minter.database import managed
-from minter.database.managed import Leased, Result
+from minter.contract.messages import Slot, TokenAnswer
+from minter.database import leases
+from minter.database.fallbacks import fall_back, live_uses
+from minter.database.leases import Leased, Result
 from minter.errors import MinterError, RefreshTokenLost, RequestError, Unavailable
 from minter.policy.limits import BACKDATE_SECONDS
 from minter.policy.requests import Request
@@ -27,9 +28,9 @@ from minter.tokens.outcomes import Issued, Outcome, Submission
 
 logger = logging.getLogger("minter.stand_ins")
 
-Use = tuple[UUID, UUID, str, int, str, int]
+Use = tuple[UUID, UUID, str, int, Any, int]
 """One use as `keeping.living_uses` returns it: the use, its request, its queue; file, side and index."""
-Needs = Mapping[tuple[int, Any, int], UUID]
+Needs = Mapping[Slot, UUID]
 """Uses by file, side and index."""
 
 
@@ -49,7 +50,7 @@ class Fallbacks:
         While the queues that want to know cannot be reached, nothing is changed: the lease runs out, and it
         is tried again. Nothing fails because its fallback refuses it while its provider may come back.
         """
-        uses = managed.living_uses(self._pool, token.jti)
+        uses = live_uses(self._pool, token.jti)
         refused: RequestError | None = None
         for request_id in dict.fromkeys(use[1] for use in uses):
             own = [use for use in uses if use[1] == request_id]
@@ -62,28 +63,28 @@ class Fallbacks:
             except Unavailable as error:
                 logger.warning("no stand-in for %s yet: %s", token.jti, error)
                 return
-            served = managed.fall_back(self._pool, token.jti, lease, instead)
+            served = fall_back(self._pool, token.jti, lease, instead)
             logs.event(logger, "stood in", jti=str(token.jti), reason=why.reason, uses=served)
         if refused is not None and not isinstance(why, Unavailable):
             fail(self._pool, token, lease, refused)
             return
         if refused is not None:  # the provider may come back
             self.refused[token.jti] = None
-        managed.release(self._pool, [token], lease)  # uses may have joined meanwhile
+        leases.release(self._pool, [token], lease)  # uses may have joined meanwhile
 
     def _given(self, token: Leased, request_id: UUID, uses: Sequence[Use], now: datetime) -> dict[UUID, UUID]:
         """Return what is to serve the uses of one request: recorded, and pushed to who wants it."""
-        needs: Needs = {use[3:]: use[0] for use in uses}
+        needs: Needs = {Slot(*use[3:]): use[0] for use in uses}
         queues = {use[0]: use[2] for use in uses if use[2]}
         outcome = self._minted(token, request_id, needs, now)
         if self._pushes is not None:
             self._pushes.send(
-                (token.client, queues[needs[i.need]], request_id, _answered(i, needs[i.need]))
+                (token.client, queues[needs[i.slot]], request_id, _answered(i, needs[i.slot]))
                 for i in outcome.issued
-                if needs.get(i.need) in queues
+                if needs.get(i.slot) in queues
             )
-        given = {i.need: UUID(i.jti) for i in outcome.issued}
-        given |= {a.need: UUID(a.handle) for a in outcome.pending}
+        given = {i.slot: UUID(i.jti) for i in outcome.issued}
+        given |= {a.slot: UUID(a.handle) for a in outcome.pending}
         return {use: given[need] for need, use in needs.items()}
 
     def _minted(self, token: Leased, request_id: UUID, needs: Needs, now: datetime) -> Outcome:
@@ -97,7 +98,7 @@ class Fallbacks:
         (outcome,) = engine.mint_many([Submission(request, token.client)], now)
         if outcome.error is not None:
             raise outcome.error
-        given = {issued.need for issued in outcome.issued} | {pending.need for pending in outcome.pending}
+        given = {issued.slot for issued in outcome.issued} | {pending.slot for pending in outcome.pending}
         if missing := [need for need in needs if need not in given]:
             first = outcome.refusals[0]["error"]["error_description"] if outcome.refusals else "no reason"
             raise RefreshTokenLost(
@@ -120,7 +121,7 @@ class Fallbacks:
 
 def fail(pool: Pool, token: Leased, lease: UUID, error: MinterError) -> None:
     """End a token with its reason; what it still holds works on until it expires."""
-    managed.save(pool, [failure(token, lease, error)])
+    leases.save(pool, [failure(token, lease, error)])
 
 
 def failure(token: Leased, lease: UUID, error: MinterError) -> Result:
@@ -147,7 +148,7 @@ def _only(request: Request, needs: Needs, life_seconds: int, routes: tuple[str, 
 
 
 def _answered(issued: Issued, use_id: UUID) -> TokenAnswer:
-    file, side, index = issued.need
+    file, side, index = issued.slot
     return TokenAnswer(
         file, side, index, issued.storage, issued.scope, issued.jti, issued.exp, issued.token.decode(),
         str(use_id),

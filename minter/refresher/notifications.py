@@ -15,8 +15,7 @@ from sqlalchemy.engine import Engine as Pool
 
 from minter import logs
 from minter.contract.messages import Answer, RefusedNeed, TokenAnswer
-from minter.database import managed
-from minter.database.managed import Unpushed
+from minter.database.notifications import Unpushed, pushed, unpushed
 from minter.errors import NoUsableKey, Unavailable
 from minter.policy.clients import Client
 from minter.tokens.keystore import Keystore
@@ -58,7 +57,7 @@ class Pushes:
         """Push what changed; what is not confirmed is pushed again, later."""
         if time.monotonic() < self._away_until:
             return
-        changed = managed.unpushed(self._pool, now, MOST)
+        changed = unpushed(self._pool, now, MOST)
         if not changed:
             return
         control = self._control()
@@ -69,7 +68,7 @@ class Pushes:
             self._away_until = time.monotonic() + AWAY_SECONDS
             logger.warning("not pushed: %s", error)
             return
-        managed.pushed(self._pool, {one.jti: one.fts_token_id for one in changed})
+        pushed(self._pool, {one.jti: one.fts_token_id for one in changed})
 
     def send(self, told: Iterable[Told]) -> None:
         """Send one answer for each request and queue; raises Unavailable."""

@@ -24,9 +24,11 @@ from msgspec import Struct, structs
 from sqlalchemy.engine import Engine as Pool
 
 from minter import logs
-from minter.database import managed, providers
-from minter.database.connection import one, read_control, transaction
-from minter.database.managed import Leased, Result, Taken
+from minter.database import leases, managed, providers
+from minter.database.connection import one, transaction
+from minter.database.control import read_control
+from minter.database.fallbacks import lease_for_fallback
+from minter.database.leases import Leased, Result, Taken
 from minter.errors import (
     Banned,
     MinterError,
@@ -43,9 +45,9 @@ from minter.providers.iam import IAM, Asked, Lost, Misconfigured, Obtained
 from minter.refresher.fallbacks import Fallbacks, failure
 from minter.refresher.notifications import Pushes, Send
 from minter.tasks.lifecycle import Lifecycle
+from minter.tokens.clock import check_clock
 from minter.tokens.keystore import Keystore
 from minter.tokens.managed import LEAST_SECONDS, forbidden, next_need
-from minter.tokens.mint import check_clock
 from minter.tokens.records import Control, fts_token_id
 
 logger = logging.getLogger("minter.keeper")
@@ -171,7 +173,7 @@ class Refresher:
         if free <= 0:
             return False
         control = self._current()  # before the lease: nothing may fail between it and the requests
-        taken = managed.take(
+        taken = leases.take(
             self._pool, provider, uuid.uuid4(), free, now, self._lease_seconds(iam), HORIZON * self._scale
         )
         if taken is None:
@@ -279,8 +281,8 @@ class Refresher:
         for taken in {t.lease: t for _, t, _, _ in unsaved}.values():
             unsent = [k for _, t, k, a in unsaved if t is taken and not a.sent and a.error is None]
             if unsent:
-                managed.release(self._pool, unsent, taken.lease)
-        saved = managed.save(self._pool, results)
+                leases.release(self._pool, unsent, taken.lease)
+        saved = leases.save(self._pool, results)
         self._unsaved = []
         self._note(unsaved, saved, now)
         for taken, token, error in failed:
@@ -382,7 +384,7 @@ class Refresher:
             lease, seconds = uuid.uuid4(), self._lease_seconds(iam)
             paused = ProviderAway(f"provider {iam.provider.name} is paused")
             refused = self._fallbacks.refused
-            for token in managed.lease_for_fallback(
+            for token in lease_for_fallback(
                 self._pool, iam.provider, lease, STAND_INS, now, seconds, refused
             ):
                 self._fallbacks.give(token, lease, paused, now)

@@ -32,7 +32,7 @@ def answer(outcome: Outcome, now: datetime) -> Answer:
     if outcome.error is not None:
         return failure(str(request.request_id), outcome.error)
     refusals = [RefusedNeed(**r) for r in outcome.refusals]
-    pending = [PendingToken(*a.need, a.storage, a.scope, a.handle) for a in outcome.pending]
+    pending = [PendingToken(*a.slot, a.storage, a.scope, a.handle) for a in outcome.pending]
     if request.kind == "fill_job" and not pending:
         try:
             return _filled(request, outcome, refusals, now)
@@ -47,7 +47,7 @@ def answer(outcome: Outcome, now: datetime) -> Answer:
 
 
 def _token(issued: Issued) -> TokenAnswer:
-    file, side, index = issued.need
+    file, side, index = issued.slot
     return TokenAnswer(
         file, side, index, issued.storage, issued.scope, issued.jti, issued.exp,
         issued.token.decode(), issued.handle,
@@ -56,7 +56,7 @@ def _token(issued: Issued) -> TokenAnswer:
 
 def _filled(request: Request, outcome: Outcome, refusals: list[RefusedNeed], now: datetime) -> Answer:
     tokens: dict[tuple[int, str, int], str] = {
-        i.need: i.token.decode() for i in outcome.issued if i.need[1] != "service"
+        i.slot: i.token.decode() for i in outcome.issued if i.slot[1] != "service"
     }
     kept = {file for file, _, _ in tokens}
     refused = [f for f in range(len(request.files)) if f not in kept]
@@ -67,7 +67,7 @@ def _filled(request: Request, outcome: Outcome, refusals: list[RefusedNeed], now
             f"the job with its {len(tokens)} tokens exceeds {MAX_FILLED_BYTES} bytes, which brokers do not "
             "carry; split it"
         )
-    bearer = next((i for i in outcome.issued if i.need[1] == "service"), None)
+    bearer = next((i for i in outcome.issued if i.slot[1] == "service"), None)
     return Answer(
         request_id=str(request.request_id),
         job=job,
@@ -96,9 +96,9 @@ def _queue_hours(request: Request, outcome: Outcome, now: datetime) -> int:
     planned_tokens = outcome.decision.planned_tokens if outcome.decision else ()
     fixed = {(g.need.file, g.need.side, g.need.index): g.lifetime.fixed for g in planned_tokens}
     left = min(
-        i.exp - int(now.timestamp()) - fixed.get(i.need, _DEFAULT_FIXED_SECONDS) + BACKDATE_SECONDS
+        i.exp - int(now.timestamp()) - fixed.get(i.slot, _DEFAULT_FIXED_SECONDS) + BACKDATE_SECONDS
         for i in outcome.issued
-        if i.need[1] != "service"
+        if i.slot[1] != "service"
     )
     if left < 3600:  # noqa: PLR2004 - FTS reads whole hours, and 0 as "no limit"
         raise Expired("the job's tokens do not last an hour of queue; use a new request_id", renew=True)

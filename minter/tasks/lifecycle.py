@@ -25,22 +25,17 @@ from minter.contract.followups import (
 )
 from minter.contract.messages import Answer, LiveToken
 from minter.database import managed
-from minter.database.connection import (
-    OWN,
-    find_operations,
-    floor,
-    one,
-    read_control,
-    read_request,
-    transaction,
-)
+from minter.database.connection import floor, one, transaction
+from minter.database.control import read_control
+from minter.database.requests import OWN, find_operations, read_request
 from minter.errors import InvalidRequest, UnknownRequest
 from minter.fts.events import FTSEvent
 from minter.policy.limits import LAST_EXPIRY
 from minter.policy.requests import Request
 from minter.tasks import answers
 from minter.tasks.renewals import renewal
-from minter.tokens.mint import Engine, known_client
+from minter.tokens.mint import Engine
+from minter.tokens.records import known_client
 
 MAX_TOKENS = 100_000
 """Tokens of all requests that one report may name by request and file."""
@@ -56,8 +51,8 @@ class Lifecycle:
     def fetch(self, name: str, wire: FetchRequest, now: datetime) -> Answer:
         """Return what a request was granted, the same bytes; raises as `Engine.fetch`."""
         if isinstance(wire.request_id, UUID):
-            return answers.answer(self.engine.fetch(wire.request_id, name, now), now)
-        outcome, unknown = self.engine.fetch_handles(wire.handles, name, now)
+            return answers.answer(self.engine.reissuer.fetch(wire.request_id, name, now), now)
+        outcome, unknown = self.engine.reissuer.fetch_handles(wire.handles, name, now)
         places = {handle: f"handles[{n}]" for n, handle in enumerate(wire.handles)}
         found = answers.answer(outcome, now)
         return structs.replace(found, request_id=None, unknown=[places[handle] for handle in unknown])

@@ -114,12 +114,12 @@ def wanted(
     # FTS takes the token as it is: its queue can be cut to an hour, what comes after cannot.
     least = life.fixed + FTS_QUEUE_SECONDS if planned.need.one_token else LEAST_SECONDS
     same = (
-        client.client_id, route.provider, route.mode, planned.scope, planned.audience, planned.plan.area.storage,
-        request.on_behalf_of, activity, sha256(subject.encode()).hexdigest(), stored, planned.plan.rule, cap,
-        least // 3600, int(now.timestamp()) // 86_400,
+        client.client_id, route.provider, route.mode, planned.scope, planned.audience,
+        planned.plan.area.storage, request.on_behalf_of, activity, sha256(subject.encode()).hexdigest(),
+        stored, planned.plan.rule, cap, least // 3600, int(now.timestamp()) // 86_400,
     )  # fmt: skip
     # From its coming, which takes a while, it shall last as long as one that we sign at once.
-    remember = min(max(life.wanted, life.seconds), HARD_MAX_SECONDS) + PATIENCE_SECONDS - BACKDATE_SECONDS
+    seconds = min(max(life.wanted, life.seconds), HARD_MAX_SECONDS) + PATIENCE_SECONDS - BACKDATE_SECONDS
     return Wanted(
         jti=jti,
         client_id=client.client_id,
@@ -135,7 +135,7 @@ def wanted(
         subject=subject,
         cap_seconds=cap,
         least_seconds=least,
-        deadline=now + timedelta(seconds=remember),
+        deadline=now + timedelta(seconds=seconds),
         needed_at=now + timedelta(seconds=PATIENCE_SECONDS),
         pushes=request.reply_queue is not None,
     )

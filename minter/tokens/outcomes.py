@@ -7,7 +7,7 @@ from uuid import UUID
 
 from msgspec import Struct
 
-from minter.contract.messages import Side
+from minter.contract.messages import Slot
 from minter.errors import Conflict, MinterError, NoUsableKey
 from minter.policy.clients import Client
 from minter.policy.limits import BACKDATE_SECONDS
@@ -16,7 +16,7 @@ from minter.policy.requests import Request
 from minter.policy.token_requests import Family
 from minter.tokens.keys import Key
 from minter.tokens.managed import Wanted
-from minter.tokens.records import RequestRow, TokenRow, UseRow, fts_token_id
+from minter.tokens.records import JtiRange, RequestRow, TokenRow, UseRow, fts_token_id
 from minter.tokens.shared import Shared
 
 
@@ -30,7 +30,7 @@ class Submission(Struct, frozen=True, eq=False):
 class Issued(Struct, frozen=True, gc=False):
     """One token on its way out; its `repr` hides the bytes."""
 
-    need: tuple[int, Side, int]
+    slot: Slot
     storage: str
     scope: str
     jti: str
@@ -40,13 +40,13 @@ class Issued(Struct, frozen=True, gc=False):
 
     def __repr__(self) -> str:
         """Name the token without showing it."""
-        return f"Issued({self.jti}, {self.need})"
+        return f"Issued({self.jti}, {self.slot})"
 
 
 class Pending(Struct, frozen=True, gc=False):
     """A managed token that there is nothing of yet: it can be fetched by its handle."""
 
-    need: tuple[int, Side, int]
+    slot: Slot
     storage: str
     scope: str
     handle: str
@@ -93,7 +93,7 @@ class PendingRequest:
         "activity",
         "client",
         "decision",
-        "first_managed",
+        "jtis",
         "key",
         "on_behalf_of",
         "outcome",
@@ -116,10 +116,10 @@ class PendingRequest:
         self.on_behalf_of = on_behalf_of
         self.activity = activity
         self.key = (outcome.submission.request.request_id, client.client_id)
+        self.jtis: JtiRange
         self.row: RequestRow
         self.signing_key: Key | None = None
         self.uses: list[UseRow] = []
-        self.first_managed = 0
 
     @property
     def key_id(self) -> int:
@@ -132,9 +132,8 @@ class PendingRequest:
 
     def add(self, planned: PlannedToken, jti: str, exp: int, token: bytes) -> None:
         """Note a token for handing out."""
-        need = planned.need
-        where: tuple[int, Side, int] = (need.file, need.side, need.index)
-        self.outcome.issued.append(Issued(where, planned.plan.area.storage, planned.scope, jti, exp, token))
+        storage = planned.plan.area.storage
+        self.outcome.issued.append(Issued(planned.need.slot, storage, planned.scope, jti, exp, token))
 
     def use(self, planned: PlannedToken, use_id: str, shared: Shared) -> None:
         """Note a use of a shared token, which is handed out like one of its own."""

@@ -12,14 +12,17 @@ from uuid import UUID
 
 from msgspec import Struct
 
-from minter.contract.messages import Side
+from minter.contract.messages import Side, Slot
+from minter.errors import UnknownClient
 from minter.policy.clients import Bans, Client
-from minter.policy.plans import Plan
+from minter.policy.plans import Plan, PlannedToken
 from minter.policy.token_requests import Family, Subject
 from minter.tokens.keys import Key
 from minter.tokens.managed import ManagedToken, Wanted
 from minter.tokens.shared import SharedKey
 
+_JTI_NUMBERS = (1 << 20) - 1
+"""The bits, five hex digits, of a jti that count a request's tokens: no request has 2^20."""
 OWN_KINDS = ("token", "exchange", "refresh")
 """Requests of the token endpoint: their ids are made there, so nobody can have sent them before."""
 
@@ -34,6 +37,43 @@ class Control(Struct, frozen=True, eq=False):
     """Issuer URL by VO."""
     away: frozenset[str] = frozenset()
     """Providers that are not asked now."""
+
+
+def known_client(control: Control, name: str) -> Client:
+    """Return a client that may ask; raises UnknownClient."""
+    client = control.clients.get(name)
+    if client is None or client.disabled:
+        raise UnknownClient(f"client {name!r} is not registered, or disabled; run: minter clients add")
+    return client
+
+
+class JtiRange(Struct, frozen=True, gc=False):
+    """The consecutive jtis of one request, `count` of them from `first` on.
+
+    The first ones belong to its planned tokens, in order: a planned token's own jti, or the id of its use
+    of a shared or managed one. New shared tokens follow, and from number `managed` on, managed tokens.
+    """
+
+    first: UUID
+    managed: int
+    count: int
+    prefix: str
+
+    @classmethod
+    def at(cls, jti: UUID, planned: Sequence[PlannedToken]) -> "JtiRange":
+        """Return the range for planned tokens that begins near a fresh jti: its last 20 bits are counted."""
+        first = UUID(int=jti.int & ~_JTI_NUMBERS)
+        shared = {(p.plan, p.shared) for p in planned if p.shared and not p.managed}
+        managed = len(planned) + len(shared)
+        return cls(first, managed, managed + sum(p.managed for p in planned), str(first)[:-5])
+
+    def text(self, number: int) -> str:
+        """Return a jti of the range as text."""
+        return f"{self.prefix}{number:05x}"
+
+    def uuid(self, number: int) -> UUID:
+        """Return a jti of the range."""
+        return UUID(int=self.first.int + number)
 
 
 class RequestRow(Struct, frozen=True):
@@ -85,8 +125,13 @@ class TokenRow(Struct, frozen=True, gc=False):
 
     @property
     def id(self) -> UUID:
-        """By which its state is kept: the use's, if the token is shared."""
+        """The id under which its state is kept: the use's, if the token is shared."""
         return UUID(self.use_id or self.jti)
+
+    @property
+    def slot(self) -> Slot:
+        """Where it belongs in its request."""
+        return Slot(self.file, self.side, self.index)
 
 
 class UseRow(Struct, frozen=True, gc=False):

@@ -9,7 +9,8 @@ import pytest
 from minter.cli.demo import read_jobs
 from minter.client import FileRequest, FilledJob
 from minter.contract import names
-from minter.database.connection import read_keys, transaction
+from minter.database.connection import transaction
+from minter.database.control import read_keys
 from minter.local.servers import _postgres_programs
 from tests.acceptance.conftest import Raw
 from tests.acceptance.test_workers import BROKEN, OTHER, SE, request

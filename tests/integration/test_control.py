@@ -6,7 +6,8 @@ from datetime import timedelta
 import pytest
 
 from minter.database import control_changes, keyring, live_tokens
-from minter.database.connection import read_control, read_keys, transaction
+from minter.database.connection import transaction
+from minter.database.control import read_control, read_keys
 from minter.errors import Banned, Expired, InvalidRequest, NoUsableKey, UnknownClient, UnknownKey, UnknownVO
 from minter.policy.clients import Ban
 from minter.service import Service

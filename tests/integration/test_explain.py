@@ -9,6 +9,7 @@ from uuid import UUID
 import pytest
 
 from minter.database import connection, traces
+from minter.database.requests import TOKEN_COLUMNS, tokens_of
 from minter.service import Service
 from minter.tokens import clock
 from minter.tokens.records import RequestRow
@@ -93,13 +94,13 @@ def test_a_requests_tokens_are_one_range_of_the_primary_key(million):
     with connection.transaction(million.pool) as tx:
         (first,) = tx.execute("SELECT jti FROM tokens ORDER BY jti OFFSET 1000 LIMIT 1").fetchone()
     last = UUID(int=first.int + 200)
-    query = f"SELECT {connection.TOKEN_COLUMNS} FROM tokens t LEFT JOIN storages s USING (storage_id) WHERE t.jti BETWEEN %s AND %s ORDER BY t.jti"
+    query = f"SELECT {TOKEN_COLUMNS} FROM tokens t LEFT JOIN storages s USING (storage_id) WHERE t.jti BETWEEN %s AND %s ORDER BY t.jti"
     found = scans(plan(million, query, (first, last)))
     assert len(found) == 1
     assert not [kind for _, kind in found if "Seq" in kind]
     row = RequestRow(first, 1, b"", "mint", "", "", first, 1, [], None, clock.now())
     with connection.transaction(million.pool) as tx:
-        assert [t.jti for t in connection.tokens_of(tx, row)] == [str(first)]
+        assert [t.jti for t in tokens_of(tx, row)] == [str(first)]
 
 
 def test_what_a_token_costs_on_disk(million, record_property):

@@ -24,8 +24,8 @@ from minter.errors import Banned, Expired, InvalidRequest, UnknownClient, Unknow
 from minter.fts.jobs import from_fill
 from minter.local import stack
 from minter.policy.clients import Ban
+from minter.policy.explain import asked_scopes
 from minter.policy.requests import from_mint
-from minter.policy.transfers import asked_scopes
 from minter.service import Service
 from minter.tasks.lifecycle import Lifecycle
 from minter.tokens import clock
@@ -109,8 +109,8 @@ def test_a_renewal_grants_the_same_scopes_anew(service, lifecycle):
         ME, RenewRequest(request_id=clock.new_uuid7(), renews=first.request.request_id)
     )
     (new,) = mint(service, Submission(request, ME), now=later)
-    assert [(i.need, i.storage, i.scope) for i in new.issued] == [
-        (i.need, i.storage, i.scope) for i in old.issued
+    assert [(i.slot, i.storage, i.scope) for i in new.issued] == [
+        (i.slot, i.storage, i.scope) for i in old.issued
     ]
     assert {i.jti for i in new.issued}.isdisjoint(i.jti for i in old.issued)
     assert all(
@@ -134,7 +134,7 @@ def test_only_the_files_named_are_renewed_and_a_renewal_can_be_renewed(service, 
     mint(service, first)
     once = renewed(service, lifecycle, renews=first.request.request_id, files=(1,))
     again = renewed(service, lifecycle, renews=once.submission.request.request_id)
-    assert {i.need[0] for i in once.issued} == {i.need[0] for i in again.issued} == {1}
+    assert {i.slot[0] for i in once.issued} == {i.slot[0] for i in again.issued} == {1}
     assert [i.scope for i in once.issued] == [i.scope for i in again.issued]
 
 
@@ -147,7 +147,7 @@ def test_every_filled_job_of_rucios_can_be_renewed_with_equal_scopes(service, li
         new = renewed(service, lifecycle, renews=made.request_id)
         assert new.error is None
         assert not new.refusals
-        assert [(i.need, i.scope) for i in new.issued] == [(i.need, i.scope) for i in old.issued]
+        assert [(i.slot, i.scope) for i in new.issued] == [(i.slot, i.scope) for i in old.issued]
         assert all(asked_scopes(g) for g in new.decision.planned_tokens)
 
 
@@ -166,7 +166,7 @@ def test_operations_outside_a_copy_are_renewed(service, lifecycle):
     (old,) = mint(service, Submission(made, ME))
     new = renewed(service, lifecycle, renews=made.request_id)
     assert len(old.issued) == 4
-    assert [(i.need, i.scope) for i in new.issued] == [(i.need, i.scope) for i in old.issued]
+    assert [(i.slot, i.scope) for i in new.issued] == [(i.slot, i.scope) for i in old.issued]
 
 
 def test_renewing_again_and_again_widens_nothing_and_lives_no_longer(service, lifecycle):
@@ -176,7 +176,7 @@ def test_renewing_again_and_again_widens_nothing_and_lives_no_longer(service, li
     for _ in range(4):
         new = renewed(service, lifecycle, renews=request_id)
         request_id = new.submission.request.request_id
-        assert [(i.need, i.scope) for i in new.issued] == [(i.need, i.scope) for i in old.issued]
+        assert [(i.slot, i.scope) for i in new.issued] == [(i.slot, i.scope) for i in old.issued]
     lives_of = {exp - iat for exp, iat in _times(new)}
     assert lives_of == {exp - iat for exp, iat in _times(old)} == {1500}
 
@@ -262,7 +262,7 @@ def test_files_are_reported_by_any_of_their_names(service, lifecycle):
     one, two = submission("a", "b", "c"), submission("d", "e")
     (first, _) = mint(service, one, two)
     job = clock.new_uuid7()
-    (jti,) = [UUID(i.jti) for i in first.issued if i.need == (2, "source", 0)]
+    (jti,) = [UUID(i.jti) for i in first.issued if i.slot == (2, "source", 0)]
     wire = ReportRequest(
         (JobReport(job, two.request.request_id, (1, 0), (501, 502)),),
         (
@@ -370,7 +370,7 @@ def test_a_cancelled_file_is_not_given_again_and_what_works_on_is_listed(service
     (outcome,) = mint(service, one)
     answer = lifecycle.cancel(ME, CancelRequest(one.request.request_id, (1,)), clock.now())
     assert answer.changed == 2
-    assert {a.jti for a in answer.alive} == {i.jti for i in outcome.issued if i.need[0] == 1}
+    assert {a.jti for a in answer.alive} == {i.jti for i in outcome.issued if i.slot[0] == 1}
     with pytest.raises(Expired, match="was cancelled"):
         lifecycle.fetch(ME, FetchRequest(one.request.request_id), clock.now())
     (again,) = mint(service, one)

@@ -271,7 +271,7 @@ def test_a_ban_binds_the_next_commit_and_withholds_what_is_asked_again(service):
     only_b = FileRequest(sources=(SE + "b",), destinations=(OTHER + "b",))
     fresh = from_mint(MintRequest(request_id=clock.new_uuid7(), files=(asked_file("a"), only_b)))
     (partly,) = mint(service, Submission(fresh, "rucio-alpen"))
-    assert {i.need[0] for i in partly.issued} == {1}
+    assert {i.slot[0] for i in partly.issued} == {1}
     ban(service, "client", "rucio-alpen")
     assert mint(service, asked)[0].error.reason == "banned"
     assert mint(service, submission("c"))[0].error.reason == "banned"

@@ -7,7 +7,8 @@ import pytest
 from joserfc import jwk, jws
 
 from minter.database import keyring
-from minter.database.connection import read_keys, transaction
+from minter.database.connection import transaction
+from minter.database.control import read_keys
 from minter.errors import NoUsableKey, SettingsError
 from minter.issuer import well_known
 from minter.tokens import clock

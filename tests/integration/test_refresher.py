@@ -13,8 +13,10 @@ from msgspec import structs
 
 from minter.contract.followups import CancelRequest, FetchRequest, FileReport, ReportRequest
 from minter.contract.messages import FileOperation, FileRequest, MintRequest
-from minter.database import control_changes, live_tokens, managed, partitions, traces
-from minter.database.connection import read_private_key, transaction
+from minter.database import control_changes, leases, live_tokens, managed, partitions, traces
+from minter.database.connection import transaction
+from minter.database.control import read_private_key
+from minter.database.fallbacks import fall_back, live_uses
 from minter.errors import InvalidGrant
 from minter.local.fake_iam import Behaviour, FakeIAM
 from minter.policy.clients import Ban
@@ -389,7 +391,7 @@ def test_a_worker_that_died_with_a_refresh_token(service, iam):
     outcome = bench.ask("a", subject=bench.subject())
     bench.run_once()
     bench.forward(minutes=45)
-    dead = managed.take(service.pool, bench.provider, uuid.uuid4(), 5, bench.clock(), 30.0)
+    dead = leases.take(service.pool, bench.provider, uuid.uuid4(), 5, bench.clock(), 30.0)
     assert len(dead.tokens) == 1
     assert not dead.tokens[0].spent
     bench.run_once(seconds=0.3)
@@ -398,7 +400,7 @@ def test_a_worker_that_died_with_a_refresh_token(service, iam):
     bench.run_once()
     assert bench.asked[-1] == ("token_exchange", "ok")
     assert (
-        managed.save(service.pool, [managed.Result(jti=dead.tokens[0].jti, lease=dead.lease, state="issued")])
+        leases.save(service.pool, [leases.Result(jti=dead.tokens[0].jti, lease=dead.lease, state="issued")])
         == set()
     )
     assert bench.fetch(outcome).tokens
@@ -748,12 +750,12 @@ def test_a_use_that_joins_while_a_stand_in_is_made(service, iam, monkeypatch):
         connection.execute(
             "UPDATE managed SET lease = %s, leased_until = now() + interval '1 hour'", (lease,)
         )
-    uses = managed.living_uses(service.pool, taken[0])
+    uses = live_uses(service.pool, taken[0])
     late = bench.ask("a")
     assert bench.row()["uses"] == 2
     instead = {use[0]: uuid.uuid4() for use in uses}
-    assert managed.fall_back(service.pool, taken[0], uuid.uuid4(), instead) == 0  # another's lease
-    assert managed.fall_back(service.pool, taken[0], lease, instead) == 1
+    assert fall_back(service.pool, taken[0], uuid.uuid4(), instead) == 0  # another's lease
+    assert fall_back(service.pool, taken[0], lease, instead) == 1
     assert (bench.row()["state"], bench.row()["uses"]) == ("queued", 1)
     assert bench.fetch(late).pending
 

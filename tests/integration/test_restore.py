@@ -7,7 +7,8 @@ import pytest
 
 from minter.contract.followups import FetchRequest, FileReport, ReportRequest
 from minter.database import control_changes, keyring, migrations, traces
-from minter.database.connection import read_keys, transaction
+from minter.database.connection import transaction
+from minter.database.control import read_keys
 from minter.errors import UnknownRequest
 from minter.local.servers import _postgres_programs
 from minter.policy.clients import Ban

@@ -17,7 +17,8 @@ from minter.contract.followups import (
 )
 from minter.contract.messages import FileOperation, FileRequest, MintRequest
 from minter.database import archive, control_changes, live_tokens, recording, traces
-from minter.database.connection import instant, read_keys, transaction
+from minter.database.connection import instant, transaction
+from minter.database.control import read_keys
 from minter.errors import Banned, Expired, Unavailable
 from minter.local import stack
 from minter.policy.clients import Ban, Bans
@@ -137,7 +138,7 @@ def test_asked_twice_or_fetched_same_bytes(shared, dsn):
     first, twin = mint(shared, asked, asked)
     (again,) = mint(shared, asked)
     assert tokens(first) == tokens(twin) == tokens(again)
-    assert [i.need for i in first.issued] == [i.need for i in again.issued]
+    assert [i.slot for i in first.issued] == [i.slot for i in again.issued]
     lifecycle = Lifecycle(shared.engine, shared.pool)
     fetched = lifecycle.fetch(ME, FetchRequest(asked.request.request_id), clock.now())
     assert [t.token.encode() for t in fetched.tokens] == tokens(first)

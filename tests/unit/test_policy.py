@@ -11,12 +11,12 @@ from msgspec import structs
 from minter.contract.messages import FileOperation, FileRequest, FillRequest, MintRequest
 from minter.errors import SettingsError
 from minter.fts.jobs import from_fill
-from minter.policy import transfers
 from minter.policy.clients import Ban, Bans, Client
+from minter.policy.explain import asked_scopes, explain
 from minter.policy.limits import PROFILE_MAX_SECONDS
 from minter.policy.requests import from_mint
 from minter.policy.routes import SHIPPED_ROUTES, FTSInstance, Route
-from minter.policy.transfers import Policy, asked_scopes
+from minter.policy.transfers import Policy
 from minter.scopes import parent, path_contains
 from minter.storages.dialects import DIALECTS, scopes_needed
 from minter.storages.directory import Directory, Endpoint, Storage
@@ -72,7 +72,7 @@ def test_no_grant_is_wider_than_the_dialects_expansion_of_what_was_asked(data):
             assert planned.lifetime.seconds <= PROFILE_MAX_SECONDS
         extras = [n.quirk.name for n in planned.plan.needed if n.quirk]
         assert not set(extras) & set(route.forbid)
-        shown = "\n".join(transfers.explain(decision))
+        shown = "\n".join(explain(decision))
         assert all(f"quirk {name}" in shown for name in extras)
 
     granted = {(g.need.file, g.need.side, g.need.index) for g in decision.planned_tokens}
@@ -205,7 +205,7 @@ def test_prefix_matching_storages_never_get_more_than_six_hours():
     life = {g.plan.area.storage: g.lifetime for g in decision.planned_tokens}
     assert life["OLD"].seconds == PROFILE_MAX_SECONDS < life["OLD"].wanted
     assert life["SE"].seconds > 168 * 3600
-    assert "clipped from" in "\n".join(transfers.explain(decision))
+    assert "clipped from" in "\n".join(explain(decision))
 
 
 def test_a_lifetime_beyond_policy_is_refused_and_one_too_short_too():

@@ -1,0 +1,87 @@
+"""What operators may change at any time, as the recording transaction reads it: clients, bans, keys."""
+
+from typing import Any
+
+import psycopg
+from sqlalchemy.engine import Engine as Pool
+
+from minter.database.connection import transaction
+from minter.policy.clients import Ban, Bans, Client
+from minter.tokens.keys import Key
+from minter.tokens.records import Control
+
+
+def read_control(connection: "psycopg.Connection[Any]") -> Control:
+    """Read clients, bans, keys and issuers in the transaction of `connection`."""
+    clients = connection.execute(
+        "SELECT client_id, name, vo, sub, operations, paths, max_lifetime_seconds, reply_queues,"
+        " jwe_key, disabled_at IS NOT NULL, default_audience, audiences, scopes, groups,"
+        " subject_provider, subject_scope, subject_expires_at FROM clients"
+    ).fetchall()
+    bans = connection.execute("SELECT kind, value, vo FROM bans WHERE lifted_at IS NULL").fetchall()
+    issuers = connection.execute("SELECT vo, iss FROM issuers").fetchall()
+    away = connection.execute("SELECT name FROM providers WHERE open_until IS NOT NULL").fetchall()
+    return Control(
+        {
+            name: Client(
+                client_id=number,
+                name=name,
+                vo=vo,
+                sub=sub,
+                operations=frozenset(operations),
+                paths=tuple(paths),
+                max_lifetime_seconds=longest,
+                reply_queues=tuple(queues),
+                jwe_key=jwe_key,
+                disabled=disabled,
+                default_audience=tuple(default_audience),
+                audiences=tuple(audiences),
+                scopes=tuple(scopes),
+                groups=tuple(groups),
+                subject_provider=subject_provider,
+                subject_scope=subject_scope,
+                subject_until=subject_until,
+            )
+            for (
+                number,
+                name,
+                vo,
+                sub,
+                operations,
+                paths,
+                longest,
+                queues,
+                jwe_key,
+                disabled,
+                default_audience,
+                audiences,
+                scopes,
+                groups,
+                subject_provider,
+                subject_scope,
+                subject_until,
+            ) in clients
+        },
+        Bans(Ban(*row) for row in bans),
+        read_keys(connection),
+        dict(issuers),
+        frozenset(name for (name,) in away),
+    )
+
+
+def read_keys(connection: "psycopg.Connection[Any]") -> list[Key]:
+    """Return every key of every issuer, without private halves, oldest first."""
+    rows = connection.execute(
+        "SELECT key_id, vo, kid, algorithm, state::text, public_jwk, published_at, activated_at,"
+        " retired_at, last_exp FROM signing_keys ORDER BY key_id"
+    ).fetchall()
+    return [Key(*row) for row in rows]
+
+
+def read_private_key(pool: Pool, key_id: int) -> bytes | None:
+    """Return the encrypted private half of a key, None once it was destroyed."""
+    with transaction(pool) as connection:
+        row = connection.execute(
+            "SELECT private_key FROM signing_keys WHERE key_id = %s", (key_id,)
+        ).fetchone()
+    return None if row is None or row[0] is None else bytes(row[0])

@@ -1,0 +1,102 @@
+"""Fallbacks: managed tokens whose provider is away, and the tokens that replace them."""
+
+from collections.abc import Collection, Mapping
+from datetime import datetime, timedelta
+from uuid import UUID
+
+from sqlalchemy.engine import Engine as Pool
+
+from minter.database.connection import transaction
+from minter.database.leases import LEASED, Leased
+from minter.database.managed import FINISHED
+from minter.providers.dialects import LEADS, Provider
+
+# ── stood in for ─────────────────────────────────────────────────────────────────────────────
+
+FALLBACK_WITHIN_SECONDS = 900
+"""While a provider is paused, a token with less life than this is stood in for, if its route says how."""
+
+
+def lease_for_fallback(
+    pool: Pool,
+    provider: Provider,
+    lease: UUID,
+    most: int,
+    now: datetime,
+    lease_seconds: float,
+    but: Collection[UUID] = (),
+) -> list[Leased]:
+    """Lease the tokens that something must stand in for because the provider is paused; not these."""
+    with transaction(pool) as connection:
+        paused = connection.execute(
+            "SELECT FROM providers WHERE name = %s AND open_until IS NOT NULL", (provider.name,)
+        ).fetchone()
+        if paused is None:
+            return []
+        rows = connection.execute(
+            f"""
+            WITH due AS MATERIALIZED (
+                SELECT m.jti, m.spent AS was_spent FROM managed m
+                WHERE m.provider = %(provider)s AND m.lead_seconds IS NOT NULL AND m.fallback <> '{{}}'
+                    AND m.needed_at <= %(soon)s AND m.deadline > %(now)s
+                    AND (m.leased_until IS NULL OR m.leased_until <= %(now)s)
+                    AND m.lead_seconds = ANY(%(leads)s) AND m.jti <> ALL(%(but)s)
+                ORDER BY m.needed_at LIMIT %(most)s FOR UPDATE SKIP LOCKED
+            )
+            UPDATE managed m SET leased_until = %(until)s, lease = %(lease)s FROM due d, clients c
+            WHERE m.jti = d.jti AND c.client_id = m.client_id RETURNING {LEASED}
+            """,
+            {
+                "provider": provider.name, "now": now, "lease": lease, "most": most,
+                "until": now + timedelta(seconds=lease_seconds),
+                "soon": now + timedelta(seconds=FALLBACK_WITHIN_SECONDS),
+                "leads": list(LEADS), "but": list(but),
+            },
+        ).fetchall()  # fmt: skip
+    return [Leased(*row) for row in rows]
+
+
+def live_uses(pool: Pool, jti: UUID) -> list[tuple[UUID, UUID, str, int, str, int]]:
+    """Return what a managed token serves still: (use_id, request_id, queue, file, side, position)."""
+    with transaction(pool) as connection:
+        return connection.execute(
+            "SELECT u.use_id, u.request_id, u.queue, u.file, u.side::text, u.position FROM uses u"
+            " WHERE u.jti = %s AND NOT EXISTS (SELECT FROM token_states l WHERE l.jti = u.use_id"
+            " AND l.ended_at IS NOT NULL) ORDER BY u.use_id",
+            (jti,),
+        ).fetchall()
+
+
+def fall_back(pool: Pool, jti: UUID, lease: UUID, instead: Mapping[UUID, UUID]) -> int:
+    """Let uses be served by other tokens (by use_id), or by what serves other uses; return how many were.
+
+    Those that ended meanwhile stay as they are. A token that serves no more is finished; 0 if its lease
+    was lost.
+    """
+    with transaction(pool) as connection:
+        mine = connection.execute(
+            "SELECT FROM managed WHERE jti = %s AND lease = %s FOR UPDATE", (jti, lease)
+        ).fetchone()
+        if mine is None:
+            return 0
+        moved = [
+            use_id
+            for (use_id,) in connection.execute(
+                "UPDATE uses u SET instead_of = coalesce(u.instead_of, u.jti),"
+                " jti = coalesce((SELECT o.jti FROM uses o WHERE o.use_id = r.other), r.other)"
+                " FROM unnest(%s::uuid[], %s::uuid[]) AS r (use_id, other)"
+                " WHERE u.use_id = r.use_id AND u.jti = %s AND NOT EXISTS ("
+                " SELECT FROM token_states l WHERE l.jti = u.use_id AND l.ended_at IS NOT NULL)"
+                " RETURNING u.use_id",
+                (list(instead), list(instead.values()), jti),
+            )
+        ]
+        connection.execute(
+            "UPDATE managed m SET uses = m.uses + n.uses, pushes = m.pushes OR n.pushes FROM ("
+            " SELECT jti, count(*) AS uses, bool_or(queue <> '') AS pushes FROM uses"
+            " WHERE use_id = ANY(%s) GROUP BY jti) n WHERE m.jti = n.jti",
+            (moved,),
+        )
+        connection.execute("UPDATE managed SET uses = uses - %s WHERE jti = %s", (len(moved), jti))
+        connection.execute(f"UPDATE managed SET {FINISHED} WHERE jti = %s AND uses <= 0", (jti,))
+    return len(moved)

@@ -1,0 +1,217 @@
+"""Leases of managed tokens: taken by one refresher, and saved only under the same lease.
+
+A lease lets one refresher at a time ask for a token, with no transaction open meanwhile. A rotated refresh
+token is in its row before anything of it is used.
+"""
+
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+from typing import Any
+from uuid import UUID
+
+from msgspec import Struct, structs
+from sqlalchemy.engine import Engine as Pool
+
+from minter.database.connection import json_text, transaction
+from minter.database.providers import known, locked
+from minter.providers.budgets import HORIZON, Slots, reserve
+from minter.providers.dialects import LEADS, Provider
+
+# ── leased, asked for, saved ─────────────────────────────────────────────────────────────────
+
+
+class Leased(Struct, frozen=True):
+    """A managed token that this worker shall ask for now; what is encrypted in it stays so.
+
+    `spent`: a refresh token of it was sent before, and the answer is not known.
+    """
+
+    jti: UUID
+    vo: str
+    client: str
+    mode: str
+    scope: str
+    granted_scope: str
+    audience: list[str]
+    storage: str
+    on_behalf_of: str
+    activity: str
+    fallback: list[str]
+    cap_seconds: int
+    least_seconds: int
+    deadline: datetime
+    lead_seconds: int
+    needed_at: datetime
+    tries: int
+    spent: bool
+    subject: bytes | None
+    refresh: bytes | None
+    expires_at: datetime | None
+    client_subject: bytes | None
+
+
+LEASED = ", ".join(
+    {"vo": "c.vo", "client": "c.name", "mode": "m.mode::text",
+     "client_subject": "CASE WHEN c.subject_provider = m.provider AND c.subject_expires_at > %(now)s"
+     " THEN c.subject_token END",
+     "spent": "d.was_spent"}.get(name, f"m.{name}")
+    for name in Leased.__struct_fields__
+)  # fmt: skip
+_DUE = """
+    SELECT d.* FROM unnest(%(leads)s::int[]) AS l (lead) CROSS JOIN LATERAL (
+        SELECT m.jti, m.needed_at, m.spent AS was_spent FROM managed m
+        WHERE m.provider = %(provider)s AND m.lead_seconds = l.lead
+            AND m.needed_at <= %(now)s + make_interval(secs => l.lead) AND m.deadline > %(now)s
+            AND (m.retry_at IS NULL OR m.retry_at <= %(now)s)
+            AND (m.leased_until IS NULL OR m.leased_until <= %(now)s)
+        ORDER BY m.needed_at LIMIT %(count)s {lock}
+    ) d ORDER BY d.needed_at LIMIT %(count)s
+"""
+DUE = _DUE.format(lock="")
+"""The tokens that are due, soonest end first: one index probe for each lead, however many are alive."""
+
+
+class Taken(Struct, frozen=True):
+    """What one worker may ask a provider for now: tokens, each with its slot, under one lease."""
+
+    provider: str
+    lease: UUID
+    tokens: Sequence[Leased]
+    slots: Slots
+
+
+def take(
+    pool: Pool,
+    provider: Provider,
+    lease: UUID,
+    most: int,
+    now: datetime,
+    lease_seconds: float,
+    horizon: timedelta = HORIZON,
+) -> Taken | None:
+    """Lease tokens that are due, and reserve a slot for each within the budget; None if there is nothing.
+
+    While the provider is paused nothing is leased; then one is, to see whether it is back.
+    """
+    values = {"leads": list(LEADS), "provider": provider.name, "now": now, "count": 1}
+    with transaction(pool) as connection:
+        # Looked at before anything is locked, the cheaper first: most looks end here.
+        if known(connection, provider.name).state(now) == "open":
+            return None
+        if connection.execute(DUE, values).fetchone() is None:
+            return None
+        due_at, breaker, leased = locked(connection, provider.name, now)
+        state = breaker.state(now)
+        if state == "open":
+            return None
+        wanted = 1 if state == "half_open" else most
+        free = provider.in_flight - leased
+        slots = reserve(due_at, now, provider.requests_per_second, wanted, free, horizon)
+        if not slots.count:
+            return None
+        until = now + timedelta(seconds=lease_seconds)
+        tokens = connection.execute(
+            f"""
+            WITH due AS MATERIALIZED ({_DUE.format(lock="FOR UPDATE SKIP LOCKED")})
+            UPDATE managed m SET leased_until = %(until)s, lease = %(lease)s,
+                spent = m.refresh IS NOT NULL AND NOT %(replays)s
+            FROM due d, clients c
+            WHERE m.jti = d.jti AND c.client_id = m.client_id RETURNING {LEASED}
+            """,
+            values | {"count": slots.count, "until": until, "lease": lease, "replays": provider.replays},
+        ).fetchall()
+        if not tokens:
+            return None
+        slots = structs.replace(slots, count=len(tokens))
+        probe = breaker.probing(until).probed_until if state == "half_open" else breaker.probed_until
+        connection.execute(
+            "UPDATE providers SET due_at = %s, probed_until = %s WHERE name = %s",
+            (slots.due_at, probe, provider.name),
+        )
+    found = [Leased(*row) for row in tokens]
+    found.sort(key=lambda t: t.needed_at)
+    return Taken(provider.name, lease, found, slots)
+
+
+class Result(Struct, frozen=True, kw_only=True):
+    """What became of one leased token, as it is saved; None keeps what there is, b"" forgets it.
+
+    `state` is the new one; without `needed_at` nothing more is to be done for it.
+    """
+
+    jti: UUID
+    lease: UUID
+    state: str | None = None
+    access: bytes | None = None
+    refresh: bytes | None = None
+    subject: bytes | None = None
+    expires_at: datetime | None = None
+    scope: str | None = None
+    fts_token_id: int | None = None
+    lead_seconds: int | None = None
+    needed_at: datetime | None = None
+    retry_at: datetime | None = None
+    tries: int = 0
+    spent: bool = False
+    error: dict[str, Any] | None = None
+
+
+def save(pool: Pool, results: Sequence[Result]) -> set[UUID]:
+    """Save results and give their leases back; return those that were still ours to save."""
+    if not results:
+        return set()
+    ordered = sorted(results, key=lambda r: r.jti)
+    with transaction(pool) as connection:
+        rows = connection.execute(
+            """
+            UPDATE managed m SET
+                state = coalesce(r.state::token_state, m.state),
+                access = CASE WHEN r.access = '' THEN NULL ELSE coalesce(r.access, m.access) END,
+                refresh = CASE WHEN r.refresh = '' THEN NULL ELSE coalesce(r.refresh, m.refresh) END,
+                subject = CASE WHEN r.subject = '' THEN NULL ELSE coalesce(r.subject, m.subject) END,
+                expires_at = coalesce(r.expires_at, m.expires_at),
+                granted_scope = coalesce(r.scope, m.granted_scope),
+                fts_token_id = coalesce(r.fts, m.fts_token_id),
+                -- A use that joined meanwhile may need it for longer than the worker knew.
+                lead_seconds = CASE WHEN r.lead IS NULL AND r.expires_at < m.deadline
+                    AND coalesce(r.state, 'issued') = 'issued' THEN 60 ELSE r.lead END,
+                needed_at = CASE WHEN r.lead IS NULL AND r.expires_at < m.deadline
+                    AND coalesce(r.state, 'issued') = 'issued' THEN r.expires_at ELSE r.needed END,
+                retry_at = r.retry, tries = r.tries, spent = r.spent, error = r.error::jsonb,
+                leased_until = NULL, lease = NULL
+            FROM unnest(%s::uuid[], %s::uuid[], %s::text[], %s::bytea[], %s::bytea[], %s::bytea[],
+                %s::timestamptz[], %s::text[], %s::bigint[], %s::int[], %s::timestamptz[], %s::timestamptz[],
+                %s::int[], %s::bool[], %s::text[])
+                AS r (jti, lease, state, access, refresh, subject, expires_at, scope, fts, lead, needed,
+                    retry, tries, spent, error)
+            WHERE m.jti = r.jti AND m.lease = r.lease RETURNING m.jti
+            """,
+            (
+                [r.jti for r in ordered],
+                [r.lease for r in ordered],
+                [r.state for r in ordered],
+                [r.access for r in ordered],
+                [r.refresh for r in ordered],
+                [r.subject for r in ordered],
+                [r.expires_at for r in ordered],
+                [r.scope for r in ordered],
+                [r.fts_token_id for r in ordered],
+                [r.lead_seconds for r in ordered],
+                [r.needed_at for r in ordered],
+                [r.retry_at for r in ordered],
+                [r.tries for r in ordered],
+                [r.spent for r in ordered],
+                [json_text(r.error) if r.error else None for r in ordered],
+            ),
+        ).fetchall()
+    return {jti for (jti,) in rows}
+
+
+def release(pool: Pool, tokens: Sequence[Leased], lease: UUID) -> None:
+    """Give leases back of which nothing was sent."""
+    with transaction(pool) as connection:
+        connection.execute(
+            "UPDATE managed m SET leased_until = NULL, lease = NULL, spent = r.spent"
+            " FROM unnest(%s::uuid[], %s::bool[]) AS r (jti, spent) WHERE m.jti = r.jti AND m.lease = %s",
+            ([t.jti for t in tokens], [t.spent for t in tokens], lease),
+        )

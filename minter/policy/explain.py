@@ -1,0 +1,29 @@
+"""Explain decisions: render their steps as lines. Nothing is decided here."""
+
+from minter.policy.plans import Decision, PlannedToken
+from minter.scopes import (
+    Scope,
+)
+
+
+def explain(decision: Decision) -> list[str]:
+    """Render the steps of a decision, one line each; it decides nothing."""
+    lines = []
+    for planned in decision.planned_tokens:
+        lines.append(f"file {planned.need.file} {planned.need.side}[{planned.need.index}]: granted")
+        lines += [f"  {step.rule}: {step.text}" for step in planned.plan.steps]
+        lines.append(f"  scope: {planned.scope}")
+        life = planned.lifetime
+        clipped = f", clipped from {life.wanted} s" if life.seconds < life.wanted else ""
+        lines.append(f"  lifetime: {life.seconds} s{clipped}, of which {life.fixed} s are not waiting")
+    for refused in decision.refused:
+        need = refused.need
+        where = "request" if need is None else f"file {need.file} {need.side}[{need.index}]"
+        lines.append(f"{where}: refused")
+        lines.append(f"  {refused.error.reason}: {refused.error.message}")
+    return lines
+
+
+def asked_scopes(planned: PlannedToken) -> frozenset[Scope]:
+    """Return the grant's scopes, parsed: for tests, traces and people."""
+    return frozenset(Scope.parse(word) for word in planned.scope.split(" "))

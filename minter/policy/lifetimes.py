@@ -1,0 +1,107 @@
+"""Lifetimes: how long a token may live, and how long it needs to (WLCG 1.3 §4.3.1)."""
+
+import math
+from collections.abc import Sequence
+
+from minter.errors import (
+    LifetimeNotAllowed,
+)
+from minter.policy.clients import Client
+from minter.policy.limits import (
+    BACKDATE_SECONDS,
+    FTS_QUEUE_SECONDS,
+    PROFILE_MAX_SECONDS,
+    PROFILE_MIN_SECONDS,
+)
+from minter.policy.plans import Lifetime, Plan
+from minter.policy.requests import File, Need, Request
+from minter.policy.routes import Granularity, Mitigation, Route
+from minter.storages.dialects import Needed
+from minter.storages.directory import Area
+
+
+def cap_of(
+    route: Route,
+    client: Client,
+    via_fts: bool,
+    area: Area,
+    needed: Sequence[Needed],
+    granularity: Granularity,
+) -> tuple[int, str, str]:
+    """Return the longest lifetime allowed, the rule that set it, and the sentence for `explain`."""
+    cap, rule = route.max_lifetime_seconds, f"route {route.name}"
+    why = f"lifetime at most {cap} s"
+    if cap > PROFILE_MAX_SECONDS:
+        if area.matching == "prefix":
+            cap, rule = PROFILE_MAX_SECONDS, f"dialect {area.dialect.name}"
+            why = f"at most {cap} s: paths are matched by prefix there, or in an unknown way"
+        elif failed := _failed_mitigations(route, via_fts, area, needed, granularity):
+            cap, rule = PROFILE_MAX_SECONDS, f"route {route.name}"
+            why = f"at most {cap} s: {', '.join(failed)} does not hold for this token"
+        else:
+            why += f", relying on {', '.join(route.mitigations)} ({route.risk_assessment})"
+    if client.max_lifetime_seconds is not None and client.max_lifetime_seconds < cap:
+        cap, rule = client.max_lifetime_seconds, f"client {client.name}"
+        why = f"lifetime at most {cap} s"
+    return cap, rule, why
+
+
+def _failed_mitigations(
+    route: Route, via_fts: bool, area: Area, needed: Sequence[Needed], granularity: Granularity
+) -> list[str]:
+    writes = [n for n in needed if n.scope in ("storage.create", "storage.modify")]
+    reads = [n for n in needed if n.scope == "storage.read"]
+    one_file = area.matching == "exact" and granularity == "file"
+    holds: dict[Mitigation, bool] = {
+        "narrow_write": not writes or (one_file and all(n.where == "file" for n in writes)),
+        "narrow_read": not reads or (one_file and all(n.where == "file" or n.quirk for n in reads)),
+        "one_storage": not any(a.endswith("wlcg.cern.ch/jwt/v1/any") for a in area.audience),
+        "no_modify": not any(n.scope == "storage.modify" for n in needed),
+        "fts_only": via_fts,
+        "pull_mode": True,  # asserted by the VO, nothing in a token shows it
+    }
+    return [m for m in route.mitigations if not holds[m]]
+
+
+def lifetime_of(plan: Plan, request: Request, file: File, need: Need) -> Lifetime:
+    """Return the lifetime of one token: what the file needs, clipped to what its plan allows.
+
+    Raises LifetimeNotAllowed if the client asks for more than is allowed, or if what is allowed does not
+    cover the margin (and, in an FTS job, an hour of queue).
+    """
+    route = plan.route
+    assert route is not None
+    if file.transfer_seconds is not None:
+        once = file.transfer_seconds
+    elif file.size is not None:
+        once = math.ceil(file.size / route.min_rate_bytes)
+    else:
+        once = route.transfer_seconds
+    transfer = once * (1 + max(file.retries, route.retries))
+    wait = route.wait_seconds if need.wait_seconds is None else need.wait_seconds
+    if need.one_token:
+        wait = max(wait, FTS_QUEUE_SECONDS)
+    fixed = BACKDATE_SECONDS + transfer + route.margin_seconds
+    if need.one_token:  # FTS: staging and archiving need the same token, and whole hours of queue
+        fixed += need.after_seconds
+    cap = plan.cap_seconds
+    if request.lifetime_seconds is not None:
+        wanted = request.lifetime_seconds
+        if wanted > cap:
+            raise LifetimeNotAllowed(
+                f"lifetime {wanted} s exceeds {cap} s allowed by {plan.cap_rule}; ask for less",
+                expected=cap, got=wanted,
+            )  # fmt: skip
+    else:
+        derived = fixed + wait if need.life_seconds is None else need.life_seconds
+        wanted = max(derived, PROFILE_MIN_SECONDS)
+    seconds = min(wanted, cap)
+    queue = FTS_QUEUE_SECONDS if need.one_token else 0
+    least = BACKDATE_SECONDS + route.margin_seconds + queue
+    if seconds < least:
+        raise LifetimeNotAllowed(
+            f"lifetime {seconds} s allowed by {plan.cap_rule} does not cover the margin of "
+            f"{least} s; ask for more or change the route",
+            expected=least, got=seconds,
+        )  # fmt: skip
+    return Lifetime(seconds, wanted, min(fixed, seconds - queue))

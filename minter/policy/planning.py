@@ -1,0 +1,65 @@
+"""Planning: which route is for a need, and the plan that it makes."""
+
+from collections.abc import Sequence
+
+from minter.contract.operations import Operation
+from minter.policy.clients import Client, fits
+from minter.policy.lifetimes import cap_of
+from minter.policy.plans import Plan, Step
+from minter.policy.requests import Need
+from minter.policy.routes import Granularity, Route
+from minter.storages.dialects import scopes_needed
+from minter.storages.directory import Area
+
+
+def matches(route: Route, client: Client, activity: str, via_fts: bool, area: Area, need: Need) -> bool:
+    """Say whether a route is for this client, activity, storage and all operations of a need."""
+    return (
+        route.via in ("any", "fts" if via_fts else "direct")
+        and (route.tape is None or route.tape == area.tape)
+        and set(route.operations).issuperset(need.operations)
+        and fits(area.vo, route.vos)
+        and fits(client.name, route.clients)
+        and fits(activity, route.activities)
+        and fits(area.storage, route.storages)
+    )
+
+
+def make_plan(
+    route: Route,
+    client: Client,
+    via_fts: bool,
+    area: Area,
+    need: Need,
+    granularity: Granularity,
+    before: Sequence[Step] = (),
+) -> Plan:
+    """Return the plan of a need by the route that matches it; `before` are the steps that led to it."""
+    asked = need.operations
+    steps = [
+        *before,
+        Step("storage", f"{area.storage}, dialect {area.dialect.name}, audience {', '.join(area.audience)}"),
+        Step("route", f"{route.name}: {', '.join(asked)}"),
+    ]  # fmt: skip
+    if route.provider:
+        steps.append(Step(f"route {route.name}, {route.mode}", f"asked of provider {route.provider}"))
+    operations = list(asked)
+    writes = need.side == "destination" and ("write" in asked or "overwrite" in asked)
+    for rule in ("cleanup", "make_parents"):
+        if writes and getattr(route, rule):
+            operation: Operation = "retry" if rule == "cleanup" else "make_parents"
+            operations.append(operation)
+            steps.append(Step(f"route {route.name}, {rule}", f"adds the operation {operation}"))
+    needed = scopes_needed(area.dialect, operations, frozenset(route.forbid))
+    steps += [
+        Step(f"quirk {n.quirk.name}", f"adds {n.scope} on the {n.where}: {n.quirk.meaning}")
+        for n in needed
+        if n.quirk is not None
+    ]
+    if granularity != "file":
+        steps.append(
+            Step(f"route {route.name}, granularity", f"one token for the {granularity}, shared by its files")
+        )
+    cap, rule, why = cap_of(route, client, via_fts, area, needed, granularity)
+    steps.append(Step(rule, why))
+    return Plan(route, area, asked, needed, cap, rule, tuple(steps), granularity)
