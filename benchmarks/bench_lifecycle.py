@@ -33,7 +33,7 @@ def main() -> None:
         bench(Path(folder), "embedded") as running,
     ):
         engine, client = running.service.engine, running.client
-        lifecycle = Lifecycle(engine, running.service.pool)
+        lifecycle = Lifecycle(engine, running.service.store)
         for number in range(ROUNDS):
             raw = msgspec.json.decode(body(FILES, number, 200)[1])[0][0]
             request = decode_mint(msgspec.json.encode(raw))

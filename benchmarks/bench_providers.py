@@ -199,7 +199,7 @@ def one(refreshers: Keepers, rounds: int = 50) -> dict[str, float]:
     iams = service.iams()
     spent: list[float] = []
     refresher = Refresher(
-        service.pool, service.keystore, Lifecycle(service.engine, service.pool), iams, service.clock,
+        service.pool, service.keystore, Lifecycle(service.engine, service.store), iams, service.clock,
         lambda *asked: spent.append(asked[3]),
     )  # fmt: skip
     above = []

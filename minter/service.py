@@ -62,8 +62,9 @@ class Service:
         self.clock = clock or clock_of(loaded.settings.drill)
         self.pool = open_pool(loaded.dsn, loaded.settings.database.pool_size)
         self.keystore = Keystore(_Masters(loaded), lambda key_id: read_private_key(self.pool, key_id))
+        self.store = recording.PostgresStore(self.pool, clock or now, self.keystore.seal_token)
         self.engine = Engine(
-            recording.PostgresStore(self.pool, clock or now, self.keystore.seal_token),
+            self.store,
             loaded.policy,
             self.keystore.unlock,
             new_uuid7,

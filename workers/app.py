@@ -145,7 +145,7 @@ def _start(**_: Any) -> None:
         declare(connection)
     app.batcher = MessageBatcher(
         service.engine,
-        Lifecycle(service.engine, service.pool),
+        Lifecycle(service.engine, service.store),
         Publisher(app.connection_for_write()),
         RedeliveryCounts(
             lambda digest: partitions.count_redelivery(service.pool, digest),

@@ -232,7 +232,7 @@ def main() -> None:
     logging.getLogger("stomp.py").setLevel(logging.WARNING)  # its debug lines show passwords and bodies
     service = Service(load_settings())
     registry = CollectorRegistry()
-    consumer = EventConsumer(Lifecycle(service.engine, service.pool), registry, service.clock)
+    consumer = EventConsumer(Lifecycle(service.engine, service.store), registry, service.clock)
     sources = [
         Source(wanted, address, service.loaded.folder, password, consumer.queue)
         for wanted in service.loaded.settings.fts_events

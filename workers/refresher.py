@@ -56,7 +56,7 @@ def main() -> None:
     if not iams:
         raise SettingsError("no [[providers]] in the settings: there is nothing to keep")
     serve_process(metrics.registry, service.loaded.settings.metrics)
-    lifecycle = Lifecycle(service.engine, service.pool)
+    lifecycle = Lifecycle(service.engine, service.store)
     send = Sender(service.loaded) if service.loaded.broker_url else None
     scale = service.loaded.settings.drill.time_scale
     refresher = Refresher(

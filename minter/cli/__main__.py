@@ -26,7 +26,7 @@ from minter.cli.tables import AsJson, SettingsPath, console, guarded, open_servi
 from minter.client import MinterClient, new_request_id
 from minter.contract.messages import FillRequest
 from minter.database import migrations, partitions, traces
-from minter.database.connection import transaction
+from minter.database.connection import synchronous_standbys, transaction
 from minter.database.control import read_control, read_keys
 from minter.errors import InvalidRequest, TokenRejected, Unavailable
 from minter.fts.jobs import from_fill
@@ -189,9 +189,9 @@ def _check_database(service: Service) -> list[str]:
     warnings = []
     with transaction(service.pool) as connection:
         ring = read_keys(connection)
-        standby = connection.execute("SHOW synchronous_standby_names").fetchone()
+        standbys = synchronous_standbys(connection)
         clients = read_control(connection).clients.values()
-    if standby is None or not standby[0]:
+    if not standbys:
         warnings.append("Postgres has no synchronous standby: a lost disk loses issued rows")
     for vo in service.loaded.settings.issuers:
         states = [k.state for k in ring if k.vo == vo]

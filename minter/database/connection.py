@@ -76,6 +76,11 @@ def one(cursor: "psycopg.Cursor[Any]") -> Any:
     return row
 
 
+def synchronous_standbys(connection: "psycopg.Connection[Any]") -> str:
+    """Return Postgres's setting `synchronous_standby_names`, empty if a commit waits for no standby."""
+    return str(one(connection.execute("SHOW synchronous_standby_names"))[0])
+
+
 def floor(instant: datetime) -> UUID:
     """Return the smallest UUIDv7 of an instant (milliseconds, RFC 9562 §5.7)."""
     return UUID(int=int(instant.timestamp() * 1000) << 80)

@@ -1,11 +1,12 @@
 """What operators may change at any time, as the recording transaction reads it: clients, bans, keys."""
 
+from datetime import datetime
 from typing import Any
 
 import psycopg
 from sqlalchemy.engine import Engine as Pool
 
-from minter.database.connection import transaction
+from minter.database.connection import one, transaction
 from minter.policy.clients import Ban, Bans, Client
 from minter.tokens.keys import Key
 from minter.tokens.records import Control
@@ -67,6 +68,12 @@ def read_control(connection: "psycopg.Connection[Any]") -> Control:
         dict(issuers),
         frozenset(name for (name,) in away),
     )
+
+
+def read_version(connection: "psycopg.Connection[Any]") -> tuple[int, datetime]:
+    """Return the version of the control tables, which grows with each change, and Postgres's time."""
+    version, at = one(connection.execute("SELECT version, clock_timestamp() FROM control"))
+    return version, at
 
 
 def read_keys(connection: "psycopg.Connection[Any]") -> list[Key]:

@@ -70,6 +70,13 @@ class PostgresStore:
             yield recording
         self._rules |= recording.new_rules  # only now are they there for every later transaction
 
+    @contextmanager
+    def controlled(self) -> Iterator[tuple["psycopg.Connection[Any]", Control]]:
+        """Open a transaction that changes no control table, with the control tables as of now."""
+        with transaction(self.pool) as connection:
+            control, _skew = self.control(connection)
+            yield connection, control
+
     def control(self, connection: "psycopg.Connection[Any]") -> tuple[Control, float]:
         """Read the control tables under the shared lock; equal versions are read once."""
         # One round trip: psycopg would send its own BEGIN first, hence autocommit for this moment.

@@ -18,7 +18,9 @@ import jwt
 from msgspec import Struct
 from sqlalchemy.engine import Engine as Pool
 
-from minter.database.connection import one, transaction
+from minter.database.client_secrets import SecretRow, read_secrets, use_assertion
+from minter.database.connection import transaction
+from minter.database.control import read_version
 from minter.errors import InvalidClient, InvalidRequest, NoUsableKey
 from minter.tokens.keystore import Keystore
 
@@ -124,18 +126,11 @@ class Credentials:
             return
         self._asked = time.monotonic()
         with transaction(self._pool) as connection:
-            (version,) = one(connection.execute("SELECT version FROM control"))
+            version, _ = read_version(connection)
             if version != self.version:
-                peppers = connection.execute(
-                    "SELECT vo, secrets_key FROM issuers WHERE secrets_key IS NOT NULL AND vo = ANY(%s)",
-                    (list(self._vos),),
-                ).fetchall()
-                rows = connection.execute(
-                    "SELECT client_id, name, vo, secret_hash, old_secret_hash, old_secret_until, auth_key"
-                    " FROM clients WHERE disabled_at IS NULL"
-                ).fetchall()
-                self._peppers = dict(self._opened(peppers))
-                self._accounts = {row[1]: _account(*row) for row in rows}
+                sealed, rows = read_secrets(connection, self._vos)
+                self._peppers = dict(self._opened(sealed))
+                self._accounts = {row.name: _account(row) for row in rows}
                 self.version = version
 
     def _opened(self, sealed: Iterable[tuple[str, bytes]]) -> Iterator[tuple[str, bytes]]:
@@ -183,23 +178,11 @@ class Credentials:
             return None
         if not isinstance(jti, str) or not _ID(jti):
             return None
-        with transaction(self._pool) as connection:
-            fresh = connection.execute(
-                "INSERT INTO assertions (client_id, assertion_id, expires_at)"
-                " VALUES (%s, %s, to_timestamp(%s)) ON CONFLICT DO NOTHING",
-                (account.client_id, jti, exp + LEEWAY_SECONDS),
-            ).rowcount
+        fresh = use_assertion(self._pool, account.client_id, jti, exp + LEEWAY_SECONDS)
         return account if fresh else None
 
 
-def _account(
-    client_id: int,
-    name: str,
-    vo: str,
-    secret: bytes | None,
-    old: bytes | None,
-    old_until: datetime | None,
-    auth_key: dict[str, str] | None,
-) -> Account:
-    hashes = [(bytes(h), until) for h, until in ((secret, None), (old, old_until)) if h is not None]
-    return Account(client_id, name, vo, tuple(hashes), auth_key)
+def _account(row: SecretRow) -> Account:
+    known = ((row.secret_hash, None), (row.old_secret_hash, row.old_secret_until))
+    hashes = tuple((bytes(hashed), until) for hashed, until in known if hashed is not None)
+    return Account(row.client_id, row.name, row.vo, hashes, row.auth_key)

@@ -17,6 +17,7 @@ import msgspec
 from falcon import asgi
 
 from minter import logs
+from minter.database import states
 from minter.errors import (
     InvalidGrant,
     InvalidRequest,
@@ -33,7 +34,6 @@ from minter.issuer.well_known import EXCHANGE
 from minter.policy.limits import MAX_CLAIM_CHARACTERS
 from minter.policy.requests import Request
 from minter.policy.token_requests import Family, SubjectToken, TokenRequest, present
-from minter.tasks import lifecycle
 from minter.tokens import clock, keys
 from minter.tokens.outcomes import Outcome, Submission
 
@@ -314,10 +314,10 @@ class _Revoke(_Endpoint):
         issuer, service = self._issuer, self._issuer.web.service
         refresh = issuer.read_refresh_token(token)
         if refresh is not None:
-            lifecycle.end_family(service.pool, account.name, refresh[0])
+            states.end_family(service.pool, account.name, refresh[0])
             return
         try:
             jti, _ = issuer.read_access_token(token)
         except RequestError:
             return  # RFC 7009 §2.2: what is no token is as good as revoked
-        lifecycle.cancel_token(service.pool, account.client_id, jti, service.clock())
+        states.cancel_token(service.pool, account.client_id, jti, service.clock())

@@ -29,7 +29,7 @@ _QUESTIONS = ("jti", "path", "external_id", "request_id")
 
 def add_routes(app: "asgi.App[Any, Any]", web: Web) -> None:
     """Add every issuer's endpoints for transfers."""
-    lifecycle = Lifecycle(web.service.engine, web.service.pool)
+    lifecycle = Lifecycle(web.service.engine, web.service.store)
     for vo, issuer in web.service.loaded.issuers.items():
         for task in names.PUBLIC_TASKS:
             app.add_route(f"{base_path(issuer)}v1/{names.endpoint(task)}", _Task(web, lifecycle, vo, task))

@@ -25,12 +25,10 @@ from msgspec import Struct
 from minter.client import FileOperation, FileRequest, MinterClient, new_request_id
 from minter.contract.messages import Answer, MintRequest
 from minter.contract.names import MINT
-from minter.database import control_changes
-from minter.database.connection import transaction
+from minter.database import control_changes, drill_transfers
 from minter.errors import ProviderAway, SettingsError
 from minter.local.fake_iam import Behaviour, Fault
 from minter.local.stack import Stack
-from minter.providers.dialects import LEADS
 
 Mode = Literal["mint", "exchange", "mixed"]
 CLIENT, PROVIDER = "drill", "iam"
@@ -209,12 +207,7 @@ class Drill:
             "subject_expires_at": datetime.fromtimestamp(2**32, UTC),
         }
         control_changes.set_subject(service.pool, CLIENT, subject, "drill")
-        with transaction(service.pool) as connection:
-            connection.execute(
-                "CREATE TABLE drill_transfers (handle uuid, expires_at timestamptz, starts_at timestamptz,"
-                " ends_at timestamptz, failed boolean NOT NULL DEFAULT false)"
-            )
-            connection.execute("CREATE INDEX ON drill_transfers (starts_at)")
+        drill_transfers.create(service.pool)
 
     # ── the play ─────────────────────────────────────────────────────────────────────────────
 
@@ -269,22 +262,13 @@ class Drill:
             (a.handle, None, starts[a.file]) for a in answer.pending
         ]
         rows += [(None, datetime.fromtimestamp(t.exp, UTC), starts[t.file]) for t in answer.tokens]
-        with transaction(self.stack.service.pool) as connection:
-            connection.cursor().executemany(
-                "INSERT INTO drill_transfers (handle, expires_at, starts_at, ends_at)"
-                " VALUES (%s, %s, %s, %s)",
-                [(handle, expires_at, at, at + ends) for handle, expires_at, at in rows],
-            )
+        drill_transfers.add(
+            self.stack.service.pool, [(handle, expires_at, at, at + ends) for handle, expires_at, at in rows]
+        )
 
     def _look(self, hours: float, now: datetime) -> Sample:
-        with transaction(self.stack.service.pool) as connection:
-            connection.execute(_FAILED, {"now": now})
-            connection.execute(_FAILED_MINTED, {"now": now})
-            found = connection.execute(
-                _STATE, {"now": now, "risk": RISK_SECONDS, "leads": list(LEADS)}
-            ).fetchone()
-        assert found is not None
-        return Sample(round(hours, 3), *found)
+        counts = drill_transfers.sample(self.stack.service.pool, now, RISK_SECONDS)
+        return Sample(round(hours, 3), *counts)
 
     # ── after ────────────────────────────────────────────────────────────────────────────────
 
@@ -293,11 +277,7 @@ class Drill:
         rates = [(minute / 60, count / 60) for minute, count in sorted(per_minute.items())]
         end = self.plan.outage_from_hours + self.plan.outage_hours
         after = [rate for hours, rate in rates if end <= hours < end + 1]
-        with transaction(self.stack.service.pool) as connection:
-            counted = connection.execute(
-                "SELECT count(*), count(*) FILTER (WHERE failed) FROM drill_transfers"
-            )
-            total, failed = counted.fetchone() or (0, 0)
+        total, failed = drill_transfers.totals(self.stack.service.pool)
         return Report(
             plan=self.plan, submitted=self.submitted, transfers=total, failed=failed, refused=self.refused,
             most_at_risk=max(s.at_risk for s in samples), requests=sum(per_minute.values()),
@@ -315,27 +295,6 @@ class Drill:
             if entry.get("path") == "/token":
                 at = self.origin + self.plan.scale * (entry["at"] / 1000 - self.origin)
                 yield int((at - start) // 60)
-
-
-# A transfer runs, and behind its handle is nothing that is valid now.
-_FAILED = """
-    UPDATE drill_transfers d SET failed = true FROM uses u LEFT JOIN managed m ON m.jti = u.jti
-    WHERE d.handle = u.use_id AND NOT d.failed AND d.starts_at <= %(now)s AND d.ends_at > %(now)s
-        AND CASE WHEN m.jti IS NOT NULL THEN m.access IS NULL OR m.expires_at <= %(now)s
-            ELSE NOT EXISTS (SELECT FROM tokens t WHERE t.jti = u.jti AND t.expires_at > %(now)s) END
-"""
-_FAILED_MINTED = """
-    UPDATE drill_transfers SET failed = true
-    WHERE NOT failed AND starts_at <= %(now)s AND ends_at > %(now)s AND expires_at <= %(now)s
-"""
-_STATE = """
-    SELECT (SELECT count(*) FROM managed WHERE provider = 'iam' AND lead_seconds = ANY(%(leads)s)
-            AND needed_at <= %(now)s + make_interval(secs => %(risk)s) AND state = 'issued'),
-        (SELECT count(*) FROM managed WHERE provider = 'iam' AND lead_seconds = ANY(%(leads)s)
-            AND needed_at <= %(now)s AND deadline > %(now)s AND state = 'issued'),
-        (SELECT count(*) FROM drill_transfers WHERE starts_at <= %(now)s AND ends_at > %(now)s),
-        (SELECT count(*) FROM drill_transfers WHERE failed)
-"""
 
 
 def _free_port() -> int:

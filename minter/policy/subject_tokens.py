@@ -81,7 +81,7 @@ def on_subject_token(
     now: datetime,
     subjects: Mapping[uuid.UUID, Subject],
 ) -> tuple[Family | None, SubjectAuthority]:
-    """Return what an exchange of one of our own tokens may grant, and the family it starts (RFC 8693 §2.1)."""
+    """Return what an exchange of our own token may grant, and the family it starts (RFC 8693 §2.1)."""
     assert token_request.subject is not None
     jti, payload = token_request.subject
     subject = subjects.get(jti)

@@ -25,8 +25,8 @@ from sqlalchemy.engine import Engine as Pool
 
 from minter import logs
 from minter.database import leases, managed, providers
-from minter.database.connection import one, transaction
-from minter.database.control import read_control
+from minter.database.connection import transaction
+from minter.database.control import read_control, read_version
 from minter.database.fallbacks import lease_for_fallback
 from minter.database.leases import Leased, Result, Taken
 from minter.errors import (
@@ -195,7 +195,7 @@ class Refresher:
 
     def _current(self) -> Control:
         with transaction(self._pool) as connection:
-            version, at = one(connection.execute("SELECT version, clock_timestamp() FROM control"))
+            version, at = read_version(connection)
             if self._checks_clock:
                 check_clock((self._clock() - at).total_seconds())
             if version != self._version:

@@ -110,7 +110,7 @@ def test_tokens_follow_their_transfers(service, events, send):
     issue(service, "a", external_id)
     by_job = issue(service, "b", "")
     job = uuid.uuid4()
-    Lifecycle(service.engine, service.pool).report(
+    Lifecycle(service.engine, service.store).report(
         ME, ReportRequest(jobs=(JobReport(job, by_job, (0,), (77,)),)), clock.now()
     )
     send(told("start", file_metadata={"request_id": external_id}) + b" ")

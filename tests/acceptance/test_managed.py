@@ -275,5 +275,7 @@ def test_subject_tokens_do_not_go_over_a_broker(service):
 
     body = f'{{"request_id":"{uuid.uuid4()}","files":[{{"sources":["{SE}a"]}}],"subject_token":"eyJ.x.y"}}'
     with pytest.raises(InvalidRequest, match="over HTTP only"):
-        dispatch.submission(Lifecycle(service.engine, service.pool), names.MINT, "rucio-alpen", body.encode())
+        dispatch.submission(
+            Lifecycle(service.engine, service.store), names.MINT, "rucio-alpen", body.encode()
+        )
     assert VO

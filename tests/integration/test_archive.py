@@ -59,7 +59,7 @@ def stocked(service):
     )
     one, two = mint(service, submission("a", "b", on_behalf_of="alice", activity="Production"), half)
     job = clock.new_uuid7()
-    Lifecycle(service.engine, service.pool).report(
+    Lifecycle(service.engine, service.store).report(
         ME,
         ReportRequest(
             (JobReport(job, one.submission.request.request_id, (0, 1)),),

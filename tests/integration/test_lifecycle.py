@@ -39,7 +39,7 @@ ME = "rucio-alpen"
 
 @pytest.fixture
 def lifecycle(service):
-    return Lifecycle(service.engine, service.pool)
+    return Lifecycle(service.engine, service.store)
 
 
 def renewed(service, lifecycle, **wire):

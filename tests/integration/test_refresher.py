@@ -65,7 +65,7 @@ class Bench:
         service.engine.policy = Policy(old.directories, routes, ())
         service.engine.store._clock = lambda: datetime.now(UTC)  # Postgres's, whatever the test's is
         control_changes.sync_providers(service.pool, ["iam"])
-        self.lifecycle = Lifecycle(service.engine, service.pool)
+        self.lifecycle = Lifecycle(service.engine, service.store)
         known = SharedDocuments(service.pool, self.provider, self.clock)
         known.iam = self.iam = IAM(self.provider, "minter-secret", known, self.clock)
         self.iam.documents()  # known from better days

@@ -53,7 +53,7 @@ def test_restored_from_a_dump(service, dsn, dump_and_lose):
     again = Service(load_settings(dsn))
     migrations.upgrade(again.pool)
     again.prepare()
-    lifecycle = Lifecycle(again.engine, again.pool)
+    lifecycle = Lifecycle(again.engine, again.store)
     now = clock.now()
     # What was before the dump is as it was: the same bytes under the same request_id.
     assert tokens(mint(again, before)[0]) == tokens(known)

@@ -139,7 +139,7 @@ def test_asked_twice_or_fetched_same_bytes(shared, dsn):
     (again,) = mint(shared, asked)
     assert tokens(first) == tokens(twin) == tokens(again)
     assert [i.slot for i in first.issued] == [i.slot for i in again.issued]
-    lifecycle = Lifecycle(shared.engine, shared.pool)
+    lifecycle = Lifecycle(shared.engine, shared.store)
     fetched = lifecycle.fetch(ME, FetchRequest(asked.request.request_id), clock.now())
     assert [t.token.encode() for t in fetched.tokens] == tokens(first)
     assert (count(shared), count(shared, "uses")) == (2, 2)
@@ -196,7 +196,7 @@ def test_narrow_mitigations_do_not_hold_for_a_shared_token(service):
 
 
 def test_each_use_has_a_state_of_its_own(shared):
-    lifecycle = Lifecycle(shared.engine, shared.pool)
+    lifecycle = Lifecycle(shared.engine, shared.store)
     asked, other = downloads("d/a", "d/b"), downloads("d/c")
     made, _ = mint(shared, asked, other)
     id_, job = asked.request.request_id, clock.new_uuid7()
@@ -222,7 +222,7 @@ def test_each_use_has_a_state_of_its_own(shared):
 def test_a_renewal_of_a_use_is_decided_anew(shared):
     asked = downloads("d/a", "d/b")
     (made,) = mint(shared, asked)
-    lifecycle = Lifecycle(shared.engine, shared.pool)
+    lifecycle = Lifecycle(shared.engine, shared.store)
     wire = RenewRequest(request_id=clock.new_uuid7(), renews=asked.request.request_id, files=(1,))
     (renewed,) = mint(shared, Submission(lifecycle.renewal(ME, wire), ME))
     assert tokens(renewed) == tokens(made)[:1]
@@ -243,7 +243,7 @@ def test_every_question_leads_to_the_uses_in_the_database_and_in_archives(shared
     asked = downloads("d/a", "d/b", on_behalf_of="alice")
     (made,) = mint(shared, asked)
     (later,) = mint(shared, downloads("d/c", on_behalf_of="bob"))
-    Lifecycle(shared.engine, shared.pool).report(
+    Lifecycle(shared.engine, shared.store).report(
         ME, ReportRequest((), (FileReport(state="finished", external_id="d/b"),)), clock.now()
     )
     ((jti, fts_id, kid),) = rows(

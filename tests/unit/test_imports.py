@@ -1,6 +1,7 @@
 """The direction of imports between packages, and what the pure packages must not touch."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -80,3 +81,13 @@ def test_the_pure_packages_touch_nothing_of_the_world(name):
 @pytest.mark.parametrize("name", _inside(CLIENT_NEEDS))
 def test_the_client_needs_nothing_of_the_engine(name):
     assert set(_packages_imported(TREES[name])) <= CLIENT_NEEDS
+
+
+@pytest.mark.parametrize("name", [n for n in TREES if _package(n) not in ("database", "policy")])
+def test_sql_stands_in_the_database_package_only(name):
+    strings = (
+        n.value for n in ast.walk(TREES[name]) if isinstance(n, ast.Constant) and isinstance(n.value, str)
+    )
+    assert not [
+        s for s in strings if re.match(r"\s*(SELECT|INSERT INTO|UPDATE \w+ SET|DELETE FROM|WITH \w+ AS)\b", s)
+    ]

@@ -1,0 +1,71 @@
+"""The simulated transfers of a drill: which of them has no valid token while it runs."""
+
+from collections.abc import Sequence
+from datetime import datetime
+
+from sqlalchemy.engine import Engine as Pool
+
+from minter.database.connection import one, transaction
+from minter.providers.dialects import LEADS
+
+# A transfer runs, and behind its handle is nothing that is valid now.
+_FAILED = """
+    UPDATE drill_transfers d SET failed = true FROM uses u LEFT JOIN managed m ON m.jti = u.jti
+    WHERE d.handle = u.use_id AND NOT d.failed AND d.starts_at <= %(now)s AND d.ends_at > %(now)s
+        AND CASE WHEN m.jti IS NOT NULL THEN m.access IS NULL OR m.expires_at <= %(now)s
+            ELSE NOT EXISTS (SELECT FROM tokens t WHERE t.jti = u.jti AND t.expires_at > %(now)s) END
+"""
+_FAILED_MINTED = """
+    UPDATE drill_transfers SET failed = true
+    WHERE NOT failed AND starts_at <= %(now)s AND ends_at > %(now)s AND expires_at <= %(now)s
+"""
+_STATE = """
+    SELECT (SELECT count(*) FROM managed WHERE provider = 'iam' AND lead_seconds = ANY(%(leads)s)
+            AND needed_at <= %(now)s + make_interval(secs => %(risk)s) AND state = 'issued'),
+        (SELECT count(*) FROM managed WHERE provider = 'iam' AND lead_seconds = ANY(%(leads)s)
+            AND needed_at <= %(now)s AND deadline > %(now)s AND state = 'issued'),
+        (SELECT count(*) FROM drill_transfers WHERE starts_at <= %(now)s AND ends_at > %(now)s),
+        (SELECT count(*) FROM drill_transfers WHERE failed)
+"""
+
+
+def create(pool: Pool) -> None:
+    """Make the table."""
+    with transaction(pool) as connection:
+        connection.execute(
+            "CREATE TABLE drill_transfers (handle uuid, expires_at timestamptz, starts_at timestamptz,"
+            " ends_at timestamptz, failed boolean NOT NULL DEFAULT false)"
+        )
+        connection.execute("CREATE INDEX ON drill_transfers (starts_at)")
+
+
+def add(pool: Pool, rows: Sequence[tuple[str | None, datetime | None, datetime, datetime]]) -> None:
+    """Add transfers: handle or expiry of the token, start and end of the copy."""
+    with transaction(pool) as connection:
+        connection.cursor().executemany(
+            "INSERT INTO drill_transfers (handle, expires_at, starts_at, ends_at) VALUES (%s, %s, %s, %s)",
+            rows,
+        )
+
+
+def sample(pool: Pool, now: datetime, risk_seconds: int) -> tuple[int, int, int, int]:
+    """Mark the transfers that run without a valid token; return at risk, overdue, running and failed ones.
+
+    A managed token is at risk when it is to be refreshed within `risk_seconds`.
+    """
+    with transaction(pool) as connection:
+        connection.execute(_FAILED, {"now": now})
+        connection.execute(_FAILED_MINTED, {"now": now})
+        at_risk, overdue, running, failed = one(
+            connection.execute(_STATE, {"now": now, "risk": risk_seconds, "leads": list(LEADS)})
+        )
+    return at_risk, overdue, running, failed
+
+
+def totals(pool: Pool) -> tuple[int, int]:
+    """Return how many transfers there were, and how many of them failed."""
+    with transaction(pool) as connection:
+        total, failed = one(
+            connection.execute("SELECT count(*), count(*) FILTER (WHERE failed) FROM drill_transfers")
+        )
+    return total, failed

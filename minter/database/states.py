@@ -1,0 +1,176 @@
+"""States of issued tokens: found by their several names, and changed; one statement for any number of rows.
+
+What has a state is a token of one file, or one use of a shared or managed token. `id` means either.
+"""
+
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+import psycopg
+from sqlalchemy.engine import Engine as Pool
+
+from minter.contract.followups import (
+    JobReport,
+)
+from minter.database import managed
+from minter.database.connection import floor, one, transaction
+from minter.database.requests import OWN
+from minter.errors import InvalidRequest
+from minter.policy.limits import LAST_EXPIRY
+
+MAX_TOKENS = 100_000
+"""Tokens of all requests that one report may name by request and file."""
+
+
+def note_jobs(connection: "psycopg.Connection[Any]", client_id: int, jobs: Sequence[JobReport]) -> list[str]:
+    """Record the FTS jobs of a client; return the places of those whose request is not the client's."""
+    unknown = []
+    for number, job in enumerate(jobs):
+        noted = connection.execute(
+            "INSERT INTO jobs (job_id, request_id, client_id, files, file_ids)"
+            " SELECT %s, request_id, client_id, %s, %s FROM requests"
+            " WHERE request_id = %s AND client_id = %s"
+            " ON CONFLICT (job_id) DO UPDATE SET file_ids = excluded.file_ids"
+            " WHERE jobs.client_id = excluded.client_id",
+            (job.job_id, list(job.files), list(job.file_ids), job.request_id, client_id),
+        ).rowcount
+        if not noted:
+            unknown.append(f"jobs[{number}]")
+    return unknown
+
+
+def by_external_id(
+    connection: "psycopg.Connection[Any]", client_ids: Sequence[int], ids: Iterable[str], now: datetime
+) -> list[tuple[str, UUID]]:
+    """Return (external_id, id) of the tokens and uses that have one of these external ids."""
+    wanted = [i.replace("\x00", "") for i in ids]  # as they were recorded: Postgres has no NUL
+    # The index holds 8 bytes of each external_id, in Postgres's own hash.
+    (hashes,) = one(
+        connection.execute(
+            "SELECT array_agg(hashtextextended(e, 0)) FROM unnest(%s::text[]) AS w (e)", (wanted,)
+        )
+    )
+    return connection.execute(
+        " UNION ALL ".join(
+            f"SELECT external_id, {id_} FROM {table}"
+            " WHERE hashtextextended(external_id, 0) = ANY(%(hashes)s::bigint[])"
+            " AND external_id = ANY(%(wanted)s) AND external_id <> '' AND client_id = ANY(%(clients)s)"
+            f" AND {id_} >= %(first)s"
+            for table, id_ in (("tokens", "jti"), ("uses", "use_id"))
+        ),
+        {
+            "hashes": hashes or [],
+            "wanted": wanted,
+            "clients": list(client_ids),
+            "first": floor(now - LAST_EXPIRY),
+        },
+    ).fetchall()
+
+
+def own_ids(connection: "psycopg.Connection[Any]", client_id: int, jtis: Iterable[UUID]) -> list[UUID]:
+    """Return those of these jtis and handles that are the client's own."""
+    rows = connection.execute(
+        f"SELECT jti FROM tokens t WHERE jti = ANY(%(jtis)s) AND client_id = %(client)s AND {OWN}"
+        " UNION ALL SELECT use_id FROM uses u JOIN tokens t USING (jti)"
+        " WHERE use_id = ANY(%(jtis)s) AND u.client_id = %(client)s AND t.mode <> 'mint'",  # a handle
+        {"jtis": list(jtis), "client": client_id},
+    ).fetchall()
+    return [jti for (jti,) in rows]
+
+
+def ids_of_files(
+    connection: "psycopg.Connection[Any]", client_ids: Sequence[int], requests: Iterable[UUID]
+) -> list[tuple[tuple[UUID, int], UUID]]:
+    """Return ((request_id, file), id) of all tokens and uses of these requests."""
+    ranges = connection.execute(
+        "SELECT request_id, first_jti, tokens FROM requests WHERE request_id = ANY(%s)"
+        " AND client_id = ANY(%s)",
+        (list(requests), list(client_ids)),
+    ).fetchall()
+    if sum(count for *_, count in ranges) > MAX_TOKENS:
+        raise InvalidRequest(
+            f"the requests named have more than {MAX_TOKENS} tokens together; report fewer at once"
+        )
+    request_of = {UUID(int=first.int + n): request for request, first, count in ranges for n in range(count)}
+    rows = connection.execute(
+        "SELECT jti, file FROM tokens WHERE jti = ANY(%(ids)s) AND file >= 0"
+        " UNION ALL SELECT use_id, file FROM uses WHERE use_id = ANY(%(ids)s)",
+        {"ids": list(request_of)},
+    ).fetchall()
+    return [((request_of[id_], file), id_) for id_, file in rows]
+
+
+def files_of_jobs(
+    connection: "psycopg.Connection[Any]", client_ids: Sequence[int], jobs: Iterable[UUID]
+) -> dict[UUID | None, tuple[UUID, dict[int | None, int], dict[int | None, int]]]:
+    """Return of each job its request, and the files' numbers there by place and by FTS's file_id."""
+    rows = connection.execute(
+        "SELECT job_id, request_id, files, file_ids FROM jobs WHERE job_id = ANY(%s) AND client_id = ANY(%s)",
+        (list(jobs), list(client_ids)),
+    ).fetchall()
+    return {
+        job: (request, dict(enumerate(files)), dict(zip(ids, files, strict=False)))
+        for job, request, files, ids in rows
+    }
+
+
+def change_state(
+    connection: "psycopg.Connection[Any]", jtis: Iterable[UUID], state: str, now: datetime
+) -> int:
+    """Bring tokens into a state; those that have ended keep theirs. Return how many changed.
+
+    The ids are sorted, so that two calls cannot deadlock.
+    """
+    active, ended = (now, None) if state == "active" else (None, now)
+    changed = connection.execute(
+        "INSERT INTO token_states (jti, active_at, ended_at, state)"
+        " SELECT jti, %s::timestamptz, %s::timestamptz, %s::token_state FROM unnest(%s::uuid[]) AS j (jti)"
+        " ON CONFLICT (jti) DO UPDATE SET state = excluded.state, ended_at = excluded.ended_at,"
+        " active_at = coalesce(token_states.active_at, excluded.active_at)"
+        " WHERE token_states.ended_at IS NULL AND token_states.state <> excluded.state RETURNING jti",
+        (active, ended, state, sorted(set(jtis))),
+    ).fetchall()
+    if ended is not None:
+        managed.end_uses(connection, [jti for (jti,) in changed])
+    return len(changed)
+
+
+def cancel_token(pool: Pool, client_id: int, jti: UUID, now: datetime) -> None:
+    """Cancel one of a client's own tokens, if it is one and has not ended."""
+    with transaction(pool) as connection:
+        change_state(connection, own_ids(connection, client_id, [jti]), "cancelled", now)
+
+
+def end_family(pool: Pool, name: str, family_id: UUID) -> None:
+    """Revoke the refresh tokens that descend from one exchange of a client's, audited."""
+    with transaction(pool) as connection:
+        connection.execute(
+            "WITH ended AS (UPDATE families f SET revoked_at = now() FROM clients c"
+            " WHERE f.family_id = %s AND c.client_id = f.client_id AND c.name = %s AND f.revoked_at IS NULL"
+            " RETURNING c.name) INSERT INTO audit (actor, action, subject)"
+            " SELECT name, 'refresh.revoke', %s FROM ended",
+            (family_id, name, str(family_id)),
+        )
+
+
+def consumer_of(connection: "psycopg.Connection[Any]", uses: Sequence[UUID]) -> str:
+    """Return the consumer that a request named for its managed tokens, empty if it named none."""
+    if not uses:
+        return ""
+    (consumer,) = one(connection.execute("SELECT max(consumer) FROM uses WHERE use_id = ANY(%s)", (uses,)))
+    return consumer or ""
+
+
+def live_of(
+    connection: "psycopg.Connection[Any]", ids: Sequence[UUID], now: datetime
+) -> list[tuple[str, str, int]]:
+    """Return jti, storage and `exp` of the tokens behind these ids that are still valid."""
+    return connection.execute(
+        "SELECT t.jti::text, s.name, extract(epoch FROM t.expires_at)::bigint FROM tokens t"
+        " JOIN storages s USING (storage_id) WHERE t.expires_at > %(now)s AND t.jti IN ("
+        " SELECT unnest(%(ids)s::uuid[])"
+        " UNION SELECT u.jti FROM uses u WHERE u.use_id = ANY(%(ids)s)) ORDER BY t.jti",
+        {"ids": ids, "now": now},
+    ).fetchall()
