@@ -86,7 +86,7 @@ def minter(folder: Path, processes: int) -> Iterator[tuple[str, Path, Service]]:
     service.set_secret(stack.add_client(service, "load", "vo", "bench"), secret, "bench")
     log = (folder / "serve.log").open("ab")
     process = subprocess.Popen(
-        [sys.executable, "-m", "minter.cli.__main__", "serve"], env=environ, stdout=log, stderr=log
+        [sys.executable, "-m", "minter.cli", "serve"], env=environ, stdout=log, stderr=log
     )
     try:
         url = f"http://127.0.0.1:{port}"

@@ -1,9 +1,9 @@
 """External IAMs: the budget as the provider sees it, finding what is due, and what one refresh costs.
 
-    python -m benchmarks.bench_providers [--budgets 50 700] [--seconds 60] [--keepers 4] [--alive 1000000] [--json FILE]
+    python -m benchmarks.bench_providers [--budgets 50 700] [--seconds 60] [--refreshers 4] [--alive 1000000] [--json FILE]
 
 The provider is npm oidc-provider, started here, and what counts is its own log: for each budget the mean over
-all, the most in any second and in any ten, of the requests of all keepers together.
+all, the most in any second and in any ten, of the requests of all refreshers together.
 """
 
 import argparse
@@ -47,8 +47,8 @@ _ROWS = """
 """
 
 
-class Keepers:
-    """A database, a provider, and keepers as processes."""
+class Refreshers:
+    """A database, a provider, and refreshers as processes."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -97,10 +97,10 @@ class Keepers:
 
     def spawn(self, count: int) -> None:
         for number in range(count):
-            with (self.folder / f"keeper{number}.log").open("ab") as log:
+            with (self.folder / f"refresher{number}.log").open("ab") as log:
                 self.processes.append(
                     subprocess.Popen(
-                        [sys.executable, "-m", "workers.refresher"],
+                        [sys.executable, "-m", "minter.cli", "refresher"],
                         env=self.environ,
                         stdout=log,
                         stderr=log,
@@ -108,7 +108,7 @@ class Keepers:
                     )
                 )
 
-    def stop_keepers(self) -> None:
+    def stop_refreshers(self) -> None:
         for process in self.processes:
             process.terminate()
         for process in self.processes:
@@ -116,7 +116,7 @@ class Keepers:
         self.processes.clear()
 
     def stop(self) -> None:
-        self.stop_keepers()
+        self.stop_refreshers()
         self.iam.stop()
         self.service.pool.dispose()
         self.postgres.stop()
@@ -137,7 +137,7 @@ def most(times: list[float], window: float) -> int:
     return found
 
 
-def budget(refreshers: Keepers, per_second: float, seconds: float, count: int) -> dict[str, float]:
+def budget(refreshers: Refreshers, per_second: float, seconds: float, count: int) -> dict[str, float]:
     refreshers.configure(per_second)
     refreshers.empty()
     refreshers.rows(int(per_second * (seconds + 20)), "queued", 600, 0.00001)
@@ -146,7 +146,7 @@ def budget(refreshers: Keepers, per_second: float, seconds: float, count: int) -
     since = time.time()
     time.sleep(seconds)
     until = time.time()
-    refreshers.stop_keepers()
+    refreshers.stop_refreshers()
     times = refreshers.requests(0)
     steady = [t for t in times if since <= t < until]
     return {
@@ -160,7 +160,7 @@ def budget(refreshers: Keepers, per_second: float, seconds: float, count: int) -
     }
 
 
-def due(refreshers: Keepers, alive: int) -> dict[str, object]:
+def due(refreshers: Refreshers, alive: int) -> dict[str, object]:
     """Time finding 500 due ones, and leasing them, with ever more alive."""
     refreshers.configure(10_000)
     refreshers.empty()
@@ -191,7 +191,7 @@ def due(refreshers: Keepers, alive: int) -> dict[str, object]:
     return found
 
 
-def one(refreshers: Keepers, rounds: int = 50) -> dict[str, float]:
+def one(refreshers: Refreshers, rounds: int = 50) -> dict[str, float]:
     """Time one token from taking it to its saved row, above the provider's own time."""
     refreshers.configure(1000)
     refreshers.empty()
@@ -223,16 +223,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--budgets", type=float, nargs="*", default=[50, 700])
     parser.add_argument("--seconds", type=float, default=60)
-    parser.add_argument("--keepers", type=int, default=4)
+    parser.add_argument("--refreshers", type=int, default=4)
     parser.add_argument("--alive", type=int, default=1_000_000)
     parser.add_argument("--json", type=Path)
     wanted = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="minter-bench-") as folder:
-        refreshers = Keepers(Path(folder))
+        refreshers = Refreshers(Path(folder))
         try:
             refreshers.start()
             control_changes.sync_providers(refreshers.service.pool, ["iam"])
-            result: dict[str, object] = {"versions": versions(), "keepers": wanted.refreshers}
+            result: dict[str, object] = {"versions": versions(), "refreshers": wanted.refreshers}
             result["one_refresh"] = one(refreshers)
             print(result["one_refresh"], flush=True)
             result["budgets"] = []

@@ -1,4 +1,4 @@
-"""The Celery application: `celery -A workers.app worker --pool solo`, and `… beat`.
+"""The Celery application of `minter worker` and `minter beat`.
 
 Only the tasks of `workers.tasks` can be run, and only from their own queues: whatever else arrives
 is answered with a typed error and dead-lettered. Bodies are never logged.
@@ -7,6 +7,7 @@ is answered with a typed error and dead-lettered. Bodies are never logged.
 import logging
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from celery import Celery
@@ -19,7 +20,7 @@ from minter import logs
 from minter.broker.publisher import Publisher, connect, declare, queues, tls
 from minter.contract import names
 from minter.database import partitions
-from minter.errors import InvalidRequest, MinterError
+from minter.errors import InvalidRequest, MinterError, Unavailable
 from minter.metrics import Metrics, StateCollector, serve_process
 from minter.service import Service, load_settings, tune_gc
 from minter.settings import Loaded
@@ -30,6 +31,8 @@ from workers.batching import MessageBatcher, RedeliveryCounts
 logger = logging.getLogger("minter.app")
 
 MAINTAIN_SECONDS = 3600.0
+START_FAILED = 3
+"""Exit code of a process that could not start: try again later."""
 
 
 class RequestConsumer(Consumer):
@@ -135,14 +138,28 @@ def _transport_options(loaded: Loaded) -> dict[str, float]:
 
 @worker_init.connect
 def _start(**_: Any) -> None:
-    """Open the engine in the worker process, before it consumes."""
+    """Open the engine in the worker process, before it consumes; end the process if that fails.
+
+    Celery would go on after an exception here, and die of a follow-up that names no cause.
+    """
+    try:
+        _open_engine()
+    except MinterError as error:
+        logger.error("the worker cannot start: %s: %s", error.reason, error)  # noqa: TRY400 - the message says it
+        raise SystemExit(START_FAILED) from error
+
+
+def _open_engine() -> None:
     metrics = Metrics()
     app.service = service = Service(app.loaded, _observe(metrics))
     service.prepare()
     tune_gc()
     settings = app.loaded.settings
-    with app.connection_for_write() as connection:
-        declare(connection)
+    try:
+        with app.connection_for_write() as connection:
+            declare(connection)
+    except OSError as error:
+        raise Unavailable(f"the broker cannot be reached ({type(error).__name__})") from error
     app.batcher = MessageBatcher(
         service.engine,
         Lifecycle(service.engine, service.store),
@@ -164,7 +181,7 @@ def _start(**_: Any) -> None:
 
 @beat_init.connect
 def _start_beat(**_: Any) -> None:
-    """Tell Prometheus of the database and the queues: once, by the one process that is alone."""
+    """Export the gauges of database and queues: beat is the one process of its kind."""
     service = Service(app.loaded)
     registry = CollectorRegistry()
     waiting = (names.REQUEST_QUEUE, names.INTERNAL_QUEUE, names.DEAD_LETTER_QUEUE)
@@ -203,6 +220,21 @@ def _local_client(loaded: Loaded) -> str | None:
 
 def on_stage(stage: str) -> None:
     """Watch the stages of a batch; fault tests replace this function."""
+
+
+def run_worker(name: str) -> None:
+    """Run one worker process, single-threaded, until SIGTERM."""
+    app.worker_main(
+        [
+            "worker", "--pool", "solo", "--concurrency", "1", "--without-gossip", "--without-mingle",
+            "--without-heartbeat", "--loglevel", "INFO", "--hostname", name,
+        ]
+    )  # fmt: skip
+
+
+def run_beat(schedule: Path) -> None:
+    """Run beat until SIGTERM."""
+    app.start(["beat", "--loglevel", "INFO", "--schedule", str(schedule)])
 
 
 app = create_app(load_settings()) if os.environ.get("MINTER_SETTINGS") else App("minter")

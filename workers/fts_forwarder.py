@@ -16,14 +16,13 @@ import signal
 import ssl
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import httpx
 import kombu
 import msgspec
-import typer
 from joserfc import jwe, jwk
 from joserfc.errors import JoseError
 from msgspec import Struct
@@ -268,7 +267,7 @@ class JobConsumer:
         channel = connection.channel()
         channel.basic_qos(0, 1, False)
         queue = kombu.Queue(self._queue, channel=channel, no_declare=True)
-        with kombu.JobConsumer(channel, [queue], on_message=self._take, accept=None):
+        with kombu.Consumer(channel, [queue], on_message=self._take, accept=None):
             while not self.stopped:
                 try:
                     connection.drain_events(timeout=1.0)
@@ -329,15 +328,10 @@ def _wait(delay: float) -> float:
     return min(2 * delay, MAX_DELAY_SECONDS)
 
 
-def main(
-    queue: Annotated[str, typer.Option(help="The durable queue that answers go to.")],
-    fts: Annotated[list[str], typer.Option(help="FTS's REST URL, or NAME=URL for each of several.")],
-    key: Annotated[Path | None, typer.Option(help="The private JWK that answers are encrypted to.")] = None,
-    ca: Annotated[str | None, typer.Option(help="CA file or directory; the system's if none.")] = None,
-    client: Annotated[str | None, typer.Option(help="The client, where the broker URL has no user.")] = None,
-    metrics_port: Annotated[int, typer.Option(help="Where Prometheus finds it, on 127.0.0.1; 0 is off.")] = 0,
+def run(
+    queue: str, fts: Sequence[str], key: Path | None, ca: str | None, client: str | None, metrics_port: int
 ) -> None:
-    """Submit filled jobs from a durable queue to FTS."""
+    """Submit filled jobs until SIGTERM; `fts` has REST URLs, or NAME=URL for each of several."""
     logs.configure(logging.INFO)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     url = os.environ.get("MINTER_BROKER_URL")
@@ -358,7 +352,3 @@ def main(
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: setattr(consumer, "stopped", True))
         consumer.run()
-
-
-if __name__ == "__main__":
-    typer.run(main)

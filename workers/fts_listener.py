@@ -226,7 +226,7 @@ def _acknowledge(message: Message) -> None:
         logger.info("a connection went before a message was acknowledged; it comes again")
 
 
-def main() -> None:
+def run() -> None:
     """Consume FTS's messages until SIGTERM."""
     logs.configure(logging.INFO)
     logging.getLogger("stomp.py").setLevel(logging.WARNING)  # its debug lines show passwords and bodies
@@ -250,7 +250,3 @@ def main() -> None:
     consumer.run()
     for thread in threads:
         thread.join(CONNECT_SECONDS)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""The keeper: `python -m workers.refresher`. As many processes as the budget needs; they share it."""
+"""The program of `minter refresher`: as many processes as the budget needs share that budget."""
 
 import logging
 import signal
@@ -16,7 +16,7 @@ from minter.settings import Loaded
 from minter.tasks.lifecycle import Lifecycle
 from workers import replies
 
-logger = logging.getLogger("minter.keeper")
+logger = logging.getLogger("minter.refresher")
 
 
 class Sender:
@@ -46,7 +46,7 @@ class Sender:
             logger.error("queue %s does not exist; run: minter broker setup", queue)
 
 
-def main() -> None:
+def run() -> None:
     """Keep managed tokens fresh until SIGTERM; what is out then is waited for."""
     logs.configure(logging.INFO)
     metrics = Metrics()
@@ -71,7 +71,3 @@ def main() -> None:
     signal.signal(signal.SIGINT, stop)
     logger.info("keeping tokens of %s", ", ".join(iams))
     refresher.run()
-
-
-if __name__ == "__main__":
-    main()

@@ -21,7 +21,7 @@ from minter.broker import rabbitmq
 from minter.broker.publisher import connect, declare
 from minter.cli import clients as cli_clients
 from minter.cli import control as cli_control
-from minter.cli import demo, publish, storages, trace
+from minter.cli import demo, processes, publish, storages, trace
 from minter.cli.tables import AsJson, SettingsPath, console, guarded, open_service, read_object, show
 from minter.client import MinterClient, new_request_id
 from minter.contract.messages import FillRequest
@@ -46,6 +46,7 @@ cli_control.register(app)
 publish.register(app)
 storages.register(app)
 trace.register(app)
+processes.register(app)
 
 JobFile = Annotated[Path, typer.Option("--job", help="An FTS job as JSON, - for standard input.")]
 
@@ -133,7 +134,7 @@ def drill_command(
         {
             "mode": mode, "fault": fault, "share": share, "transfers": transfers, "hours": hours,
             "outage_from_hours": outage_from, "outage_hours": outage_hours, "budget": budget,
-            "skew_seconds": skew_seconds, "scale": scale, "keepers": refreshers,
+            "skew_seconds": skew_seconds, "scale": scale, "refreshers": refreshers,
         },
         drill.DrillPlan,
     )  # fmt: skip

@@ -27,7 +27,7 @@ from minter.tokens import clock
 from minter.tokens.keystore import new_master_key
 
 STOP_SECONDS = 30.0
-CELERY = ("celery", "-A", "workers.app")
+MINTER = "minter.cli"
 
 
 class Stack:
@@ -77,9 +77,9 @@ class Stack:
         self._exit.callback(self.stop_processes)
         for number in range(self.workers):
             self.spawn_worker(number)
-        self.spawn("beat", *CELERY, "beat", "--schedule", str(self.folder / "beat-schedule"))
+        self.spawn("beat", MINTER, "beat", "--schedule", str(self.folder / "beat-schedule"))
         for number in range(self.refreshers if self.service.loaded.settings.providers else 0):
-            self.spawn(f"keeper-{number}", "workers.keeper")
+            self.spawn(f"refresher-{number}", MINTER, "refresher")
 
     def _master_key(self, vo: str) -> None:
         """Give the VO a master key in the state folder, unless it has one."""
@@ -104,11 +104,7 @@ class Stack:
 
     def spawn_worker(self, number: int) -> "subprocess.Popen[bytes]":
         """Start one worker process."""
-        return self.spawn(
-            f"worker-{number}", *CELERY, "worker", "--pool", "solo", "--concurrency", "1",
-            "--without-gossip", "--without-mingle", "--without-heartbeat",
-            "--loglevel", "INFO", "--hostname", f"minter-{number}@localhost",
-        )  # fmt: skip
+        return self.spawn(f"worker-{number}", MINTER, "worker", "--name", f"minter-{number}@localhost")
 
     def spawn(self, name: str, *arguments: str) -> "subprocess.Popen[bytes]":
         """Start a module as a process whose output goes to a file of its name."""

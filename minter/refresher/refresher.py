@@ -50,7 +50,7 @@ from minter.tokens.keystore import Keystore
 from minter.tokens.managed import LEAST_SECONDS, forbidden, next_need
 from minter.tokens.records import Control, fts_token_id
 
-logger = logging.getLogger("minter.keeper")
+logger = logging.getLogger("minter.refresher")
 
 TOLERANCE_SECONDS = 0.012
 """How late a request may leave: what is later would come on top of what leaves in its time."""

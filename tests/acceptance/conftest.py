@@ -84,7 +84,7 @@ class Running:
 
     def minter(self, *arguments, check=True):
         return subprocess.run(
-            [sys.executable, "-m", "minter.cli.__main__", *map(str, arguments)],
+            [sys.executable, "-m", "minter.cli", *map(str, arguments)],
             env=self.environ, capture_output=True, text=True, check=check, cwd=ROOT,
         )  # fmt: skip
 

@@ -58,7 +58,7 @@ class Served:
     def start(self):
         with (self.folder / "serve.log").open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "minter.cli.__main__", "serve"],
+                [sys.executable, "-m", "minter.cli", "serve"],
                 env=self.environ, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=ROOT,
             )  # fmt: skip
         deadline = time.monotonic() + 30
@@ -99,7 +99,7 @@ class Served:
 
     def minter(self, *arguments, check=True):
         return subprocess.run(
-            [sys.executable, "-m", "minter.cli.__main__", *map(str, arguments)],
+            [sys.executable, "-m", "minter.cli", *map(str, arguments)],
             env=self.environ, capture_output=True, text=True, check=check, cwd=ROOT,
         )  # fmt: skip
 

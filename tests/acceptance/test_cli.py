@@ -20,7 +20,7 @@ def environ(tmp_path_factory):
     state = tmp_path_factory.mktemp("up") / "state"
     base = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
-        [sys.executable, "-m", "minter.cli.__main__", "up", "--settings", EXAMPLES / "settings.toml", "--state", state, "--workers", "1"],
+        [sys.executable, "-m", "minter.cli", "up", "--settings", EXAMPLES / "settings.toml", "--state", state, "--workers", "1"],
         stdout=subprocess.PIPE, text=True, env=base, cwd=ROOT,
     )  # fmt: skip
     exports = {}
@@ -39,7 +39,7 @@ def environ(tmp_path_factory):
 
 def minter(environ, *arguments, stdin=None):
     return subprocess.run(
-        [sys.executable, "-m", "minter.cli.__main__", *map(str, arguments)], env=environ, capture_output=True, text=True,
+        [sys.executable, "-m", "minter.cli", *map(str, arguments)], env=environ, capture_output=True, text=True,
         input=stdin, check=False, cwd=ROOT,
     )  # fmt: skip
 

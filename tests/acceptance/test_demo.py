@@ -13,7 +13,7 @@ from tests.conftest import ROOT
 def test_the_demo_verifies_every_token_and_leaves_nothing():
     before = _servers()
     done = subprocess.run(
-        [sys.executable, "-m", "minter.cli.__main__", "demo", "--json"],
+        [sys.executable, "-m", "minter.cli", "demo", "--json"],
         capture_output=True,
         text=True,
         check=False,

@@ -57,7 +57,7 @@ class Events:
     def start(self):
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "workers.fts_listener"],
+                [sys.executable, "-m", "minter.cli", "events"],
                 env=self.environ,
                 stdout=log,
                 stderr=log,

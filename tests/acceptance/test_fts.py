@@ -41,7 +41,7 @@ def consume(running, key, fts, tmp_path):
         url = running.url() if running.on_rabbitmq else running.broker.url
         with (tmp_path / f"fts-{len(started)}.log").open("wb") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "workers.fts_forwarder", "--queue", QUEUE, "--key", key, "--fts", fts.url, "--client", ME, *options],
+                [sys.executable, "-m", "minter.cli", "fts", "--queue", QUEUE, "--key", key, "--fts", fts.url, "--client", ME, *options],
                 env={**os.environ, "MINTER_BROKER_URL": url, "PYTHONPATH": str(ROOT)}, stdout=log, stderr=log, cwd=ROOT,
             )  # fmt: skip
         started.append(process)

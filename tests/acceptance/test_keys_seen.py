@@ -31,7 +31,7 @@ def folder(served, tmp_path):
     """What `minter publish --watch` writes, as a web server would serve it."""
     path = tmp_path / "published"
     process = subprocess.Popen(
-        [sys.executable, "-m", "minter.cli.__main__", "publish", str(path), "--watch"],
+        [sys.executable, "-m", "minter.cli", "publish", str(path), "--watch"],
         env=served.environ, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     while not (path / f"{VO}/jwks.json").exists():

@@ -1,4 +1,4 @@
-"""Tokens of an external IAM, with real processes: the HTTP service, keepers, and an IAM that is another server's."""
+"""Tokens of an external IAM, with real processes: the HTTP service, refreshers, and an IAM that is another server's."""
 
 import os
 import signal
@@ -63,7 +63,7 @@ scopes = ["storage.read"]
 
 
 class SharedTokenCache(Served):
-    """The HTTP service, and keepers that can be killed."""
+    """The HTTP service, and refreshers that can be killed."""
 
     def __init__(self, folder, postgres_dsn, iam):
         secret = folder / "iam.secret"
@@ -77,10 +77,10 @@ class SharedTokenCache(Served):
 
     def spawn(self, count=1):
         for _ in range(count):
-            with (self.folder / "keeper.log").open("ab") as log:
+            with (self.folder / "refresher.log").open("ab") as log:
                 self.refreshers.append(
                     subprocess.Popen(
-                        [sys.executable, "-m", "workers.refresher"],
+                        [sys.executable, "-m", "minter.cli", "refresher"],
                         env=self.environ,
                         stdout=log,
                         stderr=log,
@@ -178,7 +178,7 @@ def test_what_a_subject_token_must_be(kept):
 
 def test_the_stored_subject_token(kept):
     done = subprocess.run(
-        [sys.executable, "-m", "minter.cli.__main__", "clients", "subject-token", "rucio", "--json"],
+        [sys.executable, "-m", "minter.cli", "clients", "subject-token", "rucio", "--json"],
         input=kept.iam.subject(f"storage.read:{TOP}"), env=kept.environ, capture_output=True, text=True, check=False, cwd=ROOT,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -216,7 +216,7 @@ def test_an_outage_is_stood_in_for_and_ends(kept):
         until(lambda: client.mint(**read(f"z/{uuid.uuid4()}", "own")).pending, 60)
 
 
-def test_keepers_die_and_nothing_is_lost(kept):
+def test_refreshers_die_and_nothing_is_lost(kept):
     with kept.client() as client:
         asked = [client.mint(**read(f"k/{n}", "own")) for n in range(10)]
         kept.kill()
@@ -256,7 +256,7 @@ def test_a_visitors_token_at_the_token_endpoint(kept):
 
 
 def test_nothing_secret_in_logs_or_rows(kept):
-    text = (kept.folder / "keeper.log").read_text() + kept.log()
+    text = (kept.folder / "refresher.log").read_text() + kept.log()
     assert "eyJ" not in text
     assert "minter-secret" not in text
     assert '"provider asked"' in text or "provider asked" in text

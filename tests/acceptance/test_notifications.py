@@ -43,9 +43,13 @@ def pushing(broker, database_dsn, tmp_path_factory):
         with kombu.Connection(engine.url()) as connection:
             declare(connection, [QUEUE])
     engine.start_worker()
-    with (folder / "keeper.log").open("ab") as log:
+    with (folder / "refresher.log").open("ab") as log:
         refresher = subprocess.Popen(
-            [sys.executable, "-m", "workers.refresher"], env=engine.environ, stdout=log, stderr=log, cwd=ROOT
+            [sys.executable, "-m", "minter.cli", "refresher"],
+            env=engine.environ,
+            stdout=log,
+            stderr=log,
+            cwd=ROOT,
         )
     yield engine
     refresher.terminate()

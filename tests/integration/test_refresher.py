@@ -50,7 +50,7 @@ class Clock:
 
 
 class Bench:
-    """An engine and a keeper with one provider, whose time is the test's."""
+    """An engine and a refresher with one provider, whose time is the test's."""
 
     def __init__(self, service, iam, *routes, **provider):
         self.clock = Clock()
@@ -96,7 +96,7 @@ class Bench:
         return self.fake.sign(told)
 
     def run_once(self, seconds=5.0, until=None):
-        """Let the keeper do what is due now, or whatever it takes until something has happened."""
+        """Let the refresher do what is due now, or whatever it takes until something has happened."""
         end = time.monotonic() + seconds
         quiet = 0
         while time.monotonic() < end and (not until() if until else quiet < 3):
@@ -815,7 +815,7 @@ def test_half_of_an_all_or_nothing_request_is_not_given(service, iam):
     assert len(bench.fetch(outcome).tokens) == 2
 
 
-def test_a_keeper_without_the_master_key_goes_on_with_others(service, iam, monkeypatch):
+def test_a_refresher_without_the_master_key_goes_on_with_others(service, iam, monkeypatch):
     from minter.errors import NoUsableKey
 
     bench = Bench(service, iam, own())
