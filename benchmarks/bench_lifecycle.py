@@ -10,10 +10,10 @@ import msgspec
 
 from benchmarks.engine import bench, versions
 from benchmarks.load import body
-from minter import service
 from minter.contract.followups import CancelRequest, FetchRequest, FileReport, RenewRequest, ReportRequest
 from minter.policy.requests import decode_mint
 from minter.tasks.lifecycle import Lifecycle
+from minter.tokens import clock
 from minter.tokens.outcomes import Submission
 
 FILES, ROUNDS = 1_000, 7
@@ -37,14 +37,12 @@ def main() -> None:
         for number in range(ROUNDS):
             raw = msgspec.json.decode(body(FILES, number, 200)[1])[0][0]
             request = decode_mint(msgspec.json.encode(raw))
-            engine.mint_many([Submission(request, client)], service.now())
+            engine.mint_many([Submission(request, client)], clock.now())
             ids = [f["external_id"] for f in raw["files"]]
             for state in ("active", "finished"):
                 wire = ReportRequest(files=tuple(FileReport(state=state, external_id=i) for i in ids))
                 assert (
-                    timed(
-                        f"report_{state}", lambda w=wire: lifecycle.report(client, w, service.now())
-                    ).changed
+                    timed(f"report_{state}", lambda w=wire: lifecycle.report(client, w, clock.now())).changed
                     == 2 * FILES
                 )
             wire = ReportRequest(
@@ -53,17 +51,15 @@ def main() -> None:
                 )
             )
             assert (
-                timed(
-                    "report_by_file_again", lambda w=wire: lifecycle.report(client, w, service.now())
-                ).changed
+                timed("report_by_file_again", lambda w=wire: lifecycle.report(client, w, clock.now())).changed
                 == 0
             )
-            again = RenewRequest(request_id=service.new_uuid7(), renews=request.request_id)
+            again = RenewRequest(request_id=clock.new_uuid7(), renews=request.request_id)
             renewal = timed("renewal_decoded", lambda w=again: lifecycle.renewal(client, w))
-            engine.mint_many([Submission(renewal, client)], service.now())
-            timed("fetch", lambda r=again: lifecycle.fetch(client, FetchRequest(r.request_id), service.now()))
+            engine.mint_many([Submission(renewal, client)], clock.now())
+            timed("fetch", lambda r=again: lifecycle.fetch(client, FetchRequest(r.request_id), clock.now()))
             cancelled = timed(
-                "cancel", lambda r=again: lifecycle.cancel(client, CancelRequest(r.request_id), service.now())
+                "cancel", lambda r=again: lifecycle.cancel(client, CancelRequest(r.request_id), clock.now())
             )
             assert cancelled.changed == len(cancelled.alive) == 2 * FILES
     print(

@@ -21,7 +21,7 @@ from minter.database.connection import transaction
 from minter.database.control import read_keys
 from minter.local import stack
 from minter.local.servers import Postgres, Valkey
-from minter.tokens import keys
+from minter.tokens import clock, keys
 from minter.tokens.keystore import new_master_key
 from tests.servers import RabbitMQ
 
@@ -95,7 +95,7 @@ class Bench:
             declare(connection)
         with transaction(self.service.pool) as connection:
             ring = read_keys(connection)
-        (self.folder / "jwks.json").write_text(json.dumps(keys.jwks(ring, service.now())))
+        (self.folder / "jwks.json").write_text(json.dumps(keys.jwks(ring, clock.now())))
 
     @property
     def client(self) -> str:

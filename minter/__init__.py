@@ -1,6 +1,6 @@
 """Minter: the token engine of grid data management.
 
-It turns transfer requests into narrow, recorded WLCG tokens, one for each file and storage.
+Minter turns transfer requests into narrow, recorded WLCG tokens, one for each file and storage.
 Start reading at `minter/tokens/mint.py`.
 """
 

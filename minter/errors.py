@@ -1,43 +1,43 @@
 """Every error that leaves Minter, in one tree.
 
     MinterError
-    ├── RequestError                 the caller must change something; final for its request_id
-    │   ├── InvalidRequest           malformed, off the schema, too large, an id out of time
+    ├── RequestError                 the caller must change the request; final for this request_id
+    │   ├── InvalidRequest           malformed, too large, against the schema, or an outdated request_id
     │   ├── InvalidPath              the path cannot be named in a scope without ambiguity
-    │   ├── PathNotAllowed           outside the storage's area or the client's prefixes
-    │   ├── ScopeTooLarge            no token can carry it
+    │   ├── PathNotAllowed           the path is outside the storage's area or the client's prefixes
+    │   ├── ScopeTooLarge            the scope or audience does not fit in one token
     │   ├── UnknownStorage           no storage of this VO has that endpoint
-    │   ├── EndpointTakesNoToken     no TLS, signed elsewhere, or X.509 only: no token goes there
-    │   ├── OperationNotAllowed      no route, or the client's limits, allow it
-    │   ├── LifetimeNotAllowed       longer than policy, or too short to be of use
-    │   ├── UnknownVO                not a VO of this engine, or not the client's
-    │   ├── UnknownClient            the broker's user is not registered or is disabled
+    │   ├── EndpointTakesNoToken     the endpoint has no TLS, is signed elsewhere, or takes X.509 only
+    │   ├── OperationNotAllowed      no route, or the client's limits, allow the operation
+    │   ├── LifetimeNotAllowed       the lifetime is beyond policy, or too short to be of use
+    │   ├── UnknownVO                the VO is not one of this engine, or not the client's
+    │   ├── UnknownClient            the authenticated user is not a registered, enabled client
     │   ├── ClientMismatch           the body names another client than the broker does
-    │   ├── Banned                   an operator's ban covers it
-    │   ├── ReplyNotAllowed          the answer would go to a queue that is not the caller's
-    │   ├── NeighbourRefused         refused because another file of an all-or-nothing request was
+    │   ├── Banned                   an operator's ban covers the request or file
+    │   ├── ReplyNotAllowed          the reply queue is not one of the caller's
+    │   ├── NeighbourRefused         another file of the same all-or-nothing request was refused
     │   ├── Conflict                 this request_id was used with other content
-    │   ├── UnknownRequest           no request of this client has that id, or its retention is over
-    │   ├── Expired                  its tokens no longer cover the need: renew them
-    │   ├── InvalidClient            who asks over HTTP did not prove to be a client
-    │   ├── InvalidGrant             a subject or refresh token is not, or no longer, good for this
-    │   ├── InvalidScope             nothing that was asked for may be granted
-    │   ├── InvalidTarget            no audience, or one that nobody here has
-    │   ├── UnauthorizedClient       no rule lets this client exchange that token
-    │   ├── UnsupportedGrantType     the token endpoint has no such grant
+    │   ├── UnknownRequest           no request of this client has this id, or its retention is over
+    │   ├── Expired                  the recorded tokens no longer cover the need; renew them
+    │   ├── InvalidClient            the caller over HTTP did not authenticate as a client
+    │   ├── InvalidGrant             the subject or refresh token is invalid, or not for this client
+    │   ├── InvalidScope             none of the requested scopes may be granted
+    │   ├── InvalidTarget            the audience is missing, unknown, or not for this client
+    │   ├── UnauthorizedClient       no exchange rule lets this client use that token
+    │   ├── UnsupportedGrantType     the token endpoint does not support this grant_type
     │   ├── ProviderRefused          an external IAM refused this exchange or refresh for good
-    │   ├── ProviderTokenRejected    what it gave was not what was asked for, and was destroyed
-    │   ├── RefreshTokenLost         its answer was lost on the way, and nothing is left to go on with
-    │   └── Undeliverable            it stopped the worker each time; kept on the dead-letter queue
+    │   ├── ProviderTokenRejected    an external IAM's token did not match the request: destroyed
+    │   ├── RefreshTokenLost         a refresh token is spent, its answer lost, and no other way is left
+    │   └── Undeliverable            the message stopped the worker at each delivery: dead-lettered
     ├── Unavailable                  nothing was recorded; the same request may be sent again
     │   ├── NoUsableKey              the issuer has no key that may sign now
     │   ├── ClockSkew                this process and Postgres disagree about the time
-    │   ├── TooManyRequests          this client, or all together, ask faster than is served
-    │   └── ProviderAway             an external IAM does not answer, or with nothing that can be used
-    ├── TokenRejected                a finished token failed its check: it never leaves the engine
-    ├── UnknownKey                   no key has that kid, or it is revoked
+    │   ├── TooManyRequests          requests of one client, or of all, come faster than they are served
+    │   └── ProviderAway             an external IAM does not answer, or its answer cannot be used
+    ├── TokenRejected                a finished token failed its check and never leaves the engine
+    ├── UnknownKey                   no key has this kid, or the key is revoked
     ├── SettingsError                the settings file cannot be used
-    └── ServerError                  anything else, seen from a client: opaque
+    └── ServerError                  any other failure; clients learn no details
 
 `code` is the OAuth error code (RFC 6749 §5.2, RFC 8693 §2.2.2, RFC 6750 §3.1); `reason` is the
 class's own name in snake case, one of a closed list, so it may label a metric. A message is lower
@@ -49,7 +49,7 @@ from typing import Any, ClassVar
 
 
 class MinterError(Exception):
-    """Root of the tree; `fields` are what a caller can act on (JSON values)."""
+    """Root of the tree; `fields` are JSON values that a caller can act on."""
 
     code: ClassVar[str] = "server_error"
     reason: ClassVar[str] = "minter_error"
@@ -79,7 +79,7 @@ class RequestError(MinterError):
 
 
 class InvalidRequest(RequestError):
-    """Malformed, off the schema, too large, or an id out of its time."""
+    """The request is malformed, against the schema or too large, or its request_id is out of time."""
 
 
 class InvalidPath(RequestError):
@@ -151,7 +151,7 @@ class ReplyNotAllowed(RequestError):
 
 
 class NeighbourRefused(RequestError):
-    """Refused because another file of an all-or-nothing request or chain was."""
+    """Another file of the same all-or-nothing request or chain was refused."""
 
 
 class Conflict(RequestError):
@@ -163,11 +163,11 @@ class UnknownRequest(RequestError):
 
 
 class Expired(RequestError):
-    """The recorded tokens no longer cover the need, or were cancelled; a renewal gives new ones."""
+    """The recorded tokens no longer cover the need, or were cancelled; a renewal gives new tokens."""
 
 
 class InvalidClient(RequestError):
-    """The caller did not prove who it is (RFC 6749 §2.3); nothing says which part was wrong."""
+    """The caller did not authenticate (RFC 6749 §2.3); the error does not say which part was wrong."""
 
     code = "invalid_client"
 
@@ -179,19 +179,19 @@ class InvalidGrant(RequestError):
 
 
 class InvalidScope(RequestError):
-    """Nothing that was asked for may be granted (RFC 6749 §3.3)."""
+    """None of the requested scopes may be granted (RFC 6749 §3.3)."""
 
     code = "invalid_scope"
 
 
 class InvalidTarget(RequestError):
-    """No audience was asked for, or one that the client may not have (RFC 8693 §2.2.2)."""
+    """The request names no audience, or one that the client may not have (RFC 8693 §2.2.2)."""
 
     code = "invalid_target"
 
 
 class UnauthorizedClient(RequestError):
-    """No rule lets this client use this grant, or exchange that token."""
+    """No exchange rule lets this client exchange or refresh this token."""
 
     code = "unauthorized_client"
 
@@ -203,25 +203,25 @@ class UnsupportedGrantType(RequestError):
 
 
 class ProviderRefused(RequestError):
-    """An external IAM refused this exchange or refresh, and will again (RFC 6749 §5.2)."""
+    """An external IAM refused this exchange or refresh, and would refuse a repetition (RFC 6749 §5.2)."""
 
     code = "invalid_grant"
 
 
 class ProviderTokenRejected(RequestError):
-    """What an external IAM gave is wider, shorter or otherwise not what was asked for; it was destroyed."""
+    """An external IAM's token is wider or shorter than requested, or otherwise wrong; it was destroyed."""
 
     code = "invalid_grant"
 
 
 class RefreshTokenLost(RequestError):
-    """A refresh token was spent and its answer never came; the last access token works until it expires."""
+    """A refresh token was spent, and the IAM's answer lost; the last access token works until it expires."""
 
     code = "invalid_grant"
 
 
 class Undeliverable(RequestError):
-    """The message stopped the worker at each delivery and lies on the dead-letter queue."""
+    """The message stopped the worker at each delivery and was dead-lettered."""
 
 
 class Unavailable(MinterError):
@@ -239,11 +239,11 @@ class ClockSkew(Unavailable):
 
 
 class TooManyRequests(Unavailable):
-    """The client, or all clients together, ask faster than is served; `retry_after` is in seconds."""
+    """Requests of one client, or of all, come faster than they are served; `retry_after` is in seconds."""
 
 
 class ProviderAway(Unavailable):
-    """An external IAM does not answer, or with nothing that can be used; `retry_after` is in seconds."""
+    """An external IAM does not answer, or its answer cannot be used; `retry_after` is in seconds."""
 
 
 class TokenRejected(MinterError):
@@ -251,7 +251,7 @@ class TokenRejected(MinterError):
 
 
 class UnknownKey(MinterError):
-    """No signing key has that kid, or nothing more can be done with it."""
+    """No signing key has this kid, or the key is revoked."""
 
     code = "invalid_request"
 
@@ -275,7 +275,7 @@ BY_REASON = _tree(MinterError)
 
 
 def from_dict(answer: dict[str, Any]) -> MinterError:
-    """Return the exception that `as_dict` described; an unknown reason gives its root class."""
+    """Return the exception that `as_dict` described, a plain MinterError for an unknown reason."""
     fields = {k: v for k, v in answer.items() if k not in ("error", "reason", "error_description")}
     cls = BY_REASON.get(answer.get("reason", ""), MinterError)
     return cls(answer.get("error_description", "no description"), **fields)

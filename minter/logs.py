@@ -1,8 +1,8 @@
 """Logs of the services: one JSON object a line, one event for each request, and no secret.
 
-Nothing of the engine logs a token. The redaction here is the last line of defence, for what
-libraries and tracebacks may say: whatever looks like a token, a private key or a password in an
-URL is cut out of every line.
+No code of the engine logs a token. The redaction here is the last line of defence against secrets
+in messages of libraries and in tracebacks: text that looks like a token, a private key or a
+password in a URL is cut out of every line.
 """
 
 import asyncio
@@ -30,7 +30,7 @@ _SECRETS = (
     ),
     # Private members of a JWK (RFC 7518 §6.2.2, §6.3.2, §6.4.1).
     (re.compile(r"(\"(?:d|p|q|dp|dq|qi|k)\"\s*:\s*\")[\w-]{16,}"), r"\1[secret]"),
-    # A name that means a secret, and its value: quoted, or up to the next blank.
+    # The name of a secret and its value, which is quoted or ends at the next blank.
     (
         re.compile(
             r"((?:authorization|password|client_secret|refresh_token|master_key\w*)"
@@ -44,7 +44,7 @@ _SECRETS = (
 )  # fmt: skip
 
 
-# What each of them needs to match, in lower case, as it stands in a line of JSON: nearly every line has none.
+# Texts, in lower case, without which no pattern of _SECRETS matches a line of JSON: most lines have none.
 _MARKS = (
     "eyj", "-----begin", "://", "authorization", "password", "client_secret", "refresh_token", "master_key",
     *(f'"{name}{end}' for name in ("d", "p", "q", "dp", "dq", "qi", "k") for end in ('"', '\\"')),
@@ -55,7 +55,7 @@ _encode = msgspec.json.Encoder(enc_hook=str).encode
 
 
 def redact(text: str) -> str:
-    """Return `text` without whatever looks like a secret."""
+    """Return `text` with everything that looks like a secret replaced."""
     for pattern, instead in _SECRETS:
         text = pattern.sub(instead, text)
     return text
@@ -65,7 +65,7 @@ class JsonFormatter(logging.Formatter):
     """One JSON object a line: time (UTC), level, logger, message, and the fields of an event."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the line; it cannot fail for what a field holds."""
+        """Return the record as one line; no value of a field can make this fail."""
         second, fraction = divmod(record.created, 1)
         line: dict[str, Any] = {
             "time": f"{_second(second)}.{int(1000 * fraction):03d}+00:00",
@@ -84,9 +84,9 @@ class JsonFormatter(logging.Formatter):
 
 
 class TurnHandler(logging.StreamHandler[TextIO]):
-    """Writes the lines of one turn of an event loop together; at once where none runs, or for a warning.
+    """Writes the lines of one event-loop turn together; without a loop, or for a warning, at once.
 
-    A write gives up the interpreter's lock: one for each request cost a seventh of the requests a second.
+    A write releases the interpreter's lock: writing once for each request cost a seventh of the throughput.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -94,7 +94,7 @@ class TurnHandler(logging.StreamHandler[TextIO]):
         self._lines: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Take a line; `handle` holds the handler's lock."""
+        """Buffer a line; the caller, `handle`, holds the handler's lock."""
         try:
             self._lines.append(self.format(record))
             loop = _running_loop()
@@ -102,11 +102,11 @@ class TurnHandler(logging.StreamHandler[TextIO]):
                 self.flush()
             elif len(self._lines) == 1:
                 loop.call_soon(self.flush)
-        except Exception:  # noqa: BLE001 - as every handler of logging's
+        except Exception:  # noqa: BLE001 - as every handler of `logging` does
             self.handleError(record)
 
     def flush(self) -> None:
-        """Write what was taken."""
+        """Write the buffered lines."""
         self.acquire()
         try:
             lines, self._lines = self._lines, []
@@ -118,7 +118,7 @@ class TurnHandler(logging.StreamHandler[TextIO]):
 
 
 def _pieces(lines: Iterable[str]) -> Iterator[str]:
-    """Yield whole lines in what a pipe takes as one: several processes may write to it."""
+    """Yield whole lines in pieces that a pipe takes as one write: several processes may share the pipe."""
     piece, size = "", 0
     for line in lines:
         length = len(line.encode()) + 1
@@ -146,7 +146,7 @@ _TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}"
 
 
 def request_event(*, request_id: str | None, traceparent: str | None, **fields: Any) -> None:
-    """Log the one event of a request, under the caller's trace id (W3C Trace Context §3.2) or its own id."""
+    """Log a request's one event, under the caller's trace id (W3C Trace Context §3.2) or its request_id."""
     given = _TRACEPARENT.fullmatch(traceparent or "")
     own = request_id.replace("-", "")[:32] if request_id else None
     event(requests_logger, "request", request_id=request_id, trace_id=given[1] if given else own, **fields)
@@ -154,7 +154,7 @@ def request_event(*, request_id: str | None, traceparent: str | None, **fields: 
 
 def configure(level: int | str) -> None:
     """Send every logger's lines to standard error, as JSON."""
-    # Nothing of this is in a line; each costs (Python's logging HOWTO, "Optimization").
+    # No line has these values, and collecting them costs time (Python's logging HOWTO, "Optimization").
     logging._srcfile = None  # noqa: SLF001
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     handler = TurnHandler(sys.stderr)
@@ -165,8 +165,8 @@ def configure(level: int | str) -> None:
 
 
 def event(logger: logging.Logger, message: str, **fields: Any) -> None:
-    """Log one event with its fields; None is left out."""
-    if logger.isEnabledFor(logging.INFO):  # as `info` does, with less on the way
+    """Log one event with its fields; fields that are None are left out."""
+    if logger.isEnabledFor(logging.INFO):  # does the work of `info` in fewer steps
         record = logger.makeRecord(logger.name, logging.INFO, "", 0, message, (), None)
         record.event = {name: value for name, value in fields.items() if value is not None}
         logger.handle(record)

@@ -1,8 +1,8 @@
 """Scopes of the WLCG profile: parse, normalise, encode, contain, intersect (WLCG 1.3 §2.2.1).
 
-A path inside Minter is always *decoded*, absolute and normalised: what the file is called in the
-VO's area of a storage. Encoding happens once, when a claim is written. Names that real verifiers
-read differently from each other (docs/dialects.md) are refused instead of guessed.
+A path inside Minter is always *decoded*, absolute and normalised: the file's name in the VO's area
+of a storage. A path is encoded once, when a claim is written. Names that real verifiers read in
+different ways (docs/dialects.md) are refused.
 """
 
 import re
@@ -18,15 +18,15 @@ STORAGE_SCOPES = frozenset(
 """The scopes that must name a path (WLCG §2.2.1)."""
 
 IMPLIED = {"storage.modify": ("storage.create",), "storage.stage": ("storage.poll",)}
-"""What else a scope grants on the same path; stage does not grant read (WLCG 1.2 and later)."""
+"""Scopes that a scope includes on the same path; stage does not include read (WLCG 1.2 and later)."""
 
-# RFC 3986 §3.3 pchar stays raw, all else becomes the %XX of its UTF-8: the one spelling that
-# XRootD 5.5 and 6.1 both accepted, tried character by character.
+# Characters of RFC 3986 §3.3 pchar stay raw, all others become the %XX of their UTF-8. This is the
+# only spelling that both XRootD 5.5 and 6.1 accepted, tried character by character.
 _PCHAR = "/-._~!$&'()*+,;=:@"
 _PLAIN = re.compile(r"[A-Za-z0-9/\-._~!$&'()*+,;=:@]*").fullmatch
 
-# Control characters (Cc), lone surrogates, % and backslash: no token can name such a file on
-# libscitokens 1.4 (it decodes repeatedly and then refuses the whole token).
+# Control characters (Cc), lone surrogates, % and backslash: no token can name such a file for
+# libscitokens 1.4, which decodes repeatedly and then refuses the whole token.
 _FORBIDDEN = re.compile(r"[\x00-\x1f\x7f-\x9f%\\\ud800-\udfff]").search
 _DOT_OR_EMPTY = re.compile(r"/(?:\.{0,2})(?:/|$)").search
 
@@ -92,8 +92,8 @@ class Scope(NamedTuple):
     def parse(cls, text: str) -> Self:
         """Read one scope as a token or a client writes it.
 
-        One trailing `/` of a directory is dropped, so normalising twice is once. Raises
-        InvalidPath for a storage scope without a path and for all that `check_path` refuses.
+        One trailing `/` of a directory is dropped, so normalising again changes nothing. Raises
+        InvalidPath for a storage scope without a path and for every path that `check_path` refuses.
         """
         name, colon, encoded = text.partition(":")
         if not colon:
@@ -115,7 +115,7 @@ class Scope(NamedTuple):
         return self.name if self.path is None else f"{self.name}:{encode_path(self.path)}"
 
     def contains(self, other: "Scope") -> bool:
-        """Say whether all that `other` grants is granted by this scope."""
+        """Say whether this scope grants everything that `other` grants."""
         if other.name != self.name and other.name not in IMPLIED.get(self.name, ()):
             return False
         if self.path is None or other.path is None:
@@ -129,13 +129,13 @@ def parse_scopes(claim: str) -> frozenset[Scope]:
 
 
 def contains(outer: Iterable[Scope], inner: Iterable[Scope]) -> bool:
-    """Say whether every scope of `inner` is inside some scope of `outer`."""
+    """Say whether each scope of `inner` is contained in a scope of `outer`."""
     outer = tuple(outer)
     return all(any(o.contains(i) for o in outer) for i in inner)
 
 
 def intersect(left: Iterable[Scope], right: Iterable[Scope]) -> frozenset[Scope]:
-    """Return the largest set of scopes that is inside both sides, without redundant ones."""
+    """Return the largest set of scopes that both sides contain, without redundant scopes."""
     right = tuple(right)
     found = {meet for a in left for b in right if (meet := _meet(a, b)) is not None}
     return frozenset(s for s in found if not any(o != s and o.contains(s) for o in found))

@@ -1,4 +1,4 @@
-"""One TOML file, checked as a whole, into one frozen structure.
+"""Settings: one TOML file, checked as a whole and read into one frozen structure.
 
 The environment gives only the file's path (MINTER_SETTINGS), the DSN (MINTER_DSN), the broker's
 URL (MINTER_BROKER_URL) and master keys (MINTER_MASTER_KEY_<VO>). Relative paths are relative to
@@ -35,8 +35,8 @@ Positive = Annotated[int, Meta(gt=0)]
 class DatabaseSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """`dsn` may hold a password, so it is better put into MINTER_DSN.
 
-    Tokens that expired `retention_days` ago go to `archive_folder`, by `minter archive`; request_ids
-    older than that are refused.
+    `minter archive` moves tokens that expired `retention_days` ago to `archive_folder`. A request_id
+    older than `retention_days` is refused.
     """
 
     dsn: str = ""
@@ -46,11 +46,10 @@ class DatabaseSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
 
 class BrokerSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """`ca` is the file or directory that an amqps broker's certificate is verified with.
+    """`ca` is the file or directory of CAs that an amqps broker's certificate is verified with.
 
-    `local_client` names the one client of a broker that does not authenticate senders.
-
-    There, a message of a dead worker comes again after `visibility_seconds`.
+    `local_client` names the only client of a broker that does not authenticate senders. Such a broker
+    delivers the messages of a dead worker again after `visibility_seconds`.
     """
 
     url: str = ""
@@ -60,7 +59,7 @@ class BrokerSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
 
 class MetricsSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Where Prometheus finds each process: the first free port of a range; 0 is off."""
+    """Each process serves Prometheus on the first free of `ports` ports from `first_port` on; 0 is off."""
 
     listen: str = "127.0.0.1"
     first_port: Annotated[int, Meta(ge=0, le=65_535)] = 0
@@ -70,8 +69,8 @@ class MetricsSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 class HttpSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The HTTP service (`minter serve`): where it listens, and what protects it from its callers.
 
-    `certificate` and `key` are PEM files; without them it speaks plain HTTP, for a proxy on the same
-    machine. A client may make `requests_per_second` at each process, after a burst of as many.
+    `certificate` and `key` are PEM files; without them the service speaks plain HTTP, for a proxy on the
+    same machine. Each process allows a client `requests_per_second`, and a burst of the same number.
     """
 
     listen: str = "127.0.0.1"
@@ -87,12 +86,13 @@ class HttpSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
 
 
 class FTSEventsSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Where FTS's monitoring messages come from (`minter events`): STOMP brokers, `host:port`.
+    """STOMP brokers, as `host:port`, that send FTS's monitoring messages to `minter events`.
 
-    FTS sends each message to one of its brokers, so all of them are named. `destinations` are queues of
-    ours, such as ActiveMQ makes of a virtual topic. `fts_vo` is the VO's name at FTS, the same as here if
-    empty; `host` is the virtual host, the broker's name if empty. With `tls`, brokers are verified with
-    `ca`, and know us by `certificate` and `key`, or by user and password.
+    FTS sends each message to one of its brokers, so `brokers` must name all of them. `destinations` are
+    queues for Minter alone, such as the consumer queues of an ActiveMQ virtual topic. `fts_vo` is the VO's
+    name at FTS, by default `vo`; `host` is the virtual host, by default the broker's name. With `tls`,
+    brokers are verified with `ca`, and Minter authenticates with `certificate` and `key`, or with user and
+    password.
     """
 
     vo: str
@@ -113,7 +113,7 @@ class FTSEventsSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only
 
 
 class WorkerSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """How a worker batches: by time, by messages, by bytes; whichever comes first."""
+    """Limits of a worker's batch: time, messages and bytes; the first that is reached ends the batch."""
 
     batch_seconds: Annotated[float, Meta(ge=0, le=1)] = 0.002
     batch_messages: Positive = 128
@@ -122,7 +122,7 @@ class WorkerSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
 
 class IssuerSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """One VO's issuer; `iss` ends in a slash (clients.md #4)."""
+    """One VO's issuer; `iss` is its URL and ends in a slash (docs/clients.md)."""
 
     iss: Annotated[str, Meta(pattern=r"^https://[^\s?#]+/$")]
     algorithm: Algorithm = "ES256"
@@ -130,7 +130,7 @@ class IssuerSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
 
 class RucioSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Storages of one VO from a Rucio RSE export, and what the export does not say."""
+    """Storages of one VO from a Rucio RSE export; `rses` are rules for facts that the export lacks."""
 
     vo: str
     export: str
@@ -139,7 +139,7 @@ class RucioSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
 
 class DrillSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The clock of a drill (`minter drill`), which writes this itself: never for anything else.
+    """The clock of a drill; `minter drill` writes this part itself, and nobody else should set it.
 
     From `origin` (seconds since the epoch) on, time passes `time_scale` times as fast.
     """
@@ -169,7 +169,7 @@ class Settings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
 
 class Loaded:
-    """Settings as they are used: the file, what it refers to, and the environment's part."""
+    """Settings in use: from the settings file, the files that it names, and the environment."""
 
     def __init__(self, settings: Settings, folder: Path, environ: Mapping[str, str]) -> None:
         self.settings = settings
@@ -199,24 +199,24 @@ class Loaded:
         return {vo: issuer.iss for vo, issuer in self.settings.issuers.items()}
 
     def master_key_source(self, vo: str) -> tuple[str | None, Path | None]:
-        """Return where one VO's master key is: the environment's text, or a file."""
+        """Return the sources of one VO's master key: text of the environment, and a file; None if not set."""
         file = self.settings.issuers[vo].master_key_file
         return self._environ.get(master_key_variable(vo)), self.folder / file if file else None
 
     @property
     def broker_ca(self) -> str | None:
-        """What an amqps broker is verified with, None for the system's."""
+        """CA file or directory that an amqps broker is verified with; None means the system's CAs."""
         ca = self.settings.broker.ca
         return str(self.folder / ca) if ca else None
 
     @property
     def archive_folder(self) -> Path | None:
-        """Where days go that are over, None if the settings do not say."""
+        """Folder for the archives of past days; None if the settings name none."""
         folder = self.settings.database.archive_folder
         return self.folder / folder if folder else None
 
     def catalogue(self) -> dict[tuple[str, str], object]:
-        """Return what is recorded of each storage and FTS, by (VO, name)."""
+        """Return the description of each storage and FTS that the database records, by (VO, name)."""
         named: dict[tuple[str, str], object] = {
             (s.vo, s.name): msgspec.json.decode(msgspec.json.encode(s)) for s in self.storages
         }
@@ -246,7 +246,7 @@ class Loaded:
         )
 
     def _check(self) -> None:
-        """Check across fields; raises SettingsError."""
+        """Check fields against each other; raises SettingsError."""
         settings = self.settings
         if len({i.iss for i in settings.issuers.values()}) < len(settings.issuers):
             raise SettingsError("two issuers have the same iss, expected one VO for each (§2.1)")
@@ -272,7 +272,7 @@ class Loaded:
                     f"one of {', '.join(names) or 'none'}"
                 )
             if unknown := [name for name in route.fallback if name not in routes]:
-                raise SettingsError(f"route {route.name!r}: fallback {unknown[0]!r} is no route")
+                raise SettingsError(f"route {route.name!r}: fallback {unknown[0]!r} is not a route")
             if same := [
                 r.name
                 for r in self.settings.routes
@@ -282,7 +282,7 @@ class Loaded:
             self._check_served(route)
 
     def _check_served(self, route: Route) -> None:
-        """Raise SettingsError if a VO's route asks a provider that is not that VO's."""
+        """Raise SettingsError if a route for a VO uses a provider that does not serve this VO."""
         for provider in self.settings.providers:
             if provider.name != route.provider:
                 continue
@@ -293,11 +293,11 @@ class Loaded:
                     )
 
     def secret(self, file: str) -> str:
-        """Return a secret or key that lies in a file only its owner may read; raises SettingsError."""
+        """Return the secret or key in a file that only its owner may read; raises SettingsError."""
         return read_private_file("secret file", self.folder / file).strip()
 
     def _doubts(self) -> Iterator[str]:
-        """Yield what `minter check` warns about: right, but worth an operator's look."""
+        """Yield the warnings of `minter check`: valid settings that an operator should look at."""
         for vo, directory in self.policy.directories.items():
             for first, second in directory.shared:
                 yield f"{vo}: {first} and {second} share an endpoint and prefix"
@@ -313,14 +313,14 @@ class Loaded:
             yield from _doubts_of_provider(provider, self.settings.routes)
         yield from _doubts_of_clock(self.settings.drill)
         if not self.settings.database.archive_folder:
-            yield "no database.archive_folder: days that are over stay in the database"
+            yield "no database.archive_folder: past days stay in the database"
         if not self.settings.fts:
             yield "no [[fts]]: FTS jobs cannot be filled"
 
 
 def _doubts_of_clock(drill: DrillSettings) -> Iterator[str]:
     if drill != DrillSettings():
-        yield "[drill] is set: this engine's clock is not the time"
+        yield "[drill] is set: this engine's clock does not show the real time"
 
 
 def _doubts_of_provider(provider: Provider, routes: Iterable[Route]) -> Iterator[str]:

@@ -1,8 +1,8 @@
-"""The queues, and publishing with confirms that do not wait for each other, on either broker.
+"""Queues, and publishing with overlapping confirms, on RabbitMQ and on the embedded broker.
 
-RabbitMQ confirms a message to a queue that no longer exists; `mandatory` shows it, so publishing
-returns the messages that reached nobody. A broker without confirms has taken a message when the
-call returns.
+RabbitMQ confirms even a message to a queue that no longer exists, but returns it if it is `mandatory`.
+`publish` therefore returns the messages that no queue took. A broker without confirms has taken a
+message when the call returns.
 """
 
 import logging
@@ -24,12 +24,12 @@ logger = logging.getLogger(__name__)
 
 CONFIRM_SECONDS = 30.0
 MAX_UNCONFIRMED = 1_000
-"""Messages under way before publishing waits for the broker."""
+"""Number of unconfirmed messages at which publishing waits for the broker."""
 
 PERSISTENT, TRANSIENT = 2, 1
 
 DELIVERY_LIMIT = 1_000
-"""RabbitMQ 4 would drop a message after 20 deliveries, which outages can cause (I3)."""
+"""Most deliveries of a message; RabbitMQ 4 would drop it after 20, which outages can cause (I3)."""
 
 _QUORUM = {
     "x-queue-type": "quorum",
@@ -51,12 +51,12 @@ def queues() -> list[Queue]:
 
 
 def dead_letter_queue() -> Queue:
-    """Return the queue for messages that nobody can serve."""
+    """Return the dead-letter queue, for messages that no worker can serve."""
     return Queue(names.DEAD_LETTER_QUEUE, queue_arguments={"x-queue-type": "quorum"})
 
 
 def declare(connection: kombu.Connection, durable: Iterable[str] = ()) -> None:
-    """Declare exchanges, queues and clients' `durable` ones; declaring again changes nothing."""
+    """Declare exchanges, queues and the clients' `durable` queues; a repetition changes nothing."""
     listed = [Queue(name, queue_arguments=_QUORUM) for name in durable]
     with connection.channel() as channel:
         for queue in (dead_letter_queue(), *queues(), *listed):
@@ -64,14 +64,15 @@ def declare(connection: kombu.Connection, durable: Iterable[str] = ()) -> None:
 
 
 def trust(ca: str | None) -> dict[str, Any]:
-    """Return what `ssl.create_default_context` is to trust: a file, a hashed directory, or the system's."""
+    """Return the CAs for `ssl.create_default_context`: a file, a hashed directory, or the system's."""
     return {} if not ca else {"capath": ca} if Path(ca).is_dir() else {"cafile": ca}
 
 
 def tls(broker_url: str, ca: str | None = None) -> dict[str, Any] | bool:
-    """Return kombu's `ssl` option for an URL: over amqps the broker's certificate is always verified.
+    """Return kombu's `ssl` option for a URL; the certificate of an amqps broker is always verified.
 
-    kombu alone would take any certificate. `ca` is a file or a hashed directory, the system's if None.
+    By default kombu accepts any certificate. `ca` is a file or a hashed directory; None means the
+    system's CAs.
     """
     if not broker_url.startswith("amqps"):
         return False
@@ -82,12 +83,12 @@ def tls(broker_url: str, ca: str | None = None) -> dict[str, Any] | bool:
 
 
 def connect(broker_url: str, ca: str | None = None) -> kombu.Connection:
-    """Return a connection to the broker, to be opened at first use."""
+    """Return a connection to the broker, which opens at first use."""
     return kombu.Connection(broker_url, ssl=tls(broker_url, ca), connect_timeout=5)
 
 
 class Outgoing(Struct, eq=False):
-    """One message on its way out; its `repr` hides the body."""
+    """One message to publish; its `repr` hides the body."""
 
     body: bytes
     routing_key: str
@@ -98,12 +99,12 @@ class Outgoing(Struct, eq=False):
     content_type: str = "application/json"
 
     def __repr__(self) -> str:
-        """Name the message's way without showing what it carries."""
+        """Name exchange and routing key without showing the body."""
         return f"Outgoing({self.exchange!r}, {self.routing_key!r}, {len(self.body)} bytes)"
 
 
 class Publisher:
-    """A channel of its own for publishing; broken connections are the caller's to retry."""
+    """Publishes on a channel of its own; the caller must try again after a broken connection."""
 
     def __init__(self, connection: kombu.Connection) -> None:
         self.connection = connection
@@ -115,7 +116,7 @@ class Publisher:
 
     @property
     def errors(self) -> tuple[type[Exception], ...]:
-        """What `publish` raises when the broker is away."""
+        """Exceptions that `publish` raises when the broker is not reachable."""
         return (*self.connection.connection_errors, *self.connection.channel_errors)
 
     @property
@@ -126,10 +127,11 @@ class Publisher:
     def publish(
         self, messages: Iterable[Outgoing], halfway: Callable[[], None] | None = None
     ) -> list[Outgoing]:
-        """Publish all, wait for every confirm, and return those that no queue took.
+        """Publish all messages, wait for every confirm, and return the messages that no queue took.
 
-        Raises one of `errors` if the broker goes away or refuses: then any of them may or may not
-        have arrived, and all should be sent again.
+        `halfway` is called when half of the messages are sent. Raises one of `errors` if the broker
+        disconnects or refuses a message: then any message may or may not have arrived, and all should
+        be sent again.
         """
         messages = list(messages)
         channel = self._open()
@@ -149,7 +151,7 @@ class Publisher:
     def _open(self) -> Any:
         if not self.connection.connected:
             self._channel = None
-            self.connection.release()  # a broken transport is not mended, only replaced
+            self.connection.release()  # a broken transport cannot be repaired, only replaced
             self.connection.connect()
         if self._channel is None:
             self._waiting.clear()
@@ -186,7 +188,7 @@ class Publisher:
     def _publish_batch(
         self, channel: Any, messages: Sequence[Outgoing], halfway: Callable[[], None] | None
     ) -> None:
-        """Publish in one round trip; what the broker took when it answers is on its disk."""
+        """Publish in one round trip; messages are on the broker's disk when it answers."""
         batch = channel.create_publish_batch(MAX_UNCONFIRMED)
         try:
             for number, message in enumerate(messages):
@@ -236,8 +238,9 @@ class Publisher:
 def acknowledge(messages: Sequence[Any], errors: tuple[type[Exception], ...]) -> None:
     """Acknowledge served messages; on the embedded broker all in one round trip.
 
-    kombu would take one, with a write to disk, for each. A broker that is away is logged and
-    raises; it delivers the messages again.
+    kombu itself would make one round trip, with a write to disk, for each message. If the broker is not
+    reachable, RabbitMQ's error is logged and the embedded broker's is raised; the messages are delivered
+    again.
     """
     channel = messages[0].channel
     if not hasattr(channel, "conn_or_acquire"):
@@ -249,7 +252,7 @@ def acknowledge(messages: Sequence[Any], errors: tuple[type[Exception], ...]) ->
         client.pipeline().zrem(qos.unacked_index_key, *tags).hdel(qos.unacked_key, *tags).execute()
     for message in messages:
         virtual.QoS.ack(qos, message.delivery_tag)
-        message._state = "ACK"  # noqa: SLF001 - what kombu's own ack notes last
+        message._state = "ACK"  # noqa: SLF001 - kombu's own ack sets this last
 
 
 def _prepared(channel: Any, message: Outgoing) -> Any:

@@ -18,9 +18,9 @@ COMMAND_SECONDS = 60
 def permissions(client: str, queues: Sequence[str] = ()) -> tuple[str, str, str]:
     """Return the configure, write and read patterns of a client.
 
-    It may declare and read its own reply queues, read the durable `queues` listed for it, and write
-    to the request exchange: not to queues of others, nor to the default exchange, which reaches
-    every queue.
+    The client may declare and read its own reply queues, read the durable `queues` listed for it, and
+    write to the request exchange. It may use no queue of others, and not the default exchange, which
+    reaches every queue.
     """
     own = f"^{re.escape(reply_prefix(client))}.*$"
     read = "|".join([own, *(f"^{re.escape(q)}$" for q in queues)])
@@ -30,12 +30,12 @@ def permissions(client: str, queues: Sequence[str] = ()) -> tuple[str, str, str]
 def setup_users(
     clients: Mapping[str, Sequence[str]], broker_url: str, rabbitmqctl: str, passwords: Path | None
 ) -> list[str]:
-    """Make missing users with fresh passwords, set every client's permissions; return the new ones.
+    """Create missing users with new passwords, set every client's permissions, return the new users' names.
 
     `clients` gives the durable queues listed for each client.
 
-    Passwords go to the file `passwords` (mode 600, a JSON object), never to the terminal. Raises
-    SettingsError or Unavailable with what rabbitmqctl said.
+    New passwords are written to the file `passwords` (mode 600, a JSON object), never to the terminal.
+    Raises SettingsError if the file is needed but not named, Unavailable with the error of rabbitmqctl.
     """
     vhost = unquote(urlsplit(broker_url).path[1:]) or "/"
     listed = json.loads(_call(rabbitmqctl, "list_users", "--formatter", "json"))
@@ -43,9 +43,9 @@ def setup_users(
     new = {name: secrets.token_urlsafe(32) for name in clients if name not in known}
     if new and passwords is None:
         raise SettingsError(
-            f"{len(new)} users would be made ({', '.join(new)}); name a file with --passwords"
+            f"{len(new)} users must be created ({', '.join(new)}); name a file with --passwords"
         )
-    if new and passwords is not None:  # first: a password that nobody knows would lock the user out
+    if new and passwords is not None:  # before add_user: a lost password would lock the user out
         with os.fdopen(os.open(passwords, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
             json.dump(new, file, indent=1)
     for name, password in new.items():

@@ -1,4 +1,4 @@
-"""The Python client: over HTTP as it is, over AMQP with the `amqp` extra."""
+"""The Python client: HTTP works without extras, AMQP needs the extra `amqp`."""
 
 from minter.client.client import (
     FileOperation,

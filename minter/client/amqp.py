@@ -1,7 +1,7 @@
-"""Requests over AMQP and their answers: the client's way to the engine.
+"""The client's AMQP transport: sends requests to the engine and receives the answers.
 
-One connection, a reply queue of its own that goes with it, and confirms that do not wait for each
-other. A lost connection is made again, and what has no answer is sent again under the same ids.
+The transport has one connection, a reply queue that is deleted with the connection, and overlapping
+confirms. After a lost connection it connects again, and sends unanswered requests again under the same ids.
 """
 
 import time
@@ -23,15 +23,15 @@ from minter.errors import InvalidRequest, Unavailable
 
 RECONNECT_SECONDS = 0.5
 FIRST_RESEND_SECONDS = 5.0
-"""The embedded broker loses the message that it was handing to a worker as that was killed, so
-there what has no answer is sent again after this time, then after twice as long, and so on."""
+"""Time until an unanswered request is sent again on the embedded broker; it doubles at each repetition.
+This broker loses the message that it is handing to a worker at the moment when the worker is killed."""
 
 
 class AmqpTransport:
     """A connection to the engine's broker; not for use by several threads at once.
 
     `client` is the name that the operators registered; on RabbitMQ it is the AMQP user of the URL.
-    `window` requests are under way at once.
+    At most `window` requests are under way at once.
     """
 
     def __init__(
@@ -63,18 +63,18 @@ class AmqpTransport:
         return f"<AmqpTransport of {self.client}>"
 
     def close(self) -> None:
-        """Close the connection; the reply queue goes with it."""
+        """Close the connection, which deletes the reply queue."""
         if self._consumer is not None:
-            with suppress(*self._publisher.errors):  # the queue goes with the connection anyway
+            with suppress(*self._publisher.errors):  # closing the connection deletes the queue anyway
                 self._consumer.cancel()
         self._consumer = None
         self._publisher.close()
 
     def ask(self, task: str, requests: Sequence[Struct]) -> Iterator[Answer]:
-        """Send requests, `window` of them under way at once, and yield their answers in order.
+        """Send requests, at most `window` of them under way at once, and yield their answers in order.
 
-        A lost connection is made again and what has no answer is sent again, under the same ids.
-        Raises Unavailable when nothing arrived for `timeout_seconds`.
+        After a lost connection it connects again, and sends unanswered requests again under the same ids.
+        Raises Unavailable if no answer arrives for `timeout_seconds`.
         """
         waiting: dict[str, Outgoing] = {}
         numbered = [(str(number), request) for number, request in enumerate(requests)]
@@ -126,7 +126,7 @@ class AmqpTransport:
             ) from error
 
     def _connect(self, waiting: Mapping[str, Outgoing]) -> None:
-        """Make sure that there is a reply queue; after a loss, send again what has no answer."""
+        """Make sure that there is a reply queue; after a lost connection, send `waiting` requests again."""
         if self._consumer is not None and self._connection.connected:
             return
         self._publisher.close()
@@ -155,7 +155,7 @@ class AmqpTransport:
         body = message.body if isinstance(message.body, bytes) else message.body.encode()
         correlation_id = message.properties.get("correlation_id") or ""
         if correlation_id not in self._expected:
-            return  # a second answer to what was sent twice
+            return  # a second answer to a request that was sent twice
         answer = _envelope.decode(body).result
         if answer.parts > 1:
             arrived = self._parts.setdefault(correlation_id, {})

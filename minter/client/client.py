@@ -6,8 +6,8 @@
             send(token.side, token.reveal())
 
 A request keeps its `request_id` through every retry, so asking twice gives the same tokens. All
-errors are of the tree in `minter.errors`: one file's refusal is in `result.refusals`, a request
-refused as a whole raises.
+errors belong to the tree in `minter.errors`: the refusal of one file is in `result.refusals`, and a
+request refused as a whole raises its error.
 """
 
 import time
@@ -81,12 +81,12 @@ Progress = Callable[[int, int], None]
 
 
 class Transport(Protocol):
-    """What carries requests to the engine and answers back, under one id however often it is sent."""
+    """Carries requests to the engine and answers back; a request that is repeated keeps its id."""
 
     client: str
 
     def ask(self, task: str, requests: Sequence[Struct]) -> Iterator[Answer]:
-        """Yield the answers in order."""
+        """Send the requests, and yield their answers in order."""
         ...
 
     def close(self) -> None:
@@ -97,10 +97,11 @@ class Transport(Protocol):
 class MinterClient:
     """A connection to the engine; over AMQP not for use by several threads at once.
 
-    `url` is the issuer's (`https://host/vo/`), or a broker's (`amqps://…`). `client` and `secret` are what
-    the operators registered, unless they stand in the URL; on RabbitMQ they are the AMQP user's. `ca` is
-    the file or hashed directory (such as /etc/grid-security/certificates) that the server's certificate is
-    verified with, the system's if None. `window` requests are under way at once, at most.
+    `url` is the issuer's (`https://host/vo/`), or a broker's (`amqps://…`). `client` and `secret` are those
+    that operators registered; either may be in the URL instead, and for a broker the URL must hold the
+    password. On RabbitMQ the client is the AMQP user. `ca` is the file or hashed directory (such as
+    /etc/grid-security/certificates) that the server's certificate is verified with; None means the system's
+    CAs. At most `window` requests are under way at once.
     """
 
     def __init__(
@@ -124,7 +125,7 @@ class MinterClient:
         return f"<MinterClient {self.client}>"
 
     def __enter__(self) -> Self:
-        """Connect at the first request."""
+        """Return the client, which connects at the first request."""
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -132,11 +133,11 @@ class MinterClient:
         self.close()
 
     def close(self) -> None:
-        """Close the connection; the reply queue goes with it."""
+        """Close the connection; over AMQP this deletes the reply queue."""
         self._transport.close()
 
     def ask(self, task: str, requests: Sequence[Struct]) -> Iterator[Answer]:
-        """Send requests of the contract's form, several under way at once; yield answers in order."""
+        """Send structs of `minter.contract`, several under way at once; yield their answers in order."""
         return self._transport.ask(task, requests)
 
     # ── requests ─────────────────────────────────────────────────────────────────────────────
@@ -151,9 +152,9 @@ class MinterClient:
         """Return tokens for up to 2 000 files in one request.
 
         `options` are those of `MintRequest`: vo, activity, on_behalf_of, all_or_nothing,
-        lifetime_seconds, subject_token (over HTTP) and consumer, another client that may fetch what a
-        provider signs. Raises RequestError if the request is refused whole, Unavailable if the
-        engine cannot answer in time; then the same `request_id` may be sent again.
+        lifetime_seconds, subject_token (over HTTP) and consumer (another client, which may fetch the
+        tokens that a provider signs). Raises RequestError if the request is refused as a whole, Unavailable
+        if the engine does not answer in time; then the same `request_id` may be sent again.
         """
         request = MintRequest(request_id=request_id or new_request_id(), files=tuple(files), **options)
         (answer,) = self.ask(MINT, [request])
@@ -169,8 +170,8 @@ class MinterClient:
     ) -> MintResult:
         """Return tokens for any number of files, in requests of `chunk` files (at most 2 000).
 
-        `progress` is called with the number of files done and the number known. A request that is
-        refused whole refuses its files: they are in `refusals`, the other requests go on.
+        `progress` is called with the number of files done and the number of all files. If a request is
+        refused as a whole, each of its files is in `refusals`, and the other requests go on.
         """
         if not 1 <= chunk <= MAX_FILES:
             raise InvalidRequest(f"chunk {chunk} is out of bounds, expected 1 to {MAX_FILES}")
@@ -198,8 +199,8 @@ class MinterClient:
     ) -> FilledJob:
         """Return an FTS job filled with tokens, and the bearer token to submit it with.
 
-        Where providers sign, it is waited for their tokens; raises Unavailable if they do not come within
-        the client's timeout: then the same `request_id` may be sent again.
+        The call waits for pending tokens of providers. Raises Unavailable if some are still pending after
+        the client's timeout; then the same `request_id` may be sent again.
         """
         (filled,) = self.fill_jobs(
             [job], request_ids=[request_id] if request_id else None, fts=fts, **options
@@ -217,7 +218,7 @@ class MinterClient:
         progress: Progress | None = None,
         **options: Any,
     ) -> list["FilledJob | MinterError"]:
-        """Fill many jobs, several under way at once; a job refused whole gives its error."""
+        """Fill many jobs, several under way at once; a job that is refused as a whole gives its error."""
         ids = request_ids or [new_request_id() for _ in jobs]
         requests = [
             FillRequest(request_id=i, job=dict(job), fts=fts, **options)
@@ -242,17 +243,17 @@ class MinterClient:
         return filled
 
     def _complete(self, request: FillRequest, answer: Answer) -> Answer:
-        """Send a request again until the tokens of providers are there, or it takes too long."""
+        """Repeat a request until none of its tokens is pending, or the client's timeout has passed."""
         until = time.monotonic() + self._timeout_seconds
         while answer.pending:
             if time.monotonic() > until:
-                error = Unavailable(f"{len(answer.pending)} tokens of providers are not there yet; ask again")
+                error = Unavailable(f"{len(answer.pending)} tokens of providers are still pending; ask again")
                 return Answer(request_id=answer.request_id, error=error.as_dict())
             time.sleep(PENDING_POLL_SECONDS)
             (answer,) = self.ask(FILL_JOB, [request])
         return answer
 
-    # ── what became of it ────────────────────────────────────────────────────────────────────
+    # ── earlier requests ─────────────────────────────────────────────────────────────────────
 
     def renew(
         self,
@@ -263,11 +264,11 @@ class MinterClient:
         request_id: uuid.UUID | None = None,
         **fields: Any,
     ) -> MintResult:
-        """Return new tokens for a resubmission of what request `renews` was granted.
+        """Return new tokens to submit files of the earlier request `renews` again.
 
-        `files` are their numbers in that request, all if none. Everything is decided again, with
-        the life of the old tokens, or `wait_seconds`, to wait. `fields` are `subject_token` (over HTTP), a
-        fresh one where the old was exchanged, and `consumer`, if it shall be another.
+        `files` are numbers of files in that request; none means all. Every token is decided again, with
+        the old token's lifetime, or for a file that waits `wait_seconds`. `fields` are `subject_token` (over
+        HTTP; a fresh one if the old one was exchanged) and `consumer` (to name another one).
         """
         request = RenewRequest(
             request_id=request_id or new_request_id(),
@@ -279,11 +280,11 @@ class MinterClient:
         return minted(request.request_id, self._one(RENEW, request))
 
     def fetch(self, request_id: uuid.UUID | None = None, *, handles: Sequence[str] = ()) -> MintResult:
-        """Return what a request was granted before: the same bytes, while they are of use.
+        """Return the tokens of an earlier request, byte for byte, while they are of use.
 
-        What providers sign is the token of the moment. By `handles` a consumer fetches it that the request
-        named; one that is nobody's, or not this client's, is left out. Raises UnknownRequest, or Expired
-        with an offer to renew.
+        Of a token that a provider signs, the current one is returned. By `handles`, the consumer that the
+        request named fetches such tokens; a handle that is unknown, or not for this client, is left out.
+        Raises UnknownRequest, or Expired with an offer to renew.
         """
         if request_id is None:
             wanted = FetchRequest(handles=tuple(map(uuid.UUID, handles)))
@@ -291,7 +292,7 @@ class MinterClient:
         return minted(request_id, self._one(FETCH, FetchRequest(request_id)))
 
     def report(self, files: Sequence[FileReport] = (), *, jobs: Sequence[JobReport] = ()) -> Changed:
-        """Tell what became of files, and which FTS jobs were submitted; may be repeated."""
+        """Report files that became active or finished, and submitted FTS jobs; may be repeated."""
         changed, unknown = 0, []
         for start in range(0, max(len(files), len(jobs), 1), MAX_FILES):
             end = start + MAX_FILES
@@ -307,9 +308,9 @@ class MinterClient:
         files: Sequence[int] = (),
         external_ids: Sequence[str] = (),
     ) -> Changed:
-        """Cancel tokens of a request, or of files by external_id, that are not needed any more.
+        """Cancel tokens of a request, or of files by external_id, that are no longer needed.
 
-        They are not given again; `alive` lists those that work until they expire.
+        Cancelled tokens are not given again; `alive` lists those that still work until they expire.
         """
         answer = self._one(CANCEL, CancelRequest(request_id, tuple(files), tuple(external_ids)))
         return Changed(answer.changed, tuple(answer.unknown), tuple(answer.alive))
@@ -322,7 +323,7 @@ class MinterClient:
         path: str | None = None,
         jti: uuid.UUID | None = None,
     ) -> list[dict[str, Any]]:
-        """Return what became of this client's tokens (schemas/story.json), by one of the four; HTTP only."""
+        """Return the traces of this client's tokens, found by one of the four arguments; HTTP only."""
         if not isinstance(self._transport, HttpTransport):
             raise InvalidRequest("a trace is asked for over HTTP; connect to the issuer's URL")
         asked = {"request_id": request_id, "external_id": external_id, "path": path, "jti": jti}
@@ -339,7 +340,7 @@ def _transport(url: str, client: str | None, secret: str | None, **options: Any)
     if url.startswith(("https:", "http:")):
         return HttpTransport(url, client, secret, **options)
     if secret is not None:
-        raise InvalidRequest("a broker's password stands in its URL")
+        raise InvalidRequest("`secret` is for HTTP only; put the broker's password into its URL")
     try:
         from minter.client.amqp import AmqpTransport  # noqa: PLC0415 - kombu is an extra
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""The client's HTTP side, its default: a request is sent until it is answered, always under its own id."""
+"""The client's HTTP transport, the default: repeats a request, under the same id, until it is answered."""
 
 import random
 import time
@@ -18,7 +18,7 @@ from minter.errors import InvalidRequest, MinterError, ServerError, SettingsErro
 
 FIRST_DELAY_SECONDS, MAX_DELAY_SECONDS = 0.2, 10.0
 PASSING = frozenset({429, 502, 503, 504})
-"""Statuses that another try may change; the request keeps its id, so nothing is made twice."""
+"""HTTP statuses that are tried again; the request keeps its id, so no token is made twice."""
 MAX_THREADS = 8
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
@@ -28,8 +28,8 @@ _answer = msgspec.json.Decoder(Answer)
 class HttpTransport:
     """Connections to one issuer's HTTP service; may be used by several threads.
 
-    `url` is the issuer's (`https://host/vo/`), plain http only on this machine. `client` and `secret` are
-    what the operators registered; either may stand in the URL instead.
+    `url` is the issuer's (`https://host/vo/`); plain http is allowed only on this machine. `client` and
+    `secret` are those that operators registered; either may be in the URL instead.
     """
 
     def __init__(
@@ -71,9 +71,9 @@ class HttpTransport:
         self._pool.clear()
 
     def ask(self, task: str, requests: Sequence[Struct]) -> Iterator[Answer]:
-        """Send requests, some of them at once, and yield their answers in order.
+        """Send requests, several under way at once, and yield their answers in order.
 
-        Raises Unavailable when a request had no answer for `timeout_seconds`.
+        Raises Unavailable if a request gets no answer within `timeout_seconds`.
         """
         path = endpoint(task)
         if len(requests) == 1:
@@ -83,7 +83,7 @@ class HttpTransport:
             yield from threads.map(lambda request: self._post(path, request), requests)
 
     def trace(self, question: Mapping[str, str]) -> list[dict[str, Any]]:
-        """Return what became of this client's tokens, by one of the questions of `/v1/trace`."""
+        """Return the traces of this client's tokens for one of the query parameters of `/v1/trace`."""
         status, body = self._until_answered("GET", f"trace?{urlencode(question)}")
         if status != 200:  # noqa: PLR2004
             raise _refusal(status, body)
@@ -97,7 +97,7 @@ class HttpTransport:
             raise _refusal(status, body) from None
 
     def _until_answered(self, method: str, path: str, body: bytes | None = None) -> tuple[int, bytes]:
-        """Return status and body of an answer that is final."""
+        """Repeat a request until its answer is final; return the answer's status and body."""
         started, delay = time.monotonic(), FIRST_DELAY_SECONDS
         headers = {**self._pool.headers, "Content-Type": "application/json"}
         while True:
@@ -127,9 +127,9 @@ class HttpTransport:
 
 
 def _refusal(status: int, body: bytes) -> MinterError:
-    """Return the error of an answer that is not of the contract's form: from before the engine."""
+    """Return the error of an answer that is not an `Answer`: the request did not reach the engine."""
     try:
         told = msgspec.json.decode(body, type=dict[str, Any])
     except msgspec.DecodeError:
-        return ServerError(f"HTTP status {status} without an answer of ours; is a proxy in between?")
+        return ServerError(f"HTTP status {status} without an answer of Minter; is a proxy in between?")
     return from_dict(told)

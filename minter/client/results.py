@@ -1,4 +1,4 @@
-"""What the client returns: tokens that hide their bytes, refusals, filled jobs."""
+"""Results of the client: tokens that hide their bytes, refusals, filled jobs."""
 
 import uuid
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,7 @@ from minter.errors import MinterError, from_dict
 
 
 class Token:
-    """One token. `str` and `repr` hide it; `reveal()` gives it to whoever sends it on."""
+    """One token; `str` and `repr` hide its bytes, and `reveal()` returns them."""
 
     __slots__ = ("_token", "exp", "file", "handle", "index", "jti", "scope", "side", "storage")
 
@@ -30,10 +30,10 @@ class Token:
         self.jti = answer.jti
         self.exp = answer.exp
         self.handle = answer.handle
-        """By which the one that follows it is fetched, if a provider signed it; empty otherwise."""
+        """Handle that fetches the refreshed token later, if a provider signed this one; empty otherwise."""
 
     def reveal(self) -> str:
-        """Return the compact JWS itself: a secret."""
+        """Return the compact JWS itself, which is a secret."""
         return self._token
 
     def __repr__(self) -> str:
@@ -44,7 +44,7 @@ class Token:
 
 
 class Refusal(Struct, frozen=True):
-    """One file's side that got no token, and the typed reason."""
+    """One slot of the request that got no token, and the typed error."""
 
     file: int
     side: str
@@ -53,7 +53,7 @@ class Refusal(Struct, frozen=True):
 
 
 class Pending(Struct, frozen=True):
-    """A provider's token that is not there yet; fetch it by its handle, which is no secret."""
+    """A provider's token that is still pending; fetch it by its handle, which is not a secret."""
 
     file: int
     side: str
@@ -64,7 +64,7 @@ class Pending(Struct, frozen=True):
 
 
 class MintResult(Struct, frozen=True):
-    """What a request got; files are numbered as they were given."""
+    """Tokens and refusals of a request; files are numbered in the order in which they were given."""
 
     request_ids: tuple[uuid.UUID, ...]
     tokens: tuple[Token, ...]
@@ -73,7 +73,7 @@ class MintResult(Struct, frozen=True):
 
 
 class FilledJob(Struct, frozen=True):
-    """An FTS job with tokens in it, `None` if every file was refused, and the token for FTS."""
+    """An FTS job filled with tokens, and the token for FTS; `job` is None if every file was refused."""
 
     request_id: uuid.UUID
     job: dict[str, Any] | None
@@ -88,10 +88,10 @@ class FilledJob(Struct, frozen=True):
 
 
 class Changed(Struct, frozen=True):
-    """What a report or a cancellation did.
+    """Changes that a report or a cancellation made.
 
-    `tokens` counts those changed, `unknown` has the places that named nothing known, `alive` the
-    cancelled tokens that work until they expire.
+    `tokens` counts the changed tokens, `unknown` lists the places in the message that name nothing known,
+    `alive` the cancelled tokens that still work until they expire.
     """
 
     tokens: int
@@ -127,7 +127,7 @@ def _pending(answer: Answer, first: int = 0) -> Iterator[Pending]:
 
 
 def minted(request_id: uuid.UUID | None, answer: Answer) -> MintResult:
-    """Return the answer to one request that was made before."""
+    """Return the result of a renewal or a fetch."""
     tokens = sorted(map(Token, answer.tokens), key=lambda t: (t.file, t.side, t.index))
     refusals = [Refusal(r.file, r.side, r.index, from_dict(r.error)) for r in answer.refusals]
     ids = (request_id,) if request_id else ()
@@ -135,6 +135,6 @@ def minted(request_id: uuid.UUID | None, answer: Answer) -> MintResult:
 
 
 def shifted(where: str, start: int) -> str:
-    """Return the place `files[3]` of a later chunk as a place in the whole."""
+    """Return a place such as `files[3]` in the chunk that begins at `start` as a place in the whole list."""
     name, _, number = where.rstrip("]").partition("[")
     return f"{name}[{int(number) + start}]"

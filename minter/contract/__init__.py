@@ -1,1 +1,1 @@
-"""What is on the wire: names, and the structs of every message."""
+"""The wire contract: names on the broker, and the struct of every message."""

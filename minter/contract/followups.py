@@ -1,6 +1,6 @@
-"""What clients send about requests that were made before: renew, fetch, report, cancel.
+"""Messages of clients about earlier requests: renew, fetch, report, cancel.
 
-These structs are the contract (schemas/*.json are generated from them), as `requests` has it for
+These structs are the contract: schemas/*.json are generated from them. `messages` has the structs of
 new requests.
 """
 
@@ -18,11 +18,11 @@ ExternalId = Annotated[str, Meta(min_length=1, max_length=255)]
 
 
 class RenewRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """`minter.renew`: new tokens for a resubmission of what request `renews` was granted.
+    """`minter.renew`: new tokens to submit files of the earlier request `renews` again.
 
-    `files` are numbers of its files, all if none. Everything is decided again; a token is asked for
-    with `wait_seconds` to wait, or else with the life that the old one had. What was exchanged with its own
-    `subject_token` needs a fresh one; a consumer stays, if no other is named.
+    `files` are numbers of files in that request; none means all. Every token is decided again, for a file
+    that waits `wait_seconds`, or else with the old token's lifetime. If the old request came with a
+    `subject_token`, a fresh one is needed. The old consumer stays unless another one is named.
     """
 
     request_id: UUID
@@ -34,14 +34,15 @@ class RenewRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     consumer: Name | UnsetType = UNSET
 
     def __repr__(self) -> str:
-        """Name the requests: a subject token is not to be shown."""
+        """Name the requests without showing a subject token."""
         return f"RenewRequest({self.request_id}, renews {self.renews})"
 
 
 class FetchRequest(Struct, frozen=True, forbid_unknown_fields=True):
-    """`minter.fetch`: the tokens that a request was granted, the same bytes (I4), or those of handles.
+    """`minter.fetch`: the tokens of an earlier request, byte for byte (I4), or the tokens of handles.
 
-    A handle may be fetched by the client that asked for its token, and by the consumer that it named.
+    The token of a handle may be fetched by the client that requested it, and by the consumer that this
+    client named.
     """
 
     request_id: UUID | UnsetType = UNSET
@@ -49,10 +50,10 @@ class FetchRequest(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class FileReport(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What became of one file, named in one of four ways.
+    """The new state of one file, which is named in one of four ways.
 
-    By its `external_id`, by a token's `jti`, by `request_id` and `file`, or by FTS's `job_id` and
-    `file_id` (or `file`, its place in the job as it was submitted).
+    These are its `external_id`, a token's `jti`, `request_id` and `file`, or FTS's `job_id` and
+    `file_id` (or `file`, the file's place in the job as it was submitted).
     """
 
     state: Literal["active", "finished"]
@@ -67,8 +68,8 @@ class FileReport(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 class JobReport(Struct, frozen=True, forbid_unknown_fields=True):
     """An FTS job that was submitted with a request's tokens.
 
-    `files` has the number in the request of each file of the job, in the job's order; `file_ids`
-    FTS's ids of them, if known.
+    `files` has each file's number in the request, in the job's order; `file_ids` has FTS's ids of the
+    same files, if known.
     """
 
     job_id: UUID
@@ -85,9 +86,10 @@ class ReportRequest(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class CancelRequest(Struct, frozen=True, forbid_unknown_fields=True):
-    """`minter.cancel`: tokens that are not needed any more, by request and files, or external ids.
+    """`minter.cancel`: tokens that are no longer needed, by request and files, or by external ids.
 
-    They are not given again; what is out already works until it expires, and is listed.
+    Cancelled tokens are not given again. Those that were handed out work until they expire; the answer
+    lists them.
     """
 
     request_id: UUID | None = None

@@ -1,4 +1,4 @@
-"""Messages: what clients send to have tokens minted, and the answers, as typed structs.
+"""Messages of new requests, and the answers to all requests, as typed structs.
 
 The JSON Schemas in schemas/ are generated from these structs.
 """
@@ -13,12 +13,12 @@ from minter.contract.operations import Operation
 from minter.errors import InvalidRequest
 
 MAX_FILES = 2_000
-"""Files in one request; the client library splits larger ones."""
+"""Most files in one request; the client library splits larger requests."""
 MAX_BODY_BYTES = 8 * 1024 * 1024
-"""A larger message is refused before it is decoded; answers go out in parts of this size."""
+"""Largest message that is decoded, in bytes; larger answers are sent in parts of about this size."""
 MAX_SOURCES = 64
 MAX_SECONDS = 400 * 24 * 3600
-"""Bound of every duration in a request: the profile's longest refresh token (§4.3.1)."""
+"""Longest duration in a request: that of the profile's longest refresh token (WLCG §4.3.1)."""
 Name = Annotated[str, Meta(min_length=1, max_length=255)]
 Token = Annotated[str, Meta(min_length=1, max_length=16_384)]
 Url = Annotated[str, Meta(min_length=1, max_length=8_192)]
@@ -36,7 +36,7 @@ class Slot(NamedTuple):
     position: int
 
     def as_dict(self) -> dict[str, Any]:
-        """Return it as the messages name it."""
+        """Return the slot under the names that messages use."""
         return {"file": self.file, "side": self.side, "index": self.position}
 
 
@@ -46,17 +46,17 @@ def unix_time(uuid7: UUID) -> float:
 
 
 class FileOperation(Struct, frozen=True, forbid_unknown_fields=True):
-    """One operation outside a copy; `download` and `upload` are a client's words for read, write."""
+    """One operation outside a copy; `download` means read, `upload` means write."""
 
     operation: Operation | Literal["download", "upload"]
     url: Url
 
 
 class FileRequest(Struct, frozen=True, forbid_unknown_fields=True):
-    """One file: copy it from any of `sources` to each of `destinations`, and other operations.
+    """One file: a copy from any of `sources` to each of `destinations`, and other operations.
 
-    `size` is in bytes. `wait_seconds` is how long it may wait before the copy starts,
-    `transfer_seconds` how long the copy may take (else from the size and the route's rate).
+    `size` is in bytes. `wait_seconds` is how long the file may wait before the copy starts,
+    `transfer_seconds` how long the copy may take (by default computed from size and the route's rate).
     """
 
     sources: Annotated[tuple[Url, ...], Meta(max_length=MAX_SOURCES)] = ()
@@ -86,14 +86,14 @@ class MintRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     consumer: Name | UnsetType = UNSET
 
     def __repr__(self) -> str:
-        """Count the files: a subject token is not to be shown."""
+        """Count the files without showing a subject token."""
         return f"MintRequest({self.request_id}, {len(self.files)} files)"
 
 
 class FillRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """`minter.fill_job`: an FTS job, as Rucio or DIRAC would POST it, filled with tokens.
 
-    `fts` is the URL that the job will be sent to; without it, the issuer's first FTS.
+    `fts` is the URL of the FTS that will receive the job, by default the issuer's first FTS.
     """
 
     request_id: UUID
@@ -108,12 +108,12 @@ class FillRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     consumer: Name | UnsetType = UNSET
 
     def __repr__(self) -> str:
-        """Name the request: a subject token is not to be shown."""
+        """Name the request without showing a subject token."""
         return f"FillRequest({self.request_id})"
 
 
 def decode(decoder: "msgspec.json.Decoder[Any]", body: bytes | msgspec.Raw) -> Any:
-    """Decode what a client sent; raises InvalidRequest with the place of the fault."""
+    """Decode a client's message; raises InvalidRequest with the place of the fault."""
     if len(body) > MAX_BODY_BYTES:
         raise InvalidRequest(
             f"request of {len(body)} bytes is too large, expected at most {MAX_BODY_BYTES}; split it"
@@ -121,14 +121,14 @@ def decode(decoder: "msgspec.json.Decoder[Any]", body: bytes | msgspec.Raw) -> A
     try:
         return decoder.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        # msgspec names the place and the expectation, and of the value only enum words.
+        # msgspec's message names the place and the expected type; it repeats no values but enum words.
         raise InvalidRequest(f"request does not follow its schema: {error}"[:400]) from None
 
 
 class TokenAnswer(Struct, frozen=True):
     """One token of an answer; `token` is the only secret in it. `exp` is a NumericDate.
 
-    One of a provider has a `handle`, by which the one that follows it is fetched.
+    A provider's token has a `handle`, which fetches the refreshed token later.
     """
 
     file: int
@@ -147,7 +147,7 @@ class TokenAnswer(Struct, frozen=True):
 
 
 class PendingToken(Struct, frozen=True):
-    """A provider's token that is not there yet: to be fetched by its handle, which is no secret."""
+    """A provider's token that is still pending; fetch it by its handle, which is not a secret."""
 
     file: int
     side: Side
@@ -158,7 +158,7 @@ class PendingToken(Struct, frozen=True):
 
 
 class RefusedNeed(Struct, frozen=True):
-    """One refusal, with the need that it refuses; file and index are -1 for the whole request."""
+    """One refused need with its error; file and index are -1 if the whole request is refused."""
 
     file: int
     side: Side | Literal["request"]
@@ -167,7 +167,7 @@ class RefusedNeed(Struct, frozen=True):
 
 
 class LiveToken(Struct, frozen=True):
-    """A cancelled token that works until it expires; `exp` is a NumericDate."""
+    """A cancelled token that still works until it expires; `exp` is a NumericDate."""
 
     jti: str
     storage: str
@@ -177,11 +177,11 @@ class LiveToken(Struct, frozen=True):
 class Answer(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The answer to every task (schemas/answer.json).
 
-    `error` is set when the whole request is refused. `pending` are tokens of providers that are not there
-    yet; a job with any of them is filled when the same request is sent again. `job`, `refused` and
+    `error` is set when the whole request is refused. `pending` are tokens that providers have not given
+    yet; a job with pending tokens is filled when the same request is sent again. `job`, `refused` and
     `bearer` come with a filled job. `changed` counts the tokens that a report or a cancellation changed,
-    `unknown` has the places of what it named and nobody knows, `alive` what works on. A large answer
-    comes in `parts` messages, numbered from 0 by `part`.
+    `unknown` lists the places in the message that name nothing known, `alive` the cancelled tokens that
+    still work. A large answer comes in `parts` messages, numbered from 0 by `part`.
     """
 
     request_id: str | None = None
@@ -200,6 +200,6 @@ class Answer(Struct, frozen=True, kw_only=True, omit_defaults=True):
     parts: int = 1
 
     def __repr__(self) -> str:
-        """Count what is in it: the tokens of a filled job are not to be shown."""
+        """Count tokens and files without showing the tokens of a filled job."""
         files = len(self.job["files"]) if self.job else 0
         return f"Answer({self.request_id}, {len(self.tokens)} tokens, {files} filled files)"

@@ -1,6 +1,7 @@
-"""Names on the broker: what clients, workers and RabbitMQ's permissions agree on.
+"""Names on the broker, shared by clients, workers and RabbitMQ's permissions.
 
-Clients may write to REQUEST_EXCHANGE and read queues below their own reply prefix, nothing else.
+Clients may write only to REQUEST_EXCHANGE, and read only queues below their own reply prefix and the
+durable queues listed for them.
 """
 
 MINT = "minter.mint"
@@ -17,12 +18,12 @@ SCHEMAS = {
     REPORT: "report-request.json",
     CANCEL: "cancel-request.json",
 }
-"""The schema of each public task's argument; schemas/answer.json is that of every answer."""
+"""File in schemas/ for each public task's argument; schemas/answer.json is for every answer."""
 PUBLIC_TASKS = tuple(SCHEMAS)
 
 
 def endpoint(task: str) -> str:
-    """Return the last part of a task's URL over HTTP."""
+    """Return the last path segment of a task's HTTP URL."""
     return task.rpartition(".")[2]
 
 
@@ -33,10 +34,10 @@ INTERNAL_QUEUE = "minter.internal"
 DEAD_LETTER_QUEUE = "minter.dead"
 
 DIRECT_REPLY = "amq.rabbitmq.reply-to."
-"""RabbitMQ's direct reply-to: it can only reach the channel that sent the request."""
+"""Prefix of RabbitMQ's direct reply-to queues, which reach only the channel that sent the request."""
 REPLY_PREFIX = "minter.reply."
 
 
 def reply_prefix(client: str) -> str:
-    """Return what every reply queue of a client begins with."""
+    """Return the prefix of the names of a client's reply queues."""
     return f"{REPLY_PREFIX}{client}."

@@ -1,4 +1,4 @@
-"""Operations: what a client may want to do with a file, as the contract names them."""
+"""Operations that a client may request on a file, as the contract names them."""
 
 from typing import Literal, get_args
 

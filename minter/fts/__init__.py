@@ -1,1 +1,1 @@
-"""What FTS speaks: jobs, monitoring messages and its REST interface."""
+"""Formats of FTS: jobs and monitoring messages."""

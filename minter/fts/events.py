@@ -1,7 +1,7 @@
-"""FTS monitoring messages: what each says of one file's transfer (fts3 3.14.4, msg_producer; facts of FTS).
+"""Read FTS monitoring messages, each about one file's transfer (as fts3 3.14.4's msg_producer sends them).
 
-None carries a token or a jti. They come at least once, in any order, from several servers, so what is read
-from each is whether the file's tokens are in use, or needed no more.
+No message has a token or a jti. Messages come at least once, in any order, from several servers. Each one
+tells only whether the file's tokens are in use, or no longer needed.
 """
 
 from typing import Any, Literal
@@ -13,13 +13,13 @@ from msgspec import Struct
 from minter.errors import InvalidRequest
 
 _TAIL = b" \x04\x00\r\n\t"
-"""What FTS ends a message with: 0x04 before 3.6, a space since."""
+"""Bytes that may end an FTS message: 0x04 before FTS 3.6, a space since then."""
 _ENDED = frozenset({"FINISHED", "FAILED", "CANCELED"})
 _RUNNING = frozenset({"ACTIVE", "STARTED", "ARCHIVING"})
 
 
 class FTSEvent(Struct, frozen=True, kw_only=True):
-    """One file of one job, and its tokens' new state; `external_id` is Rucio's request id, if it has one."""
+    """New state of the tokens of a job's file; `external_id` is Rucio's request id, or empty."""
 
     vo: str
     job_id: UUID
@@ -29,7 +29,7 @@ class FTSEvent(Struct, frozen=True, kw_only=True):
 
 
 def read_event(body: bytes) -> FTSEvent | None:
-    """Return what a message says; None if that changes nothing. Raises InvalidRequest for any other."""
+    """Return the event in a message, None if it changes no token; raises InvalidRequest for other bodies."""
     try:
         told = msgspec.json.decode(body.rstrip(_TAIL), type=dict[str, Any])
         state = _state(told)
@@ -62,7 +62,7 @@ def _of_complete(final: str, told: dict[str, Any]) -> Literal["active", "finishe
         return "active" if told.get("is_archiving") is True else "finished"
     retries_left = int(told.get("retry_max") or 0) - int(told.get("retry") or 0)
     if final == "Error" and told.get("is_recoverable") is True and retries_left > 0:
-        return None  # tried again, with the same tokens
+        return None  # FTS tries again with the same tokens
     return None if _others_go_on(told) else "finished"
 
 
@@ -75,5 +75,5 @@ def _of_state(state: str, told: dict[str, Any]) -> Literal["active", "finished"]
 
 
 def _others_go_on(told: dict[str, Any]) -> bool:
-    """Say whether another replica of the same file is tried next: it has its own token, under one file."""
+    """Say whether FTS tries another replica next: its token belongs to the same file of the request."""
     return told.get("job_state") in ("ACTIVE", "READY", "SUBMITTED") and not told.get("job_multihop")

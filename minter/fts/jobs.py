@@ -1,4 +1,4 @@
-"""FTS jobs: read what decides the tokens of a job, and fill a job with its tokens."""
+"""FTS jobs: read the fields that decide the tokens of a job, and fill a job with tokens."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any
@@ -23,7 +23,7 @@ _Number = int | str | None
 
 
 class JobFile(Struct, frozen=True):
-    """What of a job's file decides its tokens; all else is passed through untouched."""
+    """Fields of a job's file that decide its tokens; all other fields are passed on unchanged."""
 
     sources: Annotated[tuple[Url, ...], Meta(min_length=1, max_length=MAX_SOURCES)]
     destinations: Annotated[tuple[Url, ...], Meta(min_length=1, max_length=MAX_SOURCES)]
@@ -33,7 +33,7 @@ class JobFile(Struct, frozen=True):
 
 
 class JobParams(Struct, frozen=True):
-    """What of a job's params decides its tokens. `max_time_in_queue` is in hours, or has a unit."""
+    """Fields of a job's params that decide its tokens; `max_time_in_queue` is in hours, or has a unit."""
 
     overwrite: bool | None = None
     overwrite_when_only_on_disk: bool | None = None
@@ -74,7 +74,7 @@ def _seconds(value: _Number, name: str, unit_seconds: int = 1) -> int:
 
 
 def from_fill(wire: FillRequest) -> Request:
-    """Bring an FTS job into the frozen form; raises InvalidRequest with the place of the fault."""
+    """Return an FTS job as a `Request`; raises InvalidRequest with the place of the fault."""
     try:
         job = msgspec.convert(wire.job, Job)
     except msgspec.ValidationError as error:
@@ -118,7 +118,7 @@ def _job_file(number: int, file: JobFile, params: JobParams, files: int) -> File
     wait = _seconds(params.max_time_in_queue, "max_time_in_queue", 3600) or None
     retries = min(_seconds(params.retry, "retry"), 100)
 
-    # FTS has one token slot for each URL, so a slot's token carries all that FTS does with it.
+    # FTS takes one token for each URL, so this token must allow everything that FTS does with the URL.
     source: tuple[Operation, ...] = ("read",)
     destination: tuple[Operation, ...] = ("overwrite" if _overwrites(params, number, files) else "write",)
     if stages:
@@ -142,7 +142,7 @@ def _job_file(number: int, file: JobFile, params: JobParams, files: int) -> File
     return File(
         needs=tuple(needs),
         size=int(size) if size and 0 < size <= MAX_BYTES else None,
-        # A later hop starts when the ones before it, of the same file, are done.
+        # A later hop starts when the earlier hops of the same file are done.
         retries=(1 + retries) * (1 + number) - 1 if params.multihop else retries,
         activity=file.activity or "",
         external_id=external_id[:255] if isinstance(external_id, str) else "",

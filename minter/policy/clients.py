@@ -1,4 +1,4 @@
-"""Who asks, with its own limits, and what operators have banned."""
+"""Clients with their own limits, and the bans of operators."""
 
 from collections.abc import Iterable
 from datetime import datetime
@@ -12,7 +12,7 @@ from minter.scopes import path_contains
 
 
 def fits(value: str, patterns: Iterable[str]) -> bool:
-    """Say whether a name is one that settings mean: patterns are shell globs, case counts."""
+    """Say whether a name matches one of the patterns, which are case-sensitive shell globs."""
     return any(fnmatchcase(value, pattern) for pattern in patterns)
 
 
@@ -30,26 +30,26 @@ class Client(Struct, frozen=True, eq=False, kw_only=True):
     jwe_key: dict[str, str] | None = None
     disabled: bool = False
     default_audience: tuple[str, ...] = ()
-    """The audience at the token endpoint when it asks for none."""
+    """Audience at the token endpoint when the client requests none."""
     audiences: tuple[str, ...] = ()
-    """Patterns of audiences that it may have beside those of storages and of FTS."""
+    """Patterns of audiences that the client may have besides those of storages and of FTS."""
     scopes: tuple[str, ...] = ()
-    """Patterns of scopes that it may have beside those of storages."""
+    """Patterns of scopes that the client may have besides those of storages."""
     groups: tuple[str, ...] = ()
-    """Groups that it may have in `wlcg.groups`."""
+    """Groups that the client may have in `wlcg.groups`."""
     subject_provider: str = ""
-    """The provider of the subject token that is stored for it, empty if there is none."""
+    """Provider of the subject token that is stored for the client, empty if none is stored."""
     subject_scope: str = ""
     subject_until: datetime | None = None
 
     def at(self, now: datetime) -> "Client":
-        """Return it as it is at a time: without a stored subject token that has expired."""
+        """Return the client as of `now`: without its stored subject token if that token has expired."""
         if self.subject_until is None or self.subject_until > now:
             return self
         return structs.replace(self, subject_provider="", subject_until=None)
 
     def may_reach(self, path: str) -> bool:
-        """Say whether its own prefixes, if it has any, hold a path."""
+        """Say whether a path lies below one of the client's prefixes; without prefixes every path does."""
         return not self.paths or any(path_contains(prefix, path) for prefix in self.paths)
 
 
@@ -83,13 +83,13 @@ class Bans:
         return any(ban_vo in (None, vo) for ban_vo, _ in self._values.get(kind, ()))
 
     def touches(self, vo: str, path: str) -> bool:
-        """Say whether `path`, or the wide grant it stands for, touches a banned prefix."""
+        """Say whether `path` lies below a banned prefix, or is a wide path that contains one."""
         return any(
             ban_vo in (None, vo) and (path_contains(prefix, path) or path_contains(path, prefix))
             for ban_vo, prefix in self._values.get("path", ())
         )
 
     def check_path(self, vo: str, path: str) -> None:
-        """Raise Banned if `path` touches a banned prefix."""
+        """Raise Banned if `path` lies below a banned prefix, or contains one."""
         if self.touches(vo, path):
             raise Banned(f"path {path!r} is banned by an operator", kind="path")

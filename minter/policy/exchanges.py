@@ -1,4 +1,4 @@
-"""Exchange rules: which client may act with whose tokens. Without a rule nobody may."""
+"""Exchange rules: which client may act with tokens of which other client. Without a rule, none may."""
 
 from collections.abc import Iterable
 from typing import Annotated
@@ -11,13 +11,14 @@ Patterns = tuple[str, ...]
 
 
 class Exchange(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Lets `clients` exchange the tokens of `subject_clients` (RFC 8693); the first that fits decides.
+    """Lets `clients` exchange tokens of `subject_clients` (RFC 8693); the first matching rule decides.
 
-    With `providers`, it is for tokens of these external IAMs, which name us in `aud`, instead of our own;
-    their `subject_clients` are their own names, and no refresh tokens are given for them.
+    A rule with `providers` is for tokens of these external IAMs that name Minter in `aud`, not for Minter's
+    own; its `subject_clients` are client names of the IAM, and its exchanges give no refresh tokens.
 
-    Patterns are shell globs; `scopes` are of scope names, without paths. With `offline_access` they get
-    refresh tokens, whose family ends with the subject token of a transfer, or after `max_refresh_seconds`.
+    Patterns are shell globs; those in `scopes` match scope names without paths. With `offline_access`,
+    `clients` get refresh tokens; the family of these ends after `max_refresh_seconds`, or earlier, with the
+    subject token, if a transfer's token was exchanged.
     """
 
     name: str
@@ -33,9 +34,10 @@ class Exchange(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 def find(
     rules: Iterable[Exchange], vo: str, client: str, subject_client: str, *, offline: bool, provider: str = ""
 ) -> Exchange | None:
-    """Return the rule that allows an exchange, of a token of ours or of a provider; None if none does.
+    """Return the rule that allows an exchange of a token of Minter or of a provider; None if no rule does.
 
-    A client never gets refresh tokens for its own tokens: it can ask for new ones.
+    A client never gets refresh tokens for its own tokens, since it can request new ones, nor for a
+    provider's.
     """
     if offline and (client == subject_client or provider):
         return None

@@ -1,4 +1,4 @@
-"""Explain decisions: render their steps as lines. Nothing is decided here."""
+"""Explain decisions: render the steps of each as lines. This module decides nothing."""
 
 from minter.policy.plans import Decision, PlannedToken
 from minter.scopes import (
@@ -7,7 +7,7 @@ from minter.scopes import (
 
 
 def explain(decision: Decision) -> list[str]:
-    """Render the steps of a decision, one line each; it decides nothing."""
+    """Render the steps of a decision, one line for each step."""
     lines = []
     for planned in decision.planned_tokens:
         lines.append(f"file {planned.need.file} {planned.need.side}[{planned.need.index}]: granted")
@@ -25,5 +25,5 @@ def explain(decision: Decision) -> list[str]:
 
 
 def asked_scopes(planned: PlannedToken) -> frozenset[Scope]:
-    """Return the grant's scopes, parsed: for tests, traces and people."""
+    """Return the parsed scopes of a planned token, for tests and traces."""
     return frozenset(Scope.parse(word) for word in planned.scope.split(" "))

@@ -1,4 +1,4 @@
-"""Lifetimes: how long a token may live, and how long it needs to (WLCG 1.3 §4.3.1)."""
+"""Lifetimes: how long a token may live, and how long its file needs it (WLCG 1.3 §4.3.1)."""
 
 import math
 from collections.abc import Sequence
@@ -58,16 +58,16 @@ def _failed_mitigations(
         "one_storage": not any(a.endswith("wlcg.cern.ch/jwt/v1/any") for a in area.audience),
         "no_modify": not any(n.scope == "storage.modify" for n in needed),
         "fts_only": via_fts,
-        "pull_mode": True,  # asserted by the VO, nothing in a token shows it
+        "pull_mode": True,  # the VO asserts pull mode; no part of a token shows it
     }
     return [m for m in route.mitigations if not holds[m]]
 
 
 def lifetime_of(plan: Plan, request: Request, file: File, need: Need) -> Lifetime:
-    """Return the lifetime of one token: what the file needs, clipped to what its plan allows.
+    """Return the lifetime of one token: the time that the file needs, clipped to the cap of the plan.
 
-    Raises LifetimeNotAllowed if the client asks for more than is allowed, or if what is allowed does not
-    cover the margin (and, in an FTS job, an hour of queue).
+    Raises LifetimeNotAllowed if the client requests more than the cap, or if the resulting lifetime does
+    not cover the margin (and, in an FTS job, an hour of queue).
     """
     route = plan.route
     assert route is not None

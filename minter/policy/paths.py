@@ -1,4 +1,4 @@
-"""Paths: which scopes a planned token has on which path, its own or one that it shares."""
+"""Paths: the scopes of a planned token, on its file's path or on a path that several files share."""
 
 from collections.abc import Sequence
 
@@ -23,19 +23,19 @@ from minter.storages.directory import Area
 
 
 def area_path(area: Area, client: Client, path: str) -> str:
-    """Return the root of the area where the client may have all of it, else the file's own path."""
+    """Return the root of the area if the client may have the whole area, else the file's own path."""
     return check_path(area.root) if _may_have(area, area.root, client) else path
 
 
 def _may_have(area: Area, wide: str, client: Client) -> bool:
-    """Say whether a client may have all of a path: its own prefixes hold it, and no other storage."""
+    """Say whether the client's prefixes contain a path, and no other storage lies below this path."""
     return client.may_reach(wide) and not any(path_contains(wide, inner) for inner in area.nested)
 
 
 def shared_path(plan: Plan, path: str, request: Request, client: Client, bans: Bans) -> str:
-    """Return the path that a shared token may be on; empty if this file must have its own token.
+    """Return the path of a shared token for this file; empty if the file must have its own token.
 
-    That is so where the client asked for a lifetime, which a shared token would exceed.
+    A request for a certain lifetime gets no shared token, which would exceed this lifetime.
     """
     if plan.granularity == "file" or request.lifetime_seconds is not None:
         return ""
@@ -51,9 +51,9 @@ def shared_path(plan: Plan, path: str, request: Request, client: Client, bans: B
 
 
 def scope_on(plan: Plan, path: str, shared: str, client: Client, bans: Bans) -> str:
-    """Return the scope claim of a plan for one file, or for the path `shared` that others are on, too.
+    """Return the scope claim of a plan on one file's path, or on the path `shared` of several files.
 
-    Raises OperationNotAllowed if nothing is left of it, ScopeTooLarge if FTS could not store it.
+    Raises OperationNotAllowed if no scope is left, ScopeTooLarge if FTS could not store the claim.
     """
     write = encode_path if plan.area.dialect.encoding == "percent" else raw_path
     if shared:
@@ -77,8 +77,8 @@ def scope_on(plan: Plan, path: str, shared: str, client: Client, bans: Bans) -> 
 def _check_scope(words: Sequence[str], plan: Plan, path: str) -> str:
     if not words:
         raise OperationNotAllowed(
-            f"nothing of the operation is left on {path!r} after what route {plan.rule} forbids and "
-            "what the client may reach"
+            f"no scope of the operation is left on {path!r}: route {plan.rule} forbids it, or it would be "
+            "on a directory that the client may not reach"
         )
     scope = " ".join(words)
     if len(scope) > MAX_CLAIM_CHARACTERS:

@@ -1,4 +1,4 @@
-"""Planning: which route is for a need, and the plan that it makes."""
+"""Planning: match routes with needs, and make the plan of a need from its route."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,7 @@ from minter.storages.directory import Area
 
 
 def matches(route: Route, client: Client, activity: str, via_fts: bool, area: Area, need: Need) -> bool:
-    """Say whether a route is for this client, activity, storage and all operations of a need."""
+    """Say whether a route matches this client, activity, storage and all operations of a need."""
     return (
         route.via in ("any", "fts" if via_fts else "direct")
         and (route.tape is None or route.tape == area.tape)
@@ -34,7 +34,7 @@ def make_plan(
     granularity: Granularity,
     before: Sequence[Step] = (),
 ) -> Plan:
-    """Return the plan of a need by the route that matches it; `before` are the steps that led to it."""
+    """Return the plan of a need by its matching route; `before` are the steps that led to this route."""
     asked = need.operations
     steps = [
         *before,

@@ -1,7 +1,7 @@
-"""Plans: what a route makes of an operation on a storage, whatever the file: scopes, lifetime, steps.
+"""Plans: scopes, lifetime cap and steps of operations on a storage, the same for every file.
 
-Here are also the values that a decision consists of. A plan is recorded once as a rule, and every
-token of it names the rule (I8).
+This module also has the other values that a decision consists of. A plan is recorded once as a row of
+`rules`, and every token made by the plan names this row (I8).
 """
 
 from hashlib import sha256
@@ -19,7 +19,7 @@ from minter.storages.dialects import Needed
 from minter.storages.directory import Area
 
 SEVERAL_STORAGES = "(several)"
-"""Stands in the record for the storages of a token that is for none or several."""
+"""Recorded storage of a token that is for no storage or for several."""
 
 
 class Step(NamedTuple):
@@ -30,7 +30,7 @@ class Step(NamedTuple):
 
 
 class Plan(Struct, frozen=True, eq=False):
-    """All of a grant that does not depend on the file: made once, used for every file alike."""
+    """The part of a planned token that does not depend on the file; made once, used for all such files."""
 
     route: Route | None
     area: Area
@@ -41,7 +41,7 @@ class Plan(Struct, frozen=True, eq=False):
     steps: tuple[Step, ...]
     granularity: Granularity = "file"
     digest: bytes = b""
-    """By which equal plans of all processes are one row."""
+    """Hash under which equal plans of all processes share one row of `rules`."""
 
     def __post_init__(self) -> None:
         text = msgspec.json.encode([self.rule, self.area.storage, self.operations, self.steps])
@@ -49,15 +49,15 @@ class Plan(Struct, frozen=True, eq=False):
 
     @property
     def rule(self) -> str:
-        """The name of the rule that made it."""
+        """The name of the route, or of the other rule, that made the plan."""
         return self.route.name if self.route else self.cap_rule
 
 
 class Lifetime(Struct, frozen=True, gc=False):
-    """How long a token lives: `seconds` from iat to exp, and what it was made of.
+    """A token's lifetime: `seconds` from iat to exp, and the values that it was computed from.
 
-    A derived need of `wanted` seconds beyond the cap is clipped. `fixed` is the part for transfer,
-    retries, staging and margin, so `seconds - fixed` is what the file may wait in a queue.
+    `wanted` is the derived need in seconds; beyond the cap it is clipped. `fixed` is the part for transfer,
+    retries, staging and margin, so the file may wait `seconds - fixed` seconds in a queue.
     """
 
     seconds: int
@@ -66,7 +66,7 @@ class Lifetime(Struct, frozen=True, gc=False):
 
 
 class Extra(Struct, frozen=True):
-    """What a token of the token endpoint says beside its scopes: for whom, in which groups, through whom."""
+    """Claims of a token of the token endpoint besides its scopes: subject, groups, and actors (`act`)."""
 
     sub: str
     groups: tuple[str, ...] = ()
@@ -74,7 +74,7 @@ class Extra(Struct, frozen=True):
 
 
 class PlannedToken(Struct, frozen=True, eq=False, gc=False):
-    """One token that may be made."""
+    """One token that the decision allows to be made."""
 
     need: Need
     plan: Plan
@@ -83,16 +83,16 @@ class PlannedToken(Struct, frozen=True, eq=False, gc=False):
     lifetime: Lifetime
     external_id: str
     shared: str = ""
-    """The path that the scopes are on instead, if the token serves other files, too."""
+    """Path of the scopes, instead of `path`, if the token serves other files, too."""
     extra: Extra | None = None
 
     @property
     def managed(self) -> bool:
-        """Whether a provider signs the token, and we keep it fresh."""
+        """Whether a provider signs the token, and the refresher keeps it fresh."""
         return self.plan.route is not None and self.plan.route.mode != "mint"
 
     def whole(self) -> "PlannedToken":
-        """Return the grant of the token that this one is a use of: with all the life it may have."""
+        """Return the shared token that this one is a use of, planned with the whole lifetime of the cap."""
         cap = self.plan.cap_seconds
         return structs.replace(self, path=self.shared, lifetime=Lifetime(cap, cap, self.lifetime.fixed))
 
@@ -103,7 +103,7 @@ class PlannedToken(Struct, frozen=True, eq=False, gc=False):
 
 
 class Refused(NamedTuple):
-    """A need that gets no token, and why; `need` is None for a request refused as a whole."""
+    """A need that gets no token, and the error; `need` is None for a request refused as a whole."""
 
     need: Need | None
     error: RequestError
@@ -114,7 +114,7 @@ class Refused(NamedTuple):
 
 
 class Decision(Struct, frozen=True, eq=False):
-    """What a request gets; `error` refuses it whole, and then there are no grants."""
+    """Planned tokens and refusals of a request; with `error`, it is refused as a whole and gets no token."""
 
     planned_tokens: list[PlannedToken]
     refused: list[Refused]

@@ -1,4 +1,4 @@
-"""Requests: the one frozen form in which every submission is decided on.
+"""Requests: the one frozen form of every submission, which decisions are made on.
 
 A message becomes a `Request` of `File`s, with one `Need` for each token.
 """
@@ -22,9 +22,9 @@ SEVERAL = "(several)"
 
 
 class Need(Struct, frozen=True, gc=False):
-    """What one token is for. `one_token`: the grant cannot be split over several tokens.
+    """The use of one token. With `one_token`, all operations must be in the same token.
 
-    `life_seconds` is the life of the token that it renews, which is asked for again.
+    `life_seconds` is the lifetime of the token to be renewed, which is requested again.
     """
 
     file: int
@@ -39,7 +39,7 @@ class Need(Struct, frozen=True, gc=False):
 
     @property
     def slot(self) -> Slot:
-        """Where its token belongs in the request."""
+        """The slot of the token in the request."""
         return Slot(self.file, self.side, self.index)
 
 
@@ -55,10 +55,10 @@ class File(Struct, frozen=True):
 
 
 class Request(Struct, frozen=True):
-    """One submission, native or an FTS job, in the form that is decided on.
+    """One submission, native or an FTS job, in the form that decisions are made on.
 
-    `subject` is a token to exchange at a provider, `consumer` another client that may fetch what it gives;
-    `routes`, if there are any, are the only ones that may be taken.
+    `subject` is a token to exchange at a provider, `consumer` another client that may fetch the provider's
+    tokens; `routes`, if not empty, names the only routes that may be used.
     """
 
     request_id: UUID
@@ -96,15 +96,15 @@ def decode_mint(body: bytes | msgspec.Raw) -> Request:
 
 
 def content_digest(request: Struct) -> bytes:
-    """Return the digest by which an equal request is known again (I4)."""
-    if getattr(request, "subject_token", UNSET) is not UNSET:  # a credential, which may be a fresh one
+    """Return the digest that identifies repetitions of a request (I4)."""
+    if getattr(request, "subject_token", UNSET) is not UNSET:  # a repetition may bring a fresh one
         request = structs.replace(request, subject_token=UNSET)
     return sha256(msgspec.json.encode(request, order="deterministic")).digest()
 
 
 def check_request_id(request: Request, now: float, retention_seconds: int) -> None:
     """Raise InvalidRequest unless the request_id is a UUIDv7 of an acceptable time."""
-    if request.request_id.version != 7:  # noqa: PLR2004 - the version that is meant
+    if request.request_id.version != 7:  # noqa: PLR2004 - UUIDv7
         raise InvalidRequest(
             "request_id is not a UUIDv7 (RFC 9562 §5.7); make it from the time of the request"
         )
@@ -122,7 +122,7 @@ def check_request_id(request: Request, now: float, retention_seconds: int) -> No
 
 
 def from_mint(wire: MintRequest) -> Request:
-    """Bring a native request into the frozen form."""
+    """Return a native request as a `Request`."""
     return Request(
         request_id=wire.request_id,
         kind="mint",
@@ -141,7 +141,7 @@ def from_mint(wire: MintRequest) -> Request:
 
 
 def subject_of(token: str | UnsetType) -> SubjectToken | None:
-    """Return a subject token that came with a request, not verified yet."""
+    """Return the subject token that came with a request, not verified yet, or None."""
     return SubjectToken(token) if isinstance(token, str) else None
 
 
@@ -162,7 +162,7 @@ def _native_file(number: int, file: FileRequest) -> File:
 
 
 def refusal(need: Need | None, error: RequestError) -> RefusedNeed:
-    """Return a refusal as it is recorded and sent; None means the whole request."""
+    """Return a refusal as it is recorded and sent; if `need` is None, it refuses the whole request."""
     if need is None:
         return RefusedNeed(-1, "request", -1, error.as_dict())
     return RefusedNeed(need.file, need.side, need.index, error.as_dict())

@@ -1,7 +1,7 @@
-"""Routes as written in the settings, the ones that are shipped, and the FTS instances.
+"""Routes as written in the settings, the shipped routes, and the FTS instances.
 
-A route is the rule that picks lifetime, extras and risk rules; it cannot be one that contradicts
-the profile (`Route.check`).
+A route decides lifetime, additional operations and risk rules of tokens. `Route.check` refuses a route
+that contradicts the profile.
 """
 
 from typing import Literal
@@ -18,17 +18,18 @@ Mitigation = Literal["narrow_write", "narrow_read", "one_storage", "no_modify", 
 
 
 class Route(Struct, frozen=True, eq=False, forbid_unknown_fields=True, kw_only=True):
-    """The rule that picks lifetime, extras and risk rules; the first that matches decides.
+    """A rule that decides lifetime, additional operations and risk rules; the first match counts.
 
     Patterns are shell globs. `via` says whether the tokens go into an FTS job. `cleanup` adds the
-    right to remove a failed copy, `make_parents` that of making the directory, `poll_area` widens
+    right to remove a failed copy, `make_parents` the right to make the directory, `poll_area` widens
     a poll token to the storage's prefix, `forbid` names quirks that must not add scopes.
-    `granularity` is what one token is for: one file; or every file of a directory, or of a storage's
-    prefix, that the same client asks for in the same way while the token's life covers it.
-    `mode` says who signs: we, or `provider`, where a token is exchanged or asked for with our own
-    credentials, and kept fresh as long as the transfer lives. While the provider is away, the first of the
-    routes named in `fallback` that matches, and can be had, stands in.
-    `plaintext_queue` lets its tokens lie unencrypted on a durable queue of a client without a key. A
+    `granularity` says what one token serves: one file; or every file of a directory, or of a storage's
+    prefix, for which the same client requests the same operations while the token's lifetime is sufficient.
+    `mode` says who signs: with `mint` Minter; otherwise `provider`, which exchanges a subject token
+    (`exchange`) or gives a token for Minter's own credentials (`client_credentials`). A provider's token is
+    kept fresh as long as the transfer lives. While the provider is not available, the first route named in
+    `fallback` that matches and is available is used instead.
+    `plaintext_queue` allows unencrypted tokens on a durable queue of a client without a key. A
     `max_lifetime_seconds` above the profile's 6 h needs `mitigations` and a `risk_assessment`.
     """
 
@@ -89,8 +90,8 @@ _TRANSFER: tuple[Operation, ...] = (
 )  # fmt: skip
 
 SHIPPED_ROUTES = (
-    # A failed copy to tape is left to the operators: with `overwrite = false` no token of ours
-    # may remove what could be the custodial copy.
+    # A failed copy to tape is left to the operators: with `overwrite = false` no token of Minter
+    # may remove a file that could be the custodial copy (ADR 6).
     Route(
         name="fts-tape",
         via="fts",
@@ -130,7 +131,7 @@ SHIPPED_ROUTES = (
 
 
 class FTSInstance(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """An FTS instance that jobs may be filled for, and the token for submitting there."""
+    """An FTS instance that jobs may be filled for, and the token to submit jobs there."""
 
     name: str
     url: str

@@ -1,6 +1,6 @@
-"""Decisions on another's token: what an exchange or a refresh may grant at most, and for whom.
+"""Decisions on subject and refresh tokens: the most that an exchange or a refresh may grant.
 
-On a subject token (RFC 8693) or a refresh token (RFC 6749 §6) nothing beyond that token is granted.
+An exchange (RFC 8693) or a refresh (RFC 6749 §6) grants nothing beyond the token that it presents.
 """
 
 import json
@@ -31,9 +31,10 @@ _SUB = re.compile(r"[ -~]{1,255}").fullmatch
 
 
 class SubjectAuthority(NamedTuple):
-    """What a token that is acted with holds: the most that may be granted on it, and for whom.
+    """The authority of a subject or refresh token: the most that may be granted on it, and its subject.
 
-    A provider's has no `audience` that counts here, for it is meant for us, and no route has allowed it yet.
+    For a provider's token `audience` is empty: the token is meant for Minter itself, and no route has
+    allowed its scopes yet.
     """
 
     sub: str
@@ -48,25 +49,25 @@ class SubjectAuthority(NamedTuple):
 
     @property
     def ours(self) -> bool:
-        """Whether we signed it, and so decided what it holds."""
+        """Whether Minter signed the token, and so decided its scopes and audience."""
         return bool(self.audience)
 
 
-# ── on another's token ───────────────────────────────────────────────────────────────────────
+# ── subject and refresh tokens ───────────────────────────────────────────────────────────────
 
 
 def check_holder(authority: SubjectAuthority, vo: str, clients: Mapping[str, Client], bans: Bans) -> None:
-    """Raise Banned or InvalidGrant if the client whose token it is may have none itself any more (I9)."""
+    """Raise Banned or InvalidGrant if the client that holds the token may no longer have tokens (I9)."""
     bans.check(vo, client=authority.client, on_behalf_of=authority.on_behalf_of, activity=authority.activity)
     if not authority.ours:
-        return  # a provider's client
+        return  # the holder is a client of the provider, not of Minter
     holder = clients.get(authority.client)
     if holder is None or holder.disabled:
-        raise InvalidGrant(f"client {authority.client!r}, whose token it is, is disabled")
+        raise InvalidGrant(f"client {authority.client!r}, the holder of the token, is disabled")
 
 
 class RefreshReused(Exception):
-    """A refresh token that was spent came again: `family` is to be saved as revoked."""
+    """A spent refresh token was presented again; `family` must be saved as revoked."""
 
     def __init__(self, error: RequestError, family: Family) -> None:
         super().__init__(error.message)
@@ -81,14 +82,14 @@ def on_subject_token(
     now: datetime,
     subjects: Mapping[uuid.UUID, Subject],
 ) -> tuple[Family | None, SubjectAuthority]:
-    """Return what an exchange of our own token may grant, and the family it starts (RFC 8693 §2.1)."""
+    """Return the family that an exchange of Minter's own token starts, and its authority (RFC 8693 §2.1)."""
     assert token_request.subject is not None
     jti, payload = token_request.subject
     subject = subjects.get(jti)
     if subject is None or subject.payload != payload:
         raise InvalidGrant("the subject token is not on record here, or its retention is over")
     if subject.shared:
-        raise InvalidGrant("the subject token is shared by several files, whoever they are for; use its own")
+        raise InvalidGrant("the subject token is shared by several files; exchange a token of one file")
     _check_subject(subject)
     left = int((subject.expires_at - now).total_seconds())
     if left < MIN_LEFT_SECONDS:
@@ -105,8 +106,8 @@ def on_subject_token(
     act = {"sub": client.sub, **({"act": claims["act"]} if "act" in claims else {})}
     if act_depth(act) > MAX_ACT_DEPTH:
         raise InvalidGrant(f"the subject token was exchanged {MAX_ACT_DEPTH} times already")
-    # A token of a transfer lives as long as that may take, and what was exchanged for it no longer;
-    # one that a client got for itself says nothing of the transfer.
+    # A transfer's token lives as long as the transfer may take, and tokens exchanged for it live no longer.
+    # The lifetime of a token that a client requested for itself says nothing about a transfer.
     limit = now + timedelta(seconds=rule.max_refresh_seconds)
     ends_at = limit if subject.kind == "token" else min(limit, subject.expires_at)
     audience = _audience_of(claims)
@@ -143,9 +144,9 @@ def on_foreign_token(
     *,
     offline: bool,
 ) -> SubjectAuthority:
-    """Return what a provider's token holds; its `sub` gets the provider's name before it."""
+    """Return the authority of a provider's token; its `sub` is prefixed with the provider's name."""
     if offline:
-        raise InvalidGrant("refresh tokens are given on our own tokens only; ask without offline_access")
+        raise InvalidGrant("refresh tokens are given on Minter's tokens only; ask without offline_access")
     left = int(subject.expires_at - now.timestamp())
     if left < MIN_LEFT_SECONDS:
         raise InvalidGrant(f"the subject token lives {max(left, 0)} s more")
@@ -158,7 +159,7 @@ def on_foreign_token(
             f"no exchange rule lets client {client.name!r} act with tokens of client {whose[:100]!r} of "
             f"provider {subject.provider!r}"
         )
-    # Their names are not ours: a `sub` of theirs may be that of a client here.
+    # The prefix keeps a provider's `sub` apart from an equal `sub` of a client of Minter.
     sub = f"{subject.provider}:{subject.sub}"
     if not _SUB(sub):
         raise InvalidGrant("the subject token's sub is longer than 255 characters, or not of ASCII")
@@ -178,7 +179,7 @@ def on_refresh_token(
     subjects: Mapping[uuid.UUID, Subject],
     families: Mapping[uuid.UUID, Family],
 ) -> tuple[Family, SubjectAuthority]:
-    """Return the family after this refresh token, and what it may grant (RFC 6749 §6).
+    """Return the family after the use of this refresh token, and the token's authority (RFC 6749 §6).
 
     Raises RefreshReused for a token that was spent before.
     """
@@ -196,7 +197,7 @@ def on_refresh_token(
     if after is None:
         error = InvalidGrant("the refresh token was spent before; all that descend from it are revoked now")
         raise RefreshReused(error, structs.replace(family, revoked_at=now))
-    if family.subject_jti in subjects:  # its day may be archived by now
+    if family.subject_jti in subjects:  # missing if its day was archived
         _check_subject(subjects[family.subject_jti])
     rule = exchanges.find(policy.exchanges, client.vo, client.name, family.subject_client, offline=True)
     if rule is None:

@@ -1,9 +1,9 @@
-"""Decisions of the token endpoint: one token with the scopes and audiences that were asked for.
+"""Decisions of the token endpoint: one token with the requested scopes and audiences (ADR 11).
 
-As everywhere: never wider than what was asked (I1), than the storages' areas, than the client's own
-limits; here, what may not be granted is left out, and the `scope` of the answer says what is left. Where
-nothing is, or a ban covers any of it, the request is refused. On another's token (exchange, refresh)
-nothing beyond that token is granted.
+As in all decisions, the token is never wider than the request (I1), the storages' areas or the client's
+own limits. Scopes that may not be granted are left out, and the `scope` of the answer lists the others. If
+no scope is left, or a ban covers one of them, the request is refused. An exchange or a refresh grants
+nothing beyond the token that it presents.
 """
 
 import uuid
@@ -47,7 +47,7 @@ from minter.storages.directory import Area
 
 ANY = ("https://wlcg.cern.ch/jwt/v1/any",)
 CACHE_SIZE = 4_096
-"""Decisions of clients' own wishes that are kept: Rucio and FTS ask for the same again and again."""
+"""Most cached decisions on clients' own behalf: Rucio and FTS send equal token requests again and again."""
 
 _OPERATIONS: dict[str, tuple[Operation, ...]] = {
     "storage.read": ("read",),
@@ -56,11 +56,11 @@ _OPERATIONS: dict[str, tuple[Operation, ...]] = {
     "storage.stage": ("stage",),
     "storage.poll": ("poll",),
 }
-"""What a client must be allowed, one of them, to have a scope."""
+"""Operations of each scope; a client that is allowed one of them may have the scope."""
 
 
 class EndpointDecision(NamedTuple):
-    """A decision of the token endpoint, and the refresh family as it is after it, if it changes."""
+    """A decision of the token endpoint, and the refresh family after the decision, if it changes."""
 
     decision: Decision
     family: Family | None = None
@@ -110,9 +110,9 @@ def decide(
 def _own(
     policy: Policy, client: Client, bans: Bans, token_request: TokenRequest, on_behalf_of: str
 ) -> EndpointDecision:
-    """Decide on the client's own behalf: nothing but its arguments matters, so equal ones are decided once.
+    """Decide on the client's own behalf; equal requests are decided once, and the result is cached.
 
-    Clients and bans are other objects after each change of the control tables.
+    After each change of the control tables, clients and bans are new objects, so no result is outdated.
     """
     key = (client, bans, token_request.scope, token_request.audience)
     planned = policy.own_planned_tokens.get(key)
@@ -128,7 +128,7 @@ def _own(
 
 
 class _Allowed(NamedTuple):
-    """Why a scope may be had on one area: by which route and operation, and for how long."""
+    """Permission for a scope on one area: the operation and route that allow it, and the lifetime cap."""
 
     area: Area
     operation: Operation | None = None
@@ -137,7 +137,7 @@ class _Allowed(NamedTuple):
 
 
 class _Decider:
-    """One decision: which of the wanted words may be granted, then the grant that they make."""
+    """One decision: find the requested scopes that may be granted, then plan the token with them."""
 
     def __init__(
         self,
@@ -156,11 +156,11 @@ class _Decider:
         self.is_any = any(a in ANY for a in self.audience)
         self.endpoints = self._endpoints()
         self.allowed: dict[tuple[str, str], _Allowed] = {}
-        """What was found allowed, by scope name and storage."""
+        """Permissions found so far, by scope name and storage."""
         self.left_out: set[Step] = set()
 
     def planned(self) -> PlannedToken:
-        """Return what is granted; raises a RequestError if that is nothing."""
+        """Return the planned token; raises a RequestError if no scope may be granted."""
         storage: dict[str, Scope] = {}
         groups: list[str] = []
         words: dict[str, None] = {}
@@ -204,7 +204,7 @@ class _Decider:
             self.client.vo, one.storage if one else SEVERAL_STORAGES, "/", "/", self.audience,
             one.dialect if one else DIALECTS["profile"], one.matching if one else "exact", False, True,
         )  # fmt: skip
-        # Nothing that a caller words: a rule is recorded once for all tokens alike.
+        # No text of the caller's: all tokens with equal steps share one recorded rule.
         steps = {
             Step(f"route {a.route}", f"{name}, {a.operation}")
             for (name, _), a in self.allowed.items()
@@ -226,7 +226,7 @@ class _Decider:
         )  # fmt: skip
 
     def _cap(self, on_storage: bool) -> tuple[int, str, str]:
-        """Return the shortest of the lifetimes allowed, the rule that says so, and why."""
+        """Return the shortest lifetime cap in seconds, the rule that sets it, and the reason."""
         caps = [
             (self.policy.token_lifetime_seconds, "token endpoint", "the settings' token_lifetime_seconds")
         ]
@@ -253,15 +253,15 @@ class _Decider:
         return audience
 
     def _endpoints(self) -> list[list[list[Area]]]:
-        """Return for each audience the endpoints that it stands for, none if it is no storage's.
+        """Return for each audience its storage endpoints, none for an audience that is not a storage's.
 
-        Raises InvalidTarget for an audience of nobody, or one that the client may not have.
+        Raises InvalidTarget for an audience that is neither of a storage or FTS, nor listed for the client.
         """
         directory, found = self.policy.directories[self.client.vo], []
         for audience in self.audience:
             if audience in ANY:
                 endpoints = directory.endpoints()
-                known = audience in self.client.audiences  # no pattern says so by accident
+                known = audience in self.client.audiences  # never by an accidental pattern match
             else:
                 endpoints = directory.at(audience)
                 listed = fits(audience, self.client.audiences)
@@ -282,10 +282,10 @@ class _Decider:
     # ── scopes ───────────────────────────────────────────────────────────────────────────────
 
     def _on_storage(self, word: str, scope: Scope) -> dict[str, Scope]:
-        """Return what is granted of one storage scope, by its words.
+        """Return the scopes that are granted for one requested storage scope, by their text.
 
-        A token is good at each endpoint of each of its audiences, so each of them must allow it; only what
-        stands for every storage of the VO is enough to be allowed at one.
+        A token works at each endpoint of each of its audiences, so each endpoint must allow the scope. For
+        the audience that means every storage of the VO, one endpoint that allows the scope is enough.
         """
         assert scope.path is not None
         if self.authority is not None and not exchanges.allows(self.authority.rule, scope.name):
@@ -305,24 +305,24 @@ class _Decider:
         granted = {
             Scope(scope.name, p) for p in paths if not any(q != p and path_contains(q, p) for q in paths)
         }
-        if self.authority is not None:  # DIRAC asks for all that it is configured with
+        if self.authority is not None:  # DIRAC requests all its configured scopes
             granted = set(intersect(granted, parse_scopes(self.authority.scope)))
         for one in granted:
             self.bans.check_path(self.client.vo, one.path or "/")
-        # oauthlib warns of a scope that is not spelt as it was asked for; a directory's slash may stay.
+        # oauthlib warns of a scope that is spelt differently from the request; a directory's slash may stay.
         if len(granted) == 1 and word in {f"{s}{end}" for s in granted for end in ("", "/")}:
             return dict.fromkeys([word], *granted)
         return {str(s): s for s in sorted(granted)}
 
     def _within(self, paths: Sequence[str], areas: Sequence[Area], name: str) -> list[str]:
-        """Return of these paths what a scope may be on at one endpoint, whose areas may lie in each other.
+        """Return the parts of `paths` that a scope may be on at one endpoint; its areas may be nested.
 
-        For each base path the area of the longest prefix around a path, and all areas inside it, must
-        allow the scope.
+        For each base path, the area with the longest prefix around a path and all areas inside the path
+        must allow the scope.
         """
         found = []
         for path in _meet(paths, [area.root for area in areas]):
-            # By base path, since each reads the path in its own way; the longest prefix comes first.
+            # By base path, since each base path gives a path its own meaning; the longest prefix comes first.
             around = {a.base_path: a for a in reversed(areas) if path_contains(a.root, path)}
             inside = [area for area in areas if area.root != path and path_contains(path, area.root)]
             allowed = [self._allow(area, name) for area in (*around.values(), *inside)]
@@ -332,14 +332,14 @@ class _Decider:
         return list(dict.fromkeys(found))
 
     def _allow(self, area: Area, name: str) -> _Allowed | None:
-        """Say whether the client, and a route, allow a scope on an area; raises Banned."""
+        """Return the permission of client and route for a scope on an area, or None; raises Banned."""
         if not area.tokens:
             return None
         self.bans.check(self.client.vo, storage=area.storage)
         operations = [
             o for o in _OPERATIONS[name] if not self.client.operations or o in self.client.operations
         ]
-        if self.authority is not None and self.authority.ours and operations:  # a route allowed it at first
+        if self.authority is not None and self.authority.ours and operations:  # a route allowed the token
             return _Allowed(area)
         for operation in operations:
             need = Need(-1, "operation", 0, "", (operation,))
@@ -351,12 +351,12 @@ class _Decider:
 
     def _groups(self, word: str) -> list[str]:
         if self.authority is not None:
-            return []  # groups are the client's own, never another's
+            return []  # groups are only for the client itself, never for an exchange or refresh
         _, colon, group = word.partition(":")
         return [g for g in self.client.groups if not colon or g == group]
 
     def _other(self, word: str) -> bool:
-        if word == "offline_access":  # Rucio and FTS ask for it: it stands in the scope, and grants nothing
+        if word == "offline_access":  # Rucio and FTS request it; it is in the scope, but grants nothing
             return True
         if self.authority is not None:
             return word in self.authority.scope.split(" ") and exchanges.allows(self.authority.rule, word)
@@ -365,6 +365,6 @@ class _Decider:
 
 
 def _meet(left: Sequence[str], right: Sequence[str]) -> list[str]:
-    """Return what is inside a path of each side."""
+    """Return the paths of each side that lie inside a path of the other side."""
     inside = [a for a in left for b in right if path_contains(b, a)]
     return list(dict.fromkeys(inside + [b for a in left for b in right if path_contains(a, b)]))

@@ -1,8 +1,8 @@
-"""What the token endpoint is asked for, as values: scopes, audiences, and on whose token.
+"""Token requests as values: scopes, audiences, and the subject or refresh token presented.
 
-RFC 6749 §4.4 and §6, RFC 8693 §2.1. A refresh token is one of a family, which descends from one
-exchange. `present` is the rule of WLCG 1.3 §4.3.2: the newest works, and the one before it until the
-newest was used, for a day at most.
+The sources are RFC 6749 §4.4 and §6, and RFC 8693 §2.1. Every refresh token belongs to a family, which
+begins with one exchange. `present` is the rule of WLCG 1.3 §4.3.2: the newest refresh token works, and
+the one before it until the newest was used, for a day at most.
 """
 
 from datetime import datetime
@@ -15,9 +15,9 @@ from minter.policy.limits import GRACE
 
 
 class SubjectToken(Struct, frozen=True):
-    """A provider's token to act with (RFC 8693 §2.1); `provider` is there once it was verified.
+    """A provider's token presented as subject token (RFC 8693 §2.1); `provider` is set once it is verified.
 
-    `client` is who asked the provider for it, by its `client_id` or `azp`.
+    `client` is the client that got the token from the provider, by the claim `client_id` or `azp`.
     """
 
     token: str
@@ -28,16 +28,16 @@ class SubjectToken(Struct, frozen=True):
     client: str = ""
 
     def __repr__(self) -> str:
-        """Name the provider, never show the token."""
+        """Name the provider without showing the token."""
         return f"SubjectToken({self.provider})"
 
 
 class TokenRequest(Struct, frozen=True, kw_only=True):
-    """What a token is wanted for; an empty scope or audience means what its default or subject has.
+    """One token request; empty scope or audience means those of the presented token, or the default.
 
-    `subject` is the jti of one of our tokens and its payload, `refresh` the family and generation of a
-    refresh token, `foreign` a provider's token; all were verified. `offline` says whether a refresh token
-    is wanted.
+    `subject` is the jti and payload of a token of Minter, `refresh` the family and generation of a refresh
+    token, `foreign` a provider's token; all were verified. `offline` says whether a refresh token is
+    requested.
     """
 
     scope: tuple[str, ...] = ()
@@ -49,7 +49,7 @@ class TokenRequest(Struct, frozen=True, kw_only=True):
 
 
 class Subject(Struct, frozen=True, kw_only=True):
-    """A token of ours that somebody else may act with, as recorded."""
+    """A token of Minter, as recorded, that a client presents as subject token."""
 
     jti: UUID
     payload: str
@@ -64,12 +64,12 @@ class Subject(Struct, frozen=True, kw_only=True):
 
     @property
     def ended(self) -> bool:
-        """Whether it was cancelled, or its key revoked."""
+        """Whether the token was cancelled, or its key revoked."""
         return self.state == "cancelled" or self.key_state == "revoked"
 
 
 class Family(Struct, frozen=True, kw_only=True):
-    """The refresh tokens of one exchange; `generation` is the newest given out, at `rotated_at`."""
+    """The refresh tokens of one exchange; `generation` numbers the newest, handed out at `rotated_at`."""
 
     family_id: UUID
     client_id: int
@@ -89,11 +89,11 @@ class Family(Struct, frozen=True, kw_only=True):
 
 
 def present(family: Family, generation: int, now: datetime) -> Family | None:
-    """Return the family after one of its refresh tokens came; None if that one was spent.
+    """Return the family after one of its refresh tokens was presented; None if that token was spent.
 
-    The newest one is followed by another. The one before it gets the newest again, the same bytes: its
-    answer was lost. Anything older can only be in the wrong hands, or in two. A newer one than is known
-    was signed by us before the database was restored from a dump.
+    The newest refresh token gets a successor. The one before it gets the newest again, byte for byte: the
+    answer to its first use was lost. An older one was stolen, or is used by two parties. One newer than the
+    record was signed by Minter before the database was restored from a dump.
     """
     if generation >= family.generation:
         return structs.replace(family, generation=generation + 1, rotated_at=now)
@@ -103,5 +103,5 @@ def present(family: Family, generation: int, now: datetime) -> Family | None:
 
 
 def act_depth(act: dict[str, Any] | None) -> int:
-    """Return how many actors are named in an `act` claim, one in the other."""
+    """Return how many actors are nested in an `act` claim."""
     return 0 if act is None else 1 + act_depth(act.get("act"))

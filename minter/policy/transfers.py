@@ -1,9 +1,9 @@
 """Decisions: which tokens a client may have for a file, with which scopes and for how long.
 
-`Policy.decide` is a function of a request, its client and the bans of the moment. It returns
-grants, refusals and the steps that led to each; `explain` renders steps and decides nothing.
-A grant never holds more than the dialect's expansion of what was asked (I1); each extra names the
-quirk or the route's rule that added it.
+`Policy.decide` is a function of a request, its client, the current bans and the providers that are not
+available. It returns planned tokens, refusals and the steps that led to each; `explain` only renders steps.
+A planned token never holds more than the dialect's expansion of the request (I1); a step names the quirk
+or the route's rule that added each extra scope.
 """
 
 from collections.abc import Mapping, Sequence
@@ -62,19 +62,19 @@ class Policy:
         self.fts = {vo: _services(vo, fts) for vo in directories}
         self.exchanges = tuple(exchanges)
         self.token_lifetime_seconds = token_lifetime_seconds
-        # Clients come and go with each change of the control tables; plans hold no limits of
-        # theirs beyond this cache, whose size is bounded because activities are free text.
+        # Plans depend on the client, and clients are new objects after each change of the control
+        # tables. The size of this cache is bounded because activities are free text.
         self._plans: dict[tuple[Any, ...], dict[object, Plan | RequestError]] = {}
         self._plans_of_steps: dict[object, Plan] = {}
         self.own_planned_tokens: dict[object, PlannedToken] = {}
-        """Kept by `capabilities`."""
+        """Cache of `token_endpoint`: tokens planned on clients' own behalf."""
 
     def decide(
         self, request: Request, client: Client, bans: Bans, away: frozenset[str] = frozenset()
     ) -> Decision:
         """Decide every need of a request. Refusals are returned, not raised.
 
-        `away` names the providers that are not asked now: what stands in for them is taken.
+        `away` names the providers with an open circuit breaker; fallbacks of their routes are used.
         """
         try:
             self.admit(request, client, bans)
@@ -99,7 +99,7 @@ class Policy:
         return Decision(planned_tokens, refused)
 
     def admit(self, request: Request, client: Client, bans: Bans) -> None:
-        """Raise Banned, UnknownVO or ReplyNotAllowed for a request that is refused whole."""
+        """Raise Banned, UnknownVO or ReplyNotAllowed if a request must be refused as a whole."""
         bans.check(
             client.vo,
             vo=client.vo,
@@ -123,7 +123,7 @@ class Policy:
         planned_tokens: list[PlannedToken],
         refused: list[Refused],
     ) -> bool:
-        """Decide one file; a copy without a source or destination left is refused whole."""
+        """Decide one file and say if it is served; a copy without source or destination is refused."""
         activity = file.activity or request.activity
         plans = self._plans_of(client, activity, request.via_fts, away, request.routes)
         made: list[PlannedToken] = []
@@ -155,7 +155,7 @@ class Policy:
         return True
 
     def _plans_of(self, *key: Any) -> dict[object, Plan | RequestError]:
-        """Return the plans made before for this client and whatever else they depend on."""
+        """Return the cached plans for this client and the other values that plans depend on."""
         plans = self._plans.get(key)
         if plans is None:
             if len(self._plans) >= _CACHE_LIMIT:
@@ -224,7 +224,7 @@ class Policy:
                 fitting = [r for r in fitting if r.provider not in away] or fitting
             route, stands_in = _there(fitting, away)
             if request.routes:
-                stands_in = (Step("fallback", "stands in for a provider's token"), *stands_in)
+                stands_in = (Step("fallback", "replaces a provider's token"), *stands_in)
             return make_plan(route, client, via_fts, area, need, route.granularity, stands_in)
         return OperationNotAllowed(
             f"no route allows {', '.join(need.operations)} on storage {area.storage!r} "
@@ -240,7 +240,7 @@ class Policy:
         need: Need,
         client: Client,
     ) -> Plan:
-        """Return the plan of a file that must have a token of its own where others share one."""
+        """Return the plan of a file that must have its own token where other files share one."""
         plan = plans.get((*key, "file"))
         if not isinstance(plan, Plan):
             assert wide.route is not None
@@ -249,7 +249,7 @@ class Policy:
         return plan
 
     def route_of(self, client: Client, activity: str, via_fts: bool, area: Area, need: Need) -> Route | None:
-        """Return the first route by which we sign that matches, None if there is none."""
+        """Return the first matching route with mode `mint`, None if there is none."""
         own = (r for r in self.routes if r.mode == "mint")
         return next((r for r in own if matches(r, client, activity, via_fts, area, need)), None)
 
@@ -261,7 +261,7 @@ class Policy:
         rule: str,
         steps: tuple[Step, ...],
     ) -> Plan:
-        """Return the plan of a token that no single route made; equal ones are made once."""
+        """Return the plan of a token that no single route made; equal plans are made once."""
         key = (area.storage, area.audience, operations, cap_seconds, rule, steps)
         plan = self._plans_of_steps.get(key)
         if plan is None:
@@ -272,7 +272,7 @@ class Policy:
         return plan
 
     def fts_url(self, vo: str, name: str) -> str:
-        """Return an URL that means the FTS `name`, empty (the VO's first) if it left the settings."""
+        """Return a URL of the FTS `name`; empty (the VO's first FTS) if the settings no longer name it."""
         return next((f"https://{h}" for h, p in self.fts[vo].items() if p.area.storage == name), "")
 
     def _service(self, need: Need, vo: str) -> PlannedToken:
@@ -289,9 +289,10 @@ class Policy:
 
 
 def _there(fitting: Sequence[Route], away: frozenset[str]) -> tuple[Route, Sequence[Step]]:
-    """Return the first route that fits, or what stands in for it while its provider is away, and why.
+    """Return the first matching route, or its fallback while its provider is not available, and the steps.
 
-    If nothing can, it is the first after all: its tokens wait for the provider.
+    Without a usable fallback, the first route is returned; its tokens stay pending until the provider is
+    available.
     """
     first = fitting[0]
     if first.provider not in away:
@@ -299,8 +300,8 @@ def _there(fitting: Sequence[Route], away: frozenset[str]) -> tuple[Route, Seque
     by_name = {route.name: route for route in fitting if route.provider not in away}
     instead = next((by_name[name] for name in first.fallback if name in by_name), None)
     if instead is None:
-        return first, (Step(f"provider {first.provider}", "is away: the token waits for it"),)
-    why = f"provider {first.provider} is away: route {instead.name} stands in"
+        return first, (Step(f"provider {first.provider}", "is not available: the token stays pending"),)
+    why = f"provider {first.provider} is not available: fallback route {instead.name} is used"
     return instead, (Step(f"route {first.name}, fallback", why),)
 
 
@@ -309,13 +310,13 @@ def _words(scopes: Sequence[Scope]) -> str:
 
 
 def _check_subject(route: Route, request: Request, client: Client, scope: str) -> None:
-    """Raise InvalidGrant or InvalidScope unless a token of the route's provider may be exchanged for it."""
+    """Raise InvalidGrant or InvalidScope unless a token of the route's provider may be exchanged."""
     subject = request.subject
     provider = subject.provider if subject is not None else client.subject_provider
     if provider == route.provider:
         held = parse_scopes(subject.scope if subject is not None else client.subject_scope)
         on_storage = [s for s in held if s.path is not None]
-        # One that says what it is for on storages is never made more of.
+        # A subject token with storage scopes is never exchanged for more than these.
         if on_storage and not contains(on_storage, parse_scopes(scope)):
             raise InvalidScope(f"the subject token does not hold {scope[:200]!r}, only {_words(on_storage)}")
         return
@@ -327,7 +328,7 @@ def _check_subject(route: Route, request: Request, client: Client, scope: str) -
 
 
 def check_reply_queue(queue: str | None, client: Client) -> None:
-    """Raise ReplyNotAllowed unless the client may have answers on this durable queue."""
+    """Raise ReplyNotAllowed unless the client may receive answers on this durable queue."""
     if queue is not None and queue not in client.reply_queues:
         raise ReplyNotAllowed(
             f"queue {queue!r} is not listed for client {client.name!r}; register it with the client"
@@ -340,8 +341,8 @@ def _check_plaintext(request: Request, client: Client, planned_tokens: Sequence[
         return
     if request.job is not None and any(g.managed for g in planned_tokens):
         raise ReplyNotAllowed(
-            "a job with tokens of a provider is filled when they are there, so it cannot go to a durable "
-            "queue; ask for it again without reply_queue until it is filled"
+            "a job with tokens of a provider may be filled only later, so it cannot go to a durable "
+            "queue; send the same request without reply_queue until the job is filled"
         )
     if client.jwe_key is not None:
         return
@@ -353,7 +354,7 @@ def _check_plaintext(request: Request, client: Client, planned_tokens: Sequence[
 
 
 def host_of(url: str) -> str:
-    """Return an URL's host in lower case, empty if it cannot be read."""
+    """Return the host of a URL in lower case, empty if the URL cannot be read."""
     try:
         return (urlsplit(url).hostname or "").lower()
     except ValueError:

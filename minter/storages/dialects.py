@@ -1,8 +1,8 @@
-"""What real storages want of a token, as data: one row for each dialect, each quirk with its source.
+"""Requirements of real storages on tokens, as data: one row for each dialect, a source for each quirk.
 
 A dialect says which scopes each operation needs, how a path is written, how an audience looks, how
-paths are matched and how large a token may be. Code never asks which software it talks to. The
-rows were taken from the profile, from runs against real XRootD, or from documentation, and say so.
+paths are matched and how large a token may be. No other code depends on a storage's software. Each
+row names its source: the profile, runs against real XRootD, or documentation.
 """
 
 from collections.abc import Iterable, Mapping
@@ -17,7 +17,7 @@ Encoding = Literal["percent", "raw"]
 
 
 class Quirk(NamedTuple):
-    """One departure from the profile: what it is, who says so, and whether it was tried here."""
+    """One departure from the profile: its meaning, its source, and whether it was tried for Minter."""
 
     name: str
     meaning: str
@@ -26,7 +26,7 @@ class Quirk(NamedTuple):
 
 
 class Needed(NamedTuple):
-    """One scope that an operation needs, on the file or on its parent; `quirk` if not by profile."""
+    """One scope that an operation needs, on the file or its parent; `quirk` tells why if not the profile."""
 
     scope: str
     where: Where = "file"
@@ -34,7 +34,7 @@ class Needed(NamedTuple):
 
 
 class Dialect(NamedTuple):
-    """One storage software, or one range of its versions, as tokens see it."""
+    """One storage software, or a range of its versions, with its requirements on tokens."""
 
     name: str
     software: str
@@ -61,7 +61,7 @@ _PROFILE: Mapping[Operation, tuple[Needed, ...]] = {
 }
 
 DEFAULT_MAX_TOKEN_BYTES = 8_000
-"""Proxies in front of storages often stop near 8 KiB of header."""
+"""Default of the largest token: proxies in front of storages often refuse headers above about 8 KiB."""
 
 HTTPS_PORT = 443
 
@@ -258,10 +258,10 @@ def audience(form: AudienceForm, host: str, port: int) -> str:
 def scopes_needed(
     dialect: Dialect, operations: Iterable[Operation], forbidden: frozenset[str] = frozenset()
 ) -> tuple[Needed, ...]:
-    """Return the scopes of several operations in one token, without what another one implies.
+    """Return the scopes that several operations need in one token, without scopes that others imply.
 
-    A scope that stands there only through a quirk named in `forbidden` is left out. The order is
-    the table's, so equal questions give equal claims.
+    A scope that only a quirk named in `forbidden` needs is left out. The order is that of OPERATIONS,
+    so equal arguments give equal claims.
     """
     wanted: dict[tuple[str, Where], Needed] = {}
     for operation in OPERATIONS:

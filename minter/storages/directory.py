@@ -1,8 +1,8 @@
-"""From an endpoint URL to a storage, the VO-relative path on it, and its audience.
+"""Find the storage of a URL, the VO-relative path on the storage, and the audience.
 
-URLs are taken as Rucio writes them: not percent-encoded, so a `#`, `?` or space belongs to the
-name, and only the storage's own prefix can split them. Slashes that stand together are one, as in
-every storage's namespace; all else that is odd in the part after the base path is refused.
+URLs are read as Rucio writes them, without percent-encoding: a `#`, `?` or space belongs to the
+file's name, and only the storage's prefix divides the path. A run of slashes counts as one slash, as
+in every storage's namespace (ADR 5); other irregularities after the base path are refused.
 """
 
 import re
@@ -22,7 +22,7 @@ from minter.scopes import check_path, path_contains
 from minter.storages.dialects import DIALECTS, AudienceForm, Dialect, Matching, audience
 
 DEFAULT_PORTS: Mapping[str, int] = {"davs": 443, "https": 443, "roots": 1094}
-"""The schemes that carry a token, all over TLS, with the port that an URL need not name."""
+"""Schemes that carry a token, all over TLS, with the default port of each."""
 
 _PLAINTEXT = frozenset({"http", "dav", "root", "xroot"})
 _SIGNED_ELSEWHERE = frozenset({"s3", "s3s", "gcloud", "gclouds", "swift", "swifts", "srm", "gsiftp"})
@@ -41,7 +41,7 @@ MAX_AUDIENCE_CHARACTERS = 1_024
 
 
 class Endpoint(Struct, frozen=True, forbid_unknown_fields=True):
-    """One door of a storage: host, port, and the path prefix below which its files lie."""
+    """One endpoint of a storage: host, port, and the path prefix below which its files lie."""
 
     host: str
     port: int = 443
@@ -51,9 +51,10 @@ class Endpoint(Struct, frozen=True, forbid_unknown_fields=True):
 class Storage(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A storage (RSE, storage element) as one VO sees it, as written in the settings.
 
-    `base_path` is the area that the storage gives to the issuer: scopes are relative to it (WLCG
-    §2.2.1). `audience` overrides what the dialect's form makes of each endpoint. `matching` says
-    that the site confirmed how paths are matched. `tokens = false`: X.509 only.
+    `base_path` is the area that the storage gives to the issuer; scopes are relative to this path (WLCG
+    §2.2.1). `audience` replaces the audience that the dialect's form gives to each endpoint. `matching`
+    is set when the site confirmed how its storage matches paths. With `tokens = false`, the storage takes
+    X.509 only.
     """
 
     vo: str
@@ -69,7 +70,7 @@ class Storage(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
 
 class Area(Struct, frozen=True, eq=False):
-    """One endpoint of a storage, ready to decide with: everything but the file's path."""
+    """One endpoint of a storage, with everything that a decision needs except the file's path."""
 
     vo: str
     storage: str
@@ -81,15 +82,15 @@ class Area(Struct, frozen=True, eq=False):
     tape: bool
     tokens: bool
     nested: tuple[str, ...] = ()
-    """VO-relative prefixes of other storages that lie inside this one and take its tokens."""
+    """VO-relative prefixes of other storages that lie inside this area and take its tokens."""
 
     def relative(self, path: str) -> str:
-        """Return a path below the base path as the VO's scopes write it."""
+        """Return a path below the base path in the VO-relative form that scopes use."""
         return path if self.base_path == "/" else path[len(self.base_path) :] or "/"
 
     @property
     def root(self) -> str:
-        """The prefix of the area itself, VO-relative."""
+        """The VO-relative prefix of the area itself."""
         return self.relative(self.prefix)
 
     def holds_directory(self, directory: str) -> bool:
@@ -98,7 +99,7 @@ class Area(Struct, frozen=True, eq=False):
 
 
 def squash(path: str) -> str:
-    """Return `path` absolute, with runs of slashes as one and none at the end (but `/` itself)."""
+    """Return `path` made absolute, without repeated slashes or a slash at the end (except `/` itself)."""
     squashed = _SLASHES.sub("/", "/" + path)
     return squashed if squashed == "/" else squashed.removesuffix("/")
 
@@ -147,10 +148,10 @@ class Directory:
 
     def __init__(self, storages: Iterable[Storage]) -> None:
         self.shared: list[tuple[str, str]] = []
-        """Pairs of storages that share an endpoint and prefix; the first one answers for both."""
+        """Pairs of storages that share an endpoint and prefix; the first of a pair is used for both."""
         self._areas: dict[tuple[str, int], list[Area]] = {}
-        # Tape first: where a tape storage and its staging buffer share a prefix, the URL says
-        # nothing about which was meant, and only the tape's operations need more than the disk's.
+        # Tape first: where a tape storage and its staging buffer share a prefix, the URL does not say
+        # which of them is meant, and only operations on tape need more than those on disk.
         for storage in sorted(storages, key=lambda s: (not s.tape, s.name)):
             for endpoint, area in _areas(storage):
                 self._add(endpoint, area)
@@ -159,7 +160,7 @@ class Directory:
         self._note_nested()
 
     def _note_nested(self) -> None:
-        """Tell each area of the storages inside it: no token for all of it may reach into them."""
+        """Set `nested` of each area: a token for a whole area must not reach into storages inside it."""
         by_audience: dict[str, list[Area]] = {}
         self._by_audience: dict[str, list[list[Area]]] = {}
         self._by_form: dict[str, list[list[Area]]] = {}
@@ -201,8 +202,8 @@ class Directory:
     def at(self, audience: str) -> list[list[Area]]:
         """Return the areas, longest prefix first, of each endpoint that an audience stands for.
 
-        Those whose own audience it is; if there are none, those whose host it names, in any form: Rucio
-        names a bare host, DIRAC and the profile an URL.
+        These are the endpoints with exactly this audience, or, if there are none, the endpoints at the host
+        that the audience names in any form: Rucio names a bare host, DIRAC and the profile a URL.
         """
         return self._by_audience.get(audience) or self._by_form.get(audience, [])
 
@@ -211,19 +212,19 @@ class Directory:
         return list(self._areas.values())
 
     def url(self, storage: str, path: str, audience: Collection[str]) -> str | None:
-        """Return an URL of a VO-relative path at the door of `storage` that has this audience, if any."""
+        """Return a URL of a VO-relative path at the endpoint of `storage` with this audience, or None."""
         for (host, port), areas in self._areas.items():
             for area in areas:
                 full = squash(f"{area.base_path}/{path}")
                 if (area.storage, set(area.audience)) == (storage, set(audience)) and path_contains(
                     area.prefix, full
                 ):
-                    # A wide poll token names the whole area: any file there means it again.
+                    # A wide poll token names the whole area; the URL of any file there stands for the area.
                     return f"davs://{host}:{port}{full}" + ("/any" if full == area.prefix else "")
         return None
 
     def locate(self, url: str) -> tuple[Area, str]:
-        """Return the area that an unencoded URL lies in, and the decoded, VO-relative path there.
+        """Return the area that contains an unencoded URL, and the decoded, VO-relative path there.
 
         Raises EndpointTakesNoToken, UnknownStorage, PathNotAllowed or InvalidPath. A trailing
         `?copy_mode=push` or `?copy_mode=pull`, which Rucio adds to sources, is dropped.
@@ -267,14 +268,14 @@ class Directory:
 
 
 def shown(url: str) -> str:
-    """Return as much of an URL as an error may show: no user, no query, where credentials travel."""
+    """Return the part of a URL that an error may show: without user and query, which may hold credentials."""
     return re.sub(r"//[^/@]*@", "//", url).partition("?")[0][:200]
 
 
 def split_url(url: str) -> tuple[str, int, str]:
-    """Split an unencoded URL into lower-case host, port (0 and none mean the scheme's) and path.
+    """Split an unencoded URL into lower-case host, port (the scheme's if missing or 0) and path.
 
-    The path has runs of slashes as one; a single one at its end stays, and is refused later.
+    Runs of slashes in the path become one slash; a slash at the end stays, and is refused later.
     """
     if len(url) > MAX_URL_CHARACTERS:
         raise InvalidPath(

@@ -1,8 +1,8 @@
-"""Storages from DIRAC's configuration: the options of its storage elements, as a CFG file has them.
+"""Read storages from DIRAC's configuration, a CFG file with the options of its storage elements.
 
-A door is a subsection with a `Protocol` that carries tokens; `WLCGTokenBasePath` is the area that the
-storage gives to the issuer. `BaseStorageElements` are read as DIRAC does: their options are what a
-storage element does not say itself.
+An endpoint is a subsection with a `Protocol` that carries tokens; `WLCGTokenBasePath` is the area that
+the storage gives to the issuer. `BaseStorageElements` are read as DIRAC reads them: they give the options
+that a storage element does not set itself.
 """
 
 from collections.abc import Iterator, Mapping
@@ -24,7 +24,7 @@ def storages_from_cfg(
 ) -> tuple[list[Storage], list[str]]:
     """Return the storages of a DIRAC configuration and the warnings that a person should read.
 
-    Raises SettingsError if it is none, or holds no storage elements.
+    Raises SettingsError if `text` is not a DIRAC configuration, or has no storage elements.
     """
     try:
         tree: dict[str, Any] = CFG().loadFromBuffer(text).getAsDict()
@@ -48,7 +48,7 @@ def storages_from_cfg(
 
 
 def _merged(base: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return an element's options over those of its base, door by door."""
+    """Return an element's options merged over those of its base, endpoint by endpoint."""
     merged = {**base, **options}
     for name, value in base.items():
         if isinstance(value, dict) and isinstance(options.get(name), dict):

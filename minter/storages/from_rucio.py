@@ -1,6 +1,6 @@
-"""Storages from a Rucio RSE export, with everything that is odd in one said to a person.
+"""Read storages from a Rucio RSE export; warnings tell operators of everything unusual in it.
 
-Both forms are read: `GET /export/` (keyed by RSE name) and `export_data()` (keyed by RSE id).
+Both forms of an export are read: `GET /export/` (keyed by RSE name) and `export_data()` (keyed by RSE id).
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ TOKEN_SCHEMES = ("davs", "https")
 
 
 class RSERule(Struct, frozen=True, forbid_unknown_fields=True):
-    """What an export does not say about the RSEs whose names match: the first match counts."""
+    """Facts that an export lacks, for RSEs with names that match `rse`; the first matching rule counts."""
 
     rse: str
     dialect: str = "profile"
@@ -30,7 +30,7 @@ _ANY = RSERule("*")
 
 
 def rule_of(name: str, rules: Sequence[RSERule]) -> RSERule:
-    """Return the first rule whose pattern the name matches, else one that says nothing."""
+    """Return the first rule with a pattern that the name matches, else a rule with defaults only."""
     return next((r for r in rules if fnmatchcase(name, r.rse)), _ANY)
 
 
@@ -42,7 +42,7 @@ def storages_from_export(
 ) -> tuple[list[Storage], list[str]]:
     """Return the storages of an export and the warnings that a person should read.
 
-    Audiences default to bare host names, which is what Rucio asks for today, so what sites accept.
+    Audiences default to bare host names: Rucio requests them today, so sites accept them.
     """
     if not isinstance(export.get("rses"), dict):
         raise SettingsError("not a Rucio export: expected an object with the member 'rses'")

@@ -1,7 +1,7 @@
-"""What a site pastes into its storage's configuration so that it trusts an issuer's tokens.
+"""Fragments that sites paste into a storage's configuration, so that it trusts an issuer's tokens.
 
-The forms for XRootD were run (facts of the real software); those for dCache, StoRM and EOS follow
-their documentation and say so in their first line.
+The fragment for XRootD was run with the real software; those for dCache, StoRM and EOS follow the
+documentation of the software, and say so in their first line.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,7 +13,7 @@ _UNTRIED = "(from its documentation, not tried)"
 
 
 class Site(NamedTuple):
-    """All that a fragment needs."""
+    """Values that a fragment needs."""
 
     name: str
     vo: str
@@ -23,9 +23,9 @@ class Site(NamedTuple):
 
 
 def site_config(storage: Storage, areas: list[Area], issuer: str) -> str:
-    """Return the fragment for one storage, in its software's own form.
+    """Return the configuration fragment for one storage, in the format of its software.
 
-    `areas` are the storage's, from the directory: its tokens have exactly their audiences.
+    `areas` are the storage's areas in the directory; its tokens have exactly the audiences of these areas.
     """
     audiences = tuple(dict.fromkeys(a for area in areas for a in area.audience))
     site = Site(storage.name, storage.vo, issuer, audiences, areas[0].base_path)

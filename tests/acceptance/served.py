@@ -84,11 +84,12 @@ class Served:
     def add_client(self, name, **columns):
         """Register a client with a secret; `columns` are of its row."""
         from minter.database import control_changes
+        from minter.tokens import keystore
 
         made = stack.add_client(self.service, name, VO, "tests")
         if columns:
             control_changes.change_client(self.service.pool, name, columns, "tests")
-        self.secrets[name] = service.new_secret()
+        self.secrets[name] = keystore.new_secret()
         self.service.set_secret(made, self.secrets[name], "tests")
         return made
 

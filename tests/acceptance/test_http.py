@@ -10,10 +10,9 @@ import uuid
 import httpx
 import pytest
 
-from minter import service
 from minter.client import FileReport, FileRequest, JobReport, MinterClient
 from minter.errors import InvalidClient, InvalidRequest, SettingsError, Unavailable, UnknownRequest
-from minter.tokens import keys
+from minter.tokens import clock, keys
 from tests.acceptance.served import VO
 from tests.conftest import EXAMPLES
 from tests.integration.test_mint import OTHER, SE
@@ -88,7 +87,7 @@ def test_the_whole_life_of_a_request(client):
     assert {t.scope for t in renewed.tokens} == {t.scope for t in made.tokens}
     told = client.report(
         [FileReport(state="active", external_id="h-a")],
-        jobs=[JobReport(service.new_uuid7(), id_, (0,))],
+        jobs=[JobReport(clock.new_uuid7(), id_, (0,))],
     )
     assert told.tokens >= 4
     assert {s["state"] for s in client.trace(request_id=id_)} == {"active"}
@@ -130,19 +129,19 @@ def commits(served):
 
 def test_errors_are_typed_with_their_status(served, client):
     with pytest.raises(UnknownRequest):
-        client.fetch(service.new_uuid7())
+        client.fetch(clock.new_uuid7())
     with served.http("rucio") as http:
         cases = [
             (b"{", 400, "invalid_request"),
             (b'{"request_id": "x"}', 400, "invalid_request"),
             (json.dumps({"request_id": str(uuid.uuid4()), "files": [{"sources": [SE + "a"]}]}), 400, "invalid_request"),
-            (json.dumps({"request_id": str(service.new_uuid7()), "files": [{"sources": [SE + "a"]}], "client": "x"}), 401, "client_mismatch"),
-            (json.dumps({"request_id": str(service.new_uuid7()), "files": [{"sources": [SE + "a"]}], "reply_queue": "q"}), 403, "reply_not_allowed"),
+            (json.dumps({"request_id": str(clock.new_uuid7()), "files": [{"sources": [SE + "a"]}], "client": "x"}), 401, "client_mismatch"),
+            (json.dumps({"request_id": str(clock.new_uuid7()), "files": [{"sources": [SE + "a"]}], "reply_queue": "q"}), 403, "reply_not_allowed"),
         ]  # fmt: skip
         for body, status, reason in cases:
             answer = http.post(f"/{VO}/v1/mint", content=body, headers={"Content-Type": "application/json"})
             assert (answer.status_code, answer.json()["error"]["reason"]) == (status, reason), body
-        id_ = str(service.new_uuid7())
+        id_ = str(clock.new_uuid7())
         first, second = (
             http.post(f"/{VO}/v1/mint", json={"request_id": id_, "files": [{"sources": [SE + n]}]})
             for n in "ab"
@@ -341,7 +340,7 @@ def test_postgres_away_is_not_ready_and_nothing_is_refused_for_good(postgres_dsn
                 assert time.monotonic() < deadline
             assert http.get("/health").status_code == 200
             assert http.get(f"/{VO}/jwks.json").status_code == 200
-            id_ = service.new_uuid7()
+            id_ = clock.new_uuid7()
             with pytest.raises(Unavailable):
                 one.mint([COPY], request_id=id_)
             _admin(postgres_dsn, f"ALTER DATABASE {served.database} ALLOW_CONNECTIONS true")

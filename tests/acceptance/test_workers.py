@@ -13,7 +13,6 @@ import pytest
 import uuid_utils
 from joserfc import jwe, jwk
 
-from minter import service
 from minter.broker.publisher import declare
 from minter.cli.demo import fts_objections, read_jobs
 from minter.client import FileOperation, FileRequest, FilledJob, MinterClient, new_request_id
@@ -31,6 +30,7 @@ from minter.errors import (
     UnknownVO,
     from_dict,
 )
+from minter.tokens import clock
 from tests.acceptance.conftest import Raw
 from tests.conftest import EXAMPLES
 
@@ -97,7 +97,7 @@ def test_every_job_of_rucio_is_filled_as_fts_wants_it(client):
     jobs = [job for _, job in read_jobs(EXAMPLES / "rucio-41.5/jobs")]
     filled = client.fill_jobs(jobs)
     assert all(isinstance(f, FilledJob) for f in filled)
-    now = int(service.now().timestamp())
+    now = int(clock.now().timestamp())
     assert [o for f in filled if f.job for o in fts_objections(f.job, now)] == []
     reasons = [r["error"]["reason"] for f in filled for r in f.refused]
     assert (reasons.count("endpoint_takes_no_token"), reasons.count("invalid_path"), len(reasons)) == (

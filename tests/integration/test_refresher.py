@@ -426,7 +426,7 @@ def test_a_refresh_that_is_refused_ends_in_the_fallback(service, iam):
         == token.token
     )
     ((steps,),) = rows(service, "SELECT steps FROM rules WHERE route = 'minted'")
-    assert ["fallback", "stands in for a provider's token"] in steps
+    assert ["fallback", "replaces a provider's token"] in steps
     (story,) = traces.find(
         service.pool, "external_id", "a", bench.clock() - timedelta(hours=3), bench.clock()
     )[-1:]
@@ -472,7 +472,8 @@ def test_a_paused_provider_is_stood_in_for_and_asked_again_when_it_is_back(servi
     fresh = bench.ask("g")  # what comes now is minted at once, and says why
     assert fresh.issued
     assert any(
-        "is away: route minted stands in" in s.text for s in fresh.decision.planned_tokens[0].plan.steps
+        "is not available: fallback route minted is used" in s.text
+        for s in fresh.decision.planned_tokens[0].plan.steps
     )
     assert len(bench.asked) == asked
     iam.behaviour = Behaviour()
