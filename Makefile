@@ -4,7 +4,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-all lint schemas clean
+.PHONY: demo test test-all lint schemas dist docs clean
 
 demo: $(STAMP)
 	$(RUN)/minter demo
@@ -22,6 +22,12 @@ lint: $(STAMP)
 
 schemas: $(STAMP)
 	$(RUN)/python -m schemas
+
+# The wheel, the same bytes for the same commit, and its hash: what docs/install.md installs.
+dist: $(STAMP)
+	rm -rf build dist
+	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(RUN)/pip wheel --quiet --no-deps --wheel-dir dist .
+	cd dist && sha256sum *.whl | tee SHA256SUMS
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)

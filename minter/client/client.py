@@ -344,7 +344,7 @@ def _transport(url: str, client: str | None, secret: str | None, **options: Any)
     try:
         from minter.client.amqp import AmqpTransport  # noqa: PLC0415 - kombu is an extra
     except ImportError as error:
-        raise SettingsError("AMQP needs kombu; run: pip install 'minter[amqp]'") from error
+        raise SettingsError("AMQP needs kombu; run: pip install 'gridminter[amqp]'") from error
     return AmqpTransport(url, client, **options)
 
 

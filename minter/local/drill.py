@@ -308,7 +308,7 @@ def plot(report: Report, path: Path) -> None:
     try:
         import pygal  # noqa: PLC0415 - an extra, with the servers that a drill needs
     except ImportError as error:
-        raise SettingsError("the plot needs pygal; run: pip install 'minter[embedded]'") from error
+        raise SettingsError("the plot needs pygal; run: pip install 'gridminter[embedded]'") from error
     plan = report.plan
     chart = pygal.XY(
         title=f"{plan.mode}, {plan.fault} for {plan.outage_hours:g} h from {plan.outage_from_hours:g} h on: "

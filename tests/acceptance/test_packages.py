@@ -1,6 +1,7 @@
-"""`pip install minter` is the client alone; it lives beside Rucio, whose pins the engine could not bear."""
+"""The distribution `gridminter` without extras is the client alone; it lives beside Rucio, whose pins the engine could not bear."""
 
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -26,14 +27,19 @@ def test_the_client_alone_needs_no_server(wheel, tmp_path):
     )
     assert done.stdout.split() == ["7", "('davs://a/b',)"], done.stderr
     refused = run(python, "from minter.client import MinterClient; MinterClient('amqp://me@localhost//')")
-    assert "pip install 'minter[amqp]'" in refused.stderr
+    assert "pip install 'gridminter[amqp]'" in refused.stderr
+    command = subprocess.run(
+        [Path(python).parent / "minter", "--help"], capture_output=True, text=True, check=False
+    )
+    assert command.returncode == 2
+    assert "pip install 'gridminter[server]'" in command.stderr
 
 
 def test_the_client_lives_beside_rucio(wheel, tmp_path):
     python = environment(tmp_path / "env", "rucio==41.5.1", f"{wheel}[amqp]")
     done = subprocess.run([python, "-m", "pip", "check"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
-    code = "import minter.client, minter.transport, rucio.common.constants, rucio; print(minter.client.MinterClient('amqp://me@localhost//'))"
+    code = "import minter.client, minter.client.amqp, rucio.common.constants, rucio; print(minter.client.MinterClient('amqp://me@localhost//'))"
     done = run(python, code)
     assert done.stdout.strip() == "<MinterClient me>", done.stderr
 
@@ -41,7 +47,7 @@ def test_the_client_lives_beside_rucio(wheel, tmp_path):
 def test_the_engine_is_installed_with_its_workers_and_migrations(wheel, tmp_path):
     python = environment(tmp_path / "env", f"{wheel}[server]")
     code = (
-        "import schemas, pathlib, workers.app, workers.fts, minter.cli;"
+        "import schemas, pathlib, workers.app, workers.fts_forwarder, minter.cli.__main__;"
         "print(len(list((pathlib.Path(schemas.__file__).parent / 'migrations/versions').glob('*.sql'))))"
     )
     done = run(python, code)

@@ -28,7 +28,7 @@ def test_migrations_give_the_declared_schema(postgres_dsn):
     for name in names:
         _admin(postgres_dsn, f"CREATE DATABASE {name}")
     migrated, declared = (_dsn(postgres_dsn, name) for name in names)
-    pool = connection.pool(migrated)
+    pool = connection.open_pool(migrated)
     migrations.upgrade(pool)
     migrations.upgrade(pool)  # a second run changes nothing
     pool.dispose()

@@ -22,9 +22,10 @@ FLOORS = [
     {"settings"},
     {"metrics", "refresher"},
     {"service"},
-    {"local"},
     {"issuer"},
+    {"local"},
     {"cli"},
+    {"__main__"},
     {"workers"},
 ]
 """From the ground up: a package imports only itself and packages on floors below its own."""
