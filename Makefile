@@ -23,7 +23,7 @@ lint: $(STAMP)
 schemas: $(STAMP)
 	$(RUN)/python -m schemas
 
-# The wheel, the same bytes for the same commit, and its hash: what docs/install.md installs.
+# Build the wheel that docs/install.md installs, and its hash; the same commit gives the same bytes.
 dist: $(STAMP)
 	rm -rf build dist
 	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(RUN)/pip wheel --quiet --no-deps --wheel-dir dist .

@@ -1,1 +1,1 @@
-"""One question a file; JSON out; ratios to openssl of the same run."""
+"""Benchmarks: each file measures one thing and prints JSON."""

@@ -1,7 +1,8 @@
-"""How many tokens a second? `python -m benchmarks.bench_engine [--broker rabbitmq|embedded] [--json FILE]`.
+"""Measure tokens per second: `python -m benchmarks.bench_engine [--broker rabbitmq|embedded] [--json FILE]`.
 
-One run measures, beside openssl on one core: `mint_many` in one process, 100-file and single-file requests through two
-workers, a lone request, and the workers' memory. Durability, constraints and indexes are production's.
+One run measures openssl on one core, `mint_many` in one process, 100-file and single-file requests through
+two workers, single requests one after the other, and the workers' memory. Durability, constraints and indexes
+are the same as in production.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from minter.tokens.outcomes import Submission
 
 
 def core(running, requests: int, tokens: int = 40_000) -> int:
-    """Tokens a second of `mint_many` in this process, `requests` of 100 files in each call, recorded."""
+    """Return tokens per second of `mint_many` in this process, recorded; a call has `requests`×100 files."""
     submissions = [
         Submission(decode_mint(msgspec.json.encode(msgspec.json.decode(body(100, n, 200)[1])[0][0])), running.client)
         for n in range(tokens // 200 + 5)
@@ -38,7 +39,7 @@ def core(running, requests: int, tokens: int = 40_000) -> int:
 
 
 def core_shared(running) -> int:
-    """Return the uses a second of tokens that each storage's files share, in calls of 10 requests of 100 files."""
+    """Return uses per second of tokens shared by a storage's files; a call has 10 requests of 100 files."""
     engine = running.service.engine
     policy = engine.policy
     route = Route(
@@ -55,7 +56,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--broker", choices=["rabbitmq", "embedded"], default="rabbitmq")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--memory", action="store_true", help="also a million tokens")
+    parser.add_argument("--memory", action="store_true", help="also measure memory over a million tokens")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     result = {"versions": versions(), "broker": options.broker}
@@ -103,7 +104,7 @@ def main() -> None:
 
 
 def memory(running) -> dict[str, float]:
-    """Workers' RSS after 100 000 and after 1 000 000 tokens, half of the requests refused or repeated."""
+    """Return the workers' RSS after 1e5 and 1e6 tokens; half of the requests are refused or repeated."""
     tokens = 0
     seen = {}
     for mark in (100_000, 1_000_000):

@@ -1,8 +1,8 @@
-"""How many tokens a second over HTTP? `python -m benchmarks.bench_http [--seconds N] [--rounds N] [--json FILE]`.
+"""Measure tokens/s over HTTP: `python -m benchmarks.bench_http [--seconds N] [--rounds N] [--json FILE]`.
 
-`/token` with client_credentials, recorded in Postgres with durability on, two processes; discovery and JWKS; and
-npm oidc-provider, which records nothing, under the same load in the same run. wrk makes the load (apt-get install wrk),
-on the same two cores. Then latencies at half of the maximum.
+One run measures `/token` with client_credentials in two processes, recorded in Postgres with durability on;
+discovery and JWKS; and, under the same load, npm oidc-provider, which records nothing. wrk makes the load
+(apt-get install wrk) on the same two cores. Then latencies are measured at half of the maximum rate.
 """
 
 import argparse
@@ -67,7 +67,7 @@ def script(folder: Path, name: str, form: str, client: str, secret: str) -> Path
 
 @contextlib.contextmanager
 def minter(folder: Path, processes: int) -> Iterator[tuple[str, Path, Service]]:
-    """Yield the base URL, the load's script and the JWKS of a running service."""
+    """Yield the base URL of a running HTTP service, the load's script, and the service object."""
     (port,) = free_ports(1)
     postgres = Postgres(folder / "postgres")
     postgres.start()
@@ -102,7 +102,7 @@ def minter(folder: Path, processes: int) -> Iterator[tuple[str, Path, Service]]:
 
 @contextlib.contextmanager
 def oidc_provider(folder: Path) -> Iterator[tuple[str, Path]]:
-    """Yield the base URL and the load's script of npm oidc-provider, signing ES256 in memory."""
+    """Yield the base URL of npm oidc-provider, which signs ES256 in memory, and the load's script."""
     (port,) = free_ports(1)
     for name in ("package.json", "server.mjs"):
         (folder / name).write_bytes((OIDC / name).read_bytes())
@@ -130,7 +130,7 @@ def wait(url: str) -> None:
 
 
 def paced(url: str, secret_script: Path, rate: float, seconds: int) -> dict[str, float]:
-    """Latencies at a rate: connections that pause between their requests, as long as a first try says."""
+    """Return the latencies at a rate; trial runs set the pause between the requests of a connection."""
     connections = 64
     path = secret_script.with_suffix(".paced.lua")
     pause = connections / rate * 1000

@@ -1,4 +1,4 @@
-"""How long do follow-ups take? `python -m benchmarks.bench_lives`: reports and cancellations of 1 000 files in one request."""
+"""Measure follow-ups of one request of 1 000 files: `python -m benchmarks.bench_lifecycle`."""
 
 import json
 import tempfile

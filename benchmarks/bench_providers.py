@@ -1,9 +1,9 @@
-"""External IAMs: the budget as the provider sees it, finding what is due, and what one refresh costs.
+"""Measure external IAMs: the budget as the provider sees it, finding due tokens, and the cost of one refresh.
 
     python -m benchmarks.bench_providers [--budgets 50 700] [--seconds 60] [--refreshers 4] [--alive 1000000] [--json FILE]
 
-The provider is npm oidc-provider, started here, and what counts is its own log: for each budget the mean over
-all, the most in any second and in any ten, of the requests of all refreshers together.
+The provider is npm oidc-provider, started here. For each budget, the requests of all refreshers together are
+counted in the provider's log: their mean rate, and the most in any second and in any ten seconds.
 """
 
 import argparse
@@ -21,10 +21,10 @@ from msgspec import structs
 
 from benchmarks.engine import ROOT, settings_text, versions
 from minter import settings
-from minter.database import connection, control_changes, managed, migrations
+from minter.database import connection, control_changes, leases, migrations
 from minter.local import stack
 from minter.local.servers import Postgres
-from minter.providers.dialects import lead_of
+from minter.providers.dialects import LEADS, lead_of
 from minter.refresher.refresher import Refresher
 from minter.service import Service
 from minter.tasks.lifecycle import Lifecycle
@@ -48,7 +48,7 @@ _ROWS = """
 
 
 class Refreshers:
-    """A database, a provider, and refreshers as processes."""
+    """A database, a provider, and refresher processes."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -122,13 +122,13 @@ class Refreshers:
         self.postgres.stop()
 
     def requests(self, since: float) -> list[float]:
-        """Return when token requests came, in seconds, by the provider's own log."""
+        """Return the times of the token requests in the provider's log, in seconds."""
         lines = map(json.loads, self.iam.requests.read_text().splitlines())
         return sorted(e["t"] / 1000 for e in lines if e.get("path") == "/token" and e["t"] / 1000 >= since)
 
 
 def most(times: list[float], window: float) -> int:
-    """Return the most requests in any window."""
+    """Return the most requests in any window of `window` seconds."""
     start, found = 0, 0
     for end, at in enumerate(times):
         while at - times[start] >= window:
@@ -161,7 +161,7 @@ def budget(refreshers: Refreshers, per_second: float, seconds: float, count: int
 
 
 def due(refreshers: Refreshers, alive: int) -> dict[str, object]:
-    """Time finding 500 due ones, and leasing them, with ever more alive."""
+    """Time how long finding and leasing 500 due tokens takes, with growing numbers of live tokens."""
     refreshers.configure(10_000)
     refreshers.empty()
     found: dict[str, object] = {}
@@ -173,26 +173,26 @@ def due(refreshers: Refreshers, alive: int) -> dict[str, object]:
         held = size
         with connection.transaction(refreshers.service.pool) as tx:
             tx.execute("ANALYZE managed")
-        times, leases = [], []
+        times, taking = [], []
         for _ in range(9):
             now = clock.now()
             started = time.perf_counter()
             with connection.transaction(refreshers.service.pool) as tx:
-                values = {"leads": list(managed.LEADS), "provider": "iam", "now": now, "count": 500}
+                values = {"leads": list(LEADS), "provider": "iam", "now": now, "count": 500}
                 rows = tx.execute(leases.DUE, values).fetchall()
             times.append(time.perf_counter() - started)
             started = time.perf_counter()
             taken = leases.take(refreshers.service.pool, provider, uuid.uuid4(), 500, now, 0.0)
-            leases.append((time.perf_counter() - started, len(taken.tokens) if taken else 0))
+            taking.append((time.perf_counter() - started, len(taken.tokens) if taken else 0))
         found[str(size)] = {
-            "found": len(rows), "find_ms": 1000 * median(times), "take_ms": 1000 * median(t for t, _ in leases),
-            "taken": median(n for _, n in leases),
+            "found": len(rows), "find_ms": 1000 * median(times), "take_ms": 1000 * median(t for t, _ in taking),
+            "taken": median(n for _, n in taking),
         }  # fmt: skip
     return found
 
 
 def one(refreshers: Refreshers, rounds: int = 50) -> dict[str, float]:
-    """Time one token from taking it to its saved row, above the provider's own time."""
+    """Time one refresh from its lease to the saved row, without the provider's own time."""
     refreshers.configure(1000)
     refreshers.empty()
     service = refreshers.service

@@ -1,4 +1,4 @@
-"""The engine under load: settings with 200 storages and 50 routes, servers, workers, versions."""
+"""The engine for benchmarks: settings with 200 storages and 50 routes, servers, workers, versions."""
 
 import json
 import os
@@ -31,7 +31,7 @@ ROUTES = 50
 
 
 def settings_text() -> str:
-    """200 storages, and 50 routes of which the last matches."""
+    """Return settings with 200 storages and 50 routes, of which the last one matches."""
     text = ['[issuers.vo]\niss = "https://tokens.example.org/vo/"\n[broker]\nlocal_client = "load"\n']
     dialects = ("dcache", "xrootd", "storm", "xrootd")
     for n in range(STORAGES):
@@ -50,7 +50,7 @@ def settings_text() -> str:
 
 
 def openssl_per_second() -> float:
-    """ECDSA P-256 signatures per second of one core, by openssl itself."""
+    """Return the ECDSA P-256 signatures per second of one core, measured by openssl."""
     done = subprocess.run(
         ["openssl", "speed", "-seconds", "3", "ecdsap256"], capture_output=True, text=True, check=True
     )
@@ -67,7 +67,7 @@ def versions() -> dict[str, str]:
 
 
 class Bench:
-    """Servers and a prepared database; workers are started by the measurement."""
+    """Servers and a prepared database; each measurement starts its own workers."""
 
     def __init__(self, folder: Path, broker: str) -> None:
         self.folder = folder
@@ -124,7 +124,7 @@ class Bench:
         return json.loads(done.stdout)
 
     def rss(self) -> int:
-        """Resident kilobytes of all workers."""
+        """Return the resident memory of all workers, in kB."""
         total = 0
         for process in self.processes:
             status = Path(f"/proc/{process.pid}/status").read_text()

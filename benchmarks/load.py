@@ -1,9 +1,9 @@
-"""A client process for benchmarks: pipelined requests, every answer counted, one in 100 verified.
+"""A client process for benchmarks: it pipelines requests, counts every answer, verifies one token in 100.
 
     python -m benchmarks.load URL CLIENT FILES REQUESTS IN_FLIGHT JWKS.json [KIND]
 
-Prints one JSON line: seconds, requests, tokens, refused, verified, latencies in ms. KIND `mixed` makes half of the
-requests refused or repeated.
+It prints one JSON line with seconds, requests, tokens, refused, verified, and latencies in ms. With KIND
+`mixed`, a quarter of the requests is repeated and a quarter is refused.
 """
 
 import json
@@ -28,7 +28,7 @@ class _Envelope(msgspec.Struct):
 
 
 def body(files: int, number: int, storages: int) -> tuple[str, bytes]:
-    """Return a fresh request of `files` copies and its id."""
+    """Return the id and the message body of a new request to copy `files` files."""
     request_id = str(uuid_utils.uuid7())
     a, b = number % storages, (number * 7 + 1) % storages
     request = {

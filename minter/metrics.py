@@ -28,7 +28,7 @@ from sqlalchemy.engine import Engine as Pool
 from minter.database import partitions
 from minter.database.connection import transaction
 from minter.database.control import read_keys
-from minter.database.live_tokens import count_living
+from minter.database.live_tokens import count_live
 from minter.errors import SettingsError, Unavailable
 from minter.policy.plans import Plan
 from minter.settings import MetricsSettings
@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 
 class Spec(NamedTuple):
-    """One metric: what docs/metrics.md says of it."""
+    """One metric, as docs/metrics.md lists it."""
 
     kind: Literal["counter", "histogram", "gauge"]
     name: str
@@ -57,42 +57,46 @@ REQUESTS = Spec(
     "counter", "minter_requests", ("vo", "kind", "outcome"),
     "Requests served: granted, refused as a whole, repeated.",
 )  # fmt: skip
-REFUSALS = Spec("counter", "minter_refusals", ("vo", "reason"), "Needs and requests refused, by error.")
-FOLLOW_UPS = Spec("counter", "minter_follow_ups", ("task", "outcome"), "Fetches, reports, cancellations.")
+REFUSALS = Spec("counter", "minter_refusals", ("vo", "reason"), "Refused tokens and requests, by reason.")
+FOLLOW_UPS = Spec(
+    "counter", "minter_follow_ups", ("task", "outcome"),
+    "Messages about earlier requests: fetches, reports, cancellations.",
+)  # fmt: skip
 HTTP = Spec(
     "counter", "minter_http_responses", ("endpoint", "status"),
-    "HTTP responses, by the endpoint's path in the settings; empty for paths that are none.",
+    "HTTP responses, by the endpoint's path in the settings; the label is empty for unknown paths.",
 )  # fmt: skip
 FTS_JOBS = Spec(
     "counter", "minter_fts_jobs", ("outcome",),
-    "Messages that an FTS consumer ended, or tries again: submitted, nothing, refused, retried, unreported,"
-    " set_aside.",
+    "Messages that an FTS consumer finished or will try again, by outcome: submitted, nothing, refused,"
+    " retried, unreported, set_aside.",
 )  # fmt: skip
 EVENTS = Spec(
     "counter", "minter_fts_events", ("vo", "outcome"),
-    "FTS monitoring messages: noted, unknown (of nobody's token), nothing (they change nothing), broken.",
+    "FTS monitoring messages, by outcome: noted, unknown (no token matches), nothing (no change), broken.",
 )  # fmt: skip
 LAST_EVENT = Spec(
-    "gauge", "minter_fts_last_event_timestamp_seconds", ("broker",), "When a broker gave its last message."
-)
+    "gauge", "minter_fts_last_event_timestamp_seconds", ("broker",),
+    "Time of the last message from a broker, in seconds since the epoch.",
+)  # fmt: skip
 PROVIDER = Spec(
     "counter", "minter_provider_requests", ("provider", "grant", "outcome"),
-    "Requests to external IAMs: ok, outrun by another worker, or the error's reason.",
+    "Requests to external IAMs, by outcome: ok, outrun (the lease was lost), or the error's reason.",
 )  # fmt: skip
 PROVIDER_SECONDS = Spec(
-    "histogram", "minter_provider_request_seconds", ("provider",), "Time that an external IAM took.",
+    "histogram", "minter_provider_request_seconds", ("provider",), "Duration of requests to an external IAM.",
 )  # fmt: skip
 STAGE = Spec(
     "histogram", "minter_stage_seconds", ("stage",),
-    "Time of a batch from the stage before to this one; the first, received, begins it.",
+    "Time of a batch from the previous stage to this stage; the first stage, received, has no value.",
 )  # fmt: skip
 BATCH = Spec("histogram", "minter_batch_requests", (), "Requests that were decided and recorded together.")
 AGE = Spec(
     "histogram", "minter_request_age_seconds", (),
-    "Age of a request when it is taken up, by its request_id: how long it waited in the queue.",
+    "Age of a request when processing starts, from the time in its request_id: its time in the queue.",
 )  # fmt: skip
 QUEUE = Spec("gauge", "minter_queue_messages", ("queue",), "Messages that wait in a queue (beat).")
-LIVING = Spec(
+LIVE = Spec(
     "gauge", "minter_tokens_alive", ("vo",),
     "Tokens that have not expired; estimated from a sample where there are many (beat).",
 )  # fmt: skip
@@ -103,13 +107,13 @@ SIGNS_UNTIL = Spec(
 )  # fmt: skip
 STANDBY = Spec(
     "gauge", "minter_key_standby_ready_timestamp_seconds", ("vo",),
-    "When the standby key may sign; no value means that there is none (beat).",
+    "When the standby key may sign, in seconds since the epoch; no value means no standby key (beat).",
 )  # fmt: skip
-PARTITIONS = Spec("gauge", "minter_partitions_ahead_days", (), "Days that have partitions already (beat).")
+PARTITIONS = Spec("gauge", "minter_partitions_ahead_days", (), "Days after today with partitions (beat).")
 
 SPECS = (
     TOKENS, REQUESTS, REFUSALS, FOLLOW_UPS, HTTP, FTS_JOBS, EVENTS, LAST_EVENT, PROVIDER,
-    PROVIDER_SECONDS, STAGE, BATCH, AGE, QUEUE, LIVING, EXPIRING, SIGNS_UNTIL, STANDBY, PARTITIONS,
+    PROVIDER_SECONDS, STAGE, BATCH, AGE, QUEUE, LIVE, EXPIRING, SIGNS_UNTIL, STANDBY, PARTITIONS,
 )  # fmt: skip
 
 _STAGE_BUCKETS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
@@ -117,7 +121,7 @@ _AGE_BUCKETS = (0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 10, 60, 300, 1800, 7200)
 _BATCH_BUCKETS = (1, 2, 5, 10, 20, 50, 100, 200)
 
 COLLECT_SECONDS = 15.0
-"""What the database and the broker are asked for is this old at most."""
+"""Maximum age, in seconds, of the values read from the database and the broker."""
 
 
 class Metrics:
@@ -153,7 +157,7 @@ class Metrics:
             at = observed.at.timestamp()
             for outcome in observed.outcomes:
                 request = outcome.submission.request
-                if request.kind not in OWN_KINDS:  # the others' ids were made by who asked
+                if request.kind not in OWN_KINDS:  # clients made the ids of other kinds
                     self._age.observe(max(0.0, at - request.unix_time))
         else:
             self._stage.labels(observed.stage).observe(now - self._since)
@@ -169,13 +173,13 @@ class Metrics:
         """Count one HTTP response."""
         self._http_of(endpoint, status).inc()
 
-    def provider(self, provider: str, planned: str, outcome: str, seconds: float) -> None:
+    def provider(self, provider: str, grant: str, outcome: str, seconds: float) -> None:
         """Count one request to an external IAM."""
-        self._provider.labels(provider, planned, outcome).inc()
+        self._provider.labels(provider, grant, outcome).inc()
         self._provider_seconds.labels(provider).observe(seconds)
 
     def _count(self, outcomes: Iterable[Outcome]) -> None:
-        """Count a batch: what is alike in it, once."""
+        """Count a batch: equal labels are added up, then counted at once."""
         requests: Tally[tuple[str, ...]] = Tally()
         refusals: Tally[tuple[str, ...]] = Tally()
         tokens: Tally[tuple[str, str, Plan]] = Tally()
@@ -213,7 +217,7 @@ def new_counter(spec: Spec, registry: CollectorRegistry) -> Counter:
 
 
 class StateCollector(Collector):
-    """What beat tells of the database and the broker, asked anew at most every 15 s."""
+    """Gauges of beat, read from the database and the broker at most every 15 s."""
 
     def __init__(
         self, pool: Pool, broker: Callable[[], kombu.Connection], queues: Iterable[str],
@@ -228,7 +232,7 @@ class StateCollector(Collector):
         self._at = float("-inf")
 
     def describe(self) -> Iterator[Metric]:
-        """Name the metrics without asking anybody."""
+        """Name the metrics without reading the database or the broker."""
         for spec in SPECS:
             if spec.kind == "gauge":
                 yield GaugeMetricFamily(spec.name, spec.help, labels=spec.labels)
@@ -244,10 +248,10 @@ class StateCollector(Collector):
         now = self._now()
         with transaction(self._pool) as connection:
             ring = read_keys(connection)
-        living = count_living(self._pool, now, timedelta(hours=1))
+        living = count_live(self._pool, now, timedelta(hours=1))
         active = {k.vo: keys.signs_until(k, self._rotation) for k in ring if k.state == "active"}
         standby = {k.vo: keys.may_sign_from(k, self._rotation) for k in ring if k.state == "prepared"}
-        yield _gauge(LIVING, {(vo,): alive for vo, (alive, _) in living.items()})
+        yield _gauge(LIVE, {(vo,): alive for vo, (alive, _) in living.items()})
         yield _gauge(EXPIRING, {(vo,): expiring for vo, (_, expiring) in living.items()})
         yield _gauge(SIGNS_UNTIL, {(vo,): at.timestamp() for vo, at in active.items() if at})
         yield _gauge(STANDBY, {(vo,): at.timestamp() for vo, at in standby.items()})
@@ -271,7 +275,7 @@ class StateCollector(Collector):
 
 
 def _what_answers(ask: Callable[[], Iterator[Metric]]) -> list[Metric]:
-    """Return what a server says; nothing, and a line in the log, while it is away."""
+    """Return the gauges of a server; while it is unavailable, return none and log a warning."""
     try:
         return list(ask())
     except Unavailable as error:
@@ -287,7 +291,7 @@ def _gauge(spec: Spec, values: Mapping[tuple[str, ...], float]) -> GaugeMetricFa
 
 
 def serve_process(registry: CollectorRegistry, wanted: MetricsSettings) -> None:
-    """Serve the registry of this process as [metrics] of the settings says, if it does."""
+    """Serve the registry of this process on a port of [metrics] in the settings, if a port is set there."""
     if wanted.first_port:
         port = serve(registry, wanted.listen, wanted.first_port, wanted.ports)
         logger.info("metrics are on port %d", port)
@@ -299,7 +303,7 @@ def serve(registry: CollectorRegistry, host: str, first_port: int, ports: int) -
         try:
             start_http_server(port, host, registry)
         except OSError:
-            continue  # another process of this machine has it
+            continue  # another process of this machine uses the port
         return port
     raise SettingsError(
         f"no free port for metrics in {first_port} to {first_port + ports - 1}; give [metrics] more ports"

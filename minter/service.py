@@ -1,4 +1,4 @@
-"""Entry points wire here: settings in, the engine with its adapters out."""
+"""Wiring for entry points: makes the engine and its adapters from the settings."""
 
 import gc
 import os
@@ -25,7 +25,7 @@ _GC_ALLOCATIONS = 20_000
 
 
 def clock_of(drill: settings.DrillSettings) -> Callable[[], datetime]:
-    """Return the clock of a process: the time, or that of a drill."""
+    """Return the clock of a process: the current time, or the faster time of a drill."""
     if drill.time_scale == 1:
         return now
     origin, scale = datetime.fromtimestamp(drill.origin, UTC), drill.time_scale
@@ -33,7 +33,7 @@ def clock_of(drill: settings.DrillSettings) -> Callable[[], datetime]:
 
 
 def tune_gc() -> None:
-    """Keep the garbage collector from walking what lives as long as the process: settings, modules."""
+    """Keep objects that live as long as the process (settings, modules) out of garbage collection."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(_GC_ALLOCATIONS, 10, 5)
@@ -75,7 +75,7 @@ class Service:
         )
 
     def prepare(self) -> None:
-        """Bring settings into rows and make partitions: at start, and by beat ever after."""
+        """Write settings to the database and make partitions: at start, and from then on by beat."""
         control_changes.sync_catalogue(self.pool, self.loaded.issuers, self.loaded.catalogue())
         control_changes.sync_providers(self.pool, [p.name for p in self.loaded.settings.providers])
         self.make_partitions()
@@ -95,7 +95,7 @@ class Service:
         return keyring.create(self.pool, self.keystore, vo, algorithm, actor)
 
     def maintain_keys(self, actor: str) -> list[str]:
-        """Make missing standbys, rotate what is due, destroy what is spent; say what was done (I6)."""
+        """Make missing standbys, rotate due keys, destroy spent private halves; return what was done (I6)."""
         done, now, policy = [], self.clock(), self.engine.rotation
         with transaction(self.pool) as connection:
             ring = read_keys(connection)
@@ -108,7 +108,7 @@ class Service:
                 elif due == "rotate":
                     key = keyring.rotate(self.pool, vo, now, policy, actor)
                     done.append(f"{vo}: key {key.kid} signs now")
-            except NoUsableKey as error:  # one VO's trouble is not the others'
+            except NoUsableKey as error:  # the other VOs are maintained
                 done.append(f"{vo}: failed, {error}")
         spent = keyring.destroy_spent(self.pool, now, policy, actor)
         return done + [f"private half of key {kid} destroyed" for kid in spent]
@@ -126,7 +126,7 @@ class Service:
         )
 
     def since(self, days: int | None = None) -> datetime:
-        """Return the start of the time that searches look at: the retention by default."""
+        """Return the start of the period that searches cover: `days` ago, by default the retention."""
         return self.clock() - timedelta(days=days or self.loaded.settings.database.retention_days)
 
 

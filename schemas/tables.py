@@ -1,9 +1,9 @@
-"""The tables, as SQLAlchemy metadata: what the migrations must build (a test compares them).
+"""The database tables as SQLAlchemy metadata, which the migrations must build (a test compares them).
 
-`requests` and `tokens` are partitioned by the day that their UUIDv7 holds, without a default
-partition; `minter.database` makes the partitions. Whatever changes what a decision reads
-(issuers, storages, clients, bans, signing_keys) bumps `control.version` by trigger, in the same
-transaction.
+`requests`, `tokens`, `uses` and `token_states` are partitioned by the day that their UUIDv7 holds, without a
+default partition; `minter.database` makes the partitions. Every change of a table that decisions read
+(issuers, storages, clients, bans, signing_keys) increments `control.version` by trigger, in the same
+transaction (ADR 3).
 """
 
 from sqlalchemy import (
@@ -179,8 +179,8 @@ audit = Table(
     Index("audit_subject_idx", "subject", "at"),
 )
 
-# Messages that came again after a worker died with them: served alone, and dead-lettered at the
-# fourth delivery (docs/adr/0004).
+# Redelivery counts of messages that may have killed a worker. Such a message is served alone, and
+# dead-lettered at its fourth delivery (ADR 4).
 suspects = Table(
     "suspects",
     metadata,
@@ -189,7 +189,7 @@ suspects = Table(
     _now("seen_at"),
 )
 
-# What decided a token, beyond its file: once for each combination, named by every token row (I8).
+# The decision behind a token, apart from its file: one row for each combination; token rows refer to it (I8).
 rules = Table(
     "rules",
     metadata,
@@ -203,8 +203,8 @@ rules = Table(
     CheckConstraint("octet_length(digest) = 32", name="digest"),
 )
 
-# Which request an FTS job was filled by, so that FTS's ids lead to tokens. `files` has, for each
-# file of the job as submitted, its number in the request; `file_ids` FTS's ids of them.
+# The request that filled an FTS job, so that FTS's ids lead to tokens. For each file of the submitted job,
+# `files` has its number in the request, and `file_ids` its id in FTS.
 jobs = Table(
     "jobs",
     metadata,
@@ -218,7 +218,7 @@ jobs = Table(
     Index("jobs_request_id_idx", "request_id"),
 )
 
-# tokens of a request have the jtis first_jti, first_jti + 1, …: no index from request to token.
+# A request's tokens have the jtis first_jti, first_jti + 1, …, so they need no index by request (ADR 2).
 requests = Table(
     "requests",
     metadata,
@@ -242,7 +242,8 @@ requests = Table(
     postgresql_partition_by="RANGE (request_id)",
 )
 
-# Columns by falling alignment, none NULL in a minted row: no padding, no null bitmap.
+# Columns are in order of falling alignment, and no column of a minted row is NULL: a row needs no padding and
+# no null bitmap.
 tokens = Table(
     "tokens",
     metadata,
@@ -269,7 +270,7 @@ tokens = Table(
     CheckConstraint("mode <> 'mint' OR state NOT IN ('queued', 'failed')", name="mint_state"),
     Index("tokens_path_hash_idx", "path_hash"),
     Index("tokens_fts_token_id_idx", "fts_token_id"),
-    # 8 bytes instead of 33; who looks compares the text, too.
+    # An entry has 8 bytes instead of 33; queries compare the text, too.
     Index(
         "tokens_external_id_idx",
         text("hashtextextended(external_id, 0)"),
@@ -278,8 +279,8 @@ tokens = Table(
     postgresql_partition_by="RANGE (jti)",
 )
 
-# What a shared token serves: one row for each file and side, in its request's range of ids. A shared
-# token has a row in `tokens` as others have, with file -1.
+# The uses of shared and managed tokens: one row for each file and side, with an id in its request's range.
+# The token itself has a row in `tokens`, with file -1 (ADR 10).
 uses = Table(
     "uses",
     metadata,
@@ -307,8 +308,8 @@ uses = Table(
     postgresql_partition_by="RANGE (use_id)",
 )
 
-# A token, or a use, without a row here is as it was recorded. Apart from it, because a new version of the
-# wide token row, with its index entries, would cost ten times as much (docs/adr/0007).
+# The state of each token or use that left the state it was recorded in. The table is apart from `tokens`,
+# because a new version of a wide token row, with its index entries, costs ten times as much (ADR 7).
 token_states = Table(
     "token_states",
     metadata,
@@ -325,8 +326,8 @@ token_states = Table(
     postgresql_partition_by="RANGE (jti)",
 )
 
-# Refresh tokens that descend from one exchange; they are signed, not stored. `generation` is the newest
-# one given out, the one before it works until that was used (docs/adr/0011).
+# A family has all refresh tokens that descend from one exchange; they are signed, not stored. `generation` is
+# the newest one handed out; the generation before works until the newest is used (ADR 11).
 families = Table(
     "families",
     metadata,
@@ -358,8 +359,8 @@ assertions = Table(
     Column("expires_at", Instant, nullable=False),
 )
 
-# One row for each external IAM: when the next request may leave, and whether it answers (docs/adr/0012).
-# `documents` are its discovery and JWKS, fetched once for all processes.
+# One row for each external IAM: when the next request may leave, and its circuit breaker (ADR 12).
+# `documents` are the IAM's discovery and JWKS, fetched once for all processes.
 providers = Table(
     "providers",
     metadata,
@@ -373,11 +374,11 @@ providers = Table(
     Column("documents_at", Instant),
 )
 
-# What is kept of a managed token beside its rows in `tokens` and `uses`; secrets are encrypted, and gone
-# when it is finished. `lead_seconds` before `needed_at` it is due; both are NULL when nothing is left to do.
-# Each new token is pushed to the queues of its uses, which is done when `pushed_id` is `fts_token_id` (0 for
-# an end without one). A `lease` is one worker's; `spent` says that a refresh token was sent whose answer is
-# not known.
+# The changing part of a managed token, beside its rows in `tokens` and `uses` (ADR 12). Secrets are encrypted
+# and removed when the token is finished. The token is due `lead_seconds` before `needed_at`; both are NULL
+# when nothing is left to do. Each new token is pushed to the queues of its uses; that is done when
+# `pushed_id` equals `fts_token_id`, which is 0 for a failure. One refresher process holds a `lease`;
+# `spent` says that a refresh token was sent and that its answer is not known.
 managed = Table(
     "managed",
     metadata,
@@ -448,7 +449,7 @@ managed = Table(
 )  # fmt: skip
 
 CONTROLLED = ("issuers", "storages", "clients", "bans", "signing_keys")
-"""Tables whose every change bumps control.version."""
+"""Tables of which every change increments control.version."""
 
 BUMP = """
 CREATE FUNCTION bump_control() RETURNS trigger LANGUAGE plpgsql AS $$
@@ -459,7 +460,7 @@ END $$"""
 
 
 def bump_trigger(table: str) -> str:
-    """Return the statement that makes the trigger of one controlled table."""
+    """Return the statement that creates the trigger of one controlled table."""
     return (
         f"CREATE TRIGGER bump_control AFTER INSERT OR UPDATE OR DELETE ON {table}"
         " FOR EACH STATEMENT EXECUTE FUNCTION bump_control()"
@@ -470,7 +471,7 @@ PROVIDERS_BUMP = (
     "CREATE TRIGGER bump_control AFTER INSERT OR DELETE OR UPDATE OF open_until ON providers"
     " FOR EACH STATEMENT EXECUTE FUNCTION bump_control()"
 )
-"""A budget is no control: only a breaker that opens or closes is."""
+"""A change of a budget does not increment the version; a circuit breaker that opens or closes does."""
 
 event.listen(metadata, "before_create", DDL(BUMP.replace("%", "%%")))
 event.listen(metadata, "after_create", DDL("INSERT INTO control DEFAULT VALUES"))

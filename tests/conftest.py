@@ -1,4 +1,4 @@
-"""Fixtures: a real Postgres, fresh databases from a template, an engine around them."""
+"""Fixtures: a real Postgres, new databases from a template, and an engine on them."""
 
 import os
 import uuid
@@ -24,7 +24,7 @@ MASTER_KEY = new_master_key()
 
 @pytest.fixture(scope="session")
 def postgres_dsn(tmp_path_factory):
-    """A server: MINTER_TEST_DSN's (a superuser's DSN), or an embedded one of our own."""
+    """The DSN of a Postgres: MINTER_TEST_DSN (with a superuser), or an embedded server."""
     if dsn := os.environ.get("MINTER_TEST_DSN"):
         yield dsn
         return
@@ -36,7 +36,7 @@ def postgres_dsn(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def template(postgres_dsn):
-    """A database with the schema, the settings' catalogue and one key: copied for each test."""
+    """A database with the schema, the settings' catalogue and one key, which is copied for each test."""
     name = f"minter_template_{uuid.uuid4().hex[:8]}"
     _admin(postgres_dsn, f"CREATE DATABASE {name}")
     prepare(_dsn(postgres_dsn, name))

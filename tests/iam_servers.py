@@ -1,6 +1,7 @@
-"""Real authorization servers for the tests, which nobody here wrote: Keycloak and npm oidc-provider.
+"""Third-party authorization servers for the tests: Keycloak and npm oidc-provider.
 
-Both are started by us on free ports and stopped by process id. What cannot be had is skipped, and counted.
+The tests start both on free ports and stop them by process id. Tests of a server that cannot be installed are
+skipped, and pytest counts them.
 """
 
 import os
@@ -28,7 +29,7 @@ _OFF = "identity-brokering-api,twitter-broker,workflows,organization,kerberos,ci
 
 
 class Fake:
-    """Our own, as the other servers are; `server.behaviour` is how it fails."""
+    """The fake IAM with the interface of the other servers; `server.behaviour` says how it fails."""
 
     dialect = "generic"
 
@@ -52,9 +53,9 @@ class Fake:
 
 
 class OidcProvider(Server):
-    """npm oidc-provider with tests/providers/oidc-provider/server.js; `requests` is its own log."""
+    """npm oidc-provider with tests/providers/oidc-provider/server.js; `requests` is the server's log."""
 
-    dialect = "generic"  # its server.js takes `audience`, too, and names that are no URIs
+    dialect = "generic"  # its server.js accepts `audience`, too, and names that are not URIs
 
     def __init__(self, folder: Path, **environ: str) -> None:
         super().__init__(folder)
@@ -140,7 +141,7 @@ def _answers(url: str) -> bool:
 
 
 def _keycloak() -> Path:
-    """Return a built Keycloak with the realm in a template database: made once in the user's cache."""
+    """Return a built Keycloak with the realm in a template database, made once in the user's cache folder."""
     if shutil.which("java") is None:
         pytest.skip("Java is not installed, so Keycloak cannot be had")
     cache = Path(os.environ.get("MINTER_TEST_CACHE", Path.home() / ".cache/minter-tests"))

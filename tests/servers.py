@@ -1,4 +1,4 @@
-"""A real RabbitMQ for tests and benchmarks: Debian's package, run by us on free ports."""
+"""Real servers for tests and benchmarks: Debian's RabbitMQ and XRootD, run on free ports."""
 
 import os
 import shlex
@@ -131,10 +131,10 @@ class RabbitMQ(Server):
 
 
 class XRootD(Server):
-    """Debian's XRootD over HTTPS, with the fragment that `site-config` printed; third-party copies on.
+    """Debian's XRootD over HTTPS with the output of `site-config`, and with third-party copies enabled.
 
-    It refuses to run as root and owns its key; libscitokens knows no CA but the system's, so ours is mounted
-    over it where only this process sees it (facts/storages.md §2, §3).
+    XRootD refuses to run as root, and its key must belong to its user. libscitokens reads only the system's
+    CA file, so the test's CA is mounted over that file where only this process sees it.
     """
 
     def __init__(self, folder: Path, port: int, ca: Path) -> None:
@@ -152,7 +152,7 @@ class XRootD(Server):
         return f"https://localhost:{self.port}"
 
     def configure(self, fragment: str) -> None:
-        """Write the configuration: what any server has, and the site's fragment."""
+        """Write the configuration: the parts that any server needs, and the fragment for the site."""
         for name in ("run", "data", "cache"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         head, _, rest = fragment.partition("# /etc/xrootd/scitokens.cfg\n")
@@ -178,7 +178,7 @@ class XRootD(Server):
     def start(self) -> None:
         for parent in (self.folder, *self.folder.parents):
             if parent.owner() == "root" and parent.is_relative_to("/tmp") and parent != Path("/tmp"):
-                parent.chmod(0o755)  # it reads its files as another user
+                parent.chmod(0o755)  # the server reads its files as another user
         subprocess.run(["chown", "-R", "xrootd:", self.folder], check=True)
         (self.folder / "host.key").chmod(0o400)
         script = (

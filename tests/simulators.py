@@ -1,8 +1,8 @@
-"""The other side, simulated to inject faults that a real one will not make on demand.
+"""A simulated FTS, for faults that a real FTS does not make on demand.
 
-`FakeFTS` follows what fts-rest-flask a8b49830c does on POST /jobs, GET /jobs/…/files and GET /whoami
-(facts/fts-and-rucio.md): deterministic ids, 409 for one that is taken, the checks of a token job. The
-real one cannot be had from a package registry.
+`FakeFTS` does what fts-rest-flask a8b49830c does on POST /jobs, GET /jobs/…/files and GET /whoami:
+deterministic ids, 409 for an id that exists, and the checks of a job with tokens. No package registry has the
+real FTS.
 """
 
 import json
@@ -18,7 +18,7 @@ VO = "alpen"
 
 
 class FakeFTS:
-    """An FTS on a free port; `faults` are done to the next submissions, one each."""
+    """An FTS on a free port; each entry of `faults` applies to one of the next submissions."""
 
     def __init__(self):
         self.jobs: dict[str, dict] = {}
@@ -33,7 +33,7 @@ class FakeFTS:
         return f"http://127.0.0.1:{self.port}"
 
     def start(self):
-        """Listen, on the port of before if there was one."""
+        """Listen on a free port, or after a stop on the same port as before."""
         self.server = ThreadingHTTPServer(("127.0.0.1", self.port), _Handler)
         self.server.fts = self
         self.port = self.server.server_port
@@ -84,11 +84,11 @@ class _Handler(BaseHTTPRequestHandler):
         job_id = str(uuid.uuid5(uuid.uuid5(BASE_ID, VO), sid))
         if job_id in fts.jobs:
             return self.answer(409, {"message": "The sid provided by the user is duplicated"})
-        managed = "unmanaged_tokens" not in job["params"]  # such tokens FTS would exchange, not use
+        managed = "unmanaged_tokens" not in job["params"]  # FTS would exchange such tokens
         if not managed and (objections := fts_objections(job, int(time.time()))):
             return self.answer(400, {"message": objections[0]})
         fts.jobs[job_id] = job
-        if fault == "lost":  # the job is there, its answer is not
+        if fault == "lost":  # FTS has the job, but its answer is lost
             return self.connection.close()
         return self.answer(200, {"job_id": job_id})
 

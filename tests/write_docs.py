@@ -1,4 +1,4 @@
-"""Write the documents that are made from code: `python -m tests.write_docs`. A test compares them."""
+"""Write the documents that are generated from code: `python -m tests.write_docs`. A test compares them."""
 
 import msgspec
 

@@ -1,1 +1,1 @@
-"""The Celery side of Minter: all knowledge of Celery and of queues is in this package."""
+"""Minter's processes that consume queues; only this package uses Celery."""

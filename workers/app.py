@@ -1,7 +1,7 @@
 """The Celery application of `minter worker` and `minter beat`.
 
-Only the tasks of `workers.tasks` can be run, and only from their own queues: whatever else arrives
-is answered with a typed error and dead-lettered. Bodies are never logged.
+Only the tasks of `workers.tasks` can be run, and only from their own queues. Any other message is
+answered with a typed error and dead-lettered. Bodies are never logged.
 """
 
 import logging
@@ -36,10 +36,10 @@ START_FAILED = 3
 
 
 class RequestConsumer(Consumer):
-    """Celery's consumer, in which every message is answered and no body is logged."""
+    """A Celery consumer that answers every message and logs no body."""
 
     class Blueprint(Consumer.Blueprint):
-        """Celery's steps, without delayed delivery: it would declare 28 queues for ETAs."""
+        """Celery's steps without delayed delivery, which would declare 28 queues for ETAs."""
 
         default_steps = [  # noqa: RUF012 - Celery's own form
             step for step in Consumer.Blueprint.default_steps if "delayed_delivery" not in step
@@ -55,7 +55,7 @@ class RequestConsumer(Consumer):
         }
 
     def create_task_handler(self, *_: Any, **__: Any) -> Callable[[Any], None]:
-        """Return what takes each message: whatever its headers hold, it is served or answered."""
+        """Return the message handler, which serves or answers each message, whatever its headers hold."""
         strategies = self.strategies
 
         def take(message: Any) -> None:
@@ -79,12 +79,12 @@ def _reject(message: Any, why: str) -> None:
     app.batcher.reject(message, error)
 
 
-# A sender's `compression` header would make kombu inflate a body before anything can bound it.
+# A sender's `compression` header would make kombu inflate a body before its size can be limited.
 compression._decoders.clear()  # noqa: SLF001 - kombu has no setting for it
 
 
 class App(Celery):
-    """Celery with what its worker process needs."""
+    """A Celery application with the engine and the batcher of its worker process."""
 
     loaded: Loaded
     service: Service
@@ -92,7 +92,7 @@ class App(Celery):
 
 
 def create_app(loaded: Loaded) -> App:
-    """Return the application for these settings; it connects to nothing yet."""
+    """Return the application for these settings, without connecting to anything."""
     made = App("minter", broker=loaded.broker_url, include=["workers.tasks"])
     made.loaded = loaded
     made.conf.update(
@@ -124,7 +124,10 @@ def create_app(loaded: Loaded) -> App:
 
 
 def _transport_options(loaded: Loaded) -> dict[str, float]:
-    """Make the embedded broker deliver a dead worker's messages again soon: kombu's default is 100 s."""
+    """Return options with which the embedded broker soon redelivers a dead worker's messages.
+
+    With kombu's defaults the redelivery takes 100 s.
+    """
     if not loaded.broker_url.startswith("redis"):
         return {}
     visibility = loaded.settings.broker.visibility_seconds
@@ -138,9 +141,9 @@ def _transport_options(loaded: Loaded) -> dict[str, float]:
 
 @worker_init.connect
 def _start(**_: Any) -> None:
-    """Open the engine in the worker process, before it consumes; end the process if that fails.
+    """Open the engine before the worker consumes messages; end the process if the engine cannot be opened.
 
-    Celery would go on after an exception here, and die of a follow-up that names no cause.
+    After an exception here Celery would go on, and fail later with an error that does not name the cause.
     """
     try:
         _open_engine()
@@ -169,7 +172,7 @@ def _open_engine() -> None:
             lambda digest: partitions.clear_redelivery(service.pool, digest),
         ),
         service.clock,
-        lambda stage: on_stage(stage),  # noqa: PLW0108 - looked up at each call: tests replace it
+        lambda stage: on_stage(stage),  # noqa: PLW0108 - tests replace on_stage, so each call looks it up
         metrics.follow_up,
         batch_seconds=settings.worker.batch_seconds,
         batch_messages=settings.worker.batch_messages,
@@ -181,7 +184,7 @@ def _open_engine() -> None:
 
 @beat_init.connect
 def _start_beat(**_: Any) -> None:
-    """Export the gauges of database and queues: beat is the one process of its kind."""
+    """Export the gauges of database and queues from beat, of which only one process runs."""
     service = Service(app.loaded)
     registry = CollectorRegistry()
     waiting = (names.REQUEST_QUEUE, names.INTERNAL_QUEUE, names.DEAD_LETTER_QUEUE)
@@ -207,19 +210,19 @@ def _observe(metrics: Metrics) -> Callable[[Observed], None]:
 
 @setup_logging.connect
 def _set_up_logging(loglevel: int = logging.INFO, **_: Any) -> None:
-    """Take logging from Celery: its format is text, and it knows nothing of secrets."""
+    """Replace Celery's logging, which writes text and does not redact secrets."""
     logs.configure(loglevel)
 
 
 def _local_client(loaded: Loaded) -> str | None:
-    """Return who sends on a broker that checks no user_id; never on AMQP."""
+    """Return the only client of a broker that checks no user_id; None on AMQP."""
     if loaded.broker_url.startswith(("amqp", "pyamqp")):
         return None
     return loaded.settings.broker.local_client or None
 
 
 def on_stage(stage: str) -> None:
-    """Watch the stages of a batch; fault tests replace this function."""
+    """Do nothing at a stage of a batch; fault tests replace this function."""
 
 
 def run_worker(name: str) -> None:

@@ -1,10 +1,10 @@
 """Batching: small requests that wait together are decided, recorded and signed together.
 
-A Celery task strategy hands messages over untouched; a timer or a cap serves the batch. Messages
-are acknowledged when their answers are confirmed, so the unacknowledged message is the outbox (I3).
-What goes wrong is handled by depth: Postgres away — the same batch again, later, while heartbeats
-go on; broker away — raise, Celery reconnects, everything comes again; anything else — each message
-alone, and the one that fails alone goes to the dead-letter queue with its reason.
+A Celery task strategy hands messages over undecoded. A batch is served when its time is over or when it is
+full. Messages are acknowledged when their answers are confirmed, so the unacknowledged message is the
+outbox (I3). While Postgres is down, the same batch is tried again later, and heartbeats go on. If the broker
+is down, the error makes Celery reconnect, and the broker delivers all messages again. After any other error
+each message is served alone; a message that fails alone is dead-lettered with its reason.
 """
 
 import logging
@@ -42,61 +42,61 @@ from workers import replies
 logger = logging.getLogger("minter.batching")
 
 MAX_TRIES = 3
-"""Deliveries that may end with a dead worker; the next one is dead-lettered instead of served."""
+"""Deliveries of a message that may end with a dead worker; at the next one it is dead-lettered."""
 FIRST_DELAY_SECONDS = 0.1
 MAX_DELAY_SECONDS = 10.0
 MAX_EXTENSIONS = 16
-"""How often the batch's time may be extended while messages keep coming."""
+"""How often the time of a batch may be extended while messages keep arriving."""
 
 _arguments = msgspec.json.Decoder(tuple[list[Raw], dict[str, Raw], Raw])
 
 
 class PendingMessage(Struct, eq=False):
-    """One message that waits to be served, and who sent it by the broker's word."""
+    """A message that waits to be served; `client` is the sender that the broker names."""
 
     message: Any
     task: str
     client: str | None
-    redelivery_count: bool = False
+    redelivered: bool = False
     tries: int = 0
     queued: list[Outgoing] = []
 
     @property
     def headers(self) -> dict[str, Any]:
-        """The headers, none if they are not a table."""
+        """The headers, or an empty dict if they are not a table."""
         headers = self.message.headers
         return headers if isinstance(headers, dict) else {}
 
     @property
     def body(self) -> bytes:
-        """The bytes as they came."""
+        """The body of the message in bytes."""
         body = self.message.body
-        # py-amqp may have decoded it by the sender's own charset: what is no UTF-8 fails later, typed.
+        # py-amqp may have decoded the body by the sender's charset; bad UTF-8 gets a typed error later.
         return body if isinstance(body, bytes) else str(body).encode("utf-8", "surrogatepass")
 
     @property
     def correlation_id(self) -> str:
-        """The sender's correlation id, as AMQP can carry it back: 255 bytes of UTF-8."""
+        """The sender's correlation id, cut to the 255 bytes of UTF-8 that AMQP can send back."""
         text = str(self.message.properties.get("correlation_id") or "")
         return text.encode("utf-8", "replace")[:255].decode("utf-8", "ignore")
 
 
 class RedeliveryCounts(Struct, eq=False):
-    """How often messages that came again were tried (`housekeeping.suspect`, `housekeeping.acquit`)."""
+    """Functions that count and clear the redeliveries of a message, which its SHA-256 digest names."""
 
     count: Callable[[bytes], int]
     clear: Callable[[bytes], None]
 
 
 class MessageBatcher:
-    """Collects messages and serves them; lives on the consumer's thread."""
+    """Collects messages and serves them in batches; runs in the consumer's thread."""
 
     def __init__(
         self,
         engine: Engine,
         lifecycle: Lifecycle,
         publisher: Publisher,
-        suspects: RedeliveryCounts,
+        redeliveries: RedeliveryCounts,
         clock: Callable[[], datetime],
         on_stage: Callable[[str], None] = lambda _: None,
         on_follow_up: Callable[[str, str], None] = lambda *_: None,
@@ -109,7 +109,7 @@ class MessageBatcher:
         self.engine = engine
         self.lifecycle = lifecycle
         self.publisher = publisher
-        self.suspects = suspects
+        self.redeliveries = redeliveries
         self.clock = clock
         self.on_stage = on_stage
         self.on_follow_up = on_follow_up
@@ -120,7 +120,7 @@ class MessageBatcher:
         self.reset(None)
 
     def reset(self, timer: Any) -> None:
-        """Start anew on a new connection: what waited on the old one will be delivered again."""
+        """Drop all waiting messages for a new connection: the broker delivers them again."""
         self._timer = timer
         self._waiting: list[PendingMessage] = []
         self._bytes = 0
@@ -129,26 +129,26 @@ class MessageBatcher:
         self._delay = FIRST_DELAY_SECONDS
 
     def client_of(self, message: Any) -> str | None:
-        """Return the sender: the broker-checked user_id, or the one client of a local broker."""
+        """Return the sender: the user_id that the broker checked, or the only client of a local broker."""
         return self.local_client or message.properties.get("user_id")
 
     def add(self, message: Any, task: str) -> None:
-        """Take a message into the batch; serve it at once when a cap is reached."""
+        """Add a message to the batch; serve the batch at once when it is full."""
         pending = PendingMessage(message, task, self.client_of(message))
-        pending.redelivery_count = bool(
+        pending.redelivered = bool(
             (message.delivery_info or {}).get("redelivered") or pending.headers.get("x-delivery-count")
         )
         self._waiting.append(pending)
         self._bytes += len(pending.body)
         if self._retrying:
-            return  # Postgres is away: all wait for the same timer
+            return  # Postgres is down: all messages wait for the same timer
         if len(self._waiting) >= self.batch_messages or self._bytes >= self.batch_bytes:
             self.serve()
         elif not self._armed:
             self._arm(self.batch_seconds, self._still_coming, len(self._waiting), MAX_EXTENSIONS)
 
     def reject(self, message: Any, error: MinterError) -> None:
-        """Answer a message that is none of the public tasks, and keep it for the operators."""
+        """Answer a message that is not of a public task with an error, and dead-letter it."""
         self._dead_letter(PendingMessage(message, "", self.client_of(message)), error)
 
     def _arm(self, seconds: float, callback: Callable[..., None], *arguments: int) -> None:
@@ -157,14 +157,14 @@ class MessageBatcher:
         self._timer.call_after(seconds, callback, arguments)
 
     def _still_coming(self, seen: int, extensions: int) -> None:
-        """Serve, unless messages keep coming: the embedded broker hands them over one by one."""
+        """Serve the batch unless more messages came: the embedded broker delivers them one by one."""
         if extensions and len(self._waiting) > seen:
             self._arm(self.batch_seconds, self._still_coming, len(self._waiting), extensions - 1)
         else:
             self.serve()
 
     def serve(self) -> None:
-        """Serve all that waits; on `Unavailable` keep it and come back."""
+        """Serve all waiting messages; on `Unavailable`, keep them and try again later."""
         self._armed = False
         waiting, self._waiting, self._bytes = self._waiting, [], 0
         try:
@@ -175,7 +175,7 @@ class MessageBatcher:
         except Unavailable as error:
             self._waiting = [p for p in waiting if not p.message.acknowledged] + self._waiting
             self._retrying = True
-            logger.warning("cannot record, trying again in %.1f s: %s", self._delay, error)
+            logger.warning("requests cannot be recorded, trying again in %.1f s: %s", self._delay, error)
             self._arm(self._delay * random.uniform(0.5, 1.5), self.serve)  # noqa: S311 - jitter
             self._delay = min(2 * self._delay, MAX_DELAY_SECONDS)
         else:
@@ -183,7 +183,7 @@ class MessageBatcher:
 
     def _serve_batch(self, batch: Sequence[PendingMessage]) -> None:
         try:
-            if batch[0].redelivery_count:
+            if batch[0].redelivered:
                 self._serve_redelivered(batch[0])
             else:
                 self._finish(self._mint(batch))
@@ -203,7 +203,7 @@ class MessageBatcher:
             self._dead_letter(batch[0], cause)
 
     def _dead_letter(self, pending: PendingMessage, why: MinterError) -> None:
-        """Answer a message that cannot be served, and keep it on the dead-letter queue."""
+        """Answer a message with an error, and publish the message to the dead-letter queue."""
         pending.queued = []
         failed = answers.failure(_request_id(pending.body), why)
         try:
@@ -211,15 +211,15 @@ class MessageBatcher:
         except self.publisher.errors:
             raise
         except Exception:
-            logger.exception("a message could not even be answered, left to the broker's dead-lettering")
+            logger.exception("a message could not be answered, rejected to the broker's dead-letter queue")
             if not pending.message.acknowledged:
                 pending.message.reject_log_error(logger, self.publisher.errors)
 
     def _serve_redelivered(self, pending: PendingMessage) -> None:
-        """Serve a message that came again alone, counting the try before it, not after."""
+        """Serve a redelivered message alone; the attempt is counted before it starts."""
         digest = sha256(f"{pending.client} {pending.task}".encode() + pending.body).digest()
-        # Once for each delivery: waiting for Postgres is no try.
-        pending.tries = pending.tries or self.suspects.count(digest)
+        # A delivery counts once; waiting for Postgres does not count as an attempt.
+        pending.tries = pending.tries or self.redeliveries.count(digest)
         if pending.tries < MAX_TRIES:
             self._finish(self._mint([pending]))
         else:
@@ -229,9 +229,9 @@ class MessageBatcher:
             )
             self._dead_letter(pending, error)
         try:
-            self.suspects.clear(digest)
+            self.redeliveries.clear(digest)
         except Unavailable:
-            logger.warning("a message that was served is still counted as a suspect; beat forgets it")
+            logger.warning("the redelivery count of a served message is not cleared; beat removes it later")
 
     def _mint(self, batch: Sequence[PendingMessage]) -> list[tuple[PendingMessage, Answer]]:
         self.on_stage("received")
@@ -266,7 +266,7 @@ class MessageBatcher:
         return done
 
     def _note(self, pending: PendingMessage, answer: Answer, outcome: Outcome | None = None) -> None:
-        """Log the one event of a request, and count what is about an earlier one."""
+        """Log the event of a request; count a follow-up, which is about an earlier request."""
         reason = answer.error["reason"] if answer.error else None
         done = "refused" if reason else "repeated" if outcome and outcome.repeated else "served"
         if outcome is None:
@@ -285,7 +285,7 @@ class MessageBatcher:
         )
 
     def _decode(self, pending: PendingMessage) -> Submission | Answer:
-        """Return what a message submits, or the answer where it is about an earlier request."""
+        """Return the submission of a message, or the answer if it is about an earlier request."""
         body = pending.body
         if len(body) > MAX_BODY_BYTES:
             raise InvalidRequest(
@@ -313,7 +313,7 @@ class MessageBatcher:
     def _finish(
         self, done: Sequence[tuple[PendingMessage, Answer]], dead: dict[int, MinterError] | None = None
     ) -> None:
-        """Publish the answers, wait for the confirms, then acknowledge."""
+        """Publish the answers, wait for the confirms, then acknowledge the messages."""
         outgoing: list[Outgoing] = []
         for pending, answer in done:
             why = (dead or {}).get(id(pending))
@@ -331,21 +331,21 @@ class MessageBatcher:
             gone = self.publisher.publish(outgoing, lambda: self.on_stage("half_replied"))
         except self.publisher.errors as error:
             self.publisher.close()
-            # Celery reconnects on connection errors only; what broke the channel broke the answers.
+            # Celery reconnects on connection errors only, so a broken channel is raised as one.
             raise ConnectionError(f"answers could not be published: {type(error).__name__}") from error
         if lost := [m for m in gone if m.persistent]:
             raise ServerError(f"queue {lost[0].routing_key} does not exist; run: minter broker setup")
         if gone:
-            logger.info("%d answers reached nobody: the callers are gone", len(gone))
+            logger.info("%d answers were not delivered: the callers' reply queues are gone", len(gone))
         self.on_stage("confirmed")
         acknowledge([pending.message for pending, _ in done], self.publisher.errors)
 
 
 def _take(waiting: Sequence[PendingMessage], most: int) -> list[PendingMessage]:
-    """Return the next batch: one suspect, or the messages up to the next one."""
-    if waiting[0].redelivery_count:
+    """Return the next batch: one redelivered message, or the messages before the next redelivered one."""
+    if waiting[0].redelivered:
         return [waiting[0]]
-    end = next((i for i, p in enumerate(waiting) if p.redelivery_count), len(waiting))
+    end = next((i for i, p in enumerate(waiting) if p.redelivered), len(waiting))
     return list(waiting[: min(end, most)])
 
 
@@ -357,7 +357,7 @@ _identified = msgspec.json.Decoder(tuple[list[_Identified], Raw, Raw])
 
 
 def _request_id(body: bytes) -> str | None:
-    """Return the request_id of a message that may be broken otherwise, None if there is none."""
+    """Return the request_id in the body of a message that may be invalid otherwise, or None."""
     try:
         args, _, _ = _identified.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):

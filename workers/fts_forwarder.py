@@ -1,12 +1,12 @@
-"""The FTS consumer: takes filled jobs from a durable queue and submits them to FTS.
+"""The FTS forwarder: takes filled jobs from a durable queue and submits them to FTS.
 
     MINTER_BROKER_URL=amqps://rucio-prod:…@broker/minter \
-    python -m workers.fts_forwarder --queue rucio-prod.jobs --key jwe.json --fts https://fts3.example.org:8446
+    minter fts --queue rucio-prod.jobs --key jwe.json --fts https://fts3.example.org:8446
 
-A message is acknowledged when FTS has the job, or has refused it for good, and the engine was told
-of it (`minter.report`, `minter.cancel`); until then it lies unacknowledged, so nothing is lost. FTS
-makes the job's id from the request_id, so a job that is sent again after a lost answer is found
-there (409) instead of being made twice. While FTS is away the consumer waits and tries again.
+A message stays unacknowledged, so that it cannot be lost, until FTS has accepted the job and the engine knows
+of it (`minter.report`). If FTS refuses the job for good, its tokens are cancelled (`minter.cancel`) and the
+message is dead-lettered. FTS makes the job's id from the request_id, so a job that is sent again after a lost
+answer is found in FTS (409) and not made twice. While FTS is down, the forwarder waits and tries again.
 """
 
 import logging
@@ -42,18 +42,18 @@ BASE_ID = uuid.UUID("01874efb-4735-4595-bc9c-591aef8240c9")
 FIRST_DELAY_SECONDS = 1.0
 MAX_DELAY_SECONDS = 60.0
 MAX_HOLD_SECONDS = 25 * 60.0
-"""RabbitMQ takes a message back that is not acknowledged within 30 minutes: we give it back before."""
+"""A message is requeued after this time, before RabbitMQ takes it back after 30 minutes."""
 _FINAL = (
     httpx.codes.BAD_REQUEST,
     httpx.codes.REQUEST_ENTITY_TOO_LARGE,
     httpx.codes.UNPROCESSABLE_ENTITY,
 )
-"""With these FTS refuses a job for good. Anything else is a proxy's, or passes: 401 and 403 mean that
-FTS does not know our issuer, or not now."""
+"""Statuses with which FTS refuses a job for good. Any other error comes from a proxy or is temporary: 401
+and 403 mean that FTS does not know Minter's issuer, perhaps only for now."""
 
 
 class _Registry(jwe.JWERegistry):
-    """joserfc's registry for messages as large as AMQP carries; its own limit is 64 kB."""
+    """A joserfc registry for messages of up to 16 MiB; joserfc's default limit is 64 kB."""
 
     max_ciphertext_length = 16 * 1024 * 1024
 
@@ -62,7 +62,7 @@ _registry = _Registry(algorithms=["ECDH-ES+A256KW", "RSA-OAEP-256", "A256GCM"])
 
 
 class Away(Unavailable):
-    """FTS does not answer, or says that it cannot now: try again."""
+    """FTS does not answer, or cannot serve the request now; try again later."""
 
 
 class JobRefused(RequestError):
@@ -74,14 +74,14 @@ class TooLate(JobRefused):
 
 
 class Submitted(Struct, frozen=True):
-    """A job that FTS has; `file_ids` are FTS's, in the job's order, none if it would not say."""
+    """A job that FTS has; `file_ids` are its ids of the files, in the job's order, or empty if unknown."""
 
     job_id: uuid.UUID
     file_ids: tuple[int, ...]
 
 
 class FTSClient:
-    """FTS's REST interface, as far as submitting goes."""
+    """A client of FTS's REST interface that submits jobs."""
 
     def __init__(self, url: str, *, ca: str | None = None, timeout_seconds: float = 60.0) -> None:
         verify = True if ca is None else ssl.create_default_context(**trust(ca))
@@ -89,7 +89,7 @@ class FTSClient:
         self._vo: str | None = None
 
     def submit(self, job: Mapping[str, Any], bearer: TokenAnswer, request_id: str) -> Submitted:
-        """Submit a job; raises Away or Refused. A job that FTS has already is found, not made again."""
+        """Submit a job, or find it if FTS has it already; raises Away or JobRefused."""
         params = dict(job.get("params") or {})
         if params.get("id_generator") != "deterministic" or not params.get("sid"):
             params |= {"id_generator": "deterministic", "sid": request_id}
@@ -114,7 +114,7 @@ class FTSClient:
     def _files(self, job_id: uuid.UUID, bearer: TokenAnswer) -> list[dict[str, Any]]:
         files = _json(self._call("GET", f"/jobs/{job_id}/files", bearer))
         if not isinstance(files, list) or not all(isinstance(f, dict) for f in files):
-            raise Away("FTS lists a job's files in a form that is not its own")
+            raise Away("FTS lists a job's files in an unexpected form")
         return files
 
     def _is_ours(self, job_id: uuid.UUID, bearer: TokenAnswer, job: Mapping[str, Any]) -> bool:
@@ -122,7 +122,7 @@ class FTSClient:
         return theirs == {url for file in job["files"] for url in file["destinations"]}
 
     def _file_ids(self, job_id: uuid.UUID, bearer: TokenAnswer, job: Mapping[str, Any]) -> tuple[int, ...]:
-        """Return FTS's file ids in the job's order: a convenience, so its failure is none of ours."""
+        """Return FTS's file ids in the job's order, or none if they cannot be read: they are optional."""
         try:
             by_url = {f["dest_surl"]: int(f["file_id"]) for f in self._files(job_id, bearer)}
             return tuple(by_url[file["destinations"][0]] for file in job["files"])
@@ -149,11 +149,11 @@ def _json(answer: httpx.Response) -> Any:
     try:
         return msgspec.json.decode(answer.content)
     except msgspec.DecodeError:
-        raise Away(f"FTS answers {answer.status_code} with what is no JSON") from None
+        raise Away(f"FTS answers {answer.status_code} without valid JSON") from None
 
 
 def _said(answer: httpx.Response, *keys: str | int) -> str:
-    """Return one text of a JSON answer; raises Away for an answer that is not FTS's."""
+    """Return one value of a JSON answer as text; raises Away if the answer does not have it."""
     value = _json(answer)
     try:
         for key in keys:
@@ -164,7 +164,7 @@ def _said(answer: httpx.Response, *keys: str | int) -> str:
 
 
 class Forwarder:
-    """Takes one answer of the engine's to FTS, and tells the engine of it."""
+    """Submits the job of an answer to FTS, and reports the submission to the engine."""
 
     def __init__(
         self,
@@ -179,7 +179,7 @@ class Forwarder:
         self._now = now
 
     def open(self, body: bytes, content_type: str) -> Answer:
-        """Return the answer in a message; raises InvalidRequest for what is none."""
+        """Return the answer in a message; raises InvalidRequest if the message holds no answer."""
         try:
             if content_type == "application/jose":
                 if self._key is None:
@@ -187,13 +187,13 @@ class Forwarder:
                 body = jwe.decrypt_compact(body.decode(), self._key, registry=_registry).plaintext or b""
             return msgspec.json.decode(body, type=Answer)
         except (JoseError, ValueError, msgspec.DecodeError) as error:
-            raise InvalidRequest(f"not an answer of the engine's ({type(error).__name__})") from None
+            raise InvalidRequest(f"not an answer of the engine ({type(error).__name__})") from None
 
     def forward(self, answer: Answer, done: dict[str, Submitted] | None = None) -> Submitted | None:
-        """Submit an answer's job and report it; None if there is none. `done` remembers over tries.
+        """Submit an answer's job and report it; return None if the answer has no job.
 
-        Raises Refused for a job that FTS will not have, Away, or Unavailable while the engine is
-        away: then all of it may be done again.
+        `done` keeps submitted jobs between attempts. Raises JobRefused if FTS refuses the job, Away while
+        FTS is down, and Unavailable while the engine is down; after the last two, call this again.
         """
         request_id = answer.request_id
         if answer.error is not None or answer.job is None or answer.bearer is None or request_id is None:
@@ -216,7 +216,7 @@ class Forwarder:
         return submitted
 
     def refused(self, answer: Answer, error: JobRefused) -> None:
-        """Tell the engine of a job that FTS will not have; an expired one may run there already."""
+        """Cancel a refused job's request, unless its token expired: then the job may run in FTS already."""
         logs.event(logger, "job refused", request_id=answer.request_id, reason=error.reason, error=str(error))
         if answer.request_id is not None and not isinstance(error, TooLate):
             self._minter.cancel(uuid.UUID(answer.request_id))
@@ -250,7 +250,7 @@ class JobConsumer:
         self.stopped = False
 
     def run(self) -> None:
-        """Consume until `stopped`; broken connections are made again."""
+        """Consume until `stopped`; reconnect when the connection breaks."""
         delay = FIRST_DELAY_SECONDS
         while not self.stopped:
             connection = connect(self._url, self._ca)
@@ -258,7 +258,7 @@ class JobConsumer:
                 self._consume(connection)
                 delay = FIRST_DELAY_SECONDS
             except (*connection.connection_errors, *connection.channel_errors) as error:
-                logger.warning("the broker is away (%s), trying again in %.0f s", type(error).__name__, delay)
+                logger.warning("the broker is down (%s), trying again in %.0f s", type(error).__name__, delay)
                 delay = _wait(delay)
             finally:
                 connection.release()
@@ -275,12 +275,12 @@ class JobConsumer:
                     continue
 
     def _take(self, message: Any) -> None:
-        """Forward one message; it is acknowledged when nothing is left to be done for it."""
+        """Forward one message until it is settled; requeue it after MAX_HOLD_SECONDS."""
         body = message.body if isinstance(message.body, bytes) else message.body.encode()
         try:
             answer = self._forwarder.open(body, str(message.content_type))
         except InvalidRequest as error:
-            logger.warning("message rejected to the dead letters: %s", error)
+            logger.warning("message dead-lettered: %s", error)
             self._count("set_aside")
             message.reject()
             return
@@ -298,23 +298,23 @@ class JobConsumer:
         message.requeue()
 
     def _settle(self, message: Any, answer: Answer, done: dict[str, Submitted]) -> None:
-        """Bring one message to its end; raises Unavailable if it is to be tried again."""
+        """Forward one message, then acknowledge or reject it; raises Unavailable to be tried again."""
         try:
             try:
                 submitted = self._forwarder.forward(answer, done)
             except JobRefused as error:
                 self._forwarder.refused(answer, error)
                 self._count("refused")
-                message.reject()  # the operators may look at it, or send it again
+                message.reject()  # dead-lettered: operators may inspect or resend the message
                 return
         except Unavailable:
             raise
         except MinterError as error:
-            # The engine knows the request no more, or has banned us: FTS has the job, or has refused it.
+            # The engine no longer knows the request or has banned this client; FTS has decided on the job.
             logger.warning("request %s cannot be reported: %s", answer.request_id, error)
             self._count("unreported")
         except Exception:
-            logger.exception("request %s failed here, set aside with the dead letters", answer.request_id)
+            logger.exception("request %s failed here and is dead-lettered", answer.request_id)
             self._count("set_aside")
             message.reject()
             return

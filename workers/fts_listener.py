@@ -1,7 +1,7 @@
-"""FTS's monitoring messages: `python -m workers.fts_listener`. They move tokens to active and finished.
+"""The reader of FTS's monitoring messages, `minter events`: they make tokens active and finished.
 
-A message is acknowledged when what it says is committed, so it comes again after a crash of ours; to note
-it twice changes nothing. One connection goes to each broker; a broken one is made again, with back-off.
+A message is acknowledged when its event is committed, so the broker delivers it again after a crash; to
+record it twice changes nothing. Each broker has one connection, made again with back-off when it breaks.
 """
 
 import logging
@@ -29,7 +29,7 @@ from minter.tasks.lifecycle import Lifecycle
 logger = logging.getLogger("minter.events")
 
 TOGETHER, TOGETHER_SECONDS = 500, 0.5
-"""So many messages, or those of this time, are noted in one transaction."""
+"""One transaction records at most so many messages, or those that arrive in so many seconds."""
 PREFETCH = 2 * TOGETHER
 CONNECT_SECONDS = 10.0
 HEARTBEAT_MILLISECONDS = 15_000
@@ -37,7 +37,7 @@ FIRST_DELAY_SECONDS, MAX_DELAY_SECONDS = 1.0, 60.0
 
 
 class Message(Struct, frozen=True):
-    """One message, and the connection that it is acknowledged on."""
+    """One message, and the connection on which it must be acknowledged."""
 
     source: "Source"
     connection: Any
@@ -46,7 +46,7 @@ class Message(Struct, frozen=True):
 
 
 class Listener(stomp.ConnectionListener):
-    """Hands messages over: what is slow here would cost the connection its heartbeats."""
+    """Puts messages into the queue; slow work here would delay the connection's heartbeats."""
 
     def __init__(self, source: "Source", connection: Any) -> None:
         self._source = source
@@ -54,7 +54,7 @@ class Listener(stomp.ConnectionListener):
         self.connected, self.lost = Event(), Event()
 
     def on_connected(self, _frame: Any) -> None:
-        """Note that the broker has taken us."""
+        """Note that the broker has accepted the connection."""
         self.connected.set()
 
     def on_message(self, frame: Any) -> None:
@@ -63,17 +63,17 @@ class Listener(stomp.ConnectionListener):
         self._source.queue.put(Message(self._source, self._connection, frame.headers["ack"], body))
 
     def on_error(self, frame: Any) -> None:
-        """Say what the broker says; it closes the connection afterwards."""
+        """Log the broker's error; the broker closes the connection afterwards."""
         logger.warning("broker %s: %s", self._source.address, str(frame.headers.get("message", ""))[:200])
         self.lost.set()
 
     def on_disconnected(self) -> None:
-        """Note that the connection is gone."""
+        """Note that the connection is lost."""
         self.lost.set()
 
 
 class Source:
-    """One broker of one VO's FTS; `run` in a thread of its own."""
+    """One broker of one VO's FTS; `run` needs a thread of its own."""
 
     def __init__(
         self, wanted: FTSEventsSettings, address: str, folder: Path, password: str, queue: "Queue[Message]"
@@ -93,14 +93,14 @@ class Source:
         return f"Source({self.address})"
 
     def run(self, stopped: Event) -> None:
-        """Keep a connection until `stopped`."""
+        """Stay connected to the broker until `stopped`."""
         delay = FIRST_DELAY_SECONDS
         while not stopped.is_set():
             started = time.monotonic()
             try:
                 self._consume(stopped)
             except (stomp.exception.StompException, OSError, ValueError) as error:
-                logger.warning("broker %s is away (%s)", self.address, type(error).__name__)
+                logger.warning("broker %s cannot be reached (%s)", self.address, type(error).__name__)
             if time.monotonic() - started > MAX_DELAY_SECONDS:
                 delay = FIRST_DELAY_SECONDS
             stopped.wait(delay * random.uniform(0.5, 1.5))  # noqa: S311 - jitter
@@ -138,7 +138,7 @@ class Source:
 
 
 class EventConsumer:
-    """Notes messages in batches, in the order in which they came."""
+    """Records the events of messages in batches, in the order of arrival."""
 
     def __init__(self, lifecycle: Lifecycle, registry: CollectorRegistry, clock: Any) -> None:
         self._lifecycle = lifecycle
@@ -149,32 +149,32 @@ class EventConsumer:
         self.stopped = Event()
 
     def run(self) -> None:
-        """Note what comes until `stopped`; while Postgres is away nothing is acknowledged."""
+        """Record events until `stopped`; while Postgres is down, no message is acknowledged."""
         delay = FIRST_DELAY_SECONDS
         batch: list[Message] = []
         while not self.stopped.is_set():
-            batch = batch or self._gather()
+            batch = batch or self._next_batch()
             try:
                 self._note(batch)
             except Unavailable as error:
-                logger.warning("events cannot be noted, trying again in %.0f s: %s", delay, error)
+                logger.warning("events cannot be recorded, trying again in %.0f s: %s", delay, error)
                 self.stopped.wait(delay * random.uniform(0.5, 1.5))  # noqa: S311 - jitter
                 delay = min(2 * delay, MAX_DELAY_SECONDS)
                 continue
-            except Exception as error:  # noqa: BLE001 - told by `_alone`
+            except Exception as error:  # noqa: BLE001 - logged by `_alone`
                 self._alone(batch, error)
             batch, delay = [], FIRST_DELAY_SECONDS
 
     def _alone(self, batch: Sequence[Message], error: Exception) -> None:
-        """Note the messages of a batch that failed each alone; the one that fails alone is dropped."""
+        """Record each message of a failed batch alone; drop a message that fails alone."""
         if len(batch) > 1:
-            logger.warning("a batch of %d messages failed, noting each alone: %s", len(batch), error)
+            logger.warning("a batch of %d messages failed, recording each alone: %s", len(batch), error)
             for message in batch:
                 try:
                     self._note([message])
                 except Unavailable:
-                    logger.warning("a message is not noted: Postgres is away; it comes again")
-                except Exception as alone:  # noqa: BLE001 - told below
+                    logger.warning("Postgres is down: a message is not recorded, and will come again")
+                except Exception as alone:  # noqa: BLE001 - logged below
                     self._alone([message], alone)
             return
         (message,) = batch
@@ -182,7 +182,7 @@ class EventConsumer:
         self._count.labels(message.source.wanted.vo, "broken").inc()
         _acknowledge(message)
 
-    def _gather(self) -> list[Message]:
+    def _next_batch(self) -> list[Message]:
         batch: list[Message] = []
         until = time.monotonic() + TOGETHER_SECONDS
         while len(batch) < TOGETHER and (left := until - time.monotonic()) > 0:
@@ -193,7 +193,7 @@ class EventConsumer:
         return batch
 
     def _note(self, batch: Sequence[Message]) -> None:
-        """Note one batch and acknowledge it; raises Unavailable, and then nothing was done."""
+        """Record one batch, then acknowledge its messages; raises Unavailable, with none acknowledged."""
         by_vo: dict[str, list[FTSEvent]] = {}
         outcomes: list[tuple[str, str, int]] = []
         for message in batch:
@@ -223,11 +223,11 @@ def _acknowledge(message: Message) -> None:
     try:
         message.connection.ack(message.ack)
     except (stomp.exception.StompException, OSError):
-        logger.info("a connection went before a message was acknowledged; it comes again")
+        logger.info("a connection was lost before a message was acknowledged; the broker delivers it again")
 
 
 def run() -> None:
-    """Consume FTS's messages until SIGTERM."""
+    """Record the events of FTS's monitoring messages until SIGTERM."""
     logs.configure(logging.INFO)
     logging.getLogger("stomp.py").setLevel(logging.WARNING)  # its debug lines show passwords and bodies
     service = Service(load_settings())

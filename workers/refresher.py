@@ -1,4 +1,4 @@
-"""The program of `minter refresher`: as many processes as the budget needs share that budget."""
+"""The program of `minter refresher`; all its processes share the budget of each provider."""
 
 import logging
 import signal
@@ -26,9 +26,9 @@ class Sender:
         self._publisher = Publisher(connect(loaded.broker_url, loaded.broker_ca))
 
     def __call__(self, pushes: Sequence[Push]) -> None:
-        """Publish and wait for the confirms; raises Unavailable if the broker is away.
+        """Publish and wait for the confirms; raises Unavailable if the broker is down.
 
-        A queue that is gone gets nothing: its client can fetch what was meant for it.
+        A queue that does not exist gets nothing; its client can fetch the tokens instead.
         """
         messages = [
             message
@@ -47,14 +47,14 @@ class Sender:
 
 
 def run() -> None:
-    """Keep managed tokens fresh until SIGTERM; what is out then is waited for."""
+    """Keep managed tokens fresh until SIGTERM, then wait for open requests to providers."""
     logs.configure(logging.INFO)
     metrics = Metrics()
     service = Service(load_settings(), metrics.observe)
     service.prepare()
     iams = service.iams()
     if not iams:
-        raise SettingsError("no [[providers]] in the settings: there is nothing to keep")
+        raise SettingsError("no [[providers]] in the settings: there is nothing to refresh")
     serve_process(metrics.registry, service.loaded.settings.metrics)
     lifecycle = Lifecycle(service.engine, service.store)
     send = Sender(service.loaded) if service.loaded.broker_url else None
@@ -69,5 +69,5 @@ def run() -> None:
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
-    logger.info("keeping tokens of %s", ", ".join(iams))
+    logger.info("refreshing tokens of %s", ", ".join(iams))
     refresher.run()

@@ -1,7 +1,7 @@
-"""Answers: to whom they may go, and their confirmed way there.
+"""Reply messages: the check of reply addresses, and the messages of answers and dead letters.
 
-An answer's body is Celery's result envelope, so any Celery client understands it. We publish it
-ourselves: a result backend acknowledges a request even when its own reply failed, and logs results.
+An answer's body is Celery's result envelope, so any Celery client understands it. Minter publishes answers
+itself: Celery's result backend acknowledges a request even if the reply failed, and logs results.
 """
 
 from typing import Any
@@ -17,14 +17,14 @@ from minter.tasks.answers import MAX_FILLED_BYTES, failure, parts
 
 MAX_DEAD_LETTER_HEADER = 500
 MAX_ENCRYPTED_BYTES = MAX_FILLED_BYTES * 3 // 4
-"""A JWE is base64url, a third longer than its content, and a job cannot be divided."""
+"""Limit of a body before encryption: a JWE is a third longer (base64url), and a job cannot be split."""
 
 
 def check_reply_to(reply_to: object, client: str | None) -> str:
     """Return the reply address if it is the caller's own; raises ReplyNotAllowed.
 
-    An unnamed sender's address cannot be checked further than to be a reply queue; it gets nothing
-    but the error that it is unnamed.
+    Without a client name, only the general prefix of reply queues can be checked; such a sender gets
+    nothing but the error that the message has no user_id.
     """
     if not isinstance(reply_to, str) or not reply_to:
         raise ReplyNotAllowed("the message has no reply_to, expected a queue of the caller's")
@@ -54,7 +54,7 @@ def messages(answer: Answer, reply_to: str, correlation_id: str) -> list[Outgoin
 def queued(answer: Answer, queue: str, correlation_id: str, key: dict[str, str] | None) -> list[Outgoing]:
     """Return the messages of one answer for a durable queue, each a JWE to the client's key (I5).
 
-    Without a key they are plain: the policy has seen to it that every token's route allows that.
+    Without a key they are plain; the policy has checked that every token's route allows this.
     """
     bodies = parts(answer)
     if key is not None and max(map(len, bodies)) > MAX_ENCRYPTED_BYTES:
@@ -81,10 +81,10 @@ def _encrypted(body: bytes, key: dict[str, str]) -> bytes:
 
 
 def dead_letter(body: bytes, headers: dict[str, Any], client: str | None, why: MinterError) -> Outgoing:
-    """Return a message for the dead-letter queue: the request as it came, and the typed reason.
+    """Return a message for the dead-letter queue: the unchanged request, with the reason in its headers.
 
-    Requests hold no tokens; the one exception, tokens left in an FTS job, is cut out by dropping
-    a body that looks as if it held one (I5).
+    Only an FTS job may hold tokens, if its sender left some in it. A body that seems to hold a token is
+    therefore dropped (I5).
     """
     safe = body if b"eyJ" not in body else b'"removed: it may hold a token"'
     return Outgoing(

@@ -1,4 +1,4 @@
-"""The tasks. The public ones are served in batches and never run as Celery tasks."""
+"""The tasks. Public tasks are served in batches and never run as Celery tasks."""
 
 import logging
 from collections.abc import Callable
@@ -15,10 +15,10 @@ logger = logging.getLogger("minter.tasks")
 
 
 class BatchedTask(Task):
-    """A public task: its strategy hands the untouched message to the batcher."""
+    """A public task; its strategy hands each message, undecoded, to the batcher."""
 
     def start_strategy(self, _app: Any, _consumer: Any, **_: Any) -> Callable[..., None]:
-        """Return what Celery calls for each message of this task."""
+        """Return the function that Celery calls for each message of this task."""
         name = self.name
 
         def take(message: Any, *_: Any, **__: Any) -> None:
@@ -28,10 +28,10 @@ class BatchedTask(Task):
 
 
 class InternalTask(Task):
-    """A task of the engine's own: run in place, and only from the queue that clients cannot write."""
+    """An internal task, which runs in place, and only from the exchange that clients cannot write to."""
 
     def start_strategy(self, _app: Any, _consumer: Any, **_: Any) -> Callable[..., None]:
-        """Return what Celery calls for each message of this task."""
+        """Return the function that Celery calls for each message of this task."""
 
         def take(message: Any, *_: Any, **__: Any) -> None:
             if message.delivery_info.get("exchange") != names.INTERNAL_EXCHANGE:
@@ -39,7 +39,7 @@ class InternalTask(Task):
                 return
             try:
                 self.run()
-            except Exception:  # the schedule brings it again; a batch must not wait for it
+            except Exception:  # beat sends the task again; a batch must not wait for it
                 logger.exception("%s failed", self.name)
             message.ack_log_error(logger, app.batcher.publisher.errors)
 
@@ -53,7 +53,7 @@ def _public(name: str, schema: str) -> None:
     def serve(_argument: dict[str, Any]) -> None:
         raise ServerError(f"{name} is served in batches, not called")
 
-    serve.__doc__ = f"{name}: schemas/{schema} in, schemas/answer.json out."
+    serve.__doc__ = f"{name} takes schemas/{schema} and answers with schemas/answer.json."
 
 
 for _name in names.PUBLIC_TASKS:
@@ -62,7 +62,7 @@ for _name in names.PUBLIC_TASKS:
 
 @app.task(name="minter.maintain", base=InternalTask)
 def maintain() -> None:
-    """Look after partitions, suspects, refresh families and keys; beat sends it every hour."""
+    """Maintain partitions, redelivery counts, refresh families, managed tokens and keys, once an hour."""
     made = app.service.make_partitions()
     pruned = partitions.prune_suspects(app.service.pool)
     partitions.prune_ended(app.service.pool, app.loaded.settings.database.retention_days)
@@ -70,4 +70,4 @@ def maintain() -> None:
     partitions.prune_managed(app.service.pool, days, now)
     for change in app.service.maintain_keys("beat"):
         logger.info("keys: %s", change)
-    logger.info("maintained: %d partitions made, %d suspects forgotten", len(made), pruned)
+    logger.info("maintained: %d partitions made, %d redelivery counts removed", len(made), pruned)

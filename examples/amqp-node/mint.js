@@ -1,4 +1,4 @@
-// Tokens for one copy, from Node: schemas/mint-request.json in, schemas/answer.json out.
+// Gets the tokens for one copy from Node: sends schemas/mint-request.json, receives schemas/answer.json.
 //
 //   npm install
 //   MINTER_BROKER_URL=amqps://dirac:…@broker/minter node mint.js davs://a/file davs://b/file
@@ -9,7 +9,7 @@
 const amqp = require("amqplib");
 const { randomBytes } = require("crypto");
 
-/** Return a UUIDv7 (RFC 9562 §5.7): keep it, for asking twice with it gives the same tokens. */
+/** Return a UUIDv7 (RFC 9562 §5.7). Keep it: a second request with the same id gets the same tokens. */
 function uuid7() {
   const bytes = randomBytes(16);
   bytes.writeUIntBE(Date.now(), 0, 6);
@@ -32,7 +32,7 @@ async function mint(url, request) {
       if (message.properties.correlationId === id) resolve(JSON.parse(message.content).result);
     }, { noAck: true });
   });
-  channel.on("return", () => console.error("the engine has no queue; is it set up?"));
+  channel.on("return", () => console.error("queue minter.requests does not exist; run: minter broker setup"));
   channel.publish("minter.requests", "minter.requests", Buffer.from(JSON.stringify([[request], {}, {}])), {
     contentType: "application/json", contentEncoding: "utf-8", persistent: true, mandatory: true,
     userId: client, replyTo: queue, correlationId: id, headers: { task: "minter.mint", id },
@@ -53,7 +53,7 @@ async function main() {
     console.error(`${answer.error.reason}: ${answer.error.error_description}`);
     process.exit(1);
   }
-  // A token is a secret: show what it is for, never itself.
+  // A token is a secret: print what it is for, never the token itself.
   for (const t of answer.tokens ?? []) console.log(JSON.stringify({ side: t.side, scope: t.scope, jti: t.jti, exp: t.exp }));
   for (const r of answer.refusals ?? []) console.log(JSON.stringify({ side: r.side, refused: r.error.reason }));
 }

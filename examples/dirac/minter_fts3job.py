@@ -1,8 +1,8 @@
-"""Per-file tokens in DIRAC's FTS3Agent: FTS3Job, whose transfer jobs Minter fills.
+"""Per-file tokens in DIRAC's FTS3Agent: Minter fills the transfer jobs of FTS3Job.
 
-Shown on DIRAC 9.1 with fts3 3.14 (tests/acceptance/test_foreign.py). Call `install()` in an extension of
-the FTS3Agent; options in the CS, below Systems/DataManagement/Agents/FTS3Agent/Minter: URL, Client,
-SecretFile, CA. SEs need no token options: Minter knows from its own settings which take tokens.
+Tested with DIRAC 9.1 and fts3 3.14 (tests/acceptance/test_foreign.py). Call `install()` in an extension of
+the FTS3Agent. Set the options URL, Client, SecretFile and CA in the CS, below Systems/DataManagement/Agents/
+FTS3Agent/Minter. SEs need no token options: Minter knows from its own settings which SEs take tokens.
 """
 
 from pathlib import Path
@@ -17,7 +17,7 @@ OPTIONS = "/Systems/DataManagement/Agents/FTS3Agent/Minter"
 
 
 def connect() -> MinterClient:
-    """Return a client as the CS describes it."""
+    """Return a client with the options of the CS."""
     option = gConfig.getValue
     return MinterClient(
         option(f"{OPTIONS}/URL", ""),
@@ -28,7 +28,7 @@ def connect() -> MinterClient:
 
 
 def install(minter: MinterClient | None = None) -> None:
-    """Let FTS3Job get its tokens from Minter: the files', and the one that it submits with."""
+    """Make FTS3Job get its tokens from Minter: those of the files, and the one for submitting to FTS."""
     minter = minter or connect()
     construct, generate = FTS3Job._constructTransferJob, FTS3Job.generateContext  # noqa: SLF001
 
@@ -46,7 +46,7 @@ def install(minter: MinterClient | None = None) -> None:
         filled.job["params"]["job_metadata"]["useTokens"] = True
         self.minter_bearer = filled.bearer.reveal()
         given = {f["metadata"]["fileID"] for f in filled.job["files"] if "fileID" in (f["metadata"] or {})}
-        return S_OK((filled.job, files & given))  # a refused file stays as it was, and comes again
+        return S_OK((filled.job, files & given))  # a refused file keeps its state and is tried again
 
     def context(
         self: Any, server: str, ucert: str | None, fts_access_token: str | None = None, **options: Any

@@ -1,6 +1,6 @@
-"""Per-file tokens in Rucio's own submitter: FTS3Transfertool, whose jobs Minter fills.
+"""Per-file tokens in Rucio's conveyor-submitter: an FTS3Transfertool with jobs that Minter fills.
 
-Shown on Rucio 41.5 (tests/acceptance/test_foreign.py). In rucio.cfg:
+Tested with Rucio 41.5 (tests/acceptance/test_foreign.py). In rucio.cfg:
 
     [minter]
     url = https://tokens.example.org/atlas/
@@ -8,7 +8,7 @@ Shown on Rucio 41.5 (tests/acceptance/test_foreign.py). In rucio.cfg:
     secret_file = /opt/rucio/etc/minter.secret
     ca = /etc/grid-security/certificates
 
-`register()` puts it in FTS3Transfertool's place; call it where the conveyor daemons start. RSEs need no
+`register()` replaces FTS3Transfertool; call it where the conveyor daemons start. RSEs need no
 `oidc_support`: Minter knows from its own settings which storages take tokens.
 """
 
@@ -27,7 +27,7 @@ from minter.client import MinterClient, MinterError
 
 
 def connect() -> MinterClient:
-    """Return a client as [minter] of rucio.cfg describes it."""
+    """Return a client with the options of [minter] in rucio.cfg."""
     return MinterClient(
         config_get("minter", "url"),
         config_get("minter", "client"),
@@ -37,7 +37,7 @@ def connect() -> MinterClient:
 
 
 class MinterTransfertool(FTS3Transfertool):
-    """Submits to FTS what FTS3Transfertool would, with a token of its own for every file and storage."""
+    """Submits the jobs of FTS3Transfertool with one token for each file and storage."""
 
     def __init__(self, external_host: str, oidc_support: bool = False, **options: Any) -> None:
         super().__init__(external_host, oidc_support=False, **options)  # no RSE-wide tokens
@@ -50,7 +50,7 @@ class MinterTransfertool(FTS3Transfertool):
         return super()._file_from_transfer(transfer, job_params)
 
     def submit(self, transfers: Any, job_params: dict[str, str], timeout: int | None = None) -> str:
-        """Fill the job and submit it; a refused file fails alone, Rucio sends the others one by one."""
+        """Fill and submit the job; if a file is refused, Rucio submits each file alone."""
         files = [super(MinterTransfertool, self)._file_from_transfer(t, job_params) for t in transfers]
         job = json.loads(json.dumps({"files": files, "params": job_params}, cls=APIEncoder))
         try:
@@ -67,5 +67,5 @@ class MinterTransfertool(FTS3Transfertool):
 
 
 def register() -> None:
-    """Let every conveyor daemon of this process use it."""
+    """Make every conveyor daemon of this process use MinterTransfertool."""
     transfer_core.TRANSFERTOOL_CLASSES_BY_NAME[FTS3Transfertool.external_name] = MinterTransfertool

@@ -1,6 +1,6 @@
-"""The command `minter`: for operators, and for scripts with `--json`.
+"""Run and operate the token engine Minter; `--json` prints JSON for scripts.
 
-Exit codes: 0 done · 1 refused, or a check failed · 2 usage or settings · 3 try again later.
+Exit codes: 0 success · 1 refused, or a check failed · 2 wrong usage or settings · 3 try again later.
 """
 
 import json
@@ -37,8 +37,8 @@ from minter.service import Service, load_settings
 from minter.tokens import claims, keys
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
-db_app = typer.Typer(no_args_is_help=True, help="The database.")
-broker_app = typer.Typer(no_args_is_help=True, help="The broker.")
+db_app = typer.Typer(no_args_is_help=True, help="Manage the database.")
+broker_app = typer.Typer(no_args_is_help=True, help="Manage the message broker.")
 for name, group in (("db", db_app), ("broker", broker_app)):
     app.add_typer(group, name=name)
 cli_clients.register(app)
@@ -48,7 +48,7 @@ storages.register(app)
 trace.register(app)
 processes.register(app)
 
-JobFile = Annotated[Path, typer.Option("--job", help="An FTS job as JSON, - for standard input.")]
+JobFile = Annotated[Path, typer.Option("--job", help="File with an FTS job as JSON; - reads standard input.")]
 
 
 # ── running ──────────────────────────────────────────────────────────────────────────────────
@@ -58,13 +58,13 @@ JobFile = Annotated[Path, typer.Option("--job", help="An FTS job as JSON, - for 
 @guarded
 def up(
     settings: SettingsPath,
-    state: Annotated[Path, typer.Option(help="Where the embedded servers keep their data.")] = Path(
+    state: Annotated[Path, typer.Option(help="Folder for the data of the embedded servers.")] = Path(
         ".minter"
     ),
     workers: Annotated[int, typer.Option(min=1, max=64)] = 2,
     as_json: AsJson = False,
 ) -> None:
-    """Run everything embedded, until Ctrl-C."""
+    """Run Minter with an embedded Postgres and broker until Ctrl-C."""
     stopped = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stopped.set())
@@ -76,7 +76,7 @@ def up(
             environ,
             lambda: (
                 "\n".join(f"export {k}='{v}'" for k, v in environ.items())
-                + f"\n{workers} workers and beat are running; Ctrl-C stops all."
+                + f"\n{workers} workers and beat are running; Ctrl-C stops them all."
             ),
         )
         sys.stdout.flush()
@@ -89,7 +89,7 @@ def demo_command(
     examples: Annotated[Path, typer.Option(help="The folder with settings and jobs.")] = Path("examples"),
     as_json: AsJson = False,
 ) -> None:
-    """Fill every job that Rucio wrote, verify every token, and show what happened."""
+    """Fill the example FTS jobs of Rucio with tokens, verify every token, and print a summary."""
     shown = Console(stderr=as_json, width=None if console.is_terminal else 160)
     with stack.temporary(examples / "settings.toml") as running:
         run = demo.Demo(running, shown, examples / "rucio-41.5" / "jobs")
@@ -112,24 +112,24 @@ def demo_command(
 @guarded
 def drill_command(
     mode: Annotated[
-        str, typer.Option(help="mint, exchange, or mixed: exchange, and mint while it is away.")
+        str, typer.Option(help="mint, exchange, or mixed (exchange, and mint while the provider is down).")
     ] = "exchange",
     fault: Annotated[
         str, typer.Option(help="How the provider fails: down, slow, error_500, busy_429, garbage, …")
     ] = "down",
-    share: Annotated[float, typer.Option(help="Share of the requests that fail in the outage.")] = 1.0,
-    transfers: Annotated[int, typer.Option(help="Transfers, one file each.")] = 2_000,
-    hours: Annotated[float, typer.Option(help="Hours in all, of the drill's time.")] = 11.0,
-    outage_from: Annotated[float, typer.Option(help="Hours before the outage.")] = 3.75,
-    outage_hours: Annotated[float, typer.Option(help="Hours that it lasts.")] = 2.0,
-    budget: Annotated[float, typer.Option(help="Requests a second that the provider may see.")] = 1.0,
-    skew_seconds: Annotated[int, typer.Option(help="How wrong the provider's clock is in the outage.")] = 0,
-    scale: Annotated[float, typer.Option(help="How much faster than real time.")] = 240.0,
-    refreshers: Annotated[int, typer.Option(help="Keeper processes.")] = 2,
-    output: Annotated[Path, typer.Option(help="The plot, SVG.")] = Path("drill.svg"),
+    share: Annotated[float, typer.Option(help="Share of requests that fail in the outage, 0 to 1.")] = 1.0,
+    transfers: Annotated[int, typer.Option(help="Number of transfers, one file each.")] = 2_000,
+    hours: Annotated[float, typer.Option(help="Length of the drill, in simulated hours.")] = 11.0,
+    outage_from: Annotated[float, typer.Option(help="Start of the outage, in simulated hours.")] = 3.75,
+    outage_hours: Annotated[float, typer.Option(help="Length of the outage, in simulated hours.")] = 2.0,
+    budget: Annotated[float, typer.Option(help="Requests per simulated second to the provider.")] = 1.0,
+    skew_seconds: Annotated[int, typer.Option(help="Error of the provider's clock during the outage.")] = 0,
+    scale: Annotated[float, typer.Option(help="Speed of simulated time (1 is real time).")] = 240.0,
+    refreshers: Annotated[int, typer.Option(help="Number of refresher processes.")] = 2,
+    output: Annotated[Path, typer.Option(help="File for the plot (SVG).")] = Path("drill.svg"),
     as_json: AsJson = False,
 ) -> None:
-    """Rehearse an outage of the provider with the real engine; say what fails, and draw it."""
+    """Simulate an outage of a provider with the real engine; report and plot the transfers that fail."""
     plan = msgspec.convert(
         {
             "mode": mode, "fault": fault, "share": share, "transfers": transfers, "hours": hours,
@@ -157,7 +157,7 @@ def drill_command(
 @app.command()
 @guarded
 def check(settings: SettingsPath, as_json: AsJson = False) -> None:
-    """Check the settings as a whole; with a database, also its schema, keys and partitions."""
+    """Check the settings; if a DSN is set, also the database's schema, keys, clients and partitions."""
     os.environ["MINTER_SETTINGS"] = str(settings)
     loaded = load_settings()
     warnings = list(loaded.warnings)
@@ -169,7 +169,7 @@ def check(settings: SettingsPath, as_json: AsJson = False) -> None:
     if loaded.dsn:
         warnings += _check_database(Service(loaded))
     else:
-        warnings.append("no DSN: the database was not looked at")
+        warnings.append("no DSN is set: the database was not checked")
     facts = {
         "issuers": loaded.issuers,
         "storages": len(loaded.storages),
@@ -180,7 +180,7 @@ def check(settings: SettingsPath, as_json: AsJson = False) -> None:
         as_json,
         facts,
         lambda: (
-            f"settings are right: {len(loaded.storages)} storages, "
+            f"settings are valid: {len(loaded.storages)} storages, "
             f"{len(loaded.settings.routes)} routes\n" + "\n".join(f"warning: {w}" for w in warnings)
         ),
     )
@@ -193,7 +193,7 @@ def _check_database(service: Service) -> list[str]:
         standbys = synchronous_standbys(connection)
         clients = read_control(connection).clients.values()
     if not standbys:
-        warnings.append("Postgres has no synchronous standby: a lost disk loses issued rows")
+        warnings.append("Postgres has no synchronous standby: a lost disk loses the rows of issued tokens")
     for vo in service.loaded.settings.issuers:
         states = [k.state for k in ring if k.vo == vo]
         if "active" not in states:
@@ -201,13 +201,13 @@ def _check_database(service: Service) -> list[str]:
         elif "prepared" not in states:
             warnings.append(f"{vo}: no standby key; run: minter keys create --vo {vo}")
     warnings += [
-        f"client {c.name}: may have tokens for audience any, which every storage of the VO takes"
+        f"client {c.name} may get tokens for the audience any, which every storage of the VO accepts"
         for c in clients
         if set(ANY) & {*c.audiences}
     ]
     ahead = partitions.partitions_ahead(service.pool, service.clock().date())
     if ahead < partitions.DAYS_AHEAD // 2:
-        warnings.append(f"only {ahead} days of partitions ahead; is beat running?")
+        warnings.append(f"partitions exist for only {ahead} days ahead; is beat running?")
     return warnings
 
 
@@ -218,14 +218,14 @@ def _check_database(service: Service) -> list[str]:
 @guarded
 def mint_command(
     job: JobFile,
-    client: Annotated[str | None, typer.Option(help="The client, where the broker URL has no user.")] = None,
-    fts: Annotated[str | None, typer.Option(help="The FTS that the job goes to.")] = None,
-    request_id: Annotated[uuid.UUID | None, typer.Option(help="Repeat this request.")] = None,
-    output: Annotated[Path | None, typer.Option(help="Write the filled job here, mode 600.")] = None,
+    client: Annotated[str | None, typer.Option(help="Client name, if the broker URL has no user.")] = None,
+    fts: Annotated[str | None, typer.Option(help="URL of the FTS that the job goes to.")] = None,
+    request_id: Annotated[uuid.UUID | None, typer.Option(help="request_id of a request to repeat.")] = None,
+    output: Annotated[Path | None, typer.Option(help="File for the filled job (mode 600).")] = None,
     timeout: Annotated[float, typer.Option(help="Seconds to wait for the answer.")] = 60.0,
     as_json: AsJson = False,
 ) -> None:
-    """Fill an FTS job through the broker. Tokens are written only to --output."""
+    """Fill an FTS job with tokens through the broker. Tokens are written only to --output."""
     loaded = load_settings()
     name = client or loaded.settings.broker.local_client or None
     with MinterClient(loaded.broker_url, name, timeout_seconds=timeout, ca=loaded.broker_ca) as minter:
@@ -258,10 +258,10 @@ def mint_command(
 @guarded
 def explain(
     job: JobFile,
-    client: Annotated[str | None, typer.Option(help="The registered client that would ask.")] = None,
+    client: Annotated[str | None, typer.Option(help="Registered client that the decision is for.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show every step of the decision on an FTS job, without minting."""
+    """Show every step of the decision on an FTS job without minting tokens."""
     service = open_service()
     request = from_fill(FillRequest(request_id=new_request_id(), job=read_object(job, "job")))
     with transaction(service.pool) as connection:
@@ -282,7 +282,7 @@ def verify(
     token: Annotated[str, typer.Argument(help="The token, or - to read it from standard input.")],
     as_json: AsJson = False,
 ) -> None:
-    """Verify a token's signature, times and row, and show its claims."""
+    """Verify a token's signature, key, expiry and database row, and print its claims."""
     service = open_service()
     text = (sys.stdin.read() if token == "-" else token).strip()  # noqa: S105 - not a secret
     header, unverified = claims.unverified_claims(text.encode())
@@ -295,14 +295,14 @@ def verify(
     now = service.clock()
     problems = []
     if not keys.is_public(key, now):
-        problems.append(f"its key is {key.state} and not in the JWKS")
+        problems.append(f"the token's key is {key.state} and not in the JWKS")
     if int(str(unverified["exp"])) <= now.timestamp():
-        problems.append("it has expired")
+        problems.append("the token has expired")
     found = traces.find(
         service.pool, "jti", uuid.UUID(str(unverified["jti"])), service.since(400), now + timedelta(days=1)
     )
     if not found or json.loads(found[0].payload) != unverified:
-        problems.append("no row records it")
+        problems.append("no database row records this token")
     facts = {"valid": not problems, "problems": problems, "header": header, "claims": unverified}
     show(as_json, facts, lambda: json.dumps(facts, indent=2))
     if problems:
@@ -315,7 +315,7 @@ def verify(
 @db_app.command("upgrade")
 @guarded
 def db_upgrade(as_json: AsJson = False) -> None:
-    """Bring the database to this release's schema, and make partitions."""
+    """Upgrade the database to this release's schema and create partitions."""
     service = open_service()
     migrations.upgrade(service.pool)
     service.prepare()
@@ -331,13 +331,13 @@ def db_upgrade(as_json: AsJson = False) -> None:
 @guarded
 def broker_setup(
     clients: Annotated[
-        bool, typer.Option(help="Also make RabbitMQ users and permissions for every client.")
+        bool, typer.Option(help="Also create RabbitMQ users and permissions for every client.")
     ] = True,
-    rabbitmqctl: Annotated[str, typer.Option(help="The rabbitmqctl to call.")] = "rabbitmqctl",
-    passwords: Annotated[Path | None, typer.Option(help="Write new users' passwords here, mode 600.")] = None,
+    rabbitmqctl: Annotated[str, typer.Option(help="Path of the program rabbitmqctl.")] = "rabbitmqctl",
+    passwords: Annotated[Path | None, typer.Option(help="File for new users' passwords (mode 600).")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Declare exchanges and quorum queues; on RabbitMQ also users and permissions."""
+    """Declare exchanges and quorum queues; on RabbitMQ, also create users and permissions."""
     loaded = load_settings()
     try:
         with connect(loaded.broker_url, loaded.broker_ca) as connection:

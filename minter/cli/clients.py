@@ -1,4 +1,4 @@
-"""Commands that register, change and disable clients, at run time and audited (I8)."""
+"""Commands that register, change and disable clients at run time; every change is audited (I8)."""
 
 import json
 import os
@@ -13,7 +13,16 @@ from typing import Annotated, Any
 import typer
 from joserfc.jwk import ECKey
 
-from minter.cli.tables import AsJson, as_table, guarded, open_service, read_object, show, show_living, whoami
+from minter.cli.tables import (
+    AsJson,
+    as_table,
+    guarded,
+    open_service,
+    read_object,
+    show,
+    show_live_tokens,
+    whoami,
+)
 from minter.contract.operations import OPERATIONS
 from minter.database import control_changes
 from minter.database.connection import instant, transaction
@@ -28,46 +37,60 @@ from minter.tokens import clock, keys, keystore
 
 clients_app = typer.Typer(no_args_is_help=True, help="Register, change and disable clients.")
 
-Operations = Annotated[list[str] | None, typer.Option("--operation", help="Allowed operation; all if none.")]
-Paths = Annotated[list[str] | None, typer.Option("--path", help="Allowed path prefix; all if none.")]
-MaxLifetime = Annotated[int | None, typer.Option(help="Longest token, in seconds.")]
+Operations = Annotated[
+    list[str] | None,
+    typer.Option("--operation", help="Operation the client may ask for; all if none is given."),
+]
+Paths = Annotated[
+    list[str] | None, typer.Option("--path", help="Path prefix the client may ask for; all if none is given.")
+]
+MaxLifetime = Annotated[int | None, typer.Option(help="Longest lifetime of a token, in seconds.")]
 ReplyQueues = Annotated[
-    list[str] | None, typer.Option("--reply-queue", help="Durable queue that answers may go to.")
+    list[str] | None,
+    typer.Option("--reply-queue", help="Durable queue that may receive the client's answers."),
 ]
 DefaultAudience = Annotated[
-    list[str] | None, typer.Option(help="Audience at the token endpoint when it asks for none.")
+    list[str] | None,
+    typer.Option(help="Audience of a token from the token endpoint if the request names none."),
 ]
 Audiences = Annotated[
     list[str] | None,
-    typer.Option("--audience", help="Pattern of audiences beside those of storages and FTS."),
+    typer.Option("--audience", help="Pattern of further audiences, beyond those of storages and FTS."),
 ]
 Scopes = Annotated[
-    list[str] | None, typer.Option("--scope", help="Pattern of scopes beside those of storages.")
+    list[str] | None, typer.Option("--scope", help="Pattern of further scopes, beyond those of storages.")
 ]
-Groups = Annotated[list[str] | None, typer.Option("--group", help="Group that wlcg.groups may name.")]
+Groups = Annotated[
+    list[str] | None, typer.Option("--group", help="Group that the claim wlcg.groups may name.")
+]
 AuthKey = Annotated[
-    Path | None, typer.Option(help="Public JWK of its private_key_jwt assertions (EC P-256 or RSA).")
+    Path | None,
+    typer.Option(help="File with the public JWK that verifies private_key_jwt assertions (EC P-256 or RSA)."),
 ]
 JweKey = Annotated[
-    Path | None, typer.Option(help="Public JWK that answers on durable queues are encrypted to.")
+    Path | None, typer.Option(help="File with the public JWK that encrypts answers on durable queues.")
 ]
 NewJweKey = Annotated[
     Path | None,
-    typer.Option(help="Make the key for answers on durable queues; write its private JWK here, mode 600."),
+    typer.Option(
+        help="Create the key for answers on durable queues; write its private JWK to this file (mode 600)."
+    ),
 ]
-SecretFile = Annotated[Path | None, typer.Option(help="Make a secret for HTTP and write it here, mode 600.")]
+SecretFile = Annotated[
+    Path | None, typer.Option(help="Create a secret for HTTP and write it to this file (mode 600).")
+]
 
 
 def register(app: typer.Typer) -> None:
-    """Add these commands to the whole."""
+    """Add these commands to `app`."""
     app.add_typer(clients_app, name="clients")
 
 
 @contextmanager
 def _private_file(path: Path | None, text: str) -> Iterator[None]:
-    """Write a secret to a new file that only its owner can read, before what it is for is done.
+    """Write a secret to a new file of mode 600, then run the block; remove the file if the block fails.
 
-    An existing file is not overwritten; if what it is for fails, the file goes again.
+    Without a path, no file is written. Raises InvalidRequest if the file exists or cannot be written.
     """
     if path is None:
         yield
@@ -88,7 +111,7 @@ def _private_file(path: Path | None, text: str) -> Iterator[None]:
 
 @dataclass
 class _Limits:
-    """Limits as given on the command line; what is None was not given."""
+    """A client's limits from the command line; None means that the option was not given."""
 
     operations: list[str] | None
     paths: list[str] | None
@@ -104,11 +127,11 @@ class _Limits:
     private_jwk: str = ""
 
     def columns(self) -> dict[str, Any]:
-        """Return the columns that they set; raises InvalidRequest."""
+        """Return the columns of the client that the given options set; raises InvalidRequest."""
         if unknown := set(self.operations or ()) - set(OPERATIONS):
             raise InvalidRequest(f"unknown operations {sorted(unknown)}, expected {', '.join(OPERATIONS)}")
         if reserved := [q for q in self.reply_queues or () if q.startswith("minter.")]:
-            raise InvalidRequest(f"queues {reserved} have the engine's own prefix; choose other names")
+            raise InvalidRequest(f"queues {reserved} have the reserved prefix minter.; choose other names")
         given = {
             "operations": None if self.operations is None else sorted(self.operations),
             "paths": None if self.paths is None else [check_path(p) for p in self.paths],
@@ -159,7 +182,7 @@ def clients_add(
     secret_file: SecretFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Register a client: the AMQP user that it will connect as."""
+    """Register a client; NAME is also the AMQP user that the client connects as."""
     limits = _Limits(
         operation, path, max_lifetime, reply_queue, jwe_key, new_jwe_key, auth_key, default_audience,
         audience, scope, group,
@@ -206,18 +229,18 @@ def clients_change(
     unlimited: Annotated[
         list[str] | None,
         typer.Option(
-            help="Drop a limit: operations, paths, max_lifetime_seconds; or a list: audiences, scopes, groups."
+            help="Remove a limit: operations, paths, max_lifetime_seconds; or clear default_audience, audiences, scopes, groups."
         ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Set what is given, and leave all else; it binds whatever is recorded after it."""
+    """Change a client's given limits, queues and keys; tokens recorded from now on follow the change."""
     dropped: dict[str, Any] = {
         "operations": [], "paths": [], "max_lifetime_seconds": None,
         "default_audience": [], "audiences": [], "scopes": [], "groups": [],
     }  # fmt: skip
     if unknown := set(unlimited or ()) - dropped.keys():
-        raise InvalidRequest(f"no limits {sorted(unknown)}, expected {', '.join(dropped)}")
+        raise InvalidRequest(f"unknown limits {sorted(unknown)}, expected {', '.join(dropped)}")
     limits = _Limits(
         operation, path, max_lifetime, reply_queue, jwe_key, new_jwe_key, auth_key, default_audience,
         audience, scope, group,
@@ -239,9 +262,9 @@ def clients_change(
 @guarded
 def clients_rotate(
     name: str,
-    secret_file: Annotated[Path, typer.Option(help="Write the new secret here, mode 600.")],
+    secret_file: Annotated[Path, typer.Option(help="File for the new secret (mode 600).")],
     keep_hours: Annotated[
-        float, typer.Option(help="How long the old secret is still taken.", min=0, max=720)
+        float, typer.Option(help="Hours for which the old secret is still accepted.", min=0, max=720)
     ] = 24,
     as_json: AsJson = False,
 ) -> None:
@@ -259,9 +282,9 @@ def clients_rotate(
 @clients_app.command("subject-token")
 @guarded
 def clients_subject_token(name: str, as_json: AsJson = False) -> None:
-    """Store the token, read from standard input, that a client is represented by at its provider.
+    """Store a client's subject token, which is read from standard input.
 
-    It is verified first, and encrypted; routes with mode `exchange` exchange it, until it expires.
+    The token is verified and stored encrypted. Routes with mode `exchange` exchange it until it expires.
     """
     service = open_service()
     client = _clients(service).get(name)
@@ -280,23 +303,23 @@ def clients_subject_token(name: str, as_json: AsJson = False) -> None:
     show(
         as_json,
         {"client": name, "provider": subject.provider, "expires_at": str(until)},
-        lambda: f"a token of {subject.provider} represents {name} until {until}",
+        lambda: f"a subject token of {subject.provider} is stored for client {name}, valid until {until}",
     )
 
 
 @clients_app.command("disable")
 @guarded
 def clients_disable(name: str, as_json: AsJson = False) -> None:
-    """Refuse all that a client asks, and list what it holds that works."""
+    """Disable a client and list its tokens that are still valid."""
     service = open_service()
     control_changes.disable_client(service.pool, name, whoami(), disabled=True)
-    show_living(service, as_json, f"client {name} is disabled", Ban("client", name))
+    show_live_tokens(service, as_json, f"client {name} is disabled", Ban("client", name))
 
 
 @clients_app.command("enable")
 @guarded
 def clients_enable(name: str, as_json: AsJson = False) -> None:
-    """Serve a disabled client again."""
+    """Enable a disabled client again."""
     control_changes.disable_client(open_service().pool, name, whoami(), disabled=False)
     show(as_json, {"name": name}, lambda: f"client {name} is enabled")
 

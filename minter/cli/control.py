@@ -1,11 +1,11 @@
-"""Commands that change who may do what, at run time: bans, signing keys. All are audited (I8)."""
+"""Commands for bans and signing keys at run time; every change is audited (I8)."""
 
 from difflib import get_close_matches
 from typing import Annotated, Literal
 
 import typer
 
-from minter.cli.tables import AsJson, as_table, guarded, open_service, show, show_living, whoami
+from minter.cli.tables import AsJson, as_table, guarded, open_service, show, show_live_tokens, whoami
 from minter.database import control_changes, keyring, live_tokens
 from minter.database.connection import transaction
 from minter.database.control import read_keys
@@ -20,11 +20,11 @@ from minter.tokens.keystore import new_master_key
 keys_app = typer.Typer(no_args_is_help=True, help="Make, rotate and revoke signing keys.")
 
 BanKind = Literal["client", "on_behalf_of", "vo", "activity", "storage", "path"]
-Reason = Annotated[str, typer.Option(help="Why, for the audit.")]
+Reason = Annotated[str, typer.Option(help="Reason, recorded in the audit.")]
 
 
 def register(app: typer.Typer) -> None:
-    """Add these commands to the whole."""
+    """Add these commands to `app`."""
     app.add_typer(keys_app, name="keys")
     app.command("ban")(ban)
     app.command("unban")(unban)
@@ -41,11 +41,11 @@ def _ban(kind: str, value: str, vo: str | None) -> Ban:
 
 
 def _check_known(service: Service, ban: Ban) -> None:
-    """Raise InvalidRequest for a name that nothing has: a ban with a typing error bans nobody."""
+    """Raise InvalidRequest if nothing has the banned name: a ban with a typing error would ban nobody."""
     known = control_changes.names(service.pool, ban.kind)
     if known is not None and ban.value not in known:
-        near = ", ".join(get_close_matches(ban.value, known, 3)) or "none is near it"
-        raise InvalidRequest(f"no {ban.kind} is named {ban.value!r}; {near}")
+        near = ", ".join(get_close_matches(ban.value, known, 3)) or "none"
+        raise InvalidRequest(f"no {ban.kind} is named {ban.value!r}; similar names: {near}")
 
 
 @guarded
@@ -53,22 +53,22 @@ def ban(
     kind: BanKind,
     value: str,
     reason: Reason,
-    vo: Annotated[str | None, typer.Option(help="Only in this VO; in all if none.")] = None,
+    vo: Annotated[str | None, typer.Option(help="Ban in this VO only; in all VOs if not given.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Refuse all that it covers from now on, and list what is out and works."""
+    """Ban a client, account, VO, activity, storage or path, and list its tokens that are still valid."""
     service = open_service()
     made = _ban(kind, value, vo)
     _check_known(service, made)
     control_changes.add_ban(service.pool, made, reason, whoami())
-    show_living(service, as_json, f"{kind} {value} is banned", made)
+    show_live_tokens(service, as_json, f"{kind} {value} is banned", made)
 
 
 @guarded
 def unban(
     kind: BanKind,
     value: str,
-    vo: Annotated[str | None, typer.Option(help="The VO that was named with the ban.")] = None,
+    vo: Annotated[str | None, typer.Option(help="VO that the ban was limited to.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Lift a ban."""
@@ -78,14 +78,17 @@ def unban(
 
 @guarded
 def bans(
-    kind: Annotated[BanKind | None, typer.Option(help="With --value: list what works under it.")] = None,
+    kind: Annotated[
+        BanKind | None,
+        typer.Option(help="With --value: list the live tokens that a ban of this kind covers."),
+    ] = None,
     value: Annotated[str | None, typer.Option()] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List the bans in force, or the living tokens under one."""
+    """List the bans in force, or the live tokens that one ban covers."""
     service = open_service()
     if kind is not None and value is not None:
-        show_living(service, as_json, f"{kind} {value}", _ban(kind, value, None))
+        show_live_tokens(service, as_json, f"{kind} {value}", _ban(kind, value, None))
         return
     found = control_changes.list_bans(service.pool)
     headings = ("kind", "value", "vo", "reason", "since")
@@ -98,14 +101,14 @@ def bans(
 @keys_app.command("master")
 @guarded
 def keys_master() -> None:
-    """Print a fresh master key, to be kept where only the workers can read it."""
+    """Print a new master key; store it where only Minter's processes can read it."""
     typer.echo(new_master_key())
 
 
 @keys_app.command("create")
 @guarded
 def keys_create(vo: Annotated[str, typer.Option()], as_json: AsJson = False) -> None:
-    """Make a signing key: an issuer's first is active at once, a later one stands by."""
+    """Create a signing key: an issuer's first key signs at once, a later key becomes the standby."""
     service = open_service()
     service.prepare()
     if vo not in service.loaded.settings.issuers:
@@ -122,7 +125,7 @@ def keys_create(vo: Annotated[str, typer.Option()], as_json: AsJson = False) -> 
 @keys_app.command("list")
 @guarded
 def keys_list(as_json: AsJson = False) -> None:
-    """List keys with their states and instants."""
+    """List signing keys with their states and times."""
     service = open_service()
     rotation = service.engine.rotation
     with transaction(service.pool) as connection:
@@ -158,7 +161,7 @@ def keys_list(as_json: AsJson = False) -> None:
 @keys_app.command("rotate")
 @guarded
 def keys_rotate(vo: Annotated[str, typer.Option()], as_json: AsJson = False) -> None:
-    """Put the standby in the active key's place; beat does it when the active key's time is over."""
+    """Make the standby key sign; beat does this by itself when the active key is due."""
     service = open_service()
     key = keyring.rotate(service.pool, vo, service.clock(), service.engine.rotation, whoami())
     service.maintain_keys(whoami())
@@ -170,16 +173,24 @@ def keys_rotate(vo: Annotated[str, typer.Option()], as_json: AsJson = False) -> 
 def keys_revoke(
     kid: str,
     reason: Reason,
-    yes: Annotated[bool, typer.Option("--yes", help="Do it; without this, only say what it kills.")] = False,
+    yes: Annotated[
+        bool,
+        typer.Option(
+            "--yes", help="Revoke the key; without this, only list the tokens that would become invalid."
+        ),
+    ] = False,
     force: Annotated[
-        bool, typer.Option(help="Let a standby sign that verifiers may not have fetched yet.")
+        bool, typer.Option(help="Let a standby key sign even if verifiers may not have fetched it yet.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Kill every token that a key signed: the only way to stop one, as fast as verifiers' caches."""
+    """Revoke a signing key and so every token that it signed, the only way to stop an issued token.
+
+    A verifier accepts these tokens until its cache of keys expires.
+    """
     service = open_service()
-    slow = f"verifiers go on trusting it for their caches' time: {live_tokens.VERIFIER_CACHES}"
-    if yes:  # first the revocation, then the list: reading it takes its time
+    slow = f"verifiers trust the key until their caches expire: {live_tokens.VERIFIER_CACHES}"
+    if yes:  # revoke before listing the tokens: reading the list takes time
         policy = service.engine.rotation
         if force:
             policy = keys.RotationPolicy(0, policy.lifetime_seconds, policy.resign_seconds)
@@ -188,8 +199,8 @@ def keys_revoke(
             typer.echo(problem, err=True)
         said = f"key {kid} is revoked; {slow}"
     else:
-        said = f"revoking {kid} kills these ({slow}); repeat with --yes"
-    show_living(service, as_json, said, Ban("key", kid))
+        said = f"revoking {kid} invalidates these tokens ({slow}); repeat with --yes"
+    show_live_tokens(service, as_json, said, Ban("key", kid))
     if not yes:
         raise typer.Exit(1)
 
@@ -199,13 +210,13 @@ def keys_revoke(
 def keys_rewrap(vo: Annotated[str, typer.Option()], as_json: AsJson = False) -> None:
     """Encrypt a VO's secrets under its new master key.
 
-    First give every process both master keys, the new one first and a comma between; then run
-    this; then take the old one away.
+    First give every process both master keys, separated by a comma, the new one first. Then run this
+    command, and then remove the old key.
     """
     service = open_service()
     count = keyring.rewrap(service.pool, service.keystore, vo, whoami())
     show(
         as_json,
         {"vo": vo, "secrets": count},
-        lambda: f"{count} secrets of VO {vo} are under the first master key",
+        lambda: f"{count} secrets of VO {vo} are encrypted under the first master key",
     )

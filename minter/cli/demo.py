@@ -1,7 +1,7 @@
-"""The demo: every job that Rucio wrote, through the client and two workers, each token verified.
+"""The demo: fill Rucio's example FTS jobs through the client and two workers, and verify each token.
 
-Verification shares nothing with minting: joserfc checks signatures, the rows are read back, and
-FTS's rules for a submitted job are applied as FTS states them.
+Verification shares no code with minting: joserfc checks the signatures, the tokens are compared with
+their database rows, and FTS's rules for a submitted job are applied as FTS states them.
 """
 
 import gzip
@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from minter.cli.tables import story_table
+from minter.cli.tables import trace_table
 from minter.client import FileRequest, FilledJob, MinterClient, Token
 from minter.contract.messages import FillRequest
 from minter.database import traces
@@ -39,7 +39,7 @@ WARM_UP = FileRequest(sources=("davs://se01.boreas.example.org/atlas/atlasdatadi
 
 
 def read_jobs(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield every job of a folder, as (file name, body): .json, .jsonl, either gzipped."""
+    """Yield every job of a folder as (file name, body); files are .json or .jsonl, plain or gzipped."""
     for path in sorted(folder.iterdir()):
         if path.name == "index.json":
             continue
@@ -52,9 +52,9 @@ def read_jobs(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def fts_objections(job: Mapping[str, Any], now: int) -> list[str]:
     """Return what FTS would object to in a job with tokens (facts of fts-rest and fts3 3.14).
 
-    Both token lists, one token for each URL; every token with iss, nbf, exp, scope and aud, in
-    columns of 1024 characters; valid now, and longer than the job may queue; never offline_access
-    in a job of unmanaged tokens.
+    FTS needs both token lists, with one token for each URL. Every token must have iss, sub, nbf, exp,
+    scope and aud, must be valid now and for max_time_in_queue hours, and scope and aud must fit columns of
+    1024 characters. A job of unmanaged tokens must not hold the scope offline_access.
     """
     objections = []
     params = job["params"]
@@ -96,7 +96,7 @@ def _token_objections(token: str, url: str, hours: int, now: int) -> Iterator[st
 
 
 class Verifier:
-    """Checks tokens with joserfc, by the public keys alone, and against their rows."""
+    """Checks tokens with joserfc and the public keys alone, and reads the rows that record them."""
 
     def __init__(self, service: Service) -> None:
         with transaction(service.pool) as connection:
@@ -105,7 +105,7 @@ class Verifier:
         self._keys = jwk.KeySet.import_key_set(keys.jwks(ring, service.clock()))  # type: ignore[arg-type]
 
     def verify(self, token: str) -> dict[str, Any]:
-        """Return the claims of a token whose signature and row are right; raises otherwise."""
+        """Return the claims of a token if its signature verifies; raises joserfc's error otherwise."""
         verified = jws.deserialize_compact(token, self._keys, algorithms=["ES256", "RS256"])
         claims: dict[str, Any] = json.loads(verified.payload)
         return claims
@@ -129,7 +129,7 @@ class Demo:
         self.tokens: list[tuple[TraceRecord, dict[str, Any]]] = []
 
     def run(self) -> int:
-        """Run it; return 0 if every token and job stood every check."""
+        """Run the demo; return 0 if there are tokens and every token and job passed every check, else 1."""
         filled, seconds = self._fill()
         self._verify(filled)
         self._tables()
@@ -149,7 +149,7 @@ class Demo:
         url = self.stack.environ["MINTER_BROKER_URL"]
         name = self.service.loaded.settings.broker.local_client
         with MinterClient(url, name) as client, Progress(console=self.console) as progress:
-            client.mint([WARM_UP])  # connects: not in the rate
+            client.mint([WARM_UP])  # connects, so that connecting is not part of the measured rate
             bar = progress.add_task("filling Rucio's FTS jobs", total=len(self.jobs))
             started = time.perf_counter()
             filled = client.fill_jobs(
@@ -237,7 +237,7 @@ class Demo:
         self.console.print(table)
 
     def _one(self, filled: Sequence[FilledJob | MinterError]) -> None:
-        """Show one job closely: a token decoded, its explain, the trace of its file."""
+        """Show one job in detail: a decoded token, the output of explain, and the trace of its file."""
         number = next(i for i, f in enumerate(filled) if isinstance(f, FilledJob) and f.job)
         job = filled[number]
         assert isinstance(job, FilledJob)
@@ -260,7 +260,7 @@ class Demo:
         path = str(claims["scope"]).split(" ")[0].partition(":")[2]
         self.console.print(f"[bold]Trace: minter trace --path {path}[/bold]")
         now = self.service.clock()
-        self.console.print(story_table(
+        self.console.print(trace_table(
             traces.find(
                 self.service.pool, "path", path, self.service.since(1), now + timedelta(days=1)
             )
@@ -276,7 +276,7 @@ def _tokens(job: FilledJob) -> Iterator[str]:
 
 
 def _extras(claims: Mapping[str, Any]) -> Iterator[str]:
-    """Name what a token holds beside one read, create or modify of its file."""
+    """Yield the names of a token's scopes beyond one read, create or modify of its file."""
     words = [w.partition(":") for w in claims["scope"].split(" ")]
     if len(words) > 1:
         main = next((w for w in words if w[0] in ("storage.modify", "storage.create")), words[0])

@@ -16,13 +16,13 @@ from minter.service import load_settings
 
 
 def register(app: typer.Typer) -> None:
-    """Add the commands."""
+    """Add these commands to `app`."""
     for command in (worker, beat, refresher, fts, events):
         app.command()(guarded(command))
 
 
 def _program(name: str) -> Any:
-    """Return a module of `workers`, after the settings that it starts with were found to be right."""
+    """Check the settings, then return a module of `workers`; raises SettingsError."""
     load_settings()
     return importlib.import_module(f"workers.{name}")
 
@@ -41,7 +41,7 @@ def beat(
         Path, typer.Option(help="File in which beat notes when it last ran each task.")
     ] = Path("beat-schedule"),
 ) -> None:
-    """Keep partitions, keys and gauges up to date, until SIGTERM. Exactly one beat runs in all."""
+    """Keep partitions, keys and gauges up to date, until SIGTERM. Run exactly one beat."""
     _program("app").run_beat(schedule)
 
 
@@ -51,7 +51,7 @@ def refresher() -> None:
 
 
 def events() -> None:
-    """Read FTS's monitoring messages and note what became of the transfers, until SIGTERM."""
+    """Read FTS's monitoring messages and record the states of transfers, until SIGTERM."""
     _program("fts_listener").run()
 
 
@@ -71,5 +71,5 @@ def fts(
         int, typer.Option(help="Port for Prometheus on 127.0.0.1; 0 switches metrics off.")
     ] = 0,
 ) -> None:
-    """Submit filled jobs from a durable queue to FTS, until SIGTERM. It needs MINTER_BROKER_URL only."""
+    """Submit filled jobs from a durable queue to FTS, until SIGTERM. It needs only MINTER_BROKER_URL."""
     importlib.import_module("workers.fts_forwarder").run(queue, fts, key, ca, client, metrics_port)

@@ -1,4 +1,4 @@
-"""The commands `publish` and `serve`: the issuer as files, and as a service."""
+"""The commands `publish` (write the issuers' documents as files) and `serve` (run the HTTP service)."""
 
 import threading
 from pathlib import Path
@@ -17,15 +17,15 @@ WATCH_SECONDS = 2.0
 
 
 def register(app: typer.Typer) -> None:
-    """Add these commands to the whole."""
+    """Add these commands to `app`."""
     app.command("publish")(publish)
     app.command("serve")(serve)
 
 
 @guarded
 def serve() -> None:
-    """Serve tokens and transfers over HTTP, as [http] of the settings says, until SIGTERM."""
-    from minter.issuer.server import run  # noqa: PLC0415 - the server's libraries are not for every command
+    """Serve tokens and transfers over HTTP until SIGTERM, as configured by [http] of the settings."""
+    from minter.issuer.server import run  # noqa: PLC0415 - only this command needs the server's libraries
 
     run(load_settings())
 
@@ -33,10 +33,11 @@ def serve() -> None:
 @guarded
 def publish(
     folder: Annotated[
-        Path, typer.Argument(help="What a web server serves as the root of the issuers' host.")
+        Path, typer.Argument(help="Folder that a web server serves as the root of the issuers' host.")
     ],
     watch: Annotated[
-        bool, typer.Option(help="Go on, and write within seconds of each change of the keys.")
+        bool,
+        typer.Option(help="Keep running, and update the files within seconds of each change of the keys."),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -47,7 +48,7 @@ def publish(
         threading.Event().wait(WATCH_SECONDS)
         try:
             _write(service, folder, as_json, quiet=True)
-        except Unavailable as error:  # what is published stays as it is
+        except Unavailable as error:  # the published files stay as they are
             typer.echo(f"minter: {error.reason}: {error}", err=True)
 
 

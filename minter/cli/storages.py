@@ -1,4 +1,4 @@
-"""Commands about storages: import them from Rucio or DIRAC, list them, and print what a site pastes."""
+"""Commands for storages: import them from Rucio or DIRAC, list them, print a site's configuration."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,17 +19,21 @@ storages_app = typer.Typer(
     no_args_is_help=True, help="Import storages, list them, print sites' configuration."
 )
 
-VO = Annotated[str, typer.Option(help="The VO that they are storages of.")]
+VO = Annotated[str, typer.Option(help="VO that the storages belong to.")]
 Dialects = Annotated[
     list[str] | None,
-    typer.Option("--dialect", help="PATTERN=DIALECT for names that match; the first counts."),
+    typer.Option(
+        "--dialect", help="PATTERN=DIALECT for storages whose names match PATTERN; the first match counts."
+    ),
 ]
-Form = Annotated[AudienceForm | None, typer.Option(help="What the audience is made of.")]
-Output = Annotated[Path | None, typer.Option(help="Write [[storages]] for the settings file here.")]
+Form = Annotated[
+    AudienceForm | None, typer.Option(help="How to build a storage's audience from its endpoints.")
+]
+Output = Annotated[Path | None, typer.Option(help="File for the [[storages]] of the settings.")]
 
 
 def register(app: typer.Typer) -> None:
-    """Add these commands to the whole."""
+    """Add these commands to `app`."""
     app.add_typer(storages_app, name="storages")
 
 
@@ -43,7 +47,7 @@ def import_rucio(
     output: Output = None,
     as_json: AsJson = False,
 ) -> None:
-    """Read Rucio's RSE export, in either form; - is standard input."""
+    """Import storages from Rucio's RSE export, keyed by RSE name or id; - reads standard input."""
     found, warnings = storages_from_export(
         read_object(export, "export"), vo, _rules(dialect), audience_form or "host"
     )
@@ -60,7 +64,7 @@ def import_dirac(
     output: Output = None,
     as_json: AsJson = False,
 ) -> None:
-    """Read the storage elements of a DIRAC configuration (CFG)."""
+    """Import the storage elements of a DIRAC configuration (CFG)."""
     try:
         text = cfg.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -80,7 +84,7 @@ def _rules(dialects: list[str] | None) -> tuple[RSERule, ...]:
 
 
 def _imported(found: list[Storage], warnings: list[str], output: Path | None, as_json: bool) -> None:
-    Directory(found)  # says what cannot stand beside each other
+    Directory(found)  # raises SettingsError for storages that conflict
     if output is not None:
         try:
             output.write_text(settings_text(found), encoding="utf-8")
@@ -94,7 +98,7 @@ def _imported(found: list[Storage], warnings: list[str], output: Path | None, as
 
 
 def settings_text(found: list[Storage]) -> str:
-    """Return storages as the settings file has them; what is a default is left out."""
+    """Return storages as [[storages]] tables for the settings file, without default values."""
     plain = Storage(vo="", name="", endpoints=())
     lines = []
     for storage in found:
@@ -102,11 +106,11 @@ def settings_text(found: list[Storage]) -> str:
         for field in storage.__struct_fields__:
             value = getattr(storage, field)
             if field == "endpoints":
-                doors = ", ".join(
+                endpoints = ", ".join(
                     f"{{ host = {_toml(e.host)}, port = {e.port}, prefix = {_toml(e.prefix)} }}"
                     for e in value
                 )
-                lines.append(f"endpoints = [{doors}]")
+                lines.append(f"endpoints = [{endpoints}]")
             elif value != getattr(plain, field):
                 lines.append(f"{field} = {_toml(value)}")
         lines.append("")
@@ -114,14 +118,14 @@ def settings_text(found: list[Storage]) -> str:
 
 
 def _toml(value: Any) -> str:
-    """Return a string, a boolean or a list of strings: TOML writes them as JSON does."""
+    """Return a string, a boolean or a list of strings as TOML, which writes these as JSON does."""
     return msgspec.json.encode(value).decode()
 
 
 @storages_app.command("list")
 @guarded
 def storages_list(as_json: AsJson = False) -> None:
-    """List the settings' storages with what their tokens will say."""
+    """List the storages of the settings, with the audiences and paths that their tokens get."""
     loaded = load_settings()
     areas = [a for directory in loaded.policy.directories.values() for a in directory.areas()]
     headings = ("vo", "storage", "dialect", "prefix", "base path", "audience", "tokens")
@@ -147,11 +151,11 @@ def storages_list(as_json: AsJson = False) -> None:
 @storages_app.command("site-config")
 @guarded
 def storages_site_config(
-    storage: Annotated[str, typer.Option(help="The storage's name.")],
-    vo: Annotated[str | None, typer.Option(help="Its VO, if several have one of that name.")] = None,
+    storage: Annotated[str, typer.Option(help="Name of the storage.")],
+    vo: Annotated[str | None, typer.Option(help="VO of the storage, if its name is in several VOs.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Print what the site pastes so that its storage trusts this engine's tokens."""
+    """Print the configuration that makes a site's storage trust this engine's tokens."""
     loaded = load_settings()
     named = [s for s in loaded.storages if s.name == storage and vo in (None, s.vo)]
     if len(named) != 1:
@@ -163,6 +167,6 @@ def storages_site_config(
         raise SettingsError(f"storage {storage!r} takes no tokens (tokens = false)")
     areas = [a for a in loaded.policy.directories[named[0].vo].areas() if a.storage == storage]
     if not areas:
-        raise SettingsError(f"storage {storage!r} shares all its endpoints; ask for the one that answers")
+        raise SettingsError(f"storage {storage!r} shares all its endpoints with another one; name that one")
     text = site_config(named[0], areas, loaded.issuers[named[0].vo])
     show(as_json, {"storage": storage, "config": text}, lambda: text)

@@ -1,4 +1,4 @@
-"""What the commands share: errors as exit codes, tables or JSON, the service and who is asking."""
+"""Helpers of all commands: exit codes, tables or JSON, the service, and the operator's name."""
 
 import getpass
 import json
@@ -23,7 +23,7 @@ from minter.service import Service, load_settings
 
 console = Console()
 MOST_SHOWN, MOST_LISTED = 20, 10_000
-"""Living tokens that are named on a terminal, and in JSON; the counts are of all."""
+"""How many live tokens are listed on a terminal, and in JSON; totals always count all of them."""
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 SettingsPath = Annotated[
     Path, typer.Option("--settings", envvar="MINTER_SETTINGS", help="The settings file (TOML).")
@@ -31,7 +31,7 @@ SettingsPath = Annotated[
 
 
 def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Turn errors of the tree into one line on standard error and an exit code."""
+    """Turn a MinterError into one line on standard error and an exit code."""
 
     @wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
@@ -54,7 +54,7 @@ def _exit_code(error: MinterError) -> int:
 
 
 def show(as_json: bool, data: Any, text: Callable[[], Any]) -> None:
-    """Print `data` as JSON, or what `text` makes of it for people."""
+    """Print `data` as JSON, or else the text or table that `text` returns."""
     if as_json:
         typer.echo(msgspec.json.encode(data).decode())
     else:
@@ -81,12 +81,12 @@ def open_service() -> Service:
 
 
 def whoami() -> str:
-    """Return who is asking, for the audit."""
+    """Return the operator's user name, for the audit."""
     return os.environ.get("SUDO_USER") or getpass.getuser()
 
 
 def read_object(path: Path, what: str) -> dict[str, Any]:
-    """Read a JSON object from a file, - for standard input; raises InvalidRequest."""
+    """Read a JSON object from a file, or from standard input for `-`; raises InvalidRequest."""
     try:
         text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
         job = json.loads(text)
@@ -97,13 +97,13 @@ def read_object(path: Path, what: str) -> dict[str, Any]:
     return job
 
 
-def story_table(found: Sequence[TraceRecord]) -> Table:
-    """Return the stories of tokens for a person: who asked, why it was granted, what became of it."""
+def trace_table(found: Sequence[TraceRecord]) -> Table:
+    """Return a table of traces: who asked for each token, which rule allowed it, and its state."""
     return as_table(
         f"{len(found)} tokens",
         (
             "issued", "jti, FTS id", "who asked", "storage", "side", "scope", "rule", "expires",
-            "what became of it",
+            "state",
         ),
         [
             (
@@ -135,8 +135,8 @@ def _fate(one: TraceRecord) -> str:
     return "\n".join(said)
 
 
-def show_living(service: Service, as_json: bool, done: str, what: Ban) -> None:
-    """Say what was done and what still works: nothing but revoking its key stops a token (I9)."""
+def show_live_tokens(service: Service, as_json: bool, done: str, what: Ban) -> None:
+    """Print what was done, and the live tokens concerned: only revoking its key stops a token (I9)."""
     living = live_tokens.under(service.pool, what.kind, what.value, what.vo, service.clock())
     most = MOST_LISTED if as_json else MOST_SHOWN
     storages: Counter[str] = Counter()
@@ -152,7 +152,7 @@ def show_living(service: Service, as_json: bool, done: str, what: Ban) -> None:
         as_json,
         {"done": done, "total": total, "storages": storages, "until": until or None, "alive": found},
         lambda: as_table(
-            f"{done}; {total} tokens are out and work"
+            f"{done}; {total} tokens are still valid"
             + (f", the last until {connection.instant(until):%F %T} UTC; tell the sites" if until else ""),
             ("storage", "jti", "scope", "until"),
             [(t.storage, t.jti, t.scope, connection.instant(t.exp)) for t in found]

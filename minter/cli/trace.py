@@ -1,4 +1,4 @@
-"""Commands that look back: `trace` tells the whole story of tokens, `archive` keeps it beyond retention."""
+"""The commands `trace` (show what is recorded of tokens) and `archive` (move old records to files)."""
 
 import uuid
 from datetime import UTC, datetime, timedelta
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from minter.cli.tables import AsJson, as_table, guarded, open_service, show, story_table
+from minter.cli.tables import AsJson, as_table, guarded, open_service, show, trace_table
 from minter.contract.messages import unix_time
 from minter.database import archive as archives
 from minter.database import traces
@@ -15,34 +15,34 @@ from minter.errors import InvalidRequest, SettingsError
 
 _FTS_ID_BYTES = 8
 Folder = Annotated[
-    Path | None, typer.Option("--archive", help="The archive folder, if it is not the settings' one.")
+    Path | None, typer.Option("--archive", help="Archive folder; the folder of the settings if not given.")
 ]
 
 
 def register(app: typer.Typer) -> None:
-    """Add these commands to the whole."""
+    """Add these commands to `app`."""
     app.command("trace")(trace)
     app.command("archive")(archive)
 
 
 @guarded
 def trace(
-    jti: Annotated[uuid.UUID | None, typer.Option(help="A token's jti.")] = None,
-    path: Annotated[str | None, typer.Option(help="A file's path in the VO's area of its storage.")] = None,
-    external_id: Annotated[str | None, typer.Option(help="The submitter's own id of a file.")] = None,
-    request: Annotated[uuid.UUID | None, typer.Option(help="A request_id.")] = None,
-    fts_token_id: Annotated[str | None, typer.Option(help="FTS's token id: 16 hex digits.")] = None,
-    client: Annotated[str | None, typer.Option(help="A client: its newest tokens.")] = None,
-    storage: Annotated[str | None, typer.Option(help="A storage: its newest tokens.")] = None,
-    key: Annotated[str | None, typer.Option(help="A key's kid: its newest tokens.")] = None,
-    days: Annotated[int, typer.Option(help="How far back to look.", min=1, max=4000)] = 30,
-    limit: Annotated[int, typer.Option(help="How many tokens at most.", min=1, max=100_000)] = 100,
+    jti: Annotated[uuid.UUID | None, typer.Option(help="jti of a token.")] = None,
+    path: Annotated[str | None, typer.Option(help="Path of a file, below the VO's area.")] = None,
+    external_id: Annotated[str | None, typer.Option(help="Submitter's id of a file (external_id).")] = None,
+    request: Annotated[uuid.UUID | None, typer.Option(help="request_id of a request.")] = None,
+    fts_token_id: Annotated[str | None, typer.Option(help="Token id in FTS, 16 hex digits.")] = None,
+    client: Annotated[str | None, typer.Option(help="Name of a client, for its newest tokens.")] = None,
+    storage: Annotated[str | None, typer.Option(help="Name of a storage, for its newest tokens.")] = None,
+    key: Annotated[str | None, typer.Option(help="kid of a signing key, for its newest tokens.")] = None,
+    days: Annotated[int, typer.Option(help="Days to search back.", min=1, max=4000)] = 30,
+    limit: Annotated[int, typer.Option(help="Largest number of tokens to show.", min=1, max=100_000)] = 100,
     folder: Folder = None,
     as_json: AsJson = False,
 ) -> None:
-    """Tell who asked for tokens, which rule granted them, what they allowed and what became of them.
+    """Show who asked for tokens, the rule that allowed them, their scopes and their states.
 
-    Looks in the database and in archives; times are UTC.
+    The command searches the database and the archive; times are UTC.
     """
     service = open_service()
     fts_id = None if fts_token_id is None else _fts_token_id(fts_token_id)
@@ -56,7 +56,7 @@ def trace(
         raise InvalidRequest(f"expected exactly one of {names}")
     ((by, value),) = asked
     since, until = service.since(days), service.clock() + timedelta(days=1)
-    if jti is not None:  # its own time is known
+    if jti is not None:  # a jti holds the time at which it was made
         since = min(since, datetime.fromtimestamp(unix_time(jti), UTC) - timedelta(seconds=1))
     folder = folder or service.loaded.archive_folder
     refusals: list[traces.Refusals] = []
@@ -69,7 +69,7 @@ def trace(
         found = traces.find(service.pool, by, value, since, until, limit)
         if folder is not None and len(found) < limit:
             found = traces.newest(found + archives.find(folder, by, value, since, until, limit), limit)
-    show(as_json, {"tokens": found, "refusals": refusals}, lambda: story_table(found))
+    show(as_json, {"tokens": found, "refusals": refusals}, lambda: trace_table(found))
     if refusals and not as_json:
         show(False, None, lambda: _refusals_table(refusals))
     if not found and not refusals:
@@ -102,9 +102,9 @@ def _fts_token_id(text: str) -> int:
 
 @guarded
 def archive(folder: Folder = None, as_json: AsJson = False) -> None:
-    """Write days that are over as compressed files, and remove them from the database.
+    """Write days past the retention time to compressed files, and remove them from the database.
 
-    For a timer, once a day (deploy/minter-archive.timer); it may be stopped at any point.
+    A timer runs this command daily (deploy/systemd/minter-archive.timer). It may be stopped at any point.
     """
     service = open_service()
     folder = folder or service.loaded.archive_folder

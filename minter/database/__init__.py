@@ -1,1 +1,1 @@
-"""Every SQL statement of Minter, and nothing else."""
+"""The SQL statements of Minter; no other package has any."""

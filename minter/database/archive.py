@@ -1,9 +1,10 @@
-"""Retention: days whose tokens have long expired leave the database as compressed files.
+"""Retention: moves days whose tokens expired long ago from the database to compressed files.
 
-A day is written whole, as JSON lines that need no database to be read, and on disk under its final
-name before its partitions are detached (CONCURRENTLY: nobody waits) and dropped. A crash at any
-point leaves something that the next run finishes: a half-written file is made anew, a partition
-that its file holds already is not written again, one that is detached and in its file is dropped.
+Each day becomes one file for each kind (tokens, requests), as JSON lines that can be read without a
+database. The file is complete and synced to disk under its final name before the day's partitions are
+detached (CONCURRENTLY, so that no query waits) and dropped. After a crash at any point the next run
+completes the work: it rewrites a partial file, does not write a partition again that is already in its
+file, and drops a detached partition that is in its file.
 """
 
 import fcntl
@@ -33,11 +34,12 @@ TABLES: dict[Kind, tuple[str, ...]] = {
     "tokens": ("tokens", "uses", "token_states"),
     "requests": ("requests",),
 }
-"""The partitions that leave with each kind of file.
+"""Tables whose partitions of a day are dropped once the file of each kind is written.
 
-A shared token's story is told once for each use, in the file of the day that it was made, though it
-was used on later days, too: by then it has expired, and those days' partitions are still there. The
-uses of a day are of tokens of that day or before.
+A shared token has one trace for each use. All of them are in the file of the day on which the token was
+made, also those of uses on later days: when the file is written the token has expired, and the
+partitions of the later days still exist. The uses of a day belong to tokens of that day or of earlier
+days.
 """
 
 _encode = msgspec.json.Encoder().encode
@@ -46,10 +48,11 @@ _refused = msgspec.json.Decoder(Refusals).decode
 
 
 def due(pool: Pool, now: datetime, retention_days: int) -> list[tuple[Kind, date]]:
-    """Return what is due, oldest first: tokens that expired `retention_days` ago, and requests.
+    """Return the days that are due for archiving, with their kinds, oldest first.
 
-    A request_id may be used for `retention_days`, and its request belongs to its tokens' stories,
-    so requests stay that much longer.
+    A day of tokens is due when all its tokens expired at least `retention_days` ago. A day of requests is
+    due `retention_days` later: a request_id may be used for `retention_days`, and the traces of the
+    request's tokens contain the request.
     """
     last: dict[Kind, date] = {
         "tokens": (now - timedelta(days=retention_days) - LAST_EXPIRY).date(),
@@ -62,9 +65,10 @@ def due(pool: Pool, now: datetime, retention_days: int) -> list[tuple[Kind, date
 
 
 def archive_day(pool: Pool, folder: Path, kind: Kind, day: date) -> tuple[Path, int]:
-    """Write one day's file, then detach and drop its partitions; return the file and its lines.
+    """Write one day's file, then detach and drop its partitions; return its path and number of lines.
 
-    Raises SettingsError if the folder cannot be written, Unavailable as the database does.
+    Raises SettingsError if the folder cannot be written. Raises Unavailable if Postgres cannot be used, if
+    another run archives to the folder, or if the file and the database contradict each other.
     """
     path = folder / f"{kind}-{day:%Y%m%d}.jsonl.gz"
     with _alone(folder):
@@ -80,7 +84,7 @@ def _archive(pool: Pool, path: Path, kind: Kind, day: date) -> int:
         if held > there > 0:
             raise Unavailable(f"archive {path} has {held} lines and the database {there}; move the file away")
         count = held if held >= there and held else _write(pool, path, kind, day)
-    elif kind in present and not path.exists():  # somebody else detached it: what it holds is in no file
+    elif kind in present and not path.exists():  # detached by other means; its rows are in no file
         raise Unavailable(
             f"a partition of {kind} of {day} is detached, and {path} is not there; attach it again"
         )
@@ -99,7 +103,7 @@ def _archive(pool: Pool, path: Path, kind: Kind, day: date) -> int:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Keep two runs from writing one file; raises SettingsError, or Unavailable while another runs."""
+    """Lock the folder for this run; raises SettingsError, or Unavailable while another run holds the lock."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o640)
@@ -117,10 +121,10 @@ def _alone(folder: Path) -> Iterator[None]:
 def find(
     folder: Path, by: str, value: object, since: datetime, until: datetime, limit: int = 100
 ) -> list[TraceRecord]:
-    """Find tokens in archives as `stories.find` does in the database, newest day first."""
+    """Find tokens in archives as `traces.find` does in the database, newest day first."""
     held = wanted(by, value)
     found: list[TraceRecord] = []
-    # A use's story is in the file of its token's day.
+    # The trace of a use is in the file of the day on which its token was made.
     for path in reversed(_files(folder, "tokens", since - LAST_EXPIRY, until)):
         found += [
             one for one in map(_story, _lines(path)) if matches(one, by, held) and one.issued_at >= since
@@ -131,7 +135,11 @@ def find(
 
 
 def find_request(folder: Path, request_id: UUID, until: datetime) -> tuple[list[TraceRecord], list[Refusals]]:
-    """Find a request in the archives of its day, and its tokens there or later: it may have come late."""
+    """Find a request's refusals in the file of its day, and its tokens in files of several days.
+
+    The request may have been received after the day in its request_id, so files up to `until` are read. It
+    may use older shared tokens, so files from LAST_EXPIRY before that day are read.
+    """
     sent = datetime.fromtimestamp(unix_time(request_id), UTC)
     refusals = [
         one
@@ -142,7 +150,7 @@ def find_request(folder: Path, request_id: UUID, until: datetime) -> tuple[list[
     found: list[TraceRecord] = []
     for path in _files(folder, "tokens", sent - LAST_EXPIRY, until):
         if found and path.name > f"tokens-{found[0].issued_at:%Y%m%d}.jsonl.gz":
-            break  # a request's tokens and uses are of one moment, what it used was made before
+            break  # a request's tokens and uses have ids of one moment; tokens that it uses are older
         found += [one for one in map(_story, _lines(path)) if one.request_id == request_id]
     return found, refusals
 
@@ -174,7 +182,7 @@ def _partitions(pool: Pool) -> list[tuple[str, date, bool]]:
 
 
 def _write(pool: Pool, path: Path, kind: Kind, day: date) -> int:
-    """Write the file and bring it to the disk, under its name only when it is whole."""
+    """Write and sync a day's file, which gets its final name when complete; return its number of lines."""
     partial = path.with_suffix(".partial")
     count = 0
     try:
@@ -183,7 +191,7 @@ def _write(pool: Pool, path: Path, kind: Kind, day: date) -> int:
             gzip.GzipFile(fileobj=file, mode="wb", mtime=0) as packed,
             transaction(pool) as connection,
         ):
-            # One snapshot: what is reported meanwhile is all in the file, or in none of it.
+            # One snapshot: a report made meanwhile is wholly in the file or wholly missing from it.
             connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
             with connection.cursor("archive") as cursor:
                 cursor.itersize = FETCH_ROWS
@@ -220,7 +228,7 @@ _QUERIES: dict[Kind, str] = {
     "requests": "SELECT r.request_id, c.name, r.received_at, r.error, coalesce(r.refusals, '[]')"
     f" {_REFUSED} ORDER BY 1",
 }
-# What is joined around a token adds no row but its uses, so it need not be read to count them.
+# Of the joins around a token only USES adds rows, so counting rows needs no other join.
 _COUNTS: dict[Kind, str] = {
     "tokens": f"SELECT count(*) FROM tokens t {USES} WHERE {_TOKENS}",
     "requests": f"SELECT count(*) {_REFUSED}",
@@ -228,9 +236,9 @@ _COUNTS: dict[Kind, str] = {
 
 
 def _remove(pool: Pool, table: str, partition: str, *, attached: bool) -> None:
-    """Detach a partition without blocking anybody, then drop it."""
+    """Detach a partition without blocking queries, then drop it; raises Unavailable if it stays in use."""
     with transaction(pool) as connection:
-        connection.autocommit = True  # CONCURRENTLY runs in no transaction
+        connection.autocommit = True  # DETACH CONCURRENTLY is not allowed in a transaction
         pending = connection.execute(
             "SELECT FROM pg_inherits WHERE inhrelid = %s::regclass AND inhdetachpending", (partition,)
         ).fetchone()

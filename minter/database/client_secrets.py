@@ -1,4 +1,4 @@
-"""What clients prove themselves with at the HTTP service: hashes of secrets, public keys, assertions."""
+"""Client authentication data of the HTTP service: hashes of secrets, public keys, used assertions."""
 
 from collections.abc import Collection
 from datetime import datetime
@@ -11,7 +11,7 @@ from minter.database.connection import transaction
 
 
 class SecretRow(NamedTuple):
-    """One enabled client: the keyed hashes of its secret and of the one before, and its public key."""
+    """One enabled client: keyed hashes of its current and its previous secret, and its public key."""
 
     client_id: int
     name: str
@@ -25,7 +25,7 @@ class SecretRow(NamedTuple):
 def read_secrets(
     connection: "psycopg.Connection[Any]", vos: Collection[str]
 ) -> tuple[list[tuple[str, bytes]], list[SecretRow]]:
-    """Return the sealed hash key of each of these VOs, and all enabled clients."""
+    """Return the encrypted key that hashes client secrets, for each of these VOs, and all enabled clients."""
     sealed = connection.execute(
         "SELECT vo, secrets_key FROM issuers WHERE secrets_key IS NOT NULL AND vo = ANY(%s)", (list(vos),)
     ).fetchall()
@@ -36,7 +36,10 @@ def read_secrets(
 
 
 def use_assertion(pool: Pool, client_id: int, jti: str, until: float) -> bool:
-    """Note that an assertion was used, until it expires; False if it was used before (RFC 7523 §3)."""
+    """Record that an assertion was used; return False if it was used before (RFC 7523 §3).
+
+    `until` is the assertion's expiry in seconds since the epoch; the record is kept until then.
+    """
     with transaction(pool) as connection:
         noted = connection.execute(
             "INSERT INTO assertions (client_id, assertion_id, expires_at)"

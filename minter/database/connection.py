@@ -1,7 +1,7 @@
-"""SQL of finding, and the transactions that all SQL runs in; one function per question.
+"""Connection pool, transactions, and conversion of values for Postgres.
 
-It knows nothing about what makes a token right. Failures of Postgres that pass by themselves
-leave here as `Unavailable`, and nothing of the transaction stays.
+The module knows nothing about the contents of tokens. A temporary failure of Postgres is raised as
+`Unavailable`, and the transaction leaves nothing behind.
 """
 
 from collections.abc import Iterator
@@ -17,15 +17,15 @@ from sqlalchemy.engine import Engine as Pool
 
 from minter.errors import Unavailable
 
-CONTROL_LOCK = 0x6D696E74  # "mint": recording holds it shared, changes of the control tables alone
+CONTROL_LOCK = 0x6D696E74  # "mint"; recording holds the lock shared, changes of control tables exclusively
 
 _PASSING = (psycopg.OperationalError, psycopg.InterfaceError, psycopg.errors.ReadOnlySqlTransaction)
 
 
 def open_pool(dsn: str, size: int = 2) -> Pool:
-    """Return a connection pool; no session state is kept, so PgBouncer may stand in between.
+    """Return a connection pool; connections keep no session state, so PgBouncer may be used.
 
-    synchronous_commit is asked for per transaction, not per session, in `Store.recording`.
+    synchronous_commit is set for each recording transaction (`PostgresStore.recording`), not per session.
     """
     return create_engine(
         "postgresql+psycopg://",
@@ -37,7 +37,7 @@ def open_pool(dsn: str, size: int = 2) -> Pool:
 
 @contextmanager
 def transaction(pool: Pool) -> Iterator["psycopg.Connection[Any]"]:
-    """Yield a driver connection in a transaction; raises Unavailable for what will pass."""
+    """Yield a driver connection in a transaction; raises Unavailable for temporary failures."""
     try:
         pooled = pool.raw_connection()
     except _PASSING as error:
@@ -69,7 +69,7 @@ def transaction(pool: Pool) -> Iterator["psycopg.Connection[Any]"]:
 
 
 def one(cursor: "psycopg.Cursor[Any]") -> Any:
-    """Return the row that there must be; raises Unavailable on a database that was not upgraded."""
+    """Return the first row of a query; raises Unavailable if there is none: the database was not upgraded."""
     row = cursor.fetchone()
     if row is None:
         raise Unavailable("the control row is missing; run: minter db upgrade")
@@ -95,12 +95,12 @@ def instant(numeric_date: int) -> datetime:
 
 
 def plain_text(text: str) -> str:
-    """Return a text as Postgres can hold it."""
-    return text.replace("\x00", "")  # Postgres has no NUL in text
+    """Return a text without NUL characters, which Postgres cannot store."""
+    return text.replace("\x00", "")
 
 
 def json_text(value: object) -> str:
-    """Return a value as JSON that Postgres can hold."""
+    """Return a value as JSON without NUL characters, which Postgres cannot store."""
     text = msgspec.json.encode(value).decode()
     return msgspec.json.encode(_without_nul(value)).decode() if "\\u0000" in text else text
 

@@ -1,4 +1,7 @@
-"""What operators may change at any time, as the recording transaction reads it: clients, bans, keys."""
+"""Control tables, as the recording transaction reads them: clients, bans, keys, issuers, paused providers.
+
+Operators may change clients, bans and keys at any time.
+"""
 
 from datetime import datetime
 from typing import Any
@@ -13,7 +16,7 @@ from minter.tokens.records import Control
 
 
 def read_control(connection: "psycopg.Connection[Any]") -> Control:
-    """Read clients, bans, keys and issuers in the transaction of `connection`."""
+    """Read clients, bans, keys, issuers and paused providers in the transaction of `connection`."""
     clients = connection.execute(
         "SELECT client_id, name, vo, sub, operations, paths, max_lifetime_seconds, reply_queues,"
         " jwe_key, disabled_at IS NOT NULL, default_audience, audiences, scopes, groups,"
@@ -71,7 +74,7 @@ def read_control(connection: "psycopg.Connection[Any]") -> Control:
 
 
 def read_version(connection: "psycopg.Connection[Any]") -> tuple[int, datetime]:
-    """Return the version of the control tables, which grows with each change, and Postgres's time."""
+    """Return the version of the control tables, which increases with each change, and Postgres's time."""
     version, at = one(connection.execute("SELECT version, clock_timestamp() FROM control"))
     return version, at
 

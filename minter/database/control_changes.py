@@ -1,4 +1,7 @@
-"""What settings and operators change: issuers, storages, clients, bans; alone, and audited (I8, I9)."""
+"""Changes of control tables by settings and operators: issuers, storages, clients, bans (I8, I9).
+
+`controlling` holds the control lock exclusively, and audits each change in the same transaction.
+"""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,7 +21,7 @@ from minter.policy.clients import Ban, Client
 def controlling(
     pool: Pool, actor: str, action: str, subject: str, details: Mapping[str, object]
 ) -> Iterator["psycopg.Connection[Any]"]:
-    """Change a control table: alone, and audited in the same transaction (I8, I9)."""
+    """Yield a connection that holds the control lock exclusively; audit the change with it (I8, I9)."""
     with transaction(pool) as connection:
         connection.execute("SELECT pg_advisory_xact_lock(%s)", (CONTROL_LOCK,))
         yield connection
@@ -29,12 +32,12 @@ def controlling(
 
 
 def sync_catalogue(pool: Pool, issuers: Mapping[str, str], wanted: Mapping[tuple[str, str], object]) -> int:
-    """Bring issuers and storages of the settings into rows that outlive them; return the changes.
+    """Write the issuers and storages of the settings to the database; return the number of changes.
 
-    `wanted` has what the settings say of each storage and FTS, as JSON values, by (VO, name).
+    `wanted` maps (VO, name) to the definition of each storage and FTS in the settings, as a JSON value.
 
-    A VO never changes its `iss` (§2.1: sub is unique in it); a storage no longer in the settings
-    is kept, marked retired, for what was issued on it.
+    The `iss` of a VO cannot change (§2.1: `sub` is unique within it); raises Unavailable if it differs. A
+    storage that left the settings keeps its row, marked as retired, because issued tokens refer to it.
     """
     with transaction(pool) as connection:
         known_issuers = dict(connection.execute("SELECT vo, iss FROM issuers").fetchall())
@@ -68,7 +71,7 @@ def sync_catalogue(pool: Pool, issuers: Mapping[str, str], wanted: Mapping[tuple
 
 
 def sync_providers(pool: Pool, names: Iterable[str]) -> None:
-    """Give each provider of the settings its row; one that left them keeps it."""
+    """Add a row for each new provider of the settings; a provider that left the settings keeps its row."""
     with transaction(pool) as connection:
         for name in sorted(names):
             connection.execute(
@@ -79,7 +82,7 @@ def sync_providers(pool: Pool, names: Iterable[str]) -> None:
 
 
 def set_subject(pool: Pool, name: str, subject: Mapping[str, Any], actor: str) -> None:
-    """Store the token that a client is represented by at a provider; `subject` are columns of `clients`."""
+    """Store a client's subject token for exchanges; `subject` maps columns of `clients` to values."""
     shown = {k: str(v) for k, v in subject.items() if k != "subject_token"}
     with controlling(pool, actor, "client.subject_token", name, shown) as tx:
         for column, value in subject.items():
@@ -87,7 +90,10 @@ def set_subject(pool: Pool, name: str, subject: Mapping[str, Any], actor: str) -
 
 
 def add_client(pool: Pool, client: Client, actor: str) -> int:
-    """Register a client; return its client_id. Raises psycopg's UniqueViolation as UnknownClient."""
+    """Register a client and return its client_id.
+
+    Raises UnknownClient if the name is taken, a value is not allowed, or the VO has no issuer.
+    """
     details = {
         "vo": client.vo, "operations": sorted(client.operations), "paths": client.paths,
         "reply_queues": client.reply_queues, "jwe": bool(client.jwe_key),
@@ -123,7 +129,7 @@ _KEYS = ("jwe_key", "auth_key")
 
 
 def change_client(pool: Pool, name: str, changes: Mapping[str, Any], actor: str) -> None:
-    """Change a client's limits, queues or key; `changes` are columns of `clients`."""
+    """Change a client's limits, queues or key; `changes` maps columns of `clients` to new values."""
     shown = {k: bool(v) if k in _KEYS else v for k, v in changes.items()}
     with controlling(pool, actor, "client.change", name, shown) as tx:
         for column, value in changes.items():
@@ -131,13 +137,13 @@ def change_client(pool: Pool, name: str, changes: Mapping[str, Any], actor: str)
 
 
 def disable_client(pool: Pool, name: str, actor: str, *, disabled: bool) -> None:
-    """Refuse all that a client asks, from the next transaction on, or take it back."""
+    """Disable or enable a client; requests of a disabled client are refused from the next transaction on."""
     with controlling(pool, actor, "client.disable" if disabled else "client.enable", name, {}) as tx:
         _update(tx, name, "disabled_at = CASE WHEN %s THEN now() END", disabled)
 
 
 def set_secret(pool: Pool, name: str, hashed: bytes, keep_old: timedelta, actor: str) -> None:
-    """Give a client a new secret; the one before is taken for `keep_old` more."""
+    """Store the hash of a client's new secret; the previous secret stays valid for `keep_old`."""
     with controlling(
         pool, actor, "client.secret", name, {"keep_old_seconds": keep_old.total_seconds()}
     ) as tx:
@@ -152,7 +158,7 @@ def set_secret(pool: Pool, name: str, hashed: bytes, keep_old: timedelta, actor:
 
 
 def secrets_key(pool: Pool, vo: str, fresh: bytes) -> bytes:
-    """Return the encrypted key that hashes a VO's client secrets; `fresh` becomes it if there is none."""
+    """Return the encrypted key that hashes a VO's client secrets; if there is none, store `fresh` first."""
     with transaction(pool) as connection:
         connection.execute(
             "UPDATE issuers SET secrets_key = %s WHERE vo = %s AND secrets_key IS NULL", (fresh, vo)
@@ -173,7 +179,7 @@ def _update(tx: "psycopg.Connection[Any]", name: str, change: str, *values: obje
 
 
 def add_ban(pool: Pool, ban: Ban, reason: str, actor: str) -> None:
-    """Ban, from the next transaction on; raises InvalidRequest if it is in force already."""
+    """Add a ban, in force from the next transaction on; raises InvalidRequest if it is in force already."""
     details = {"kind": ban.kind, "value": ban.value, "vo": ban.vo, "reason": reason}
     try:
         with controlling(pool, actor, "ban", ban.value, details) as tx:
@@ -204,7 +210,7 @@ _NAMES = {
 
 
 def names(pool: Pool, kind: str) -> set[str] | None:
-    """Return the names that a ban's kind can have, None where any will do."""
+    """Return the known names for a kind of ban, None for a kind that accepts any value."""
     if kind not in _NAMES:
         return None
     with transaction(pool) as connection:

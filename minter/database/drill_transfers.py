@@ -1,4 +1,4 @@
-"""The simulated transfers of a drill: which of them has no valid token while it runs."""
+"""Simulated transfers of a drill, and which of them had no valid token while they ran."""
 
 from collections.abc import Sequence
 from datetime import datetime
@@ -8,7 +8,7 @@ from sqlalchemy.engine import Engine as Pool
 from minter.database.connection import one, transaction
 from minter.providers.dialects import LEADS
 
-# A transfer runs, and behind its handle is nothing that is valid now.
+# Marks running transfers whose handle gives no token that is valid now.
 _FAILED = """
     UPDATE drill_transfers d SET failed = true FROM uses u LEFT JOIN managed m ON m.jti = u.jti
     WHERE d.handle = u.use_id AND NOT d.failed AND d.starts_at <= %(now)s AND d.ends_at > %(now)s
@@ -30,7 +30,7 @@ _STATE = """
 
 
 def create(pool: Pool) -> None:
-    """Make the table."""
+    """Create the table `drill_transfers` and its index."""
     with transaction(pool) as connection:
         connection.execute(
             "CREATE TABLE drill_transfers (handle uuid, expires_at timestamptz, starts_at timestamptz,"
@@ -40,7 +40,7 @@ def create(pool: Pool) -> None:
 
 
 def add(pool: Pool, rows: Sequence[tuple[str | None, datetime | None, datetime, datetime]]) -> None:
-    """Add transfers: handle or expiry of the token, start and end of the copy."""
+    """Add transfers as (handle or None, expiry of the token or None, start and end of the copy)."""
     with transaction(pool) as connection:
         connection.cursor().executemany(
             "INSERT INTO drill_transfers (handle, expires_at, starts_at, ends_at) VALUES (%s, %s, %s, %s)",
@@ -49,9 +49,10 @@ def add(pool: Pool, rows: Sequence[tuple[str | None, datetime | None, datetime, 
 
 
 def sample(pool: Pool, now: datetime, risk_seconds: int) -> tuple[int, int, int, int]:
-    """Mark the transfers that run without a valid token; return at risk, overdue, running and failed ones.
+    """Mark running transfers without a valid token as failed; return four counts.
 
-    A managed token is at risk when it is to be refreshed within `risk_seconds`.
+    The counts are the managed tokens at risk (due to be refreshed within `risk_seconds`), the overdue
+    managed tokens, the running transfers, and the failed transfers.
     """
     with transaction(pool) as connection:
         connection.execute(_FAILED, {"now": now})

@@ -1,4 +1,4 @@
-"""Fallbacks: managed tokens whose provider is away, and the tokens that replace them."""
+"""Fallbacks: managed tokens that their provider does not give, and the tokens that replace them."""
 
 from collections.abc import Collection, Mapping
 from datetime import datetime, timedelta
@@ -11,10 +11,10 @@ from minter.database.leases import LEASED, Leased
 from minter.database.managed import FINISHED
 from minter.providers.dialects import LEADS, Provider
 
-# ── stood in for ─────────────────────────────────────────────────────────────────────────────
+# ── replacements ─────────────────────────────────────────────────────────────────────────────
 
 FALLBACK_WITHIN_SECONDS = 900
-"""While a provider is paused, a token with less life than this is stood in for, if its route says how."""
+"""While a provider is paused, a token with less life left than this gets a fallback, if its route has one."""
 
 
 def lease_for_fallback(
@@ -26,7 +26,10 @@ def lease_for_fallback(
     lease_seconds: float,
     but: Collection[UUID] = (),
 ) -> list[Leased]:
-    """Lease the tokens that something must stand in for because the provider is paused; not these."""
+    """Lease at most `most` tokens that need a fallback because their provider is paused; none of `but`.
+
+    Returns an empty list while the provider is not paused.
+    """
     with transaction(pool) as connection:
         paused = connection.execute(
             "SELECT FROM providers WHERE name = %s AND open_until IS NOT NULL", (provider.name,)
@@ -57,7 +60,7 @@ def lease_for_fallback(
 
 
 def live_uses(pool: Pool, jti: UUID) -> list[tuple[UUID, UUID, str, int, str, int]]:
-    """Return what a managed token serves still: (use_id, request_id, queue, file, side, position)."""
+    """Return a managed token's uses that did not end: (use_id, request_id, queue, file, side, position)."""
     with transaction(pool) as connection:
         return connection.execute(
             "SELECT u.use_id, u.request_id, u.queue, u.file, u.side::text, u.position FROM uses u"
@@ -68,10 +71,11 @@ def live_uses(pool: Pool, jti: UUID) -> list[tuple[UUID, UUID, str, int, str, in
 
 
 def fall_back(pool: Pool, jti: UUID, lease: UUID, instead: Mapping[UUID, UUID]) -> int:
-    """Let uses be served by other tokens (by use_id), or by what serves other uses; return how many were.
+    """Move uses of a managed token to other tokens; return how many uses were moved.
 
-    Those that ended meanwhile stay as they are. A token that serves no more is finished; 0 if its lease
-    was lost.
+    `instead` maps each use_id to the jti of its new token, or to the id of another use, whose token it then
+    shares. Uses that ended meanwhile are not changed. A managed token without uses left becomes finished.
+    Returns 0, without any change, if the lease was lost.
     """
     with transaction(pool) as connection:
         mine = connection.execute(

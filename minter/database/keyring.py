@@ -1,7 +1,8 @@
-"""Signing keys in the database: made, rotated, revoked, destroyed, re-encrypted.
+"""Signing keys in the database: creation, rotation, revocation, destruction and re-encryption.
 
-Each change is one transaction that holds the control lock alone, so every worker's next recording
-sees it whole (I6), and is audited in it (I8). What a change is, `minter.keys` decides.
+Each change is one transaction that holds the control lock exclusively, so the next recording transaction
+of every worker sees the whole change (I6). The change is audited in the same transaction (I8).
+`minter.tokens.keys` computes the states of the keys.
 """
 
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from minter.tokens.keystore import PEPPER, SIGNING_KEY, Keystore
 
 
 def create(pool: Pool, keystore: Keystore, vo: str, algorithm: keys.Algorithm, actor: str) -> tuple[str, str]:
-    """Make, seal and store a key; return its kid and state: an issuer's first is active at once."""
+    """Make, encrypt and store a key; return its kid and state. An issuer's first key is active at once."""
     signer = keys.generate(algorithm)
     sealed = keystore.seal(vo, signer)
     with controlling(pool, actor, "key.create", signer.kid, {"vo": vo, "algorithm": algorithm}) as tx:
@@ -44,7 +45,7 @@ def create(pool: Pool, keystore: Keystore, vo: str, algorithm: keys.Algorithm, a
 
 
 def rotate(pool: Pool, vo: str, now: datetime, policy: RotationPolicy, actor: str) -> Key:
-    """Put the standby in the active key's place; return the key that signs now. Raises NoUsableKey."""
+    """Replace the active key by a ready standby, which is returned. Raises NoUsableKey if there is none."""
     details: dict[str, object] = {}
     with controlling(pool, actor, "key.rotate", vo, details) as tx:
         ring = read_keys(tx)
@@ -54,10 +55,11 @@ def rotate(pool: Pool, vo: str, now: datetime, policy: RotationPolicy, actor: st
 
 
 def revoke(pool: Pool, kid: str, now: datetime, policy: RotationPolicy, actor: str, reason: str) -> list[Key]:
-    """Revoke a key and destroy its private half; return the ring as it is then.
+    """Revoke a key and destroy its private half; return the key ring after the change.
 
-    A ready standby takes an active key's place in the same transaction; without one this raises
-    NoUsableKey, and nothing has changed. Raises UnknownKey.
+    If the key is active, a ready standby replaces it in the same transaction; without a ready standby
+    nothing is changed and NoUsableKey is raised. Raises UnknownKey if no key has the kid or the key is
+    revoked already.
     """
     details: dict[str, object] = {"reason": reason}
     with controlling(pool, actor, "key.revoke", kid, details) as tx:
@@ -68,7 +70,7 @@ def revoke(pool: Pool, kid: str, now: datetime, policy: RotationPolicy, actor: s
 
 
 def destroy_spent(pool: Pool, now: datetime, policy: RotationPolicy, actor: str) -> list[str]:
-    """Destroy the private halves of old keys that re-sign no more; return their kids."""
+    """Destroy the private halves of old keys that may no longer re-sign tokens; return their kids."""
     with transaction(pool) as connection:
         held = connection.execute("SELECT kid FROM signing_keys WHERE private_key IS NOT NULL").fetchall()
         spent = {k.kid for k in keys.spent(read_keys(connection), now, policy)} & {kid for (kid,) in held}
@@ -79,7 +81,7 @@ def destroy_spent(pool: Pool, now: datetime, policy: RotationPolicy, actor: str)
 
 
 def rewrap(pool: Pool, keystore: Keystore, vo: str, actor: str) -> int:
-    """Encrypt a VO's secrets anew under the first of its master keys; return how many there are."""
+    """Re-encrypt a VO's secrets under the first of its master keys; return the number of secrets."""
     details: dict[str, object] = {}
     with controlling(pool, actor, "master_key.rewrap", vo, details) as tx:
         held = tx.execute(
@@ -113,7 +115,7 @@ def rewrap(pool: Pool, keystore: Keystore, vo: str, actor: str) -> int:
 
 
 def _rewrap_managed(tx: "psycopg.Connection[Any]", keystore: Keystore, vo: str) -> int:
-    """Encrypt what is kept of managed tokens anew; their keepers wait meanwhile. Return how many secrets."""
+    """Re-encrypt the secrets of managed tokens; return their number. Refreshers wait for the locked rows."""
     rows = tx.execute(
         "SELECT m.jti, m.subject, m.refresh, m.access FROM managed m JOIN clients c USING (client_id)"
         " WHERE c.vo = %s AND coalesce(m.subject, m.refresh, m.access) IS NOT NULL"
@@ -140,7 +142,7 @@ def _rewrap_managed(tx: "psycopg.Connection[Any]", keystore: Keystore, vo: str) 
 def _save(
     tx: "psycopg.Connection[Any]", before: Sequence[Key], after: Sequence[Key], now: datetime
 ) -> dict[str, object]:
-    """Write what changed; the key that becomes active last, for there is only one."""
+    """Write the changed keys, the newly active key last, because an issuer has only one active key."""
     changed = [a for b, a in zip(before, after, strict=True) if structs.asdict(a) != structs.asdict(b)]
     for key in sorted(changed, key=lambda k: k.state == "active"):
         revoked = key.state == "revoked"

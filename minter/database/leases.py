@@ -1,7 +1,7 @@
-"""Leases of managed tokens: taken by one refresher, and saved only under the same lease.
+"""Leases of managed tokens: a refresher takes a lease, and saves its result only under that lease.
 
-A lease lets one refresher at a time ask for a token, with no transaction open meanwhile. A rotated refresh
-token is in its row before anything of it is used.
+A lease lets one refresher at a time request a token from its provider, with no transaction open meanwhile.
+A rotated refresh token is committed to its row before the access token that came with it is used.
 """
 
 from collections.abc import Sequence
@@ -21,9 +21,9 @@ from minter.providers.dialects import LEADS, Provider
 
 
 class Leased(Struct, frozen=True):
-    """A managed token that this worker shall ask for now; what is encrypted in it stays so.
+    """A managed token that this refresher is to request now; its secrets are still encrypted.
 
-    `spent`: a refresh token of it was sent before, and the answer is not known.
+    `spent` is true if its refresh token was sent before and the answer is not known.
     """
 
     jti: UUID
@@ -68,11 +68,11 @@ _DUE = """
     ) d ORDER BY d.needed_at LIMIT %(count)s
 """
 DUE = _DUE.format(lock="")
-"""The tokens that are due, soonest end first: one index probe for each lead, however many are alive."""
+"""Selects due tokens, those needed soonest first: one index probe for each lead, however many are live."""
 
 
 class Taken(Struct, frozen=True):
-    """What one worker may ask a provider for now: tokens, each with its slot, under one lease."""
+    """Tokens that one refresher may request from a provider now, each with its slot, under one lease."""
 
     provider: str
     lease: UUID
@@ -89,13 +89,14 @@ def take(
     lease_seconds: float,
     horizon: timedelta = HORIZON,
 ) -> Taken | None:
-    """Lease tokens that are due, and reserve a slot for each within the budget; None if there is nothing.
+    """Lease at most `most` due tokens, and reserve a slot for each within the budget; None if there is none.
 
-    While the provider is paused nothing is leased; then one is, to see whether it is back.
+    While the provider's circuit breaker is open no token is leased; while it is half open, one token is
+    leased, as a probe.
     """
     values = {"leads": list(LEADS), "provider": provider.name, "now": now, "count": 1}
     with transaction(pool) as connection:
-        # Looked at before anything is locked, the cheaper first: most looks end here.
+        # Checks without locks come first, the cheaper one before the other: most calls end here.
         if known(connection, provider.name).state(now) == "open":
             return None
         if connection.execute(DUE, values).fetchone() is None:
@@ -134,9 +135,10 @@ def take(
 
 
 class Result(Struct, frozen=True, kw_only=True):
-    """What became of one leased token, as it is saved; None keeps what there is, b"" forgets it.
+    """The result for one leased token, as `save` writes it.
 
-    `state` is the new one; without `needed_at` nothing more is to be done for it.
+    None keeps the stored state, secret, expiry, scope or FTS id; b"" deletes a secret. `lead_seconds` and
+    `needed_at` are None if the token needs no further request.
     """
 
     jti: UUID
@@ -157,7 +159,7 @@ class Result(Struct, frozen=True, kw_only=True):
 
 
 def save(pool: Pool, results: Sequence[Result]) -> set[UUID]:
-    """Save results and give their leases back; return those that were still ours to save."""
+    """Save results whose lease is still held, and end these leases; return the jtis that were saved."""
     if not results:
         return set()
     ordered = sorted(results, key=lambda r: r.jti)
@@ -172,7 +174,7 @@ def save(pool: Pool, results: Sequence[Result]) -> set[UUID]:
                 expires_at = coalesce(r.expires_at, m.expires_at),
                 granted_scope = coalesce(r.scope, m.granted_scope),
                 fts_token_id = coalesce(r.fts, m.fts_token_id),
-                -- A use that joined meanwhile may need it for longer than the worker knew.
+                -- A use added meanwhile may need the token for longer than the refresher knew.
                 lead_seconds = CASE WHEN r.lead IS NULL AND r.expires_at < m.deadline
                     AND coalesce(r.state, 'issued') = 'issued' THEN 60 ELSE r.lead END,
                 needed_at = CASE WHEN r.lead IS NULL AND r.expires_at < m.deadline
@@ -208,7 +210,7 @@ def save(pool: Pool, results: Sequence[Result]) -> set[UUID]:
 
 
 def release(pool: Pool, tokens: Sequence[Leased], lease: UUID) -> None:
-    """Give leases back of which nothing was sent."""
+    """End the leases of tokens without saving a result; `spent` gets the value that it had before."""
     with transaction(pool) as connection:
         connection.execute(
             "UPDATE managed m SET leased_until = NULL, lease = NULL, spent = r.spent"

@@ -1,7 +1,7 @@
-"""What still works: the tokens alive under a ban, of a client or of a key, for sites to be told (I9).
+"""Live tokens under a ban, of a client or of a key, which operators report to the sites (I9).
 
-These are an operator's questions, asked once: each reads the partitions that can hold living
-tokens, one after the other, and takes its time.
+Operators ask for them rarely: each query reads all partitions that can hold live tokens, one after the
+other, and may be slow.
 """
 
 import json
@@ -21,11 +21,11 @@ from minter.scopes import encode_path, parse_scopes
 
 FETCH_ROWS = 5_000
 VERIFIER_CACHES = "XRootD 10 min, FTS and DIRAC 24 h, Rucio 12 h"
-"""How long verifiers go on trusting a key that left the JWKS (facts of the real software)."""
+"""How long verifiers still trust a key after it left the JWKS (facts of the real software)."""
 
 
 class LiveTokenRow(Struct, frozen=True):
-    """One token that works; `exp` is a NumericDate."""
+    """One live token; `exp` is a NumericDate."""
 
     jti: str
     client: str
@@ -34,14 +34,14 @@ class LiveTokenRow(Struct, frozen=True):
     exp: int
 
 
-# Whose request a token was made for, or, if it is shared, used for later.
+# Selects a token by the request that it was made for or, if it is shared, by a request that used it.
 _ASKED = """(
     EXISTS (SELECT FROM requests r WHERE (r.request_id, r.client_id) = (t.request_id, t.client_id) AND {0})
     OR t.file < 0 AND EXISTS (
         SELECT FROM uses u JOIN requests r ON (r.request_id, r.client_id) = (u.request_id, u.client_id)
         WHERE u.jti = t.jti AND {0}))"""
 _CONDITIONS = {
-    # Its own, and what others exchanged for them: their `sub` is the client's.
+    # Tokens of the client, and tokens that others got in exchange for them: these have the client's `sub`.
     "client": "c.name = %(value)s OR strpos(t.payload, %(sub)s) > 0",
     "vo": "c.vo = %(value)s",
     "storage": f"s.name IN (%(value)s, '{SEVERAL_STORAGES}')",
@@ -49,7 +49,7 @@ _CONDITIONS = {
     "on_behalf_of": _ASKED.format("r.on_behalf_of = %(value)s"),
     "activity": _ASKED.format(f"r.activity IN (%(value)s, '{SEVERAL}')"),
     "path": "strpos(t.payload, %(raw)s) > 0 OR strpos(t.payload, %(encoded)s) > 0"
-    " OR t.payload ~ ':/[ \"]'",  # or all there is
+    " OR t.payload ~ ':/[ \"]'",  # or the root path, which contains every path
 }
 _ALIVE = """
     SELECT t.jti::text, c.name, s.name, t.payload, coalesce(m.expires_at, t.expires_at)
@@ -62,12 +62,12 @@ _ALIVE = """
 
 
 def under(pool: Pool, kind: str, value: str, vo: str | None, now: datetime) -> Iterator[LiveTokenRow]:
-    """Yield the living tokens under a ban's kind and value, or signed by the key of a kid (`key`)."""
+    """Yield the live tokens that a ban of this kind and value covers or, for `key`, that a kid signed."""
     if kind not in _CONDITIONS:
         raise InvalidRequest(f"unknown kind {kind!r}, expected one of {', '.join(sorted(_CONDITIONS))}")
     first = floor(now - LAST_EXPIRY)
     bans = Bans([Ban("path", value)]) if kind == "path" else None
-    # A prefix and what holds it both count, so only the first segment narrows the search.
+    # Scopes below the prefix and scopes above it both match, so the query uses the first segment only.
     start = "/" + value.lstrip("/").partition("/")[0]
     values = {
         "first": first, "now": now, "vo": vo, "value": value, "kind": kind,
@@ -89,11 +89,11 @@ def _touches(bans: Bans, scope: str) -> bool:
 
 
 _LARGE_ROWS = 1_000_000
-"""Above this, living tokens are counted in a sample of 1 %."""
+"""If `tokens` has more rows than this, live tokens are counted in a sample of 1 %."""
 
 
-def count_living(pool: Pool, now: datetime, soon: timedelta) -> dict[str, tuple[int, int]]:
-    """Count, by VO, the tokens that have not expired, and those that do so `soon`."""
+def count_live(pool: Pool, now: datetime, soon: timedelta) -> dict[str, tuple[int, int]]:
+    """Return, by VO, how many tokens have not expired, and how many of them expire within `soon`."""
     with transaction(pool) as connection:
         (size,) = one(
             connection.execute(

@@ -1,7 +1,6 @@
-"""SQL of managed tokens: recorded, leased, saved, ended; one statement for any number of rows.
+"""SQL of managed tokens: recording, reading, ending and deleting; one statement for any number of rows.
 
-A lease lets one worker at a time ask for a token, with no transaction open meanwhile. Its result is saved
-only under the same lease: a refresh token that rotated is in its row before anything of it is used.
+`minter.database.leases` has the leases of managed tokens, and saves the results of provider requests.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -16,7 +15,7 @@ from minter.database.connection import json_text, plain_text, transaction
 from minter.tokens.managed import ManagedToken, Wanted
 
 Seal = Callable[[int, UUID, str, str], bytes]
-"""Encrypts one secret of a managed token: its client_id, its id, which secret it is, and the secret."""
+"""Encrypts one secret of a managed token; arguments: client_id, jti, name of the secret, the secret."""
 
 # ── recorded with the request ────────────────────────────────────────────────────────────────
 
@@ -32,8 +31,8 @@ _TOO_SHORT = (
 def join(
     connection: "psycopg.Connection[Any]", wanted: Sequence[Wanted], seal: Seal
 ) -> dict[bytes, ManagedToken]:
-    """Add managed tokens, or one more use to those that are there already; return them by digest."""
-    wanted = sorted(wanted, key=lambda w: w.digest)  # an order that cannot deadlock
+    """Add managed tokens, or add uses to existing ones with the same digest; return them by digest."""
+    wanted = sorted(wanted, key=lambda w: w.digest)  # a fixed order, to avoid deadlocks
     rows = connection.execute(
         f"""
         WITH new AS (
@@ -53,7 +52,7 @@ def join(
                 pushes = m.pushes OR excluded.pushes,
                 deadline = greatest(m.deadline, excluded.deadline),
                 least_seconds = greatest(m.least_seconds, excluded.least_seconds),
-                -- Due at once if what is left of its life is too short for this use.
+                -- Due at once if the life left of the token is too short for this use.
                 lead_seconds = CASE WHEN {_TOO_SHORT} THEN excluded.lead_seconds
                     WHEN excluded.deadline > m.expires_at THEN coalesce(m.lead_seconds, 60)
                     ELSE m.lead_seconds END,
@@ -89,7 +88,7 @@ def join(
 
 
 def read(connection: "psycopg.Connection[Any]", jtis: Collection[UUID]) -> dict[UUID, ManagedToken]:
-    """Read managed tokens; one that was kept no longer is missing."""
+    """Read managed tokens by jti; deleted ones are missing from the result."""
     rows = connection.execute(
         f"SELECT {_SHOWN} FROM managed m JOIN clients c USING (client_id) WHERE m.jti = ANY(%s)",
         (list(jtis),),
@@ -108,7 +107,7 @@ def _token(
 
 
 def end_uses(connection: "psycopg.Connection[Any]", uses: Sequence[UUID]) -> None:
-    """Note that uses ended; a managed token that serves no more is finished, and its secrets are gone."""
+    """Subtract ended uses; a managed token without uses left is finished, and its secrets are deleted."""
     if not uses:
         return
     ended = (
@@ -118,7 +117,7 @@ def end_uses(connection: "psycopg.Connection[Any]", uses: Sequence[UUID]) -> Non
     values = {"uses": list(uses)}
     connection.execute(
         f"SELECT FROM managed m JOIN {ended} USING (jti)"
-        " ORDER BY m.digest FOR UPDATE OF m",  # the order of `join`
+        " ORDER BY m.digest FOR UPDATE OF m",  # the order in which `join` locks
         values,
     )
     connection.execute(
@@ -142,7 +141,10 @@ BULK_ROWS = 5_000
 
 
 def end_overdue(pool: Pool, now: datetime) -> int:
-    """Finish the managed tokens whose deadline is over: no secret is kept longer. Return how many."""
+    """Finish managed tokens whose deadline has passed and delete their secrets; return how many.
+
+    One call finishes at most BULK_ROWS tokens.
+    """
     with transaction(pool) as connection:
         return connection.execute(
             f"UPDATE managed SET {FINISHED} WHERE jti IN (SELECT jti FROM managed WHERE deadline <= %s"
@@ -152,7 +154,10 @@ def end_overdue(pool: Pool, now: datetime) -> int:
 
 
 def forget(pool: Pool, before: datetime) -> int:
-    """Delete managed tokens whose deadline was over `before`; their record stays in `tokens` and `uses`."""
+    """Delete managed tokens with a deadline up to `before`, at most BULK_ROWS in a call; return how many.
+
+    Their rows in `tokens` and `uses` stay.
+    """
     with transaction(pool) as connection:
         return connection.execute(
             "DELETE FROM managed WHERE jti IN (SELECT jti FROM managed WHERE deadline <= %s LIMIT %s"

@@ -1,4 +1,4 @@
-"""Notifications: managed tokens that a durable queue of their client has not got yet."""
+"""Notifications: managed tokens whose last change was not yet pushed to a durable queue of their client."""
 
 from collections.abc import Mapping
 from datetime import datetime
@@ -14,7 +14,10 @@ from minter.database.connection import transaction
 
 
 class Unpushed(Struct, frozen=True):
-    """A managed token that changed since it was pushed, and one use that wants to know."""
+    """A managed token that changed since its last push, and one use whose request named a queue.
+
+    `use_id`, `request_id` and `queue` are empty if no such use is left.
+    """
 
     jti: UUID
     client: str
@@ -47,7 +50,7 @@ PUSH_SECONDS = 30
 
 
 def unpushed(pool: Pool, now: datetime, most: int) -> list[Unpushed]:
-    """Take tokens that are to be pushed, for a while; one row for each use that wants to know."""
+    """Reserve at most `most` changed tokens for PUSH_SECONDS; return one row for each use with a queue."""
     with transaction(pool) as connection:
         rows = connection.execute(
             f"""
@@ -68,7 +71,7 @@ def unpushed(pool: Pool, now: datetime, most: int) -> list[Unpushed]:
 
 
 def pushed(pool: Pool, done: Mapping[UUID, int]) -> None:
-    """Note which tokens were pushed, by the FTS id of each; one that changed meanwhile is pushed again."""
+    """Record the FTS id with which each token was pushed; a token that changed meanwhile is pushed again."""
     with transaction(pool) as connection:
         connection.execute(
             "UPDATE managed m SET pushed_id = r.id, pushing_until = NULL"

@@ -1,4 +1,4 @@
-"""Housekeeping: partitions made ahead, and messages that came again after a worker died with them."""
+"""Housekeeping: partitions made in advance, redelivery counts, and deletion of rows no longer needed."""
 
 from collections.abc import Collection
 from datetime import UTC, date, datetime, timedelta
@@ -16,10 +16,13 @@ _PARTITION_LOCK = 0x6D696E75
 
 
 def make_partitions(pool: Pool, today: date, retention_days: int) -> list[str]:
-    """Make the missing daily partitions, a week ahead and back to the oldest request_id taken."""
+    """Make missing daily partitions, a week ahead and back to the oldest request_id that is accepted.
+
+    Returns the names of the new partitions.
+    """
     made = []
     with transaction(pool) as connection:
-        connection.execute("SET LOCAL lock_timeout TO '5s'")  # better late partitions than late tokens
+        connection.execute("SET LOCAL lock_timeout TO '5s'")  # better late partitions than late requests
         connection.execute("SELECT pg_advisory_xact_lock(%s)", (_PARTITION_LOCK,))
         known = {
             name
@@ -38,7 +41,7 @@ def make_partitions(pool: Pool, today: date, retention_days: int) -> list[str]:
             if name in known:
                 continue
             first, last = bounds(day)
-            # Not PARTITION OF: it would wait for every reader of the table, and all minting for it.
+            # CREATE ... PARTITION OF would wait for all readers of the table, and all recording for it.
             connection.execute(f"CREATE TABLE {name} (LIKE {table} INCLUDING ALL)")
             connection.execute(
                 f"ALTER TABLE {table} ATTACH PARTITION {name} FOR VALUES FROM ('{first}') TO ('{last}')"
@@ -59,7 +62,7 @@ def bounds(day: date) -> tuple[UUID, UUID]:
 
 
 def _days(table: str, today: date, retention_days: int, known: Collection[str]) -> set[date]:
-    """Return the days that a table needs: `uses` and `token_states` all that `tokens` has."""
+    """Return the days whose partitions a table needs; `uses` and `token_states` need all days of `tokens`."""
     back = retention_days + 1 if table == "requests" else 1
     days = {today + timedelta(days=n) for n in range(-back, DAYS_AHEAD + 1)}
     if table in ("uses", "token_states"):
@@ -68,7 +71,7 @@ def _days(table: str, today: date, retention_days: int, known: Collection[str]) 
 
 
 def partitions_ahead(pool: Pool, today: date) -> int:
-    """Return for how many days after `today` tokens have a partition already."""
+    """Return the number of days after `today` for which `tokens` has a partition."""
     with transaction(pool) as connection:
         rows = connection.execute(
             "SELECT c.relname FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid"
@@ -79,11 +82,11 @@ def partitions_ahead(pool: Pool, today: date) -> int:
     return len(rows)
 
 
-# ── suspects ─────────────────────────────────────────────────────────────────────────────────
+# ── redelivery counts ────────────────────────────────────────────────────────────────────────
 
 
 def count_redelivery(pool: Pool, digest: bytes) -> int:
-    """Count one more try of a message that came again; committed before the try."""
+    """Increment and return a message's redelivery count; this is committed before the message is tried."""
     with transaction(pool) as connection:
         row = one(
             connection.execute(
@@ -97,13 +100,13 @@ def count_redelivery(pool: Pool, digest: bytes) -> int:
 
 
 def clear_redelivery(pool: Pool, digest: bytes) -> None:
-    """Forget a message that was served, or dead-lettered."""
+    """Delete the redelivery count of a message that was served or dead-lettered."""
     with transaction(pool) as connection:
         connection.execute("DELETE FROM suspects WHERE digest = %s", (digest,))
 
 
 def prune_ended(pool: Pool, retention_days: int) -> int:
-    """Forget assertions that nobody could use again, and refresh families that ended so long ago."""
+    """Delete expired assertions, and refresh families that ended `retention_days` ago; return how many."""
     with transaction(pool) as connection:
         assertions = connection.execute("DELETE FROM assertions WHERE expires_at < now()").rowcount
         families = connection.execute(
@@ -113,7 +116,10 @@ def prune_ended(pool: Pool, retention_days: int) -> int:
 
 
 def prune_managed(pool: Pool, retention_days: int, now: datetime) -> int:
-    """Forget, in bulk, managed tokens whose days are archived: their record was in `tokens` and `uses`."""
+    """Delete managed tokens whose deadline passed `retention_days` + GRACE_DAYS ago; return how many.
+
+    By then their rows in `tokens` and `uses` are archived.
+    """
     before, forgotten = now - timedelta(days=retention_days + GRACE_DAYS), 0
     while count := managed.forget(pool, before):
         forgotten += count
@@ -121,6 +127,6 @@ def prune_managed(pool: Pool, retention_days: int, now: datetime) -> int:
 
 
 def prune_suspects(pool: Pool) -> int:
-    """Forget messages not seen for a day."""
+    """Delete the redelivery counts of messages not seen for a day; return how many."""
     with transaction(pool) as connection:
         return connection.execute("DELETE FROM suspects WHERE seen_at < now() - interval '1 day'").rowcount

@@ -1,4 +1,7 @@
-"""SQL of providers' rows: their budgets, how they are, what they say of themselves (design decision 9)."""
+"""SQL of providers' rows: request budgets, circuit breakers, and discovery documents.
+
+All workers share the one row of each provider; no other store has the state of a provider (ADR 12).
+"""
 
 from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta
@@ -14,16 +17,16 @@ from minter.providers.dialects import Provider
 
 
 def known(connection: "psycopg.Connection[Any]", name: str) -> Breaker:
-    """Return how a provider was a moment ago; its row is not locked."""
+    """Return a provider's circuit breaker without locking the row, so it may be out of date at once."""
     row = connection.execute(
         "SELECT failures, pauses, open_until, probed_until FROM providers WHERE name = %s", (name,)
     ).fetchone()
-    assert row is not None, name  # settings were brought into rows at start
+    assert row is not None, name  # `sync_providers` added the rows at start
     return Breaker(*row)
 
 
 def locked(connection: "psycopg.Connection[Any]", name: str, now: datetime) -> tuple[datetime, Breaker, int]:
-    """Return a provider's row, which nobody else changes until the end, and how many requests are out."""
+    """Lock a provider's row until the transaction ends; return due_at, breaker, number of leases."""
     row = connection.execute(
         "SELECT due_at, failures, pauses, open_until, probed_until FROM providers WHERE name = %s FOR UPDATE",
         (name,),
@@ -38,7 +41,10 @@ def locked(connection: "psycopg.Connection[Any]", name: str, now: datetime) -> t
 
 
 def probe(pool: Pool, provider: Provider, now: datetime, seconds: float) -> bool:
-    """Say whether this process shall see if a paused provider is back, while no token waits for it."""
+    """Reserve the probe of a half-open provider for `seconds`; return False if the breaker is not half open.
+
+    This probe fetches documents, so it needs no token that is due.
+    """
     with transaction(pool) as connection:
         due_at, breaker, _ = locked(connection, provider.name, now)
         if breaker.state(now) != "half_open":
@@ -51,13 +57,13 @@ def probe(pool: Pool, provider: Provider, now: datetime, seconds: float) -> bool
     return True
 
 
-def note_health(
+def note_answers(
     pool: Pool, provider: str, answers: Sequence[tuple[bool, float]], now: datetime,
     jitter: Callable[[float], float],
 ) -> tuple[Breaker, Breaker]:  # fmt: skip
-    """Count answers, as (failed, the seconds that it asked to wait); return the breaker before and after.
+    """Update the breaker with answers, as (failed, Retry-After in seconds); return it before and after.
 
-    The row is left alone, and not locked, while all is well.
+    The row is neither locked nor written if the breaker is in its initial state and no answer failed.
     """
     with transaction(pool) as connection:
         before = after = known(connection, provider)
@@ -72,7 +78,7 @@ def note_health(
                 "UPDATE providers SET failures = %s, pauses = %s, probed_until = %s WHERE name = %s",
                 (after.failures, after.pauses, after.probed_until, provider),
             )
-        if after.open_until != before.open_until:  # apart: this bumps the control tables' version
+        if after.open_until != before.open_until:  # a statement of its own: it increments the control version
             connection.execute(
                 "UPDATE providers SET open_until = %s WHERE name = %s", (after.open_until, provider)
             )
@@ -83,7 +89,7 @@ def note_health(
 
 
 def documents(pool: Pool, provider: str) -> tuple[Any, datetime | None]:
-    """Return a provider's discovery and JWKS as some process fetched them last, and when."""
+    """Return a provider's discovery document and JWKS, as any process fetched them last, and their time."""
     with transaction(pool) as connection:
         row = connection.execute(
             "SELECT documents, documents_at FROM providers WHERE name = %s", (provider,)
@@ -92,13 +98,13 @@ def documents(pool: Pool, provider: str) -> tuple[Any, datetime | None]:
 
 
 LEASED_DOCUMENTS = timedelta(seconds=60)
-"""Until another process fetches what one began to fetch."""
+"""How long other processes wait for a fetch that one process began, before they fetch themselves."""
 
 
 def lease_documents(pool: Pool, provider: Provider, now: datetime, older_than: datetime) -> timedelta | None:
-    """Return how long this process shall wait before it fetches the documents, None if it shall not.
+    """Reserve the fetch of the documents; return the delay before it, None if this process must not fetch.
 
-    Their slots come after those that are given out, but never later for what comes after them.
+    The fetch gets the next two slots after those already reserved; later reservations cannot delay it.
     """
     with transaction(pool) as connection:
         due_at, breaker, _ = locked(connection, provider.name, now)
@@ -117,7 +123,7 @@ def lease_documents(pool: Pool, provider: Provider, now: datetime, older_than: d
 
 
 def save_documents(pool: Pool, provider: str, found: Any, at: datetime) -> None:
-    """Keep a provider's discovery and JWKS for all processes, as of `at`; None keeps those before."""
+    """Store a provider's discovery document and JWKS with the time `at`; None keeps the stored documents."""
     with transaction(pool) as connection:
         connection.execute(
             "UPDATE providers SET documents = coalesce(%s, documents), documents_at = %s WHERE name = %s",

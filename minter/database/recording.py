@@ -1,6 +1,6 @@
 """SQL of the recording transaction (`records.Recording`): one statement for any number of rows.
 
-It knows nothing about what makes a token right.
+The module knows nothing about the contents of tokens.
 """
 
 import re
@@ -29,8 +29,8 @@ from minter.tokens.records import OWN_KINDS, Control, RequestRow, TokenRow, UseR
 from minter.tokens.shared import SharedKey
 
 COPY_ROWS = 64
-"""Rows sent to Postgres at once, which takes them in while the next ones are signed: few, so that
-little is left to wait for at the end."""
+"""Rows sent to Postgres at once. Postgres stores them while the next tokens are signed; the number is
+small, so that few rows remain to be stored after the last signature."""
 
 NULL = "\\N"
 
@@ -42,9 +42,9 @@ _BEGIN_RECORDING = sql.SQL(
 
 
 class PostgresStore:
-    """Where tokens are recorded; `clock` is the entry point's, compared with Postgres's.
+    """Postgres as the store of tokens; `clock` is this process's clock, compared with Postgres's.
 
-    `seal` encrypts what a provider's token is made of, for a VO.
+    `seal` encrypts one secret of a managed token for a VO.
     """
 
     def __init__(
@@ -68,17 +68,21 @@ class PostgresStore:
         with transaction(self.pool) as connection:
             recording = PostgresRecording(self, connection)
             yield recording
-        self._rules |= recording.new_rules  # only now are they there for every later transaction
+        self._rules |= recording.new_rules  # after the commit, when later transactions find them
 
     @contextmanager
     def controlled(self) -> Iterator[tuple["psycopg.Connection[Any]", Control]]:
-        """Open a transaction that changes no control table, with the control tables as of now."""
+        """Open a transaction that changes no control table; yield its connection and the control tables."""
         with transaction(self.pool) as connection:
             control, _skew = self.control(connection)
             yield connection, control
 
     def control(self, connection: "psycopg.Connection[Any]") -> tuple[Control, float]:
-        """Read the control tables under the shared lock; equal versions are read once."""
+        """Take the shared control lock; return the control tables and the skew of the clocks.
+
+        The tables are read only if their version changed. The skew is this process's clock minus Postgres's,
+        in seconds.
+        """
         # One round trip: psycopg would send its own BEGIN first, hence autocommit for this moment.
         connection.autocommit = True
         cursor = connection.execute(_BEGIN_RECORDING)
@@ -100,11 +104,11 @@ class PostgresStore:
         return self._seal(self._vo_of[client_id], jti, what, secret)
 
     def rule_id(self, plan: Plan) -> int | None:
-        """Return the number of a rule whose row is committed, None if that is not known here."""
+        """Return the rule_id of a plan, None if this process does not know that its row is committed."""
         return self._rules.get(plan.digest)
 
     def storage_id(self, client_id: int, name: str) -> int:
-        """Return the row of a client's storage or FTS."""
+        """Return the storage_id of a client's storage or FTS."""
         return self._storage_ids[self._vo_of[client_id], name]
 
 
@@ -117,11 +121,11 @@ class PostgresRecording:
         self.new_rules: dict[bytes, int] = {}
 
     def control(self) -> tuple[Control, float]:
-        """Read the control tables and the skew of our clock, in seconds."""
+        """Read the control tables, and the skew of this process's clock to Postgres's, in seconds."""
         return self._store.control(self._connection)
 
     def rules(self, plans: Iterable[Plan]) -> dict[Plan, int]:
-        """Return the numbers of plans; new ones are recorded, in an order that cannot deadlock."""
+        """Return the rule_id of each plan; new plans are recorded, in a fixed order to avoid deadlocks."""
         known = {plan: self._store.rule_id(plan) for plan in plans}
         new = sorted({p.digest: p for p, number in known.items() if number is None}.items())
         if new:
@@ -137,7 +141,7 @@ class PostgresRecording:
         return {p: self.new_rules[p.digest] if n is None else n for p, n in known.items()}
 
     def insert_requests(self, rows: Sequence[RequestRow]) -> set[tuple[UUID, int]]:
-        """Insert what is not there yet; return the keys of what was new."""
+        """Insert the requests that are not recorded yet; return their (request_id, client_id)."""
         own = [r for r in rows if r.kind in OWN_KINDS]
         self._copy_requests(own)
         rows = [r for r in rows if r.kind not in OWN_KINDS]
@@ -175,7 +179,7 @@ class PostgresRecording:
         return new.union(found)
 
     def _copy_requests(self, rows: Sequence[RequestRow]) -> None:
-        """COPY requests whose ids were made here in: half the time of an INSERT that looks for its like."""
+        """COPY requests whose ids Minter made: half the time of an INSERT that looks for duplicates."""
         self._copy_lines(
             "COPY requests (request_id, client_id, first_jti, received_at, tokens, digest, kind, activity,"
             " on_behalf_of, error) FROM STDIN",
@@ -193,7 +197,7 @@ class PostgresRecording:
                 copy.write("".join(lines).encode())
 
     def copy_tokens(self, rows: Iterable[TokenRow]) -> None:
-        """COPY minted tokens in as they come, in lines made here: row-wise adaption costs more.
+        """COPY minted tokens as the iterator yields them, as text lines: adapting single rows costs more.
 
         An error of the iterator, such as a failed check, fails the COPY and so the transaction.
         """
@@ -214,7 +218,7 @@ class PostgresRecording:
                 storage_id = storage_ids.get(where)
                 if storage_id is None:
                     storage_id = storage_ids[where] = self._store.storage_id(*where)
-                # JSON writes control characters as escapes: only the backslash is COPY's, too.
+                # JSON escapes control characters: of those special to COPY, only the backslash occurs.
                 payload = t.payload.replace("\\", "\\\\") if "\\" in t.payload else t.payload
                 if t.expires_at not in instants:
                     instants[t.expires_at] = datetime.fromtimestamp(t.expires_at, UTC)
@@ -230,7 +234,7 @@ class PostgresRecording:
             copy.write("".join(lines).encode())
 
     def copy_uses(self, rows: Sequence[UseRow]) -> None:
-        """COPY the uses of shared tokens in."""
+        """COPY the uses of shared and managed tokens."""
         self._copy_lines(
             "COPY uses (use_id, jti, request_id, path_hash, client_id, side, file, position, path,"
             " external_id, consumer, queue) FROM STDIN",
@@ -242,15 +246,15 @@ class PostgresRecording:
         )
 
     def join_managed(self, wanted: Sequence[Wanted]) -> dict[bytes, ManagedToken]:
-        """Add managed tokens, or uses to those that are there; return them by digest."""
+        """Add managed tokens, or add uses to existing ones with the same digest; return them by digest."""
         return managed.join(self._connection, wanted, self._store.seal)
 
     def managed(self, jtis: Collection[UUID]) -> dict[UUID, ManagedToken]:
-        """Read what is kept of managed tokens."""
+        """Read managed tokens by jti."""
         return managed.read(self._connection, jtis)
 
     def copy_managed(self, rows: Sequence[TokenRow]) -> None:
-        """COPY the token rows of new managed tokens: nothing of them is signed here."""
+        """COPY the token rows of new managed tokens, which have no signing key: their provider signs."""
         self._copy_lines(
             "COPY tokens (jti, request_id, expires_at, path_hash, client_id, storage_id, state, mode, side,"
             " file, position, external_id, payload, rule_id) FROM STDIN",
@@ -263,7 +267,7 @@ class PostgresRecording:
         )
 
     def used(self, handles: Sequence[UUID]) -> list[tuple[str, str, TokenRow]]:
-        """Read uses by their ids: the client's name, the consumer's, and the token."""
+        """Read uses by their ids: name of the client, name of the consumer (may be empty), and token."""
         rows = self._connection.execute(
             f"SELECT c.name, u.consumer, {USE_COLUMNS} FROM uses u JOIN tokens t USING (jti)"
             " JOIN clients c ON c.client_id = u.client_id LEFT JOIN storages s USING (storage_id)"
@@ -273,7 +277,7 @@ class PostgresRecording:
         return [(name, consumer, TokenRow(*row)) for name, consumer, *row in rows]
 
     def shared_tokens(self, shared_keys: Sequence[SharedKey], now: datetime) -> dict[SharedKey, TokenRow]:
-        """Read for each place the shared token that lives longest, if one lives."""
+        """Read for each key the live shared token that expires last; keys without one are missing."""
         rows = self._connection.execute(
             f"""
             SELECT DISTINCT ON (w.n) w.n, {TOKEN_COLUMNS}
@@ -294,7 +298,7 @@ class PostgresRecording:
         return {shared_keys[n - 1]: TokenRow(*row) for n, *row in rows}
 
     def subjects(self, jtis: Sequence[UUID]) -> dict[UUID, Subject]:
-        """Read tokens that somebody wants to act with."""
+        """Read the subject tokens of token requests by jti."""
         rows = self._connection.execute(
             "SELECT t.jti, t.payload, c.name, coalesce(r.on_behalf_of, ''), coalesce(r.activity, ''),"
             " coalesce(r.kind, ''),"
@@ -310,7 +314,7 @@ class PostgresRecording:
         return {row[0]: Subject(**dict(zip(names, row, strict=True))) for row in rows}
 
     def families(self, ids: Sequence[UUID]) -> dict[UUID, Family]:
-        """Read refresh families, locked in an order that cannot deadlock."""
+        """Read refresh families and lock their rows, in a fixed order to avoid deadlocks."""
         names = Family.__struct_fields__
         rows = self._connection.execute(
             f"SELECT {', '.join(names)} FROM families WHERE family_id = ANY(%s)"
@@ -321,7 +325,7 @@ class PostgresRecording:
         return {f.family_id: structs.replace(f, audience=tuple(f.audience)) for f in found}
 
     def save_families(self, families: Sequence[Family]) -> None:
-        """Add families, or bring them to their new generation; one that ends is audited."""
+        """Add refresh families, or update their generation; the revocation of a family is audited."""
         if not families:
             return
         names = Family.__struct_fields__
@@ -344,7 +348,7 @@ class PostgresRecording:
     def recorded(
         self, ids: Sequence[tuple[UUID, int]]
     ) -> dict[tuple[UUID, int], tuple[RequestRow, list[TokenRow]]]:
-        """Read requests with their tokens, in order of jti."""
+        """Read requests by (request_id, client_id), with their tokens in order of jti."""
         found = self._connection.execute(
             f"""
             SELECT {REQUEST_COLUMNS} FROM unnest(%s::uuid[], %s::int[]) AS w (id, client)

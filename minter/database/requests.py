@@ -1,4 +1,4 @@
-"""Requests and their tokens as rows, and the columns that they are read by."""
+"""Reading of requests and their tokens: columns, queries, and conversion of rows to values."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -17,7 +17,7 @@ REQUEST_COLUMNS = (
 
 
 def _token_columns(path: str, use_id: str, of: str) -> str:
-    """Return the columns of a TokenRow: the token is `t`, and the file that it is for is `of`'s."""
+    """Return the SQL columns of a TokenRow: `t` is the alias of the token, `of` that of the file's row."""
     return (
         f"t.jti::text, {of}.request_id, t.client_id, coalesce(s.name, ''), t.key_id,"
         f" extract(epoch FROM t.expires_at)::bigint, {path}, t.fts_token_id, {of}.file, {of}.side::text,"
@@ -30,11 +30,11 @@ def _token_columns(path: str, use_id: str, of: str) -> str:
 TOKEN_COLUMNS = _token_columns("''", "", of="t")
 USE_COLUMNS = _token_columns("u.path", "u.use_id", of="u")
 OWN = "(t.file >= 0 OR t.side = 'service')"
-"""That a token is no shared one: those serve the files of their uses."""
+"""Condition: the token is neither shared nor managed; the files of such tokens are in their uses."""
 
 
 def request_row(row: Sequence[Any]) -> RequestRow:
-    """Return the request of a row of REQUEST_COLUMNS."""
+    """Return a row of REQUEST_COLUMNS as a RequestRow."""
     fields = list(row)
     fields[8] = fields[8] or []
     return RequestRow(*fields)
@@ -43,7 +43,7 @@ def request_row(row: Sequence[Any]) -> RequestRow:
 def tokens_of(connection: "psycopg.Connection[Any]", request: RequestRow) -> list[TokenRow]:
     """Return the tokens of one request: a range of the primary key, in one or two partitions.
 
-    Where its ids are not all those of tokens, the others are of uses.
+    Ids of the range that are no jti of such a token may be ids of uses; these are read with their tokens.
     """
     if not request.tokens:
         return []
@@ -64,7 +64,7 @@ def tokens_of(connection: "psycopg.Connection[Any]", request: RequestRow) -> lis
 
 
 def find_operations(connection: "psycopg.Connection[Any]", rules: Iterable[int]) -> dict[int, list[Any]]:
-    """Return what was asked for, by rule_id."""
+    """Return the requested operations by rule_id."""
     rows = connection.execute(
         "SELECT rule_id, operations FROM rules WHERE rule_id = ANY(%s)", (list(rules),)
     ).fetchall()

@@ -1,6 +1,7 @@
-"""States of issued tokens: found by their several names, and changed; one statement for any number of rows.
+"""States of issued tokens: look-up of tokens by their several names, and changes of state.
 
-What has a state is a token of one file, or one use of a shared or managed token. `id` means either.
+A look-up or change takes the same few statements for any number of rows. A state belongs to a token of one
+file, or to one use of a shared or managed token; `id` is the id of either.
 """
 
 from collections.abc import Iterable, Sequence
@@ -21,11 +22,11 @@ from minter.errors import InvalidRequest
 from minter.policy.limits import LAST_EXPIRY
 
 MAX_TOKENS = 100_000
-"""Tokens of all requests that one report may name by request and file."""
+"""Most tokens that the requests named in one report may have together."""
 
 
 def note_jobs(connection: "psycopg.Connection[Any]", client_id: int, jobs: Sequence[JobReport]) -> list[str]:
-    """Record the FTS jobs of a client; return the places of those whose request is not the client's."""
+    """Record a client's FTS jobs; return those whose request is not the client's, as `jobs[n]`."""
     unknown = []
     for number, job in enumerate(jobs):
         noted = connection.execute(
@@ -45,8 +46,8 @@ def by_external_id(
     connection: "psycopg.Connection[Any]", client_ids: Sequence[int], ids: Iterable[str], now: datetime
 ) -> list[tuple[str, UUID]]:
     """Return (external_id, id) of the tokens and uses that have one of these external ids."""
-    wanted = [i.replace("\x00", "") for i in ids]  # as they were recorded: Postgres has no NUL
-    # The index holds 8 bytes of each external_id, in Postgres's own hash.
+    wanted = [i.replace("\x00", "") for i in ids]  # recorded without NUL, which Postgres cannot store
+    # The index contains an 8-byte hash of each external_id, which Postgres computes.
     (hashes,) = one(
         connection.execute(
             "SELECT array_agg(hashtextextended(e, 0)) FROM unnest(%s::text[]) AS w (e)", (wanted,)
@@ -70,7 +71,7 @@ def by_external_id(
 
 
 def own_ids(connection: "psycopg.Connection[Any]", client_id: int, jtis: Iterable[UUID]) -> list[UUID]:
-    """Return those of these jtis and handles that are the client's own."""
+    """Return those of the given jtis and handles that belong to the client."""
     rows = connection.execute(
         f"SELECT jti FROM tokens t WHERE jti = ANY(%(jtis)s) AND client_id = %(client)s AND {OWN}"
         " UNION ALL SELECT use_id FROM uses u JOIN tokens t USING (jti)"
@@ -105,7 +106,7 @@ def ids_of_files(
 def files_of_jobs(
     connection: "psycopg.Connection[Any]", client_ids: Sequence[int], jobs: Iterable[UUID]
 ) -> dict[UUID | None, tuple[UUID, dict[int | None, int], dict[int | None, int]]]:
-    """Return of each job its request, and the files' numbers there by place and by FTS's file_id."""
+    """Return for each job its request_id, and its files' numbers there by position and by FTS's file_id."""
     rows = connection.execute(
         "SELECT job_id, request_id, files, file_ids FROM jobs WHERE job_id = ANY(%s) AND client_id = ANY(%s)",
         (list(jobs), list(client_ids)),
@@ -119,7 +120,7 @@ def files_of_jobs(
 def change_state(
     connection: "psycopg.Connection[Any]", jtis: Iterable[UUID], state: str, now: datetime
 ) -> int:
-    """Bring tokens into a state; those that have ended keep theirs. Return how many changed.
+    """Set the state of tokens and uses; those that have ended keep their state. Return how many changed.
 
     The ids are sorted, so that two calls cannot deadlock.
     """
@@ -138,13 +139,13 @@ def change_state(
 
 
 def cancel_token(pool: Pool, client_id: int, jti: UUID, now: datetime) -> None:
-    """Cancel one of a client's own tokens, if it is one and has not ended."""
+    """Cancel a token or handle; it is not changed if it does not belong to the client or has ended."""
     with transaction(pool) as connection:
         change_state(connection, own_ids(connection, client_id, [jti]), "cancelled", now)
 
 
 def end_family(pool: Pool, name: str, family_id: UUID) -> None:
-    """Revoke the refresh tokens that descend from one exchange of a client's, audited."""
+    """Revoke the refresh tokens that descend from one exchange of a client; the revocation is audited."""
     with transaction(pool) as connection:
         connection.execute(
             "WITH ended AS (UPDATE families f SET revoked_at = now() FROM clients c"

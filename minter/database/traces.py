@@ -1,7 +1,7 @@
-"""Stories: who had which right on which file, when and why, and what became of it (I8).
+"""Traces: who had which right on which file, when and why, and what became of it (I8).
 
-A story is one token with everything around it. The same records are read from the database and
-from archives (`minter.archive`), so a trace does not end where retention does.
+A trace is the record of one token with its request, client, rule, key and state. The same records are read
+from the database and from archives (`minter.database.archive`), so traces outlast the retention period.
 """
 
 from collections.abc import Iterable, Sequence
@@ -20,11 +20,12 @@ from minter.tokens.records import path_hash
 
 
 class TraceRecord(Struct, frozen=True, kw_only=True):
-    """One token: who asked, what decided, what it allowed, when, and what became of it.
+    """The trace of one token: who requested it, which rule decided, what it allowed, when, and its state.
 
-    A shared token has a story for each use, with the `path` of the file that it served. Of a provider's
-    token `payload` has what was decided, `fts_token_id` is of the last one it gave, and `error` why it gave
-    no other. A token may serve a use `instead_of` the one that it was granted: a stand-in.
+    A shared token has one trace for each use, with the `path` of the file that the use serves. For a managed
+    token, `payload` is the recorded decision, `fts_token_id` belongs to the provider's last access token, and
+    `error` says why the provider gave no later one. `instead_of` is the managed token that a use had before
+    a fallback replaced it.
     """
 
     jti: UUID
@@ -65,17 +66,17 @@ class TraceRecord(Struct, frozen=True, kw_only=True):
 
     @property
     def issued_at(self) -> datetime:
-        """When the token was made, or used once more, as its id says (RFC 9562 §5.7)."""
+        """Time at which the token was made or its use recorded, from the UUIDv7 (RFC 9562 §5.7)."""
         return datetime.fromtimestamp(unix_time(self.id), self.expires_at.tzinfo)
 
     @property
     def id(self) -> UUID:
-        """By which its state is kept: the use's, if the token is shared."""
+        """Id under which the state is recorded: that of the use if there is one, else the jti."""
         return self.use_id or self.jti
 
 
 class Refusals(Struct, frozen=True):
-    """What a request was refused; `error` when it was refused whole."""
+    """The refusals of one request; `error` is set if the request was refused as a whole."""
 
     request_id: UUID
     client: str
@@ -98,7 +99,7 @@ USES = (
     "LEFT JOIN LATERAL (SELECT * FROM uses u"
     " WHERE t.file < 0 AND (u.jti = t.jti OR u.instead_of = t.jti)) u ON true"
 )
-"""Gives a shared token a row for each use that it serves, or did; and leaves the others as they are."""
+"""Join that gives a shared or managed token one row for each present or former use, others one row."""
 AROUND = """
     CROSS JOIN LATERAL (
         SELECT coalesce(u.request_id, t.request_id) AS request_id, coalesce(u.side, t.side) AS side,
@@ -116,9 +117,9 @@ AROUND = """
     ) r ON true
     LEFT JOIN LATERAL (SELECT * FROM token_states l WHERE l.jti = coalesce(u.use_id, t.jti) LIMIT 1) l ON true
 """
-# The tokens are chosen before anything is joined to them: one probe of one index a partition. The
-# LIMITs keep each partitioned table a look-up by key, in the one partition that can have it.
-_STORIES = """
+# Tokens are selected before the joins, with one probe of one index in each partition. The LIMITs keep each
+# join with a partitioned table a look-up by key, in the one partition that can have the row.
+_TRACES = """
     WITH t AS MATERIALIZED (
         SELECT * FROM tokens t WHERE {condition} AND {own} AND t.jti >= {first} AND t.jti < %(last)s
         ORDER BY t.jti DESC LIMIT %(limit)s
@@ -142,15 +143,15 @@ INDEXED = {
     "external_id": "hashtextextended(t.external_id, 0) = hashtextextended(%(value)s, 0)"
     " AND t.external_id = %(value)s AND t.external_id <> ''",
 }
-"""The questions that one index answers; each is bounded in time by the jti."""
+"""Searches that use one index; the range of jtis bounds each of them in time."""
 _OF_FILES = ("path", "external_id")
-"""The questions that uses answer, too, in the same words."""
+"""Searches that read `uses`, too, with the same condition."""
 WALKED = {
     "client": "t.client_id = (SELECT client_id FROM clients WHERE name = %(value)s)",
     "storage": "t.storage_id IN (SELECT storage_id FROM storages WHERE name = %(value)s)",
     "key": "t.key_id = (SELECT key_id FROM signing_keys WHERE kid = %(value)s)",
 }
-"""The questions that walk back from the newest token until there are enough."""
+"""Searches that read tokens from the newest backwards until enough are found."""
 
 
 _OWN_CLIENT = (
@@ -159,24 +160,24 @@ _OWN_CLIENT = (
 
 
 def queries(by: str) -> list[str]:
-    """Return the statements behind `find`, for EXPLAIN."""
+    """Return the SQL statements that `find` runs, for use with EXPLAIN."""
     condition = (INDEXED | WALKED)[by]
-    # A shared token may be older than a use of it, by its life at most.
+    # A shared token may be older than one of its uses, at most by its lifetime.
     first = "%(before)s" if by in WALKED else "%(first)s"
     parts = {"condition": condition, "columns": COLUMNS, "uses": USES, "around": AROUND, "own": _OWN_CLIENT}
-    statements = (_STORIES, _OF_USES) if by in _OF_FILES else (_STORIES,)
+    statements = (_TRACES, _OF_USES) if by in _OF_FILES else (_TRACES,)
     return [statement.format(**parts, first=first) for statement in statements]
 
 
 def story(row: Sequence[Any]) -> TraceRecord:
-    """Return the story of a row of COLUMNS."""
+    """Return a row of COLUMNS as a trace."""
     fields = dict(zip(TraceRecord.__struct_fields__, row, strict=True))
     fields["steps"] = [(rule, text) for rule, text in fields["steps"]]
     return TraceRecord(**fields)
 
 
 def wanted(by: str, value: object) -> object:
-    """Return a question's value as its column holds it: a path is looked for by its hash."""
+    """Return the value of a search in the form of its column; a path is searched by its hash."""
     if isinstance(value, str):
         value = value.replace("\x00", "")  # Postgres has no NUL in text, so nothing was recorded with one
     return path_hash(str(value)) if by == "path" else value
@@ -193,7 +194,7 @@ def find(
 ) -> list[TraceRecord]:
     """Find tokens by one of INDEXED or WALKED, newest first; only those of the client `asker`, if named.
 
-    A managed token's handle stands for its jti, too.
+    A search by jti also accepts the handle of a managed token.
     """
     values = bounds(since, until) | {"value": wanted(by, value), "limit": limit, "asker": asker}
     with transaction(pool) as connection:
@@ -208,13 +209,13 @@ def find(
 
 
 def bounds(since: datetime, until: datetime) -> dict[str, UUID]:
-    """Return the ids between which `queries` look."""
+    """Return the bounds of the ids that the statements of `queries` search."""
     before = since - timedelta(seconds=HARD_MAX_SECONDS)
     return {"first": floor(since), "before": floor(before), "last": floor(until)}
 
 
 def find_request(pool: Pool, request_id: UUID) -> tuple[list[TraceRecord], list[Refusals]]:
-    """Find what a request, of whichever client, was granted and refused."""
+    """Find the tokens and the refusals of the requests with this request_id, of any client."""
     with transaction(pool) as connection:
         requests = connection.execute(
             "SELECT r.first_jti, r.tokens, r.request_id, c.name, r.received_at, r.error,"
@@ -240,7 +241,7 @@ _OF_IDS = f"""
 
 
 def matches(one: TraceRecord, by: str, value: object) -> bool:
-    """Say whether an archived story answers a question; `value` is as `wanted` returns it."""
+    """Return whether an archived trace matches a search; `value` is a result of `wanted`."""
     attribute = {"path": "path_hash", "key": "kid"}.get(by, by)
     held = getattr(one, attribute)
     if by == "fts_token_id":
@@ -249,5 +250,5 @@ def matches(one: TraceRecord, by: str, value: object) -> bool:
 
 
 def newest(found: Iterable[TraceRecord], limit: int) -> list[TraceRecord]:
-    """Return the newest of stories from several places, each once."""
+    """Return the newest `limit` traces out of several sources, without duplicates."""
     return sorted({one.id: one for one in found}.values(), key=lambda s: s.id, reverse=True)[:limit]

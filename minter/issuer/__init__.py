@@ -1,1 +1,1 @@
-"""The HTTP service: token endpoint, tasks over HTTP, and what is published."""
+"""The HTTP service: token endpoint, tasks over HTTP, and the published keys and discovery documents."""

@@ -1,7 +1,7 @@
-"""One process of the HTTP service: what every endpoint shares, and the documents that anybody may read.
+"""One process of the HTTP service: limits, authentication, errors, and the public documents.
 
-Limits, authentication and errors are here; `transfers` and `issuer` have the endpoints of clients. Every
-answer is JSON and repeats nothing that could be taken for a page. Bodies are never logged.
+The modules `tasks` and `oauth` have the endpoints for clients. Every answer is JSON and repeats no input
+that a browser could take for a page. Bodies are never logged.
 """
 
 import asyncio
@@ -48,11 +48,11 @@ logger = logging.getLogger(__name__)
 MAX_FORM_BYTES = 64 * 1024
 MAX_FORM_FIELDS = 32
 WATCH_SECONDS = 1.0
-"""How soon a rotation, a revocation or a new client shows in every process."""
+"""Every process reads changed keys and clients at this interval."""
 REBUILD = timedelta(minutes=1)
-"""Keys leave the JWKS by time, too."""
+"""Documents are built again after this time even without a change: keys also leave the JWKS by time."""
 KEYS_CACHE = "public, max-age=3600"
-"""What verifiers may keep discovery and keys for: the shortest refresh of WLCG 1.3 §4.3.1."""
+"""How long verifiers may cache discovery and keys: the shortest refresh of WLCG 1.3 §4.3.1."""
 
 _STATUS_OF_CLASS: dict[type[MinterError], int] = {
     UnknownRequest: 404, Conflict: 409, Expired: 410, TooManyRequests: 429,
@@ -60,7 +60,7 @@ _STATUS_OF_CLASS: dict[type[MinterError], int] = {
 _STATUS_OF_CODE = {
     "invalid_client": 401, "access_denied": 403, "server_error": 500, "temporarily_unavailable": 503,
 }  # fmt: skip
-"""Everything else is the caller's to change: 400 (RFC 6749 §5.2)."""
+"""All other errors are faults of the request and have status 400 (RFC 6749 §5.2)."""
 _HEADERS = {
     "Cache-Control": "no-store",
     "Pragma": "no-cache",
@@ -78,7 +78,7 @@ def status_of(error: MinterError) -> int:
 
 
 def shown(error: MinterError) -> dict[str, Any]:
-    """Return an error as any client may see it: its own faults named, ours opaque (RFC 6749 §5.2)."""
+    """Return an error for the client: its own faults in detail, internal ones without (RFC 6749 §5.2)."""
     if not isinstance(error, RequestError | Unavailable):
         error = ServerError("the engine failed on this request; its operators have the log")
     told = error.as_dict()
@@ -86,14 +86,14 @@ def shown(error: MinterError) -> dict[str, Any]:
 
 
 def send(resp: asgi.Response, content: object, status: int = 200) -> None:
-    """Answer with a JSON value, which nobody may keep unless a header of the endpoint's says so."""
+    """Answer with a JSON value, which caches may not keep unless the endpoint sets another header."""
     resp.status = status
     resp.content_type = "application/json"
     resp.data = content if isinstance(content, bytes) else encode(content)
 
 
 class Web:
-    """What the endpoints of one process share."""
+    """State and helpers that the endpoints of one process share."""
 
     def __init__(self, service: Service, metrics: Metrics) -> None:
         self.service = service
@@ -109,13 +109,13 @@ class Web:
         self._limit = RateLimit(self.settings.requests_per_second)
 
     async def verify_subject(self, vo: str, subject: SubjectToken) -> SubjectToken:
-        """Return what a provider's token holds; not in the engine's thread, for the provider may be slow."""
+        """Verify a provider's token outside the engine's thread, because the provider may be slow."""
         return await asyncio.to_thread(self._subjects.verify, vo, subject)
 
-    # ── what changes ─────────────────────────────────────────────────────────────────────────
+    # ── changed keys and clients ──────────────────────────────────────────────────────────────
 
     def look(self) -> None:
-        """Read again what operators changed; in the engine's thread. Raises Unavailable."""
+        """Read changed clients and keys, in the engine's thread; raises Unavailable, NoUsableKey."""
         now = self.service.clock()
         self.credentials.refresh(time.monotonic())
         version, at = self._built or (-1, now)
@@ -126,7 +126,7 @@ class Web:
             self._built = self.credentials.version, now
 
     async def watch(self) -> None:
-        """Look once a second, for ever; what was read last stays while Postgres is away."""
+        """Read changes once a second, without end; while Postgres is down, the last values stay in use."""
         while True:
             try:
                 await self.batcher.call(self.look)
@@ -137,7 +137,10 @@ class Web:
             await asyncio.sleep(WATCH_SECONDS)
 
     def ready(self) -> None:
-        """Raise unless tokens could be recorded and signed now; in the engine's thread, once a second."""
+        """Check that tokens can be recorded and signed; raises the error if not.
+
+        Call this in the engine's thread. A successful check is not repeated within a second.
+        """
         if time.monotonic() - self._ready_at < WATCH_SECONDS:
             return
         engine = self.service.engine
@@ -147,10 +150,10 @@ class Web:
             engine.unlock(keys.active(control.ring, vo))
         self._ready_at = time.monotonic()
 
-    # ── what a request brings ────────────────────────────────────────────────────────────────
+    # ── reading requests ─────────────────────────────────────────────────────────────────────
 
     async def body(self, req: asgi.Request, most: int, kind: str) -> bytes:
-        """Read a body of the content type `kind`; raises InvalidRequest if it is too large, or too slow."""
+        """Read a body of content type `kind`; raises InvalidRequest if it is too large or too slow."""
         if (req.content_type or "").partition(";")[0].strip().lower() != kind:
             raise InvalidRequest(f"the content type is not {kind}")
         try:
@@ -163,11 +166,11 @@ class Web:
         return bytes(body)
 
     async def form(self, req: asgi.Request) -> dict[str, str]:
-        """Read a form (RFC 6749 §3.2): parameters without a value are left out, none may come twice."""
+        """Read a form (RFC 6749 §3.2) without empty parameters; raises InvalidRequest for repeated ones."""
         body = await self.body(req, MAX_FORM_BYTES, "application/x-www-form-urlencoded")
         found = parse_query_string(body.decode(errors="replace"))
         form = {name: value for name, value in found.items() if isinstance(value, str)}
-        # Of what is no UTF-8, encoded or not, replacement characters are left.
+        # Bytes that are not UTF-8, percent-encoded or not, were decoded to replacement characters.
         if body.count(b"&") >= MAX_FORM_FIELDS or "\ufffd" in "".join([*form, *form.values()]):
             raise InvalidRequest(f"the body is not a form in UTF-8 of at most {MAX_FORM_FIELDS} fields")
         if len(form) != len(found):
@@ -175,19 +178,19 @@ class Web:
         return form
 
     async def authenticate(self, req: asgi.Request, vo: str, form: Mapping[str, str]) -> Account:
-        """Return who asks; raises InvalidClient, TooManyRequests, InvalidRequest."""
+        """Return the authenticated client; raises InvalidClient, TooManyRequests, InvalidRequest."""
         arrived = time.monotonic()
         who = presented(req.get_header("Authorization"), form)
         account = await self._known(req, who, vo)
         if account is None:
-            await asyncio.sleep(self.credentials.fresh_for())  # who was just registered is known then
+            await asyncio.sleep(self.credentials.fresh_for())  # a client registered just now is known then
             await self.batcher.call(self.credentials.refresh, arrived)
             account = await self._known(req, who, vo)
         if account is None or form.get("client_id", account.name) != account.name:
             raise InvalidClient(WRONG)
         if wait := self._limit.wait(account.name, time.monotonic()):
             raise TooManyRequests(
-                f"client {account.name!r} asks more than {self.settings.requests_per_second} times a second",
+                f"client {account.name!r} sends over {self.settings.requests_per_second} requests a second",
                 retry_after=max(1, round(wait)),
             )
         return account
@@ -204,7 +207,7 @@ class Web:
 
 
 class _Shell:
-    """What happens around every request: tolerated paths, headers, counts, and the watch."""
+    """Middleware: corrects paths, sets headers and counts requests; starts and stops `Web.watch`."""
 
     def __init__(self, web: Web) -> None:
         self._web = web
@@ -229,7 +232,7 @@ class _Shell:
 
 
 class _Document:
-    """A document that anybody may read, as it was made last."""
+    """Endpoint of a public document, JWKS or discovery, as built last."""
 
     def __init__(self, web: Web, name: str) -> None:
         self._web = web
@@ -248,7 +251,7 @@ class _Document:
 
 
 class _Health:
-    """`/health`: the process serves. `/ready`: tokens could be recorded and signed now."""
+    """`/health` says that the process serves, `/ready` that tokens can be recorded and signed now."""
 
     def __init__(self, web: Web) -> None:
         self._web = web
@@ -262,9 +265,9 @@ class _Health:
 
 
 async def _refuse(req: asgi.Request, resp: asgi.Response, error: MinterError, _params: object) -> None:
-    """Answer with an error of the tree; what is not the caller's fault is logged with its cause.
+    """Answer with a MinterError, and log it with its cause if it is not the caller's fault.
 
-    Where answers are the contract's (schemas/answer.json), the error is inside one.
+    The endpoints of tasks return the error inside an answer of the contract (schemas/answer.json).
     """
     status = status_of(error)
     if not isinstance(error, RequestError | Unavailable):
@@ -280,25 +283,25 @@ async def _refuse(req: asgi.Request, resp: asgi.Response, error: MinterError, _p
 
 
 async def _fail(req: asgi.Request, resp: asgi.Response, error: Exception, _params: object) -> None:
-    """Answer what nobody foresaw: opaque, and logged with its cause."""
+    """Answer an unexpected exception with an opaque server_error, and log it with its cause."""
     logger.error("%s failed", req.uri_template, exc_info=error)
     send(resp, shown(ServerError("")), 500)
 
 
 async def _http_error(_req: asgi.Request, resp: asgi.Response, error: HTTPError, _params: object) -> None:
-    """Answer what falcon refuses: no such path, no such method."""
+    """Answer a request that falcon refuses, such as one for an unknown path or method."""
     send(resp, {"error": "invalid_request", "error_description": error.title}, error.status_code)
     for name, value in dict(error.headers or {}).items():
         resp.set_header(name, value)
 
 
 def base_path(issuer: str) -> str:
-    """Return the path that an issuer's endpoints are below; it ends in a slash."""
+    """Return the base path of an issuer's endpoints, which ends in a slash."""
     return urlsplit(issuer).path
 
 
 def application(web: Web) -> "asgi.App[Any, Any]":
-    """Return the application with the documents of every issuer, and health."""
+    """Return the application with every issuer's documents, `/health` and `/ready`."""
     app: asgi.App[Any, Any] = asgi.App(middleware=_Shell(web))
     app.add_error_handler(Exception, _fail)
     app.add_error_handler(HTTPError, _http_error)

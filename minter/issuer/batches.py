@@ -1,7 +1,7 @@
-"""Gathering: requests that wait together in an HTTP process share one `mint_many` (design decision 13).
+"""Batches: requests that wait together in an HTTP process share one call of `mint_many`.
 
-One thread of each process calls the engine, so what it keeps needs no locks, and while it is busy the
-next ones gather. Nothing waits for a timer: a lone request is served at once.
+One thread of each process calls the engine, so the engine's caches need no locks. Requests that arrive
+while the thread is busy form the next batch. There is no timer: a single request is served at once.
 """
 
 import asyncio
@@ -21,11 +21,11 @@ R = TypeVar("R")
 
 MOST_REQUESTS = 128
 MOST_FILES = 2_000
-"""What one call of the engine takes, at least one request."""
+"""Limits of one batch, which has at least one request, however many files the request has."""
 
 
 class Batcher:
-    """Hands requests to the engine's thread; lives on the event loop's."""
+    """Hands requests to the engine's thread; its methods run in the event loop's thread."""
 
     def __init__(self, engine: Engine, clock: Callable[[], datetime], waiting_requests: int) -> None:
         self._engine = engine
@@ -36,7 +36,7 @@ class Batcher:
         self._serving: asyncio.Task[None] | None = None
 
     async def mint(self, submission: Submission) -> Outcome:
-        """Return the outcome; raises Unavailable, TooManyRequests, or ServerError for our own faults."""
+        """Return the outcome; raises Unavailable, TooManyRequests, or ServerError for an internal fault."""
         if len(self._waiting) >= self._limit:
             raise TooManyRequests(
                 f"{self._limit} requests wait already; send the same request again later", retry_after=1
@@ -48,7 +48,7 @@ class Batcher:
         return await future
 
     async def call(self, function: Callable[P, R], *arguments: P.args, **named: P.kwargs) -> R:
-        """Run something else that uses the engine or the database, in its thread."""
+        """Run another function that uses the engine or the database, in the engine's thread."""
         return await asyncio.get_running_loop().run_in_executor(
             self._thread, lambda: function(*arguments, **named)
         )
@@ -87,7 +87,7 @@ class Batcher:
             _fail(batch, cause)
         else:
             for (_, future), outcome in zip(batch, outcomes, strict=True):
-                if not future.done():  # its caller may have gone away
+                if not future.done():  # the caller may have disconnected
                     future.set_result(outcome)
 
     def _mint(self, submissions: list[Submission]) -> list[Outcome]:

@@ -1,8 +1,8 @@
-"""Who asks over HTTP: `client_secret_basic`, `client_secret_post` (RFC 6749 §2.3.1), `private_key_jwt`.
+"""Client authentication: `client_secret_basic`, `client_secret_post` (RFC 6749 §2.3.1), `private_key_jwt`.
 
-Hashes and keys are kept in the process and read again when the control tables changed: once a second, and
-when somebody is not known, so that a client just registered need not wait. Whether a client is disabled or
-banned is decided in the recording transaction, as everywhere.
+Each process keeps the clients' secret hashes and keys, and reads them again when the control tables changed.
+It checks for changes once a second, and when a client is unknown, so that a new client need not wait. The
+recording transaction decides whether a client is disabled or banned, as everywhere.
 """
 
 import base64
@@ -28,16 +28,16 @@ logger = logging.getLogger(__name__)
 
 ASSERTION = "urn:ietf:params:oauth:client-assertion-type:jwt-bearer"
 ASSERTION_MAX_SECONDS = 600
-"""How far ahead an assertion may expire: its id is remembered as long."""
+"""Longest remaining life of an assertion; its id is remembered until it expires."""
 LEEWAY_SECONDS = 30
 FRESH_SECONDS = 0.2
-"""The control tables' version is asked for at most this often."""
+"""Shortest time between two reads of the control tables' version."""
 _ID = re.compile(r"[!-~]{1,255}").fullmatch
 WRONG = "client authentication failed; the client's name and secret, or a fresh signed assertion, are needed"
 
 
 class Account(Struct, frozen=True):
-    """One client as far as its authentication goes; `hashes` are of its secrets, with their ends."""
+    """A client's authentication data; `hashes` are (hash of a secret, its expiry or None)."""
 
     client_id: int
     name: str
@@ -51,7 +51,7 @@ class Account(Struct, frozen=True):
 
 
 class Presented(Struct, frozen=True):
-    """What a request says of who sends it: a secret, or an assertion. `repr` shows neither."""
+    """A request's credentials: a client's name with a secret or an assertion. `repr` shows neither."""
 
     name: str
     secret: str = ""
@@ -63,7 +63,7 @@ class Presented(Struct, frozen=True):
 
 
 def presented(authorization: str | None, form: Mapping[str, str]) -> Presented:
-    """Return what a request presents; raises InvalidClient, or InvalidRequest for two ways at once."""
+    """Return a request's credentials; raises InvalidClient, or InvalidRequest for two methods at once."""
     ways = [authorization is not None, "client_secret" in form, "client_assertion" in form]
     if sum(ways) > 1:
         raise InvalidRequest("more than one way of client authentication, expected one (RFC 6749 §2.3)")
@@ -82,7 +82,7 @@ def _basic(header: str) -> Presented:
     scheme, _, encoded = header.partition(" ")
     try:
         pair = base64.b64decode(encoded.strip(), validate=True).decode()
-    except ValueError:  # no base64, no ASCII, no UTF-8
+    except ValueError:  # not base64, not ASCII or not UTF-8
         raise InvalidClient(WRONG) from None
     name, colon, secret = pair.partition(":")
     if scheme.lower() != "basic" or not colon:
@@ -99,7 +99,7 @@ def _issuer(assertion: str) -> str:
 
 
 class Credentials:
-    """The clients' hashes and keys, as of the control tables' last version."""
+    """The clients' secret hashes and keys, as of the version of the control tables that was read last."""
 
     def __init__(
         self, pool: Pool, keystore: Keystore, vos: Collection[str], clock: Callable[[], datetime]
@@ -114,13 +114,13 @@ class Credentials:
         self._asked = float("-inf")
 
     def fresh_for(self) -> float:
-        """Return for how many seconds what is known counts as fresh: guessing costs few queries."""
+        """Return for how many seconds the accounts count as fresh: guessed secrets cost few queries."""
         return max(0.0, self._asked + FRESH_SECONDS - time.monotonic())
 
     def refresh(self, since: float) -> None:
-        """Read the accounts again if the control tables changed, unless they were asked after `since`.
+        """Read the accounts again if the control tables changed, unless a read began after `since`.
 
-        A reading that began before a client was registered does not know it, whenever it ends.
+        Only the begin of a read counts: a client registered later may be missing from its result.
         """
         if self._asked >= since:
             return
@@ -134,7 +134,7 @@ class Credentials:
                 self.version = version
 
     def _opened(self, sealed: Iterable[tuple[str, bytes]]) -> Iterator[tuple[str, bytes]]:
-        """Yield the keys that open: one VO's trouble is not the others'."""
+        """Yield the peppers that can be decrypted; one VO's missing master key does not affect other VOs."""
         for vo, pepper in sealed:
             try:
                 yield vo, self._keystore.open_pepper(vo, bytes(pepper))
@@ -142,13 +142,13 @@ class Credentials:
                 logger.warning("clients of VO %s cannot authenticate: %s", vo, error)
 
     def by_secret(self, who: Presented, vo: str) -> Account | None:
-        """Return the account whose secret this is, None if it is nobody's of this VO."""
+        """Return the account of the VO with this name and secret, or None."""
         account = self._accounts.get(who.name)
         pepper = self._peppers.get(vo, b"")
         hashed = hmac.digest(pepper, who.secret.encode(), "sha256")
         known = account.hashes if account is not None and account.vo == vo else ()
         now = self._clock()
-        # Every comparison is made, and one at least: the time tells nothing.
+        # All hashes are compared, and always at least one, so that the time reveals nothing.
         matches = [
             hmac.compare_digest(hashed, expected) and (until is None or now < until)
             for expected, until in known or ((bytes(32), now),)
@@ -156,7 +156,7 @@ class Credentials:
         return account if pepper and who.secret and any(matches) else None
 
     def by_assertion(self, who: Presented, vo: str, audience: list[str]) -> Account | None:
-        """Return the account whose key signed an assertion that was not used before (RFC 7523 §3)."""
+        """Return the account whose key signed a valid, unused assertion (RFC 7523 §3), or None."""
         account = self._accounts.get(who.name)
         if account is None or account.vo != vo or account.auth_key is None:
             return None

@@ -1,8 +1,8 @@
 """The OAuth endpoints of every issuer: `/token`, `/introspect`, `/revoke`.
 
-What a client gets is decided by `capabilities`, recorded and signed by the engine like every other token;
-here forms become wishes, and outcomes answers. Refresh tokens are JWTs signed with a key that is in no
-JWKS and derived from the VO's master key: DIRAC reads their `exp`, and no storage could take one.
+Forms become token requests, and outcomes become answers. `minter.policy.token_endpoint` decides a token
+request; the engine records and signs its token like every other. Refresh tokens are JWTs signed with a key
+derived from the VO's master key and absent from every JWKS: DIRAC reads their `exp`, no storage accepts one.
 """
 
 import json
@@ -54,7 +54,7 @@ def add_routes(app: "asgi.App[Any, Any]", web: Web) -> None:
 
 
 class Issuer:
-    """One VO's issuer: reads and makes its tokens."""
+    """One VO's issuer: reads its access tokens, and reads and makes its refresh tokens."""
 
     def __init__(self, web: Web, vo: str, issuer: str) -> None:
         self.web = web
@@ -65,7 +65,7 @@ class Issuer:
     # ── refresh tokens ───────────────────────────────────────────────────────────────────────
 
     def refresh_token(self, family: Family, client: str) -> str:
-        """Return the newest refresh token of a family: equal families give equal bytes."""
+        """Return the newest refresh token of a family; equal families give equal bytes."""
         claims = {
             "iss": self.iss,
             "sub": family.sub,
@@ -79,7 +79,7 @@ class Issuer:
         return jwt.encode(claims, key, "HS256", headers={"typ": REFRESH_TYPE})
 
     def read_refresh_token(self, token: str) -> tuple[UUID, int] | None:
-        """Return family and generation of one of our refresh tokens, None if it is none."""
+        """Return the family and generation of this issuer's refresh token, or None for any other token."""
         for key in self.web.service.keystore.refresh_keys(self.vo):
             try:
                 claims = jwt.decode(
@@ -99,7 +99,7 @@ class Issuer:
     # ── access tokens ────────────────────────────────────────────────────────────────────────
 
     def read_access_token(self, token: str) -> tuple[UUID, str]:
-        """Return jti and payload of a token of ours whose signature verifies; raises InvalidGrant."""
+        """Return jti and payload of this issuer's valid access token; raises InvalidGrant for any other."""
         try:
             header = jwt.get_unverified_header(token)
             key = next(k for k in self.web.ring if k.vo == self.vo and k.kid == header.get("kid"))
@@ -112,7 +112,7 @@ class Issuer:
             raise InvalidGrant(f"not an access token of {self.iss} that verifies") from None
 
     async def foreign(self, form: dict[str, str]) -> SubjectToken | None:
-        """Return a form's subject token, verified, if it says that it is not ours; raises InvalidGrant."""
+        """Verify and return a form's subject token if its issuer is another one; raises InvalidGrant."""
         token = form.get("subject_token")
         if token is None or not self.web.service.loaded.settings.providers:
             return None
@@ -144,8 +144,10 @@ class Issuer:
         return told
 
 
-def wish_of(issuer: Issuer, form: dict[str, str], foreign: SubjectToken | None = None) -> TokenRequest:
-    """Return what a form asks for, on a provider's token if it is `foreign` and was verified.
+def token_request_of(
+    issuer: Issuer, form: dict[str, str], foreign: SubjectToken | None = None
+) -> TokenRequest:
+    """Return the token request of a form; `foreign` is its verified subject token from a provider, if any.
 
     Raises InvalidRequest, InvalidGrant or UnsupportedGrantType.
     """
@@ -168,7 +170,7 @@ def wish_of(issuer: Issuer, form: dict[str, str], foreign: SubjectToken | None =
     if form.get("requested_token_type", ACCESS_TOKEN) not in (ACCESS_TOKEN, JWT_TOKEN, REFRESH_TOKEN):
         raise InvalidRequest(f"requested_token_type is neither {ACCESS_TOKEN} nor {REFRESH_TOKEN}")
     if "actor_token" in form:
-        raise InvalidRequest("actor_token is not taken: the authenticated client is the actor")
+        raise InvalidRequest("actor_token is not accepted: the authenticated client is the actor")
     offline = form.get("requested_token_type") == REFRESH_TOKEN or "offline_access" in scope
     if foreign is not None:
         return TokenRequest(scope=scope, audience=audience, offline=offline, foreign=foreign)
@@ -177,11 +179,11 @@ def wish_of(issuer: Issuer, form: dict[str, str], foreign: SubjectToken | None =
 
 
 def _words(form: dict[str, str], name: str, wrong: type[RequestError]) -> tuple[str, ...]:
-    """Return the words of a parameter, each once; raises `wrong` for what no token could carry."""
+    """Return the words of a parameter, each once; raises `wrong` if it is too long or has bad characters."""
     text = form.get(name, "")
     if len(text) > MAX_CLAIM_CHARACTERS or not _WORDS(text):
         raise wrong(
-            f"{name} has more than {MAX_CLAIM_CHARACTERS} characters, or others than RFC 6749 §3.3 names"
+            f"{name} has more than {MAX_CLAIM_CHARACTERS} characters, or some that RFC 6749 §3.3 forbids"
         )
     return tuple(dict.fromkeys(text.split()))
 
@@ -193,7 +195,7 @@ def _needed(form: dict[str, str], name: str) -> str:
 
 
 class _Endpoint:
-    """What takes a form from a client that proves who it is."""
+    """An endpoint that takes a form from an authenticated client."""
 
     def __init__(self, issuer: Issuer) -> None:
         self._issuer = issuer
@@ -211,7 +213,7 @@ class _Token(_Endpoint):
         issuer = self._issuer
         form, account = await self._read(req)
         try:
-            token_request = wish_of(issuer, form, await issuer.foreign(form))
+            token_request = token_request_of(issuer, form, await issuer.foreign(form))
             request = Request(
                 clock.new_uuid7(),
                 _KIND[form["grant_type"]],  # type: ignore[arg-type]
@@ -245,7 +247,7 @@ class _Token(_Endpoint):
 
 
 class _Introspect(_Endpoint):
-    """`/introspect` (RFC 7662): whether a token of this VO is good, asked by one of its clients."""
+    """`/introspect` (RFC 7662): tells a client of the VO whether a token of the VO is active."""
 
     async def on_post(self, req: asgi.Request, resp: asgi.Response) -> None:
         form, account = await self._read(req)
@@ -282,7 +284,7 @@ class _Introspect(_Endpoint):
 def _family_state(
     issuer: Issuer, family: Family | None, generation: int, account: Account, now: datetime
 ) -> dict[str, Any]:
-    """Return the state of a refresh token, which only its own client may know."""
+    """Return the state of a refresh token; it is inactive for every client but its own."""
     good = (
         family is not None
         and family.client_id == account.client_id
@@ -303,7 +305,7 @@ def _family_state(
 
 
 class _Revoke(_Endpoint):
-    """`/revoke` (RFC 7009): a refresh token ends with its family; an access token is not given again."""
+    """`/revoke` (RFC 7009): ends a refresh token's family, or cancels an access token."""
 
     async def on_post(self, req: asgi.Request, resp: asgi.Response) -> None:
         form, account = await self._read(req)
@@ -319,5 +321,5 @@ class _Revoke(_Endpoint):
         try:
             jti, _ = issuer.read_access_token(token)
         except RequestError:
-            return  # RFC 7009 §2.2: what is no token is as good as revoked
+            return  # RFC 7009 §2.2: an invalid token counts as revoked
         states.cancel_token(service.pool, account.client_id, jti, service.clock())

@@ -15,20 +15,20 @@ TASKS: dict[str, tuple[type, str]] = {
     names.MINT: (MintRequest, "Tokens for each source, destination and operation of each file"),
     names.FILL_JOB: (FillRequest, "An FTS job, filled with tokens"),
     names.RENEW: (RenewRequest, "New tokens for a resubmission"),
-    names.FETCH: (FetchRequest, "What a request was granted, the same bytes"),
-    names.REPORT: (ReportRequest, "Jobs submitted, files active or finished"),
-    names.CANCEL: (CancelRequest, "Tokens that are not needed any more"),
+    names.FETCH: (FetchRequest, "The recorded tokens of an earlier request, the same bytes"),
+    names.REPORT: (ReportRequest, "Report submitted jobs and active or finished files"),
+    names.CANCEL: (CancelRequest, "Cancel tokens that are no longer needed"),
 }
 _ERRORS = {
     "400": "the request has to be changed",
-    "401": "who asks did not prove it",
-    "403": "a ban, a limit or a rule is against it",
+    "401": "client authentication failed",
+    "403": "a ban, a limit or a rule forbids the request",
     "404": "no such request, or no such path",
-    "405": "no such method here",
+    "405": "the path does not support this method",
     "409": "the request_id was used with other content",
-    "410": "the recorded tokens are of no use any more",
-    "429": "too fast; see Retry-After",
-    "500": "our fault; the operators have the log",
+    "410": "the recorded tokens can no longer be used",
+    "429": "too many requests; see Retry-After",
+    "500": "internal error; the operators have the log",
     "503": "nothing was recorded; the same request may be sent again",
 }
 OAUTH_ERROR = {
@@ -75,7 +75,7 @@ _ONE_TOKEN = {
     "properties": {"token": _TEXT, "token_type_hint": _TEXT},
 }
 _STATE = {"type": "object", "required": ["active"], "properties": {"active": {"type": "boolean"}}}
-_STORIES = {"type": "object", "required": ["tokens"], "properties": {"tokens": {"type": "array"}}}
+_TRACES = {"type": "object", "required": ["tokens"], "properties": {"tokens": {"type": "array"}}}
 
 
 def document(issuer: str) -> dict[str, Any]:
@@ -95,12 +95,12 @@ def document(issuer: str) -> dict[str, Any]:
         {"name": name, "in": "query", "schema": _TEXT}
         for name in ("jti", "path", "external_id", "request_id")
     ]
-    traced = _operation("What became of the caller's own tokens; exactly one parameter", None, _STORIES)
+    traced = _operation("Traces of the caller's own tokens; give exactly one parameter", None, _TRACES)
     paths["/v1/trace"] = {"get": {**traced, "parameters": questions}}
     for path, form, told, what in (
         ("token", _TOKEN_FORM, TOKEN_ANSWER, "Client credentials, exchange (RFC 8693), refresh"),
-        ("introspect", _ONE_TOKEN, _STATE, "Whether a token is good (RFC 7662)"),
-        ("revoke", _ONE_TOKEN, {"type": "object"}, "A token that is not needed any more (RFC 7009)"),
+        ("introspect", _ONE_TOKEN, _STATE, "Whether a token is active (RFC 7662)"),
+        ("revoke", _ONE_TOKEN, {"type": "object"}, "Revoke a token that is no longer needed (RFC 7009)"),
     ):
         content = {"application/x-www-form-urlencoded": {"schema": form}}
         paths[f"/{path}"] = {"post": _operation(what, content, told)}

@@ -1,4 +1,4 @@
-"""How fast each caller may go: GCRA, in values only. A limit costs one number a caller."""
+"""Rate limits by caller: GCRA, computed from values only. A limit keeps one number for each caller."""
 
 from collections import OrderedDict
 
@@ -6,7 +6,7 @@ MOST_CALLERS = 10_000
 
 
 class RateLimit:
-    """At most `per_second` calls a second from one name, after a burst of as many as a second has."""
+    """A limit of `per_second` calls a second for each name, after a burst of one second's calls."""
 
     def __init__(self, per_second: float) -> None:
         self._interval = 1 / per_second

@@ -1,4 +1,4 @@
-"""The HTTP service as a program: `minter serve` starts its processes, each of which makes `create()`."""
+"""The program behind `minter serve`: `run` starts the processes, and each of them calls `create`."""
 
 import logging
 from pathlib import Path
@@ -22,7 +22,7 @@ CONNECTIONS = 4_096
 
 
 def create() -> "asgi.App[Any, Any]":
-    """Return one process's application, as MINTER_SETTINGS describes it."""
+    """Return the application of one process, with the settings that MINTER_SETTINGS names."""
     logs.configure(logging.INFO)
     loaded = load_settings()
     metrics = Metrics()
@@ -61,7 +61,7 @@ def run(loaded: Loaded) -> None:
         backpressure=CONNECTIONS,
         ssl_cert=file(http.certificate),
         ssl_key=file(http.key),
-        ssl_protocol_min=SSLProtocols.tls12,  # davix and libcurl of the sites' releases
+        ssl_protocol_min=SSLProtocols.tls12,  # for davix and libcurl in the releases that sites use
         log_level=LogLevels.warning,
         log_access=False,
         respawn_failed_workers=True,

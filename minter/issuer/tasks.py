@@ -1,7 +1,7 @@
-"""Transfers over HTTP: the tasks of the contract, each at `{issuer}v1/…`, and the caller's own traces.
+"""The tasks of the contract over HTTP, each at `{issuer}v1/…`, and traces of the caller's own tokens.
 
-`POST {issuer}v1/mint` takes what the task `minter.mint` takes over AMQP and gives its answer, in one
-piece; so do the others. A request keeps its request_id through every retry (I4).
+`POST {issuer}v1/mint` takes the same argument as the task `minter.mint` over AMQP and returns the same
+answer, in one piece; so do the other tasks. A request keeps its request_id through every retry (I4).
 """
 
 from datetime import UTC, datetime, timedelta
@@ -38,7 +38,7 @@ def add_routes(app: "asgi.App[Any, Any]", web: Web) -> None:
 
 
 class _Task:
-    """One task of the contract."""
+    """Endpoint of one task of the contract."""
 
     def __init__(self, web: Web, lifecycle: Lifecycle, vo: str, task: str) -> None:
         self._web = web
@@ -91,7 +91,7 @@ class _Task:
 
 
 class _OpenAPI:
-    """The document that describes all of this."""
+    """Endpoint of an issuer's OpenAPI document."""
 
     def __init__(self, issuer: str) -> None:
         self._document = document(issuer)
@@ -101,7 +101,7 @@ class _OpenAPI:
 
 
 class _Trace:
-    """What became of the caller's own tokens: claims and states, never a token."""
+    """Endpoint of traces: claims and states of the caller's own tokens, never a token."""
 
     def __init__(self, web: Web, vo: str) -> None:
         self._web = web
@@ -131,6 +131,6 @@ def _uuid(by: str, value: str) -> UUID:
         found = UUID(value)
     except ValueError:
         found = None
-    if found is None or found.version != 7:  # noqa: PLR2004 - as all of ours are
+    if found is None or found.version != 7:  # noqa: PLR2004 - all of Minter's ids are UUIDv7
         raise InvalidRequest(f"{by} is not a UUIDv7")
     return found

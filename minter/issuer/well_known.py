@@ -1,8 +1,8 @@
-"""The static issuer: discovery and JWKS as files that any web server or CDN can serve (WLCG §4.2.1).
+"""Discovery documents and JWKS, also as files that any web server or CDN can serve (WLCG §4.2.1).
 
-Verification then survives our own outage. A file is replaced whole, by rename: XRootD keeps an empty
-or half-written key set for ten minutes and refuses everybody meanwhile. The JWKS is written before
-the discovery document that names it.
+With files, verification survives an outage of Minter. A file is replaced whole, by rename: XRootD keeps
+an empty or half-written key set for ten minutes and refuses every token meanwhile. The JWKS is written
+before the discovery document that names it.
 """
 
 import os
@@ -27,8 +27,8 @@ _encode = msgspec.json.Encoder(order="sorted").encode
 def documents(ring: Iterable[Key], issuers: Mapping[str, str], now: datetime) -> dict[str, bytes]:
     """Return the files of every issuer by their path on the host, JWKS before discovery.
 
-    An issuer with a sub-path has its discovery document in both forms (RFC 8414 §3.1). One without a
-    public key is left out, never published empty; raises NoUsableKey if none has any.
+    An issuer with a sub-path has its discovery document in both forms (RFC 8414 §3.1). An issuer without a
+    public key is left out, never published empty. Raises NoUsableKey if no issuer has a public key.
     """
     ring = tuple(ring)
     found: dict[str, bytes] = {}
@@ -71,7 +71,7 @@ def metadata(issuer: str, algorithms: list[str]) -> dict[str, object]:
 
 
 def write(folder: Path, files: Mapping[str, bytes]) -> list[Path]:
-    """Bring the files into a folder, each whole or not at all; return those that changed.
+    """Write the files into a folder, each whole or not at all; return the paths that changed.
 
     Raises SettingsError if the folder cannot be written.
     """

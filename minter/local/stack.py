@@ -1,6 +1,6 @@
-"""Everything that Minter needs, embedded, for one machine: databases, broker, workers, beat.
+"""All of Minter on one machine: embedded Postgres and broker, workers, beat and refreshers.
 
-The processes and the settings file are production's; only the URLs differ.
+Processes and settings file are the same as in production; only the URLs differ.
 """
 
 import os
@@ -31,7 +31,7 @@ MINTER = "minter.cli"
 
 
 class Stack:
-    """A running embedded engine; `environ` is what a process needs to join it."""
+    """A running embedded engine; `environ` is the environment of the processes that use it."""
 
     def __init__(self, settings_path: Path, folder: Path, workers: int, refreshers: int = 1) -> None:
         self.folder = folder
@@ -45,7 +45,7 @@ class Stack:
         self._exit = ExitStack()
 
     def __enter__(self) -> Self:
-        """Start all; whatever was started is stopped again if something fails."""
+        """Start all servers and processes; if one fails, stop those that were started."""
         try:
             self._start()
         except BaseException:
@@ -54,7 +54,7 @@ class Stack:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Stop all, workers first so that they finish what they hold."""
+        """Stop the processes, so that workers finish their messages, and then the servers."""
         self._exit.close()
 
     def _start(self) -> None:
@@ -82,7 +82,7 @@ class Stack:
             self.spawn(f"refresher-{number}", MINTER, "refresher")
 
     def _master_key(self, vo: str) -> None:
-        """Give the VO a master key in the state folder, unless it has one."""
+        """Create the VO's master key in the state folder, unless it exists."""
         path = self.folder / f"master-{vo}.key"
         if not path.exists():
             path.touch(mode=0o600)
@@ -107,7 +107,7 @@ class Stack:
         return self.spawn(f"worker-{number}", MINTER, "worker", "--name", f"minter-{number}@localhost")
 
     def spawn(self, name: str, *arguments: str) -> "subprocess.Popen[bytes]":
-        """Start a module as a process whose output goes to a file of its name."""
+        """Start a module as a process whose output goes to the file `{name}.log`."""
         path = self.folder / f"{name}.log"
         path.touch(mode=0o600)
         with path.open("ab") as log:
@@ -120,7 +120,7 @@ class Stack:
         return process
 
     def stop_processes(self) -> None:
-        """Stop workers and beat warmly; kill what does not stop in time."""
+        """Stop the processes with SIGTERM; kill those that do not stop in time."""
         for process in self.processes:
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)
@@ -141,7 +141,7 @@ def add_client(service: Service, name: str, vo: str, actor: str) -> Client:
 
 @contextmanager
 def temporary(settings_path: Path, workers: int = 2) -> Iterator[Stack]:
-    """Run a stack in a temporary folder that is gone afterwards."""
+    """Run a stack in a temporary folder, which is removed afterwards."""
     with (
         tempfile.TemporaryDirectory(prefix="minter-state-") as folder,
         Stack(settings_path, Path(folder), workers) as stack,

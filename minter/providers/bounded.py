@@ -1,4 +1,4 @@
-"""HTTP with a server that may misbehave: urllib3, whose answers are bounded in time and size as a whole."""
+"""HTTP client for servers that may misbehave: urllib3 with bounds on a response's total time and size."""
 
 import http.client
 import io
@@ -13,7 +13,7 @@ MAX_ANSWER_BYTES = 256 * 1024
 
 
 class _Reader(io.RawIOBase):
-    """Reads a socket until an instant: each wait ends there, however little came before it."""
+    """Reads a socket until an instant: no wait goes beyond it, however slowly the bytes arrive."""
 
     def __init__(self, sock: socket.socket, until: float) -> None:
         self._sock = sock
@@ -33,12 +33,12 @@ class _Reader(io.RawIOBase):
 
 
 class _Bounded:
-    """A connection whose answer, head and all, must come within a time: a server may let it trickle."""
+    """A connection whose response, with headers, must arrive within `seconds`, even from a slow server."""
 
     seconds = 0.0
 
     def getresponse(self) -> Any:
-        """Return the response; raises TimeoutError, as reading it does."""
+        """Return the response; this, and reading the response, raises TimeoutError when the time is over."""
         self.response_class = partial(_Response, until=time.monotonic() + self.seconds)
         return super().getresponse()  # type: ignore[misc]
 
@@ -51,7 +51,7 @@ class _Response(http.client.HTTPResponse):
 
 
 def pools(seconds: float) -> dict[str, type[urllib3.HTTPConnectionPool]]:
-    """Return urllib3's pools by scheme, of connections that are bounded."""
+    """Return classes of urllib3 pools by scheme, whose responses must arrive within `seconds`."""
     made: dict[str, type[urllib3.HTTPConnectionPool]] = {}
     for scheme, pool in (("http", urllib3.HTTPConnectionPool), ("https", urllib3.HTTPSConnectionPool)):
         bounded = type("Bounded", (_Bounded, pool.ConnectionCls), {"seconds": seconds})
@@ -60,7 +60,7 @@ def pools(seconds: float) -> dict[str, type[urllib3.HTTPConnectionPool]]:
 
 
 def read(response: urllib3.BaseHTTPResponse) -> bytes:
-    """Return the body of an answer; raises TimeoutError for one of more than MAX_ANSWER_BYTES."""
+    """Return the body of a response; raises TimeoutError if it has more than MAX_ANSWER_BYTES."""
     parts, size = [], 0
     while chunk := response.read1(16_384):
         parts.append(chunk)

@@ -1,8 +1,8 @@
-"""How fast a provider may be asked, and when not at all: GCRA slots and a breaker, in values only.
+"""Request budget and circuit breaker of a provider: GCRA slots and states, as pure functions of values.
 
-All workers share one row of each provider, so what is computed here is computed under its lock. A slot
-is the instant at which one request may leave. What is not used in time is lost, never saved up:
-so there is no burst, however late a worker is.
+All workers share one row of each provider, and change it with these functions while the row is locked. A
+slot is the instant at which one request may be sent. A slot that is not used in time is lost, never saved
+up, so there is no burst, however late a worker is.
 """
 
 import math
@@ -13,17 +13,17 @@ from typing import Literal
 from msgspec import Struct, structs
 
 USED_SHARE = 0.975
-"""Of the budget: what the way to the provider bunches must not go over it."""
+"""Share of the budget that is used, so that requests bunched by the network do not exceed the budget."""
 HORIZON = timedelta(seconds=0.2)
-"""How far ahead slots are given out: soon enough for what becomes urgent, and little to lose in a crash."""
+"""How far ahead slots are reserved: briefly, so urgent tokens wait little and a crash loses few slots."""
 FAILURES_TO_OPEN = 5
 FIRST_PAUSE_SECONDS, MAX_PAUSE_SECONDS = 1.0, 300.0
 MAX_RETRY_AFTER_SECONDS = 3_600.0
-"""A provider is not left alone for longer, whatever it asks."""
+"""Longest pause, in seconds, that a provider's Retry-After can cause."""
 
 
 class Slots(Struct, frozen=True):
-    """Slots reserved: `count` instants from `first` on, `interval` apart."""
+    """Reserved slots: `count` instants from `first` on, `interval` apart."""
 
     count: int
     first: datetime
@@ -31,7 +31,7 @@ class Slots(Struct, frozen=True):
 
     @property
     def due_at(self) -> datetime:
-        """The instant before which nothing else may leave: what the row says from now on."""
+        """Instant before which no other request may be sent; it is stored in the provider's row."""
         return self.first + self.count * self.interval
 
 
@@ -43,24 +43,25 @@ def reserve(
     free_in_flight: int,
     horizon: timedelta = HORIZON,
 ) -> Slots:
-    """Return as many of the wanted slots as there are before the horizon (GCRA without tolerance)."""
+    """Return the slots before the horizon, at most `wanted` and `free_in_flight` (GCRA without tolerance)."""
     interval = timedelta(seconds=1 / (requests_per_second * USED_SHARE))
     first = max(due_at, now)
-    # One that may leave at once is always there: the interval may be longer than the horizon.
+    # A slot before the horizon is always given, even if the interval is longer than the horizon.
     room = math.ceil((now + horizon - first) / interval) if first < now + horizon else 0
     count = max(0, min(wanted, free_in_flight, room))
     return Slots(count, first, interval)
 
 
 def next_two(due_at: datetime, now: datetime, requests_per_second: float) -> Slots:
-    """Return the next two slots, however far ahead: for discovery and JWKS, which all else waits for."""
+    """Return the next two slots, however far ahead, for discovery and JWKS: all other requests need these."""
     return Slots(2, max(due_at, now), timedelta(seconds=1 / (requests_per_second * USED_SHARE)))
 
 
 class Breaker(Struct, frozen=True):
-    """What is known of a provider's health: failures in a row, pauses in a row, and the present pause.
+    """Circuit breaker of a provider: failures in a row, pauses in a row, and the current pause.
 
-    While it is paused nothing is asked. After `open_until` one request probes until `probed_until`.
+    No request is sent until `open_until`. Then one request probes the provider; until `probed_until` no
+    other request is sent.
     """
 
     failures: int = 0
@@ -69,7 +70,7 @@ class Breaker(Struct, frozen=True):
     probed_until: datetime | None = None
 
     def state(self, now: datetime) -> Literal["closed", "open", "half_open"]:
-        """Return whether requests may go: all, none, or one."""
+        """Return whether requests may be sent: all (closed), none (open), or one as a probe (half_open)."""
         if self.open_until is None:
             return "closed"
         if now < self.open_until or (self.probed_until is not None and now < self.probed_until):
@@ -77,16 +78,17 @@ class Breaker(Struct, frozen=True):
         return "half_open"
 
     def probing(self, until: datetime) -> "Breaker":
-        """Return the breaker while one request is under way to see whether the provider is back."""
+        """Return the breaker during a probe, for whose answer other requests wait until `until`."""
         return structs.replace(self, probed_until=until)
 
     def after(
         self, *, failed: bool, now: datetime, retry_after: float, jitter: Callable[[float], float]
     ) -> "Breaker":
-        """Return the breaker after one answer, or after none came.
+        """Return the breaker after one answer, or after a request without an answer.
 
-        `retry_after` is what the provider asked for, in seconds, 0 if nothing; `jitter` draws from 0 up to
-        what it is given (full jitter). A pause once begun is not lengthened by requests sent before it.
+        `retry_after` is the provider's Retry-After in seconds, 0 if there is none; `jitter` draws a number
+        from 0 up to its argument (full jitter). Failures of requests sent before a pause do not lengthen the
+        pause, but their Retry-After may.
         """
         if not failed:
             return self if self.state(now) == "open" and self.probed_until is None else Breaker()
@@ -102,5 +104,5 @@ class Breaker(Struct, frozen=True):
 
 
 def backoff_seconds(tries: int, jitter: Callable[[float], float]) -> float:
-    """Return how long one token waits before it is tried again, with full jitter."""
+    """Return the seconds before the next request for one token, with full jitter."""
     return jitter(min(MAX_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2 ** min(tries, 20)))

@@ -1,7 +1,7 @@
-"""External IAMs as data: how each software is asked, and what may be done after an answer was lost.
+"""External IAMs as data: how each software takes requests, and what may be done after a lost answer.
 
-A provider is an IAM where the engine is a client. As with storages, code never asks which software it
-talks to; each quirk says where it is from, and whether it was tried on the real software.
+A provider is an IAM at which the engine is a client. As with storages, no code depends on the name of a
+software; each dialect names the source of its facts, and whether they were tried on the real software.
 """
 
 from collections.abc import Mapping
@@ -22,12 +22,13 @@ _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 class ProviderDialect(NamedTuple):
     """One IAM software as a client sees it.
 
-    `target` is the parameter for the audience (RFC 8693 §2.1, RFC 8707), `credentials_target` that for
-    client credentials; several stand in one value, or `separate`. A refresh token is asked of an exchange
-    by `refresh_type`, the `requested_token_type`, and by `offline_scope`, the scope `offline_access`.
-    `reuse` says whether a refresh token works again when its answer was lost (`safe`), or is spent, and
-    presenting it again ends all that descends from it. `extra_scopes` may come back without having been
-    asked for. `lifetime_parameter`, if there is one, asks for a lifetime in seconds.
+    `target` is the parameter for the audience in exchanges and refreshes (RFC 8693 §2.1, RFC 8707),
+    `credentials_target` the parameter for client credentials. Several audiences are sent in one value, or,
+    if `separate`, in one parameter each. An exchange requests a refresh token by `requested_token_type` if
+    `refresh_type`, and by the scope `offline_access` if `offline_scope`. `reuse` is `safe` if a refresh
+    token works again after its answer was lost; it is `spent` if using the refresh token again revokes all
+    tokens that descend from it. `extra_scopes` may be returned although they were not requested.
+    `lifetime_parameter`, if not empty, is the parameter for a lifetime in seconds.
     """
 
     name: str
@@ -76,13 +77,14 @@ PROVIDER_DIALECTS: Mapping[str, ProviderDialect] = {
 
 
 class Provider(Struct, frozen=True, eq=False, forbid_unknown_fields=True, kw_only=True):
-    """An external IAM, and what the engine may ask of it: all workers together.
+    """An external IAM, with the limits of the engine's requests to it, for all workers together.
 
     `secret_file` holds the client secret, or for `private_key_jwt` the PEM private key (ES256 or RS256). A
-    token is refreshed when less than `outage_margin_seconds`, or a third of its life, is left. `reuse`
-    corrects the dialect's for one installation. With an `audience_scope` such as `aud:` each audience is
-    asked for by a scope of that prefix, too, as Keycloak can be set to take it. A foreign subject token
-    must name us in `aud`: by our issuer, by `client_id` there, or by one of `subject_audiences`.
+    token is refreshed when the life left is less than `outage_margin_seconds` or a third of its life,
+    whichever is longer. `reuse` overrides the dialect's `reuse` for one installation. With an
+    `audience_scope` such as `aud:`, each audience is also requested by a scope with this prefix, which
+    Keycloak can be configured to accept. A subject token of the provider must name Minter in `aud`: by the
+    VO's issuer URL, by the `client_id`, or by one of `subject_audiences`.
     """
 
     name: Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
@@ -102,7 +104,7 @@ class Provider(Struct, frozen=True, eq=False, forbid_unknown_fields=True, kw_onl
     subject_audiences: tuple[str, ...] = ()
 
     def check(self) -> None:
-        """Raise SettingsError for what cannot be used."""
+        """Raise SettingsError if the provider cannot be used with these settings."""
         if self.dialect not in PROVIDER_DIALECTS:
             raise SettingsError(
                 f"provider {self.name!r}: unknown dialect {self.dialect!r}, expected one of "
@@ -116,7 +118,7 @@ class Provider(Struct, frozen=True, eq=False, forbid_unknown_fields=True, kw_onl
 
     @property
     def how(self) -> ProviderDialect:
-        """Its dialect."""
+        """The dialect of this provider."""
         return PROVIDER_DIALECTS[self.dialect]
 
     @property
@@ -125,24 +127,25 @@ class Provider(Struct, frozen=True, eq=False, forbid_unknown_fields=True, kw_onl
         return (self.reuse or self.how.reuse) == "safe"
 
     def serves(self, vo: str) -> bool:
-        """Say whether it is an IAM of this VO."""
+        """Return whether this provider is an IAM of the VO."""
         return fits(vo, self.vos)
 
 
 LEADS = (60, 120, 300, 600, 1_200, 1_800, 2_700, 3_600, 5_400, 8_100, 10_800, 14_400, 21_600, 43_200, 86_400)
-"""How long before its end a token is refreshed, in seconds: few values, so that the ones due are found
-by one index probe for each, soonest end first."""
+"""Leads: how many seconds before its expiry a token may be refreshed. There are few, so that one index
+probe for each lead finds the due tokens, those that expire first before others."""
 RECOVERY_SECONDS = 900
-"""Until an IAM that is back was noticed, and was asked for those that end first."""
+"""Time after an outage until it is noticed that the IAM is back, and the most urgent tokens are refreshed."""
 PATIENCE_SECONDS = LEADS[3]
-"""A token that is waited for comes before those that work longer than this, and after those that do not."""
+"""A first access token is requested before the refresh of tokens that live longer than this, in seconds, and
+after the refresh of those that do not."""
 
 
 def lead_of(life_seconds: int, outage_margin_seconds: int) -> int:
-    """Return how long before its end a token is to be refreshed: one of LEADS.
+    """Return how many seconds before its expiry a token is to be refreshed: one of LEADS.
 
-    That is the margin and what it takes to come back from an outage as long, or a third of a long life,
-    but never before a third of the life is over.
+    The lead covers the outage margin and RECOVERY_SECONDS, or a third of the life if that is longer, but is
+    at most two thirds of the life, or the shortest lead.
     """
     wanted = max(outage_margin_seconds + RECOVERY_SECONDS, life_seconds // 3)
     enough = next((lead for lead in LEADS if lead >= wanted), LEADS[-1])

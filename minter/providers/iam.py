@@ -1,7 +1,8 @@
-"""One external IAM over HTTP: asked for tokens, and what comes back looked at before anybody has it.
+"""HTTP client of one external IAM: requests tokens, and checks them before they are used.
 
-What an IAM answers is input like any other: its size and time are bounded, redirects are not followed, and
-a token that is wider, longer or for others than what was asked for is refused (RFC 6749, RFC 8693).
+The answers of an IAM are checked like any other input: their size and time are bounded, redirects are not
+followed, and a token with more scope, a longer life or another audience than requested is rejected
+(RFC 6749, RFC 8693).
 """
 
 import base64
@@ -40,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 CONNECT_SECONDS = 5.0
 LEEWAY_SECONDS = 60
-"""How far an IAM's clock may be off ours."""
+"""Largest accepted difference, in seconds, between an IAM's clock and ours."""
 _ALGORITHMS = ["RS256", "RS384", "RS512", "PS256", "ES256", "ES384", "ES512", "EdDSA"]
 _TYPE = "urn:ietf:params:oauth:token-type:"
 _GRANT_EXCHANGE = "urn:ietf:params:oauth:grant-type:token-exchange"
@@ -55,14 +56,14 @@ MAX_JTI = 255
 _UNREADABLE = (
     jwt.PyJWTError, ValueError, TypeError, KeyError, AttributeError, NotImplementedError, RecursionError,
 )  # fmt: skip
-"""What PyJWT raises for odd tokens and keys."""
+"""Errors that PyJWT raises for malformed tokens and keys."""
 
 
 Form = list[tuple[str, str]]
 
 
 class Documents(Struct, frozen=True):
-    """What an IAM says of itself: its endpoints (RFC 8414, OpenID Discovery) and its keys."""
+    """The published metadata of an IAM: its endpoints (RFC 8414, OpenID Discovery) and its keys."""
 
     issuer: str
     token_endpoint: str
@@ -72,7 +73,7 @@ class Documents(Struct, frozen=True):
 
 
 class Asked(Struct, frozen=True):
-    """What a token is asked for: its most, and the shortest life, in seconds, that is of use."""
+    """Properties of a requested token: scope, audience, longest life and shortest useful life, in seconds."""
 
     scope: str
     audience: tuple[str, ...]
@@ -81,11 +82,11 @@ class Asked(Struct, frozen=True):
 
 
 class Obtained(Struct, frozen=True):
-    """What an IAM gave: an access token that was checked, or why it was rejected, and a refresh token.
+    """An IAM's answer: a checked access token or the error that rejected it, and a refresh token.
 
-    `jti` is the IAM's id of the access token, by which storages log it. `dropped` are the scopes that it left
-    out without a word. `refresh` is there even where `error` is: the refresh token before it is spent.
-    `repr` shows no token.
+    `jti` is the IAM's id of the access token, which storages log. `dropped` are requested scopes that the
+    IAM left out without an error. `refresh` may be set beside `error`: it must be kept, because the previous
+    refresh token is spent. `repr` shows no token.
     """
 
     access: str = ""
@@ -97,23 +98,23 @@ class Obtained(Struct, frozen=True):
     error: MinterError | None = None
 
     def __repr__(self) -> str:
-        """Say what there is without showing it."""
+        """Describe the answer without showing a token."""
         return f"Obtained({self.scope!r}, exp={self.expires_at}, refresh={bool(self.refresh)})"
 
 
 class Misconfigured(ProviderRefused):
-    """The IAM does not take us for its client, or not this grant: its operators or ours must repair it."""
+    """The IAM refuses us as its client, or this grant type: its operators or ours must repair this."""
 
 
 class Lost(ProviderAway):
-    """The request may have reached the IAM, and what it did with it is not known."""
+    """The request may have reached the IAM, and its effect there is not known."""
 
 
 class IAM:
     """A client of one external IAM; may be used by several threads.
 
-    `documents` gives what is known of it, with `fresh=True` what is news; `secret` is our client secret
-    there, or a PEM private key.
+    `documents` returns the IAM's metadata, with `fresh=True` newer if possible; `secret` is our client
+    secret at the IAM, or a PEM private key.
     """
 
     def __init__(
@@ -146,7 +147,7 @@ class IAM:
     # ── documents ────────────────────────────────────────────────────────────────────────────
 
     def fetch_documents(self) -> Documents:
-        """Fetch discovery and JWKS; raises ProviderAway for anything that is not the provider's own."""
+        """Fetch discovery and JWKS; raises ProviderAway if they are not valid or not of this provider."""
         base = self.provider.issuer.rstrip("/")
         found = self._get(f"{base}/.well-known/openid-configuration")
         if str(found.get("issuer", "")).rstrip("/") != base:
@@ -179,12 +180,15 @@ class IAM:
     # ── tokens ───────────────────────────────────────────────────────────────────────────────
 
     def client_credentials(self, asked: Asked) -> Obtained:
-        """Ask for a token of our own (RFC 6749 §4.4); raises ProviderAway or ProviderRefused."""
+        """Request a token by client credentials (RFC 6749 §4.4); raises ProviderAway or ProviderRefused."""
         target = self.provider.how.credentials_target
         return self._token([("grant_type", "client_credentials"), *self._wish(asked, target)], asked)
 
     def exchange(self, asked: Asked, subject: str) -> Obtained:
-        """Exchange a subject token, for a refresh token too (RFC 8693 §2.1); raises as above."""
+        """Exchange a subject token, also for a refresh token (RFC 8693 §2.1).
+
+        Raises ProviderAway or ProviderRefused.
+        """
         how = self.provider.how
         form = [
             ("grant_type", _GRANT_EXCHANGE),
@@ -197,18 +201,24 @@ class IAM:
         return self._token(form, asked)
 
     def refresh(self, asked: Asked, refresh_token: str) -> Obtained:
-        """Refresh (RFC 6749 §6); raises as above, and Lost where the refresh token may be spent."""
+        """Request an access token with a refresh token (RFC 6749 §6).
+
+        Raises ProviderAway or ProviderRefused; the error is Lost if the refresh token may be spent.
+        """
         form = [("grant_type", "refresh_token"), ("refresh_token", refresh_token)]
         return self._token([*form, *self._wish(asked, self.provider.how.target)], asked)
 
     def introspect(self, token: str, hint: Literal["access_token", "refresh_token"]) -> dict[str, Any]:
-        """Return what the IAM says of a token (RFC 7662); raises ProviderAway or ProviderRefused."""
+        """Return the IAM's introspection of a token (RFC 7662); raises ProviderAway or ProviderRefused."""
         return self._post(
             self.documents().introspection_endpoint, [("token", token), ("token_type_hint", hint)]
         )
 
     def revoke(self, refresh_token: str) -> None:
-        """Revoke a refresh token with all that descends from it (RFC 7009); raises as above."""
+        """Revoke a refresh token and all tokens that descend from it (RFC 7009).
+
+        Raises ProviderAway or ProviderRefused.
+        """
         form = [("token", refresh_token), ("token_type_hint", "refresh_token")]
         self._post(self.documents().revocation_endpoint, form)
 
@@ -231,14 +241,14 @@ class IAM:
         if not isinstance(access, str) or not isinstance(refresh, str) or not (access or refresh):
             raise Lost(f"provider {self.provider.name} answers without a token")
         if told.get("issued_token_type") == _TYPE + "refresh_token" and not refresh:
-            refresh, access = access, ""  # RFC 8693 §2.2.1: what was issued stands in access_token
+            refresh, access = access, ""  # RFC 8693 §2.2.1: access_token has the issued token
         if not access:
             return Obtained(refresh=refresh)
         try:
             scope, expires_at, jti = self._checked(access, asked)
         except (ProviderTokenRejected, Unavailable) as error:
             return Obtained(refresh=refresh, error=error)
-        except Exception:  # whatever is odd in it: the refresh token beside it counts
+        except Exception:  # the token is malformed; the refresh token beside it must be kept
             logger.exception("a token of provider %s could not be checked", self.provider.name)
             return Obtained(refresh=refresh, error=self._rejected("it cannot be read", ""))
         has = set(scope.split(" "))
@@ -248,7 +258,10 @@ class IAM:
     # ── what came back ───────────────────────────────────────────────────────────────────────
 
     def _checked(self, token: str, asked: Asked) -> tuple[str, int, str]:
-        """Return scope, exp and jti of an access token that is what was asked for, or less of it."""
+        """Return scope, exp and jti of an access token; raises ProviderTokenRejected if they do not fit.
+
+        A narrower scope than requested is accepted; a shorter life is accepted down to `least_seconds`.
+        """
         if len(token) > DEFAULT_MAX_TOKEN_BYTES:
             raise self._rejected(f"it has {len(token)} bytes, expected at most {DEFAULT_MAX_TOKEN_BYTES}", "")
         claims = self.verified(token)
@@ -273,9 +286,9 @@ class IAM:
         return " ".join(granted), int(claims["exp"]), str(claims.get("jti", ""))[:MAX_JTI]
 
     def verified(self, token: str, audience: tuple[str, ...] | None = None) -> dict[str, Any]:
-        """Return the claims of a token that this provider signed and that is in its time.
+        """Return the claims of a token that this provider signed and that is valid now.
 
-        With `audience` it must name one of these. Raises ProviderTokenRejected.
+        If `audience` is given, the token must name one of its values. Raises ProviderTokenRejected.
         """
         documents = self.documents()
         try:
@@ -290,7 +303,7 @@ class IAM:
                 issuer=[documents.issuer],
                 audience=audience,
                 leeway=LEEWAY_SECONDS,
-                # The clock is ours: PyJWT's own would be another.
+                # Times are checked below, by this object's clock: PyJWT would use the system's.
                 options={"require": ["exp", "iss"], "verify_aud": audience is not None, "verify_exp": False,
                          "verify_nbf": False, "verify_iat": False},
             )  # fmt: skip
@@ -302,7 +315,7 @@ class IAM:
             if isinstance(at, bool) or not isinstance(at, int | float) or not abs(at) < MAX_DATE:
                 raise self._rejected(f"{name} is no number", name)
             if at <= now if name == "exp" else at > now + LEEWAY_SECONDS:
-                raise self._rejected(f"it is not in its time, by {name}", name)
+                raise self._rejected(f"it is not valid now, by its {name}", name)
         return claims
 
     def _rejected(self, why: str, claim: str) -> ProviderTokenRejected:
@@ -314,7 +327,7 @@ class IAM:
     # ── HTTP ─────────────────────────────────────────────────────────────────────────────────
 
     def _post(self, url: str, form: Form) -> dict[str, Any]:
-        """Send a form as ourselves; raises ProviderRefused for a no, Misconfigured, ProviderAway, or Lost."""
+        """Send a form, authenticated; raises ProviderRefused, Misconfigured, ProviderAway or Lost."""
         name = self.provider.name
         if not url:
             raise ProviderAway(f"provider {name} has no such endpoint in its discovery document")
@@ -333,7 +346,7 @@ class IAM:
         if status == _TOO_MANY or (code in _TRANSIENT_CODES and status < _SERVER):
             raise ProviderAway(why, retry_after=retry_after)
         if status >= _SERVER or told is None or not code:
-            # A gateway's time-out, say: what the IAM did with it nobody knows.
+            # For example, after a gateway's time-out nobody knows whether the IAM served the request.
             raise Lost(why, retry_after=retry_after)
         if code in ("invalid_client", "unauthorized_client"):
             raise Misconfigured(f"{why}; are client_id and secret_file of [[providers]] right?")
@@ -342,7 +355,10 @@ class IAM:
     def _call(
         self, method: str, url: str, form: Form | None = None
     ) -> tuple[int, dict[str, Any] | None, float]:
-        """Return status, JSON object and Retry-After of an answer; bounded in size and time as a whole."""
+        """Return status, JSON object (or None) and Retry-After in seconds of an answer.
+
+        The size and the total time of the answer are bounded.
+        """
         headers = {"Accept": "application/json"}
         body = None
         if form is not None:
@@ -371,7 +387,7 @@ class IAM:
         return ProviderAway(f"provider {self.provider.name} cannot be reached ({_reason(error)})")
 
     def _authenticated(self, form: Form, headers: dict[str, str]) -> Form:
-        """Add who we are, in the way that the provider was told (RFC 6749 §2.3, RFC 7523 §2.2)."""
+        """Add our authentication, by the method set for the provider (RFC 6749 §2.3, RFC 7523 §2.2)."""
         provider = self.provider
         if provider.authentication == "client_secret_basic":
             pair = f"{quote_plus(provider.client_id)}:{quote_plus(self._secret)}"
@@ -395,7 +411,7 @@ class IAM:
 
 
 def scope_words(claim: object) -> list[str] | None:
-    """Return the words of a `scope` claim, which some write as a list; None if it is neither."""
+    """Return the words of a `scope` claim, a text or, from some IAMs, a list; None if it is neither."""
     if isinstance(claim, list) and all(isinstance(word, str) for word in claim):
         claim = " ".join(claim)
     return [word for word in claim.split(" ") if word] if isinstance(claim, str) else None
@@ -408,13 +424,16 @@ def check_subject(iam: IAM, token: str, audience: tuple[str, ...]) -> dict[str, 
     except ProviderTokenRejected as error:
         why = error.message.partition(": ")[2]
         raise InvalidGrant(
-            f"the subject token is no good: {why}; it must be signed by {iam.provider.issuer}, be in its "
-            f"time, and name one of {', '.join(audience)} in aud"
+            f"the subject token is not accepted: {why}; it must be signed by {iam.provider.issuer}, be valid "
+            f"now, and name one of {', '.join(audience)} in aud"
         ) from None
 
 
 def _within(word: str, asked: str) -> bool:
-    """Say whether a granted scope is inside what was asked for; odd ones never are."""
+    """Return whether a granted scope is within the requested scopes; one that cannot be parsed is not.
+
+    A scope that is equal to a requested one is always within them.
+    """
     words = asked.split(" ")
     if word in words:
         return True
@@ -425,7 +444,7 @@ def _within(word: str, asked: str) -> bool:
 
 
 def _key(jwks: list[dict[str, Any]], header: Mapping[str, Any]) -> jwt.PyJWK | None:
-    """Return the key that a header names, or the only one if it names none; None if there is none."""
+    """Return the key that a header names, or the only key if it names none; None if not exactly one fits."""
     kid = header.get("kid")
     found = [k for k in jwks if (kid is None or k.get("kid") == kid) and k.get("use", "sig") == "sig"]
     if len(found) != 1:
@@ -438,7 +457,7 @@ def _reason(error: Exception) -> str:
 
 
 def _plain(text: str) -> str:
-    """Return what an IAM says, fit for a log line: printable, short, and without anything like a token."""
+    """Return a text of an IAM, fit for a log line: printable, short, and without anything like a token."""
     words = ["".join(c for c in word if c.isprintable()) for word in text.split()]
     return " ".join(w for w in words if not _TOKEN_LIKE(w))[:200]
 

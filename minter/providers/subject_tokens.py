@@ -1,4 +1,4 @@
-"""Subject tokens of external IAMs: whose they are, and that they are meant for us (RFC 8693 §2.1)."""
+"""Subject tokens of external IAMs: who signed them, and whether they are meant for us (RFC 8693 §2.1)."""
 
 from collections.abc import Callable, Mapping
 
@@ -11,7 +11,7 @@ from minter.providers.iam import IAM, check_subject, scope_words
 
 
 class Subjects:
-    """Reads subject tokens; `iams` is called at the first one: who sees none needs no secrets."""
+    """Verifies subject tokens; `iams` is called for the first token: without one no secrets are needed."""
 
     def __init__(self, issuers: Mapping[str, str], iams: Callable[[], Mapping[str, IAM]]) -> None:
         self._issuers = issuers
@@ -19,7 +19,7 @@ class Subjects:
         self._iams: Mapping[str, IAM] | None = None
 
     def verify(self, vo: str, subject: SubjectToken) -> SubjectToken:
-        """Return the token with what it was verified to hold; raises InvalidGrant, ProviderAway."""
+        """Verify a subject token, and return it with its claims; raises InvalidGrant or ProviderAway."""
         return structs.replace(subject, **self._held(vo, subject.token))
 
     def _held(self, vo: str, token: str) -> dict[str, object]:

@@ -1,6 +1,6 @@
-"""A provider's discovery and JWKS, fetched by one process for all and kept in Postgres.
+"""A provider's discovery document and JWKS, fetched by one process for all and kept in Postgres.
 
-So they cost the provider two requests an hour, within its budget, and an IAM that is away is still known.
+They cost the provider two requests an hour, within its budget, and stay known while the IAM is away.
 """
 
 import time
@@ -16,18 +16,18 @@ from minter.providers.dialects import Provider
 from minter.providers.iam import IAM, Documents
 
 FRESH = timedelta(hours=1)
-"""Documents are fetched again when they are older."""
+"""Documents older than this are fetched again."""
 NEWS = timedelta(seconds=60)
-"""So often at most they are fetched because of a key that nobody knows."""
+"""Minimum interval between fetches triggered by an unknown kid."""
 FAILED = timedelta(seconds=5)
-"""Until the next try when they could not be had."""
+"""Delay until the next fetch after one that failed."""
 MOST_DELAY_SECONDS = 1.0
 KEPT_SECONDS = 30.0
-"""For so long a process does not ask Postgres again."""
+"""How long, in seconds, a process uses the documents in its memory before it reads Postgres again."""
 
 
 class SharedDocuments:
-    """What is known of one provider; called for it by `IAM`."""
+    """The documents of one provider, which `IAM` gets by calling this object."""
 
     def __init__(self, pool: Pool, provider: Provider, clock: Callable[[], datetime]) -> None:
         self._pool = pool
@@ -38,7 +38,10 @@ class SharedDocuments:
         self.iam: IAM
 
     def __call__(self, *, fresh: bool = False) -> Documents:
-        """Return the documents; raises Unavailable, or ProviderAway, while there are none."""
+        """Return the documents, with `fresh` not older than NEWS if they can be fetched.
+
+        Raises Unavailable or ProviderAway while no documents are known.
+        """
         if self._known is not None and not fresh and time.monotonic() - self._asked < KEPT_SECONDS:
             return self._known
         found, at = providers.documents(self._pool, self._provider.name)
@@ -52,7 +55,7 @@ class SharedDocuments:
                 time.sleep(min(delay.total_seconds(), MOST_DELAY_SECONDS))
                 self._fetch(now)
         if self._known is None:
-            raise Unavailable(f"provider {self._provider.name}: its discovery document could not be had yet")
+            raise Unavailable(f"provider {self._provider.name}: its discovery document was not fetched yet")
         return self._known
 
     def _fetch(self, now: datetime) -> None:

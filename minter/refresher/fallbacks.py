@@ -1,7 +1,7 @@
-"""Stand-ins: tokens of the routes named in a fallback, for those that a provider does not give.
+"""Fallback tokens: tokens of the routes named in a fallback, for tokens that a provider does not give.
 
-They are decided and recorded as a renewal of what the request was granted, by these routes only; the
-handles stay, and lead to them from then on.
+They are decided and recorded as a renewal of the request's tokens, by these routes only. The handles stay
+the same, and give the fallback tokens from then on.
 """
 
 import logging
@@ -29,26 +29,27 @@ from minter.tokens.outcomes import Issued, Outcome, Submission
 logger = logging.getLogger("minter.stand_ins")
 
 Use = tuple[UUID, UUID, str, int, Any, int]
-"""One use as `keeping.living_uses` returns it: the use, its request, its queue; file, side and index."""
+"""One use as `live_uses` returns it: use_id, request_id, queue, file, side and position."""
 Needs = Mapping[Slot, UUID]
-"""Uses by file, side and index."""
+"""Ids of uses by slot (file, side, position)."""
 
 
 class Fallbacks:
-    """Gives leased tokens their stand-ins; `pushes` is there where a broker is."""
+    """Replaces leased tokens by fallback tokens; `pushes` is None in a process without a broker."""
 
     def __init__(self, pool: Pool, lifecycle: Lifecycle, pushes: Pushes | None) -> None:
         self._pool = pool
         self._lifecycle = lifecycle
         self._pushes = pushes
         self.refused: dict[UUID, None] = {}
-        """Those that nothing may stand in for: they are not tried again while the provider is paused."""
+        """Tokens whose fallback was refused; they are not tried again while the provider is paused."""
 
     def give(self, token: Leased, lease: UUID, why: MinterError, now: datetime) -> None:
-        """Let the fallback's routes serve what a token served, by requests; or it fails, with the reason.
+        """Move the uses of a token to fallback tokens, one request at a time; if refused, the token fails.
 
-        While the queues that want to know cannot be reached, nothing is changed: the lease runs out, and it
-        is tried again. Nothing fails because its fallback refuses it while its provider may come back.
+        While the broker of the queues to notify is unavailable, uses are not moved: the lease expires, and
+        the fallback is tried again. A token does not fail for a refused fallback if `why` is Unavailable,
+        because its provider may come back.
         """
         uses = live_uses(self._pool, token.jti)
         refused: RequestError | None = None
@@ -58,22 +59,25 @@ class Fallbacks:
                 instead = self._given(token, request_id, own, now)
             except RequestError as error:
                 refused = error
-                logger.warning("no stand-in for request %s on %s: %s", request_id, token.jti, error)
+                logger.warning("no fallback for request %s, token %s: %s", request_id, token.jti, error)
                 continue
             except Unavailable as error:
-                logger.warning("no stand-in for %s yet: %s", token.jti, error)
+                logger.warning("no fallback for token %s yet: %s", token.jti, error)
                 return
             served = fall_back(self._pool, token.jti, lease, instead)
-            logs.event(logger, "stood in", jti=str(token.jti), reason=why.reason, uses=served)
+            logs.event(logger, "fallback issued", jti=str(token.jti), reason=why.reason, uses=served)
         if refused is not None and not isinstance(why, Unavailable):
             fail(self._pool, token, lease, refused)
             return
         if refused is not None:  # the provider may come back
             self.refused[token.jti] = None
-        leases.release(self._pool, [token], lease)  # uses may have joined meanwhile
+        leases.release(self._pool, [token], lease)  # uses may have been added meanwhile
 
     def _given(self, token: Leased, request_id: UUID, uses: Sequence[Use], now: datetime) -> dict[UUID, UUID]:
-        """Return what is to serve the uses of one request: recorded, and pushed to who wants it."""
+        """Record fallback tokens for the uses of one request, and push them to the queues of these uses.
+
+        Returns the jti or handle of the fallback token for each use.
+        """
         needs: Needs = {Slot(*use[3:]): use[0] for use in uses}
         queues = {use[0]: use[2] for use in uses if use[2]}
         outcome = self._minted(token, request_id, needs, now)
@@ -88,7 +92,7 @@ class Fallbacks:
         return {use: given[need] for need, use in needs.items()}
 
     def _minted(self, token: Leased, request_id: UUID, needs: Needs, now: datetime) -> Outcome:
-        """Decide and mint anew what one request was granted; raises what refuses it."""
+        """Decide and record fallback tokens for one request; raises the error that refuses them."""
         engine = self._lifecycle.engine
         files = tuple(sorted({file for file, _, _ in needs}))
         wire = RenewRequest(request_id=engine.new_jti(), renews=request_id, files=files)
@@ -107,7 +111,10 @@ class Fallbacks:
         return outcome
 
     def _routes(self, token: Leased, now: datetime) -> tuple[str, ...]:
-        """Return the routes that may stand in: none that only promises a token while there is a valid one."""
+        """Return the fallback's routes that may be used: only those that mint, while the token is valid.
+
+        Raises RefreshTokenLost if there is none.
+        """
         valid = token.expires_at is not None and token.expires_at > now
         found = tuple(
             route.name
@@ -120,12 +127,12 @@ class Fallbacks:
 
 
 def fail(pool: Pool, token: Leased, lease: UUID, error: MinterError) -> None:
-    """End a token with its reason; what it still holds works on until it expires."""
+    """Save a token as failed, with its reason; its current access token works until it expires."""
     leases.save(pool, [failure(token, lease, error)])
 
 
 def failure(token: Leased, lease: UUID, error: MinterError) -> Result:
-    """Return the end of a token, as it is saved."""
+    """Log that a token failed, and return the result to save."""
     logs.event(
         logger, "managed token failed", jti=str(token.jti), client=token.client, vo=token.vo,
         reason=error.reason, error=error.message,
@@ -137,7 +144,7 @@ def failure(token: Leased, lease: UUID, error: MinterError) -> Result:
 
 
 def _only(request: Request, needs: Needs, life_seconds: int, routes: tuple[str, ...]) -> Request:
-    """Return a renewal of some needs only, for as long as they last, by the fallback's routes."""
+    """Return a renewal restricted to some slots, to a lifetime in seconds, and to the fallback's routes."""
     files = []
     for file in request.files:
         kept = [n for n in file.needs if (n.file, n.side, n.index) in needs]

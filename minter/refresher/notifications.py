@@ -1,6 +1,7 @@
-"""Pushes: what becomes of managed tokens, sent to the durable queues of the requests that asked for it.
+"""Pushes: access tokens and failures of managed tokens, sent to the durable queues that requests named.
 
-The row says what was pushed last, so each change is sent at least once, whoever dies meanwhile.
+The row of a managed token says what was pushed last, so each change is sent at least once, even if a
+process dies meanwhile.
 """
 
 import logging
@@ -25,9 +26,9 @@ from minter.tokens.records import Control
 logger = logging.getLogger("minter.pushes")
 
 MOST = 200
-"""So many tokens are pushed in one go."""
+"""Managed tokens pushed at once, at most."""
 AWAY_SECONDS = 10.0
-"""How long nothing is pushed after the broker was away."""
+"""How long, in seconds, nothing is pushed after the broker was unavailable."""
 
 
 class Push(Struct, frozen=True):
@@ -40,11 +41,11 @@ class Push(Struct, frozen=True):
 
 Send = Callable[[Sequence[Push]], None]
 Told = tuple[str, str, UUID, TokenAnswer | RefusedNeed]
-"""What one use is told: its client, queue and request, and the token or its end."""
+"""The message for one use: client, queue and request_id, and the token or the refusal."""
 
 
 class Pushes:
-    """Finds what is to be pushed; `send` publishes, and raises Unavailable while the broker is away."""
+    """Pushes changed managed tokens; `send` publishes them, or raises Unavailable for the broker."""
 
     def __init__(self, pool: Pool, keystore: Keystore, control: Callable[[], Control], send: Send) -> None:
         self._pool = pool
@@ -54,7 +55,7 @@ class Pushes:
         self._away_until = float("-inf")
 
     def run_once(self, now: datetime) -> None:
-        """Push what changed; what is not confirmed is pushed again, later."""
+        """Push the tokens that changed; pushes that were not confirmed are repeated later."""
         if time.monotonic() < self._away_until:
             return
         changed = unpushed(self._pool, now, MOST)
@@ -95,7 +96,7 @@ class Pushes:
         logs.event(logger, "pushed", answers=len(pushes))
 
     def _told(self, one: Unpushed, control: Control, now: datetime) -> Told | None:
-        """Return what a use is told: a token, its end, or nothing."""
+        """Return the message for a use: a token, a refusal, or None if there is nothing to send."""
         if one.request_id is None or one.state not in ("issued", "failed"):
             return None
         side: Any = one.side

@@ -1,11 +1,12 @@
-"""The keeper: gets managed tokens from their providers and keeps them fresh, within the providers' limits.
+"""The refresher: gets managed tokens from their providers and keeps them fresh, within the providers' limits.
 
-One turn saves what came back, and takes what is due: leased rows, each with a slot of the shared budget. A
-request leaves at its slot or not at all. The steps, and what a crash after each leaves:
+Each loop iteration saves the answers that arrived, and takes the tokens that are due: it leases their rows,
+each with a slot of the shared budget. A request is sent at its slot or not at all. The steps, and the effect
+of a crash after each of them:
 
-1. Lease, in one transaction with the budget. After it: the lease runs out, another worker goes on.
-2. Ask, with no transaction open. After it: a refresh token that works once only may be spent, its row says
-   so, and what follows is a new exchange, the route's fallback, or `refresh_token_lost`.
+1. Lease, in one transaction with the budget. After a crash the lease expires, and another refresher goes on.
+2. Ask, with no transaction open. After a crash a refresh token that works only once may be spent. Its row
+   says so, and a new exchange, the route's fallback, or `refresh_token_lost` follows.
 3. Save, under the lease: the new refresh token is in its row before anybody can have the access token.
 """
 
@@ -53,26 +54,27 @@ from minter.tokens.records import Control, fts_token_id
 logger = logging.getLogger("minter.refresher")
 
 TOLERANCE_SECONDS = 0.012
-"""How late a request may leave: what is later would come on top of what leaves in its time."""
+"""A request later than this, in seconds, is not sent: sent late, it would share its second with requests on
+time and exceed the budget."""
 IDLE_SECONDS = 0.05
-"""How long a keeper rests when nothing is due: the longest that a token waits to be noticed."""
+"""How long, in seconds, a refresher sleeps when nothing is due: a due token is noticed no later than this."""
 TOGETHER, TOGETHER_SECONDS = 4, 0.02
-"""With more requests out than that, answers of this time are saved together."""
+"""While more than TOGETHER requests are unanswered, answers of TOGETHER_SECONDS are saved together."""
 MAINTENANCE_SECONDS = 5.0
 FIRST_DELAY_SECONDS, MAX_DELAY_SECONDS = 0.1, 10.0
 KEYLESS = timedelta(minutes=5)
-"""How long a token is left alone whose secrets could not be encrypted."""
-STAND_INS = 100
-"""So many tokens one turn stands in for."""
+"""Delay until the next request for a token whose secrets could not be encrypted."""
+FALLBACKS_AT_ONCE = 100
+"""Tokens of one provider that get a fallback in one run of the maintenance, at most."""
 
 Observe = Callable[[str, str, str, float], None]
-"""Called for each request: provider, grant, outcome, seconds."""
+"""Called for each request with the provider's name, the OAuth grant type, the outcome and the seconds."""
 
 
 class ProviderAnswer(Struct, frozen=True):
-    """What became of one request to a provider; `sent` is False if it never left."""
+    """The result of one request to a provider; `sent` is False if the request was not sent."""
 
-    planned: str
+    grant: str
     obtained: Obtained | None = None
     error: MinterError | None = None
     sent: bool = True
@@ -80,10 +82,11 @@ class ProviderAnswer(Struct, frozen=True):
 
 
 class Refresher:
-    """One process's part in keeping tokens; `run` until stopped.
+    """Keeps managed tokens fresh, as one of several processes; `run` returns after `stopped` was set.
 
-    `time_scale` is how much faster than real time `clock` runs: 1 but in drills. `checks_clock`: a clock that
-    is off Postgres's stops it, for it would end what lives and hold up the other keepers.
+    `time_scale` is how many times faster than real time `clock` runs: 1 except in drills. With `checks_clock`
+    the refresher takes no tokens while its clock differs from Postgres's, because it would end live tokens
+    early and delay the other refreshers.
     """
 
     def __init__(
@@ -120,7 +123,7 @@ class Refresher:
         self.stopped = False
 
     def run(self) -> None:
-        """Keep tokens until `stopped`; what is out then is waited for and saved."""
+        """Keep tokens fresh until `stopped`, then wait for unanswered requests and save their answers."""
         delay = FIRST_DELAY_SECONDS
         while not self.stopped or self._out.total() or self._unsaved:
             try:
@@ -141,7 +144,7 @@ class Refresher:
             threads.shutdown()
 
     def run_once(self) -> bool:
-        """Save what came back, take what is due; say whether there was anything."""
+        """Save the answers that arrived and take the tokens that are due; return whether there were any."""
         while not self._came.empty():
             self._note_came(self._came.get_nowait())
         done = len(self._unsaved)
@@ -157,7 +160,7 @@ class Refresher:
         return bool(done) or any(taken)
 
     def _wait(self) -> None:
-        """Wait for the next answer, but not for long: something may be due."""
+        """Wait for the next answer, IDLE_SECONDS / 5 at most, because tokens may be due."""
         with suppress(Empty):
             self._note_came(self._came.get(timeout=IDLE_SECONDS / 5))
 
@@ -172,7 +175,7 @@ class Refresher:
         free = _threads(iam) - self._out[provider.name]
         if free <= 0:
             return False
-        control = self._current()  # before the lease: nothing may fail between it and the requests
+        control = self._current()  # before the lease: after it nothing may fail before the requests
         taken = leases.take(
             self._pool, provider, uuid.uuid4(), free, now, self._lease_seconds(iam), HORIZON * self._scale
         )
@@ -190,7 +193,7 @@ class Refresher:
         return True
 
     def _lease_seconds(self, iam: IAM) -> float:
-        """Return for how long a token is one worker's: until its answer is there, and saved."""
+        """Return the duration of a lease, in seconds of `clock`: enough to get and save the answer."""
         return (5 * iam.provider.timeout_seconds + 20) * self._scale
 
     def _current(self) -> Control:
@@ -212,21 +215,21 @@ class Refresher:
         if time.monotonic() - slot > TOLERANCE_SECONDS:
             return ProviderAnswer("", sent=False)
         started = time.perf_counter()
-        planned, error, obtained = "none", None, None
+        grant, error, obtained = "none", None, None
         try:
-            planned, send = self._request(iam, token)
+            grant, send = self._request(iam, token)
             obtained = send()
         except MinterError as caught:
             error = caught
             if isinstance(caught, Unavailable) and not isinstance(caught, ProviderAway):
-                planned = "none"  # nothing was sent
+                grant = "none"  # nothing was sent
         except Exception as caught:
-            logger.exception("asking provider %s failed here", iam.provider.name)
-            error = Lost(f"the keeper failed here ({type(caught).__name__})")
-        return ProviderAnswer(planned, obtained, error, seconds=time.perf_counter() - started)
+            logger.exception("the refresher failed to ask provider %s", iam.provider.name)
+            error = Lost(f"the refresher failed ({type(caught).__name__})")
+        return ProviderAnswer(grant, obtained, error, seconds=time.perf_counter() - started)
 
     def _request(self, iam: IAM, token: Leased) -> tuple[str, Callable[[], Obtained]]:
-        """Return which grant to use and how; raises RefreshTokenLost if there is nothing to go on with."""
+        """Return the OAuth grant type and the call that uses it; raises RefreshTokenLost if there is none."""
         left = int((token.deadline - self._clock()).total_seconds())
         least = max(LEAST_SECONDS, min(token.least_seconds, left))
         asked = Asked(token.scope, tuple(token.audience), token.cap_seconds, min(least, token.cap_seconds))
@@ -234,7 +237,7 @@ class Refresher:
             return "client_credentials", lambda: iam.client_credentials(asked)
         if token.refresh is not None and (iam.provider.replays or not token.spent):
             refresh = self._keystore.open_token(token.vo, token.jti, "refresh", token.refresh)
-            # What was left out once is not asked for again: some refuse the whole for it.
+            # Scopes that were left out once are not requested again: some IAMs would refuse the request.
             asked = structs.replace(asked, scope=token.granted_scope or token.scope)
             return "refresh_token", lambda: iam.refresh(asked, refresh)
         if token.subject is not None:
@@ -258,7 +261,7 @@ class Refresher:
     # ── saving ───────────────────────────────────────────────────────────────────────────────
 
     def _save(self) -> None:
-        """Save what came back, in one statement; what cannot be saved now is kept for the next turn."""
+        """Save the answers that arrived, in one statement; if that fails, they are kept for the next time."""
         if not self._unsaved:
             return
         now, unsaved = self._clock(), self._unsaved
@@ -269,8 +272,8 @@ class Refresher:
                 continue
             try:
                 made = self._result(iam, taken, token, answer, now)
-            except NoUsableKey as closed:  # one VO's trouble is not the others'
-                logger.error("token %s cannot be kept: %s", token.jti, closed)  # noqa: TRY400 - told in full
+            except NoUsableKey as closed:  # the tokens of other VOs are saved
+                logger.error("token %s cannot be saved: %s", token.jti, closed)  # noqa: TRY400 - told in full
                 made = structs.replace(_kept(taken, token), retry_at=now + KEYLESS, spent=True)
             if isinstance(made, Result):
                 results.append(made)
@@ -291,9 +294,9 @@ class Refresher:
     def _result(
         self, iam: IAM, taken: Taken, token: Leased, answer: ProviderAnswer, now: datetime
     ) -> Result | MinterError:
-        """Return what to save after one request, or the error that ends the token."""
-        # One that may be spent is forgotten as soon as there was another way.
-        forget = token.spent and answer.planned != "refresh_token"
+        """Return the result to save after one request, or the error that ends the token."""
+        # A refresh token that may be spent is deleted once another grant type was used.
+        forget = token.spent and answer.grant != "refresh_token"
         keep = structs.replace(_kept(taken, token), refresh=b"" if forget else None)
         again = structs.replace(
             keep,
@@ -301,14 +304,14 @@ class Refresher:
             retry_at=now + timedelta(seconds=backoff_seconds(token.tries, self._jitter)),
         )
         error = answer.error
-        if isinstance(error, Lost) and answer.planned == "refresh_token" and not iam.provider.replays:
+        if isinstance(error, Lost) and answer.grant == "refresh_token" and not iam.provider.replays:
             return structs.replace(again, spent=True, error=error.as_dict())
         if isinstance(error, Unavailable | Misconfigured):
             return structs.replace(again, error=error.as_dict())
-        if isinstance(error, ProviderRefused) and answer.planned == "refresh_token":
+        if isinstance(error, ProviderRefused) and answer.grant == "refresh_token":
             if token.subject is None and token.client_subject is None:
                 return error
-            return structs.replace(keep, refresh=b"")  # exchanged anew, at the next slot
+            return structs.replace(keep, refresh=b"")  # a new exchange, at the next slot
         if error is not None:
             return error
         assert answer.obtained is not None
@@ -317,13 +320,13 @@ class Refresher:
     def _given(
         self, iam: IAM, token: Leased, obtained: Obtained, keep: Result, again: Result, now: datetime
     ) -> Result | MinterError:
-        """Return what to save of an answer that was given: the refresh token even of a rejected one."""
+        """Return the result to save for an answer; a refresh token is kept even beside a rejected token."""
         seal = self._keystore.seal_token
         refresh = keep.refresh
         if obtained.refresh:
             refresh = seal(token.vo, token.jti, "refresh", obtained.refresh)
         if obtained.error is not None:
-            if now >= token.needed_at:  # it has had the time that it could wait
+            if now >= token.needed_at:  # the token is needed and cannot wait longer
                 return obtained.error
             return structs.replace(again, refresh=refresh, error=obtained.error.as_dict())
         if not obtained.access:
@@ -350,13 +353,13 @@ class Refresher:
         saved: set[uuid.UUID],
         now: datetime,
     ) -> None:
-        """Tell the breaker, the metrics and the log what became of requests that were sent."""
+        """Report the outcomes of requests that were sent to the circuit breaker, the metrics and the log."""
         for name, iam in self._iams.items():
-            sent = [(t, k, a) for i, t, k, a in answers if i is iam and a.sent and a.planned != "none"]
+            sent = [(t, k, a) for i, t, k, a in answers if i is iam and a.sent and a.grant != "none"]
             if not sent:
                 continue
             told = [_health(answer) for _, _, answer in sent]
-            before, after = providers.note_health(self._pool, name, told, now, self._jitter)
+            before, after = providers.note_answers(self._pool, name, told, now, self._jitter)
             if before.open_until != after.open_until:
                 until = after.open_until.isoformat() if after.open_until else None
                 self._fallbacks.refused.clear()
@@ -367,9 +370,9 @@ class Refresher:
                 obtained = answer.obtained or Obtained()
                 error = answer.error or obtained.error
                 outcome = error.reason if error else "ok" if token.jti in saved else "outrun"
-                self._observe(name, answer.planned, outcome, answer.seconds)
+                self._observe(name, answer.grant, outcome, answer.seconds)
                 logs.event(
-                    logger, "provider asked", provider=name, planned=answer.planned, outcome=outcome,
+                    logger, "provider asked", provider=name, grant=answer.grant, outcome=outcome,
                     jti=str(token.jti), client=token.client, vo=token.vo,
                     token_jti=obtained.jti or None, dropped=" ".join(obtained.dropped) or None,
                     error=error.message if error else None,
@@ -378,14 +381,14 @@ class Refresher:
     # ── chores ───────────────────────────────────────────────────────────────────────────────
 
     def _maintenance(self) -> None:
-        """Stand in where a provider is paused, see whether it is back, finish what is overdue."""
+        """Give fallback tokens for paused providers, probe these providers, finish overdue tokens."""
         now = self._clock()
         for iam in self._iams.values():
             lease, seconds = uuid.uuid4(), self._lease_seconds(iam)
             paused = ProviderAway(f"provider {iam.provider.name} is paused")
             refused = self._fallbacks.refused
             for token in lease_for_fallback(
-                self._pool, iam.provider, lease, STAND_INS, now, seconds, refused
+                self._pool, iam.provider, lease, FALLBACKS_AT_ONCE, now, seconds, refused
             ):
                 self._fallbacks.give(token, lease, paused, now)
             if providers.probe(self._pool, iam.provider, now, seconds):
@@ -395,17 +398,17 @@ class Refresher:
     def _probe(self, iam: IAM, now: datetime) -> None:
         try:
             iam.fetch_documents()
-        except Exception as error:  # noqa: BLE001 - whatever it answers, it is not well
+        except Exception as error:  # noqa: BLE001 - any error means that it is not back
             logger.warning("provider %s is not back (%s)", iam.provider.name, type(error).__name__)
             failed = True
         else:
             failed = False
             logs.event(logger, "provider is back", provider=iam.provider.name, until=None)
-        providers.note_health(self._pool, iam.provider.name, [(failed, 0.0)], now, self._jitter)
+        providers.note_answers(self._pool, iam.provider.name, [(failed, 0.0)], now, self._jitter)
 
 
 def _kept(taken: Taken, token: Leased) -> Result:
-    """Return the result that gives a lease back and leaves the token as it is."""
+    """Return the result that ends a lease and leaves the token unchanged."""
     return Result(
         jti=token.jti, lease=taken.lease, lead_seconds=token.lead_seconds, needed_at=token.needed_at,
         tries=token.tries,
@@ -413,12 +416,12 @@ def _kept(taken: Taken, token: Leased) -> Result:
 
 
 def _health(answer: ProviderAnswer) -> tuple[bool, float]:
-    """Return whether an answer tells that a provider is ill, and the seconds that it asks to wait."""
+    """Return whether an answer counts as a failure of the provider, and its Retry-After in seconds."""
     rejected = answer.obtained is not None and isinstance(answer.obtained.error, ProviderTokenRejected)
     retry_after = float(answer.error.fields.get("retry_after", 0)) if answer.error else 0.0
     return rejected or isinstance(answer.error, ProviderAway), retry_after
 
 
 def _threads(iam: IAM) -> int:
-    """Return how many requests this process may have out: some wait for their slots."""
+    """Return how many requests this process may have in progress, with those that wait for their slots."""
     return min(2 * iam.provider.in_flight, 64)

@@ -66,11 +66,11 @@ def _storage(
     warnings: list[str],
 ) -> Storage | None:
     attributes = rse.get("attributes") or {}
-    doors = [p for p in rse.get("protocols") or () if p.get("scheme") in TOKEN_SCHEMES]
-    if not doors:
+    endpoints = [p for p in rse.get("protocols") or () if p.get("scheme") in TOKEN_SCHEMES]
+    if not endpoints:
         warnings.append(f"{name}: no davs protocol, left out")
         return None
-    prefixes = [squash(p.get("prefix") or "/") for p in doors]
+    prefixes = [squash(p.get("prefix") or "/") for p in endpoints]
     base_path = squash(attributes.get("oidc_base_path") or "/")
     raw_base = attributes.get("oidc_base_path") or ""
     if raw_base.endswith("/") and raw_base != "/":
@@ -85,7 +85,7 @@ def _storage(
         warnings.append(f"{name}: prefix equals oidc_base_path: scopes begin at the name itself")
     warnings += [
         f"{name}: prefix {p['prefix']!r} begins with //, read as one /"
-        for p in doors
+        for p in endpoints
         if (p.get("prefix") or "").startswith("//")
     ]
     tokens = attributes.get("oidc_support") in (True, "True", "true", "1", 1)
@@ -100,7 +100,7 @@ def _storage(
         name=name,
         endpoints=tuple(
             Endpoint(p["hostname"].lower(), int(p.get("port") or 0) or 443, prefix)
-            for p, prefix in zip(doors, prefixes, strict=True)
+            for p, prefix in zip(endpoints, prefixes, strict=True)
         ),
         dialect=rule.dialect,
         base_path=base_path,

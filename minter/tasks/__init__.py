@@ -1,1 +1,1 @@
-"""The six tasks of the contract, served."""
+"""Serves the six tasks of the contract."""

@@ -1,4 +1,4 @@
-"""From an outcome to the answer that goes out, in parts where it is large."""
+"""Conversion of outcomes to answers, which are divided into parts if they are large."""
 
 from collections.abc import Iterable
 from datetime import datetime
@@ -20,7 +20,7 @@ encode = msgspec.json.Encoder().encode
 
 
 def failure(request_id: str | None, error: MinterError) -> Answer:
-    """Return the answer to a request refused as a whole; what is not the caller's stays opaque."""
+    """Return the answer to a request refused as a whole; it hides the details of internal errors."""
     if not isinstance(error, RequestError | Unavailable):
         error = ServerError("the engine failed on this request; its operators have the log")
     return Answer(request_id=request_id, error=error.as_dict())
@@ -82,16 +82,16 @@ def _filled(request: Request, outcome: Outcome, refusals: list[RefusedNeed], now
 
 
 def _cause(refusals: Iterable[RefusedNeed]) -> dict[str, object]:
-    """Return the refusal that the others of a file followed from."""
+    """Return the error of a file that caused the other refusals of the file."""
     errors = [r.error for r in refusals]
     return next((e for e in errors if e["reason"] != "neighbour_refused"), errors[0])
 
 
 def _queue_hours(request: Request, outcome: Outcome, now: datetime) -> int:
-    """Return the `max_time_in_queue` that every token of the job outlives, from `now` on.
+    """Return the `max_time_in_queue`, in hours from `now`, that every token of the job outlives.
 
-    FTS counts from the job's submission, so a repeated answer gets what life is left. Raises
-    Expired when that is not a whole hour.
+    FTS counts from the job's submission, so a repeated answer gets the hours that are left. Raises
+    Expired if less than one hour is left.
     """
     planned_tokens = outcome.decision.planned_tokens if outcome.decision else ()
     fixed = {(g.need.file, g.need.side, g.need.index): g.lifetime.fixed for g in planned_tokens}
@@ -107,9 +107,9 @@ def _queue_hours(request: Request, outcome: Outcome, now: datetime) -> int:
 
 
 def parts(whole: Answer, max_bytes: int = MAX_BODY_BYTES) -> list[bytes]:
-    """Encode an answer; one larger than `max_bytes` becomes numbered parts.
+    """Encode an answer; an answer larger than `max_bytes` is divided into numbered parts.
 
-    A filled job is never divided: at most 2 000 files of it fit in what AMQP carries.
+    A filled job is never divided: a job of at most 2 000 files fits in one AMQP message.
     """
     body = encode(whole)
     if len(body) <= max_bytes or len(whole.tokens) + len(whole.pending) + len(whole.refusals) < 2:  # noqa: PLR2004

@@ -1,4 +1,4 @@
-"""From a task of the contract and its argument to what the engine shall do: the same over AMQP and HTTP."""
+"""Conversion of a contract task and its argument to a call of the engine, for AMQP and HTTP alike."""
 
 from collections.abc import Callable
 from datetime import datetime
@@ -22,10 +22,11 @@ _NEW: dict[str, Callable[[Raw | bytes], Request]] = {
 def submission(
     lifecycle: Lifecycle, task: str, client: str, argument: Raw | bytes, *, private: bool = False
 ) -> Submission | None:
-    """Return what a task submits to the engine, None if it is about an earlier request.
+    """Return the submission of a task to the engine, None if the task is about an earlier request.
 
-    `private`: nobody else can read what was sent, as on a broker, so there may be a subject token in it;
-    it is not verified yet. Raises InvalidRequest, and what `Lives.renewal` raises.
+    `private` is True if nobody else can read the argument, False on a broker, where others could. Only a
+    private argument may contain a subject token, which is not verified here. Raises InvalidRequest, and the
+    errors of `Lifecycle.renewal`.
     """
     if task in _NEW:
         request = _NEW[task](argument)
@@ -35,14 +36,14 @@ def submission(
         return None
     if request.subject is not None and not private:
         raise InvalidRequest(
-            "a subject_token is taken over HTTP only; or have the client's stored, with: minter clients "
+            "a subject_token is accepted over HTTP only; or store one for the client, with: minter clients "
             "subject-token"
         )
     return Submission(request, client)
 
 
 def follow_up(lifecycle: Lifecycle, task: str, client: str, argument: Raw | bytes, now: datetime) -> Answer:
-    """Answer a task about an earlier request: fetch, report or cancel; raises as `Lives` does."""
+    """Answer a task about an earlier request: fetch, report or cancel; raises the errors of `Lifecycle`."""
     if task == names.FETCH:
         return lifecycle.fetch(client, followups.decode_fetch(argument), now)
     if task == names.REPORT:

@@ -1,8 +1,9 @@
-"""The life of tokens after they were issued: fetched, renewed, reported, cancelled.
+"""Operations on issued tokens: fetch, renew, report, cancel.
 
-A client reaches its own tokens only; what it names and has not is counted as unknown, so that one
-client cannot learn of another's. Each call is one transaction, and may be repeated. What of a shared
-token has a life is its uses: `id` below is a use's or, where a token is of one file, its jti.
+A client reaches its own tokens only. Other tokens that it names are returned as unknown, whether or not
+they exist, so that one client cannot learn of another's tokens. Each call is one transaction, and may be
+repeated. The state of a shared token belongs to its uses: `id` below is the id of a use, or the jti of a
+token of one file.
 """
 
 from collections import defaultdict
@@ -44,14 +45,17 @@ from minter.tokens.records import known_client
 
 
 class Lifecycle:
-    """The four operations, with everything but client, request and time bound to them."""
+    """The four operations, bound to the engine and the store: callers give client, request and time."""
 
     def __init__(self, engine: Engine, store: PostgresStore) -> None:
         self.engine = engine
         self.store = store
 
     def fetch(self, name: str, wire: FetchRequest, now: datetime) -> Answer:
-        """Return what a request was granted, the same bytes; raises as `Engine.fetch`."""
+        """Return the tokens of a request or of handles again; raises the errors of `Reissuer.fetch`.
+
+        Minted tokens have the same bytes as before.
+        """
         if isinstance(wire.request_id, UUID):
             return answers.answer(self.engine.reissuer.fetch(wire.request_id, name, now), now)
         outcome, unknown = self.engine.reissuer.fetch_handles(wire.handles, name, now)
@@ -75,7 +79,10 @@ class Lifecycle:
         return renewal(wire, row, tokens, operations, client.vo, self.engine.policy, consumer)
 
     def report(self, name: str, wire: ReportRequest, now: datetime) -> Answer:
-        """Note submitted jobs, and files that became active or finished; returns what changed."""
+        """Record submitted jobs, and files that became active or finished.
+
+        The answer has the number of changed tokens, and the reported jobs and files that are unknown.
+        """
         with self.store.controlled() as (connection, control):
             client_id = known_client(control, name).client_id
             unknown = note_jobs(connection, client_id, wire.jobs)
@@ -86,9 +93,9 @@ class Lifecycle:
         return Answer(changed=changed, unknown=unknown)
 
     def events(self, vo: str, found: Sequence[FTSEvent], now: datetime) -> tuple[int, int]:
-        """Note what FTS says of its transfers; return the number of tokens changed, and of unknown events.
+        """Record FTS events of transfers; return the number of tokens changed, and of unknown events.
 
-        A file is known by the job that was reported, or else by Rucio's request id as `external_id`.
+        A file is found by the job that was reported, or else by Rucio's request id as `external_id`.
         """
         with self.store.controlled() as (connection, control):
             clients = [c.client_id for c in control.clients.values() if c.vo == vo]
@@ -107,7 +114,7 @@ class Lifecycle:
         return changed, len(found) - len({number for number, _ in known})
 
     def cancel(self, name: str, wire: CancelRequest, now: datetime) -> Answer:
-        """Cancel tokens that are not finished; returns those that work until they expire."""
+        """Cancel tokens that have not ended; the answer lists those that work until they expire."""
         with self.store.controlled() as (connection, control):
             client_id = known_client(control, name).client_id
             if wire.request_id is not None:
@@ -132,7 +139,7 @@ class Lifecycle:
 def _named(
     connection: "psycopg.Connection[Any]", client_id: int, reports: Sequence[FileReport], now: datetime
 ) -> set[tuple[int, UUID]]:
-    """Return the tokens that reports name, as (place of the report, jti)."""
+    """Return the tokens and uses that reports name, as (position of the report, id)."""
     by_id: dict[str, list[int]] = defaultdict(list)
     by_jti: dict[UUID, list[int]] = defaultdict(list)
     by_file: dict[tuple[UUID, int], list[int]] = defaultdict(list)
@@ -160,7 +167,7 @@ def _known(
     by_file: Mapping[tuple[UUID, int], Sequence[int]],
     now: datetime,
 ) -> Iterator[tuple[int, UUID]]:
-    """Yield the tokens of external ids, and of requests' files, each with the places that name it."""
+    """Yield (position of the report, id) for tokens and uses named by external id or by request and file."""
     for external_id, id_ in by_external_id(connection, client_ids, by_id, now):
         yield from ((number, id_) for number in by_id[external_id])
     for where, id_ in ids_of_files(connection, client_ids, {request_id for request_id, _ in by_file}):
@@ -173,7 +180,7 @@ def _bring(
     told: Sequence[FileReport | FTSEvent],
     now: datetime,
 ) -> int:
-    """Bring tokens into the states that were told of them, by place; return how many changed."""
+    """Set tokens to their reported states, found by position in `told`; return how many changed."""
     return sum(
         change_state(connection, (id_ for n, id_ in known if told[n].state == state), state, now)
         for state in ("active", "finished")

@@ -1,7 +1,7 @@
-"""Renewals: the new request that a resubmission makes of what was granted before.
+"""Renewals: a resubmission makes a new request for the tokens of an earlier request.
 
-Nothing is copied from the old decision but what was asked: every token is decided again, with the
-bans, routes and limits of now.
+Only what was requested is copied from the earlier decision: every token is decided again, with the current
+bans, routes and limits.
 """
 
 import json
@@ -25,12 +25,12 @@ def renewal(
     policy: Policy,
     consumer: str = "",
 ) -> Request:
-    """Return the request that renews `tokens`, all of one request; `operations` are by rule_id.
+    """Return the request that renews `tokens`, all of one request; `operations` maps rule_id to operations.
 
-    A token's life is again what it was, if the wire does not say how long the file may wait; that of
-    a shared one was not its file's, so its need is the route's ordinary one. Raises
-    UnknownRequest if nothing is left to renew, or what was asked for cannot be told from the record;
-    UnknownStorage for a storage that left the settings.
+    If `wire` does not say how long a file may wait, a token gets the same lifetime again. The lifetime of a
+    shared token was not chosen for one file, so its uses get the route's ordinary lifetime. Raises
+    UnknownRequest if there is nothing to renew, or the record does not say what was requested. Raises
+    UnknownStorage if the settings no longer have an endpoint of the storage for the token.
     """
     if row.activity == SEVERAL:
         raise UnknownRequest(f"the files of request {wire.renews} have several activities; ask anew")
@@ -77,7 +77,7 @@ def _need(
     claims = json.loads(token.payload)
     audience = [claims["aud"]] if isinstance(claims["aud"], str) else claims["aud"]
     paths = {s.path for s in parse_scopes(claims["scope"]) if s.path is not None}
-    # A use has its own path; of others one in the scopes is the file's, beside parents.
+    # A use has its own path. Of other tokens, one path in the scopes is the file's; others may be parents.
     path = token.path or next((p for p in paths if path_hash(p) == token.path_hash), None)
     if path is None or token.rule_id not in operations:
         raise UnknownRequest(
@@ -86,7 +86,7 @@ def _need(
     url = policy.directories[vo].url(token.storage, path, audience) if vo in policy.directories else None
     if url is None:
         raise UnknownStorage(
-            f"storage {token.storage!r} has no door for token {token.jti} any more; ask with new URLs",
+            f"storage {token.storage!r} has no endpoint for token {token.jti} any more; ask with new URLs",
             storage=token.storage,
         )
     return Need(

@@ -1,1 +1,1 @@
-"""The engine: mint tokens, issue them again, and the keys that sign them."""
+"""The engine: mints tokens, issues recorded tokens again, and has the keys that sign them."""

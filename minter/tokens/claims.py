@@ -1,7 +1,7 @@
 """Claims: build the payload of a token, and check the bytes of a finished one.
 
-The two halves share no code: the builder encodes a struct, the check decodes bytes as a stranger
-would and compares them with the grant. `docs/adr/0001` tells why every token is checked.
+The two halves share no code: the builder encodes a struct; the check decodes the bytes as an independent
+verifier would, and compares them with the planned token. `docs/adr/0001` tells why every token is checked.
 """
 
 from binascii import a2b_base64
@@ -17,7 +17,7 @@ from minter.policy.limits import BACKDATE_SECONDS, HARD_MAX_SECONDS, MAX_CLAIM_C
 from minter.policy.plans import PlannedToken
 
 WLCG_VERSION = "1.0"
-"""Stays 1.0 until all verifiers read newer ones: dCache and XRootD refuse any other."""
+"""Profile version of all tokens: 1.0 until all verifiers accept newer ones; dCache and XRootD do not yet."""
 
 # ── build ────────────────────────────────────────────────────────────────────────────────────
 
@@ -41,10 +41,10 @@ _encode = msgspec.json.Encoder().encode
 
 
 def build_claims(planned: PlannedToken, issuer: str, sub: str, client_id: str, now: int, jti: str) -> bytes:
-    """Return the JWS payload of a grant (WLCG §2.1), the text that is recorded and signed.
+    """Return the JWS payload of a planned token (WLCG §2.1), the text that is recorded and signed.
 
     `now` is in whole seconds since the epoch; iat and nbf are back-dated by 60 s (§4.3.1), so
-    `exp - iat` is the grant's lifetime.
+    `exp - iat` is the planned lifetime.
     """
     issued_at = now - BACKDATE_SECONDS
     audience, extra = planned.audience, planned.extra
@@ -76,7 +76,7 @@ def _segment(text: bytes) -> Any:
     return msgspec.json.decode(a2b_base64(text.translate(_BASE64) + b"=="))
 
 
-# Equal for all tokens of one key, so decoded once.
+# The header is equal for all tokens of one key, so it is decoded once.
 _header = lru_cache(maxsize=256)(_segment)
 
 
@@ -103,9 +103,9 @@ def check_token(
     kid: str,
     algorithm: str,
 ) -> None:
-    """Compare the bytes of a finished token with its grant; raises TokenRejected.
+    """Compare the bytes of a finished token with its planned token; raises TokenRejected.
 
-    Every claim must be present, none may be added, and each must say what was decided.
+    Every expected claim must be present with the decided value, and there may be no other claim.
     """
     header, claims = unverified_claims(token)
     _same("header", header, {"alg": algorithm, "kid": kid, "typ": "JWT"})
@@ -130,17 +130,17 @@ def check_token(
         if planned.extra.act is not None:
             expected["act"] = planned.extra.act
     _same("claims", claims, expected)
-    # Python holds 1 == 1.0 == True; the wire does not.
+    # In Python 1 == 1.0 == True, but in JSON they differ.
     for name in ("iat", "nbf", "exp"):
         if type(claims[name]) is not int:
-            raise TokenRejected(f"claims differ from the grant in {name}: not an integer", claims=[name])
+            raise TokenRejected(f"claims differ from the decision in {name}: not an integer", claims=[name])
     if not 0 < planned.lifetime.seconds <= min(planned.plan.cap_seconds, HARD_MAX_SECONDS):
         raise TokenRejected(f"lifetime {planned.lifetime.seconds} s is beyond policy")
     _check_size(token, claims, planned.plan.area.dialect.max_token_bytes)
 
 
 def _meant(planned: PlannedToken) -> Iterable[str]:
-    """Return the grant's scopes one by one, refusing what no token may hold."""
+    """Yield the scopes of a planned token; raises TokenRejected for a scope that no token may hold."""
     for scope in planned.scope.split(" "):
         name, colon, path = scope.partition(":")
         if name.startswith("storage.") and not (colon and path.startswith("/")):
@@ -154,7 +154,7 @@ def _same(what: str, got: dict[str, Any], expected: dict[str, Any]) -> None:
     if got == expected:
         return
     names = sorted(n for n in expected.keys() | got.keys() if got.get(n) != expected.get(n))
-    raise TokenRejected(f"{what} differ from the grant in {', '.join(names)}", claims=names)
+    raise TokenRejected(f"{what} differ from the decision in {', '.join(names)}", claims=names)
 
 
 def _check_size(token: bytes, claims: dict[str, Any], max_token_bytes: int) -> None:

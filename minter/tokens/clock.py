@@ -1,4 +1,4 @@
-"""The time and fresh ids, for entry points: everything below takes them as arguments."""
+"""The current time and fresh ids, for entry points; all other code takes them as arguments."""
 
 import uuid
 from datetime import UTC, datetime
@@ -10,7 +10,7 @@ from minter.policy.limits import MAX_CLOCK_SKEW_SECONDS
 
 
 def now() -> datetime:
-    """Return the time: the one clock of all entry points."""
+    """Return the current time in UTC; all entry points use this clock."""
     return datetime.now(UTC)
 
 

@@ -1,7 +1,7 @@
-"""Signing keys: making, signing, rotation instants and the public key set (JWKS).
+"""Signing keys: generation, signing, rotation instants and the public key set (JWKS).
 
-States run `prepared → active → old`, and `revoked` from any of them. All instants are functions of
-a key's own dates and the policy (I6); nothing here reads a clock or keeps a key anywhere.
+The states of a key are `prepared → active → old`; `revoked` can follow any of them. All instants are
+functions of a key's own dates and the policy (I6); the module reads no clock and stores no key.
 """
 
 import base64
@@ -29,7 +29,7 @@ KeyState = Literal["prepared", "active", "old", "revoked"]
 RSA_BITS = 2048
 _P256_BYTES = 32
 
-# RFC 6979: the same payload and key give the same signature, so a row gives its token again (I4).
+# RFC 6979: the same payload and key give the same signature, so a token can be made again from its row (I4).
 _DETERMINISTIC = ec.ECDSA(hashes.SHA256(), deterministic_signing=True)
 
 
@@ -55,11 +55,11 @@ class RotationPolicy(Struct, frozen=True, forbid_unknown_fields=True):
     lifetime_seconds: int = 180 * 86400
     """How long a key signs new tokens."""
     resign_seconds: int = 24 * 3600
-    """How long an old key gives recorded tokens again, before its private half is destroyed."""
+    """How long an old key signs recorded tokens again, before its private half is destroyed."""
 
 
 class Key(Struct, frozen=True, eq=False):
-    """One key as the database knows it, without its private half."""
+    """One key as it is recorded in the database, without its private half."""
 
     key_id: int
     vo: str
@@ -74,7 +74,7 @@ class Key(Struct, frozen=True, eq=False):
 
 
 class Signer:
-    """A private key that can sign; its `repr` shows the kid only."""
+    """A private key that can sign; its `repr` shows only the algorithm and the kid."""
 
     def __init__(self, private_key: PrivateKeyTypes, algorithm: Algorithm) -> None:
         self._private_key = private_key
@@ -86,7 +86,7 @@ class Signer:
         self._head = base64url_encode(json.dumps(header, separators=(",", ":")).encode()) + b"."
 
     def __repr__(self) -> str:
-        """Name the key, never show it."""
+        """Name the key without showing it."""
         return f"Signer({self.algorithm}, {self.kid})"
 
     def sign(self, payload: bytes) -> bytes:
@@ -105,14 +105,14 @@ class Signer:
 
 
 def generate(algorithm: Algorithm) -> Signer:
-    """Make a new key; the operating system's random generator is the only one used."""
+    """Make a new key; all randomness is from the operating system's generator."""
     if algorithm == "ES256":
         return Signer(ec.generate_private_key(ec.SECP256R1()), algorithm)
     return Signer(rsa.generate_private_key(public_exponent=65537, key_size=RSA_BITS), algorithm)
 
 
 def load_signer(pem: bytes, algorithm: Algorithm) -> Signer:
-    """Load a private key and prove that it signs what its public half verifies."""
+    """Load a private key, and check that its public half verifies a signature made with it."""
     signer = Signer(serialization.load_pem_private_key(pem, None), algorithm)
     verify(signer.sign(b'{"probe":true}'), signer.public_jwk)
     return signer
@@ -134,9 +134,9 @@ def public_jwk(public_key: PublicKeyTypes, algorithm: Algorithm) -> dict[str, st
 
 
 def check_jwe_key(key: dict[str, Any]) -> dict[str, Any]:
-    """Return a client's public JWK for answers on durable queues; raises InvalidRequest.
+    """Check and return a client's public JWK, which encrypts answers on durable queues.
 
-    EC on P-256 or RSA of at least 2048 bits, and never a private key.
+    Raises InvalidRequest unless the key is EC on P-256, or RSA of at least 2048 bits, and no private key.
     """
     private = {"d", "p", "q", "dp", "dq", "qi", "k"} & key.keys()
     try:
@@ -154,7 +154,7 @@ def check_jwe_key(key: dict[str, Any]) -> dict[str, Any]:
 
 
 def verify(token: bytes, jwk: dict[str, str]) -> None:
-    """Verify a signature made here; raises TokenRejected. Claims are `claims.check_token`'s."""
+    """Verify a signature made here; raises TokenRejected. `claims.check_token` checks the claims."""
     key = jwt.PyJWK(jwk)
     try:
         jwt.api_jws.decode(token, key.key, algorithms=[jwk["alg"]])
@@ -171,14 +171,14 @@ def may_sign_from(key: Key, policy: RotationPolicy) -> datetime:
 
 
 def signs_until(key: Key, policy: RotationPolicy) -> datetime | None:
-    """Return when an active key is due to be replaced; None before it is active."""
+    """Return the instant at which an active key is due to be replaced; None if it was never active."""
     if key.activated_at is None:
         return None
     return key.activated_at + timedelta(seconds=policy.lifetime_seconds)
 
 
 def resigns_until(key: Key, policy: RotationPolicy) -> datetime | None:
-    """Return when an old key's private half is destroyed; None while it is not old."""
+    """Return the instant at which an old key's private half is destroyed; None if the key is not old."""
     if key.retired_at is None:
         return None
     return key.retired_at + timedelta(seconds=policy.resign_seconds)
@@ -193,7 +193,7 @@ def active(ring: Iterable[Key], vo: str) -> Key:
 
 
 def may_resign(key: Key, now: datetime, policy: RotationPolicy) -> bool:
-    """Say whether recorded tokens of this key may still be given again (I4)."""
+    """Return whether recorded tokens of this key may still be signed again (I4)."""
     if key.state == "active":
         return True
     until = resigns_until(key, policy)
@@ -201,7 +201,7 @@ def may_resign(key: Key, now: datetime, policy: RotationPolicy) -> bool:
 
 
 def is_public(key: Key, now: datetime) -> bool:
-    """Say whether the key belongs in the JWKS: until its last token expired, never once revoked."""
+    """Return whether the key belongs in the JWKS: until its last token has expired, never if revoked."""
     if key.state == "revoked":
         return False
     return key.state != "old" or key.last_exp is None or now <= key.last_exp
@@ -213,7 +213,7 @@ def jwks(ring: Iterable[Key], now: datetime) -> dict[str, list[dict[str, str]]]:
 
 
 def rotate(ring: Sequence[Key], vo: str, now: datetime, policy: RotationPolicy) -> list[Key]:
-    """Return the ring after the oldest ready `prepared` key took over; raises NoUsableKey if none."""
+    """Return the ring after the oldest ready `prepared` key took over; raises NoUsableKey without one."""
     ready = [k for k in ring if k.vo == vo and k.state == "prepared" and may_sign_from(k, policy) <= now]
     if not ready:
         raise NoUsableKey(
@@ -233,9 +233,10 @@ def _after_rotation(key: Key, successor: Key, now: datetime) -> Key:
 
 
 def revoke(ring: Sequence[Key], kid: str, now: datetime, policy: RotationPolicy) -> list[Key]:
-    """Return the ring without the key `kid`; a ready standby takes over in the same step (I6).
+    """Return the ring with the key `kid` revoked; a ready standby replaces an active key at once (I6).
 
-    A policy whose `publish_seconds` is 0 lets a standby take over that verifiers may not know yet.
+    With `publish_seconds` 0 in the policy, the standby may be a key that verifiers do not know yet.
+    Raises UnknownKey, or NoUsableKey if an active key has no ready standby.
     """
     revoked = next((k for k in ring if k.kid == kid), None)
     if revoked is None:
@@ -250,9 +251,9 @@ def revoke(ring: Sequence[Key], kid: str, now: datetime, policy: RotationPolicy)
 def due(
     ring: Iterable[Key], vo: str, now: datetime, policy: RotationPolicy
 ) -> Literal["create", "rotate"] | None:
-    """Return what an issuer's ring needs: a standby, or its standby in the active key's place.
+    """Return what an issuer's ring needs: to create a standby key, to rotate to it, or nothing (None).
 
-    An issuer without an active key is the operators' to begin, or to begin again.
+    Nothing is done for an issuer without an active key: operators must create its first or a new key.
     """
     own = [key for key in ring if key.vo == vo]
     until = next((signs_until(k, policy) for k in own if k.state == "active"), None)
@@ -266,5 +267,5 @@ def due(
 
 
 def spent(ring: Iterable[Key], now: datetime, policy: RotationPolicy) -> list[Key]:
-    """Return the old keys whose private halves are to be destroyed: they re-sign nothing more."""
+    """Return the old keys whose private halves are to be destroyed: they may no longer re-sign tokens."""
     return [key for key in ring if key.state == "old" and not may_resign(key, now, policy)]

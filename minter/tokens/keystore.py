@@ -1,7 +1,7 @@
 """Private keys at rest: AES-256-GCM under data keys derived from the issuer's master key (I5).
 
 The master key is 32 bytes, base64url, from the environment or a file; it is never in the database.
-The associated data names the row, so a ciphertext moved to another row does not open.
+The associated data names the row, so a ciphertext moved to another row cannot be decrypted.
 """
 
 import base64
@@ -22,7 +22,7 @@ from minter.tokens import keys
 
 MASTER_KEY_BYTES = 32
 SIGNING_KEY, PEPPER, REFRESH, PROVIDER = "signing_key", "secrets_key", "refresh_token", "provider_token"
-"""The purposes that keys are derived for, and associated data begins with."""
+"""Purposes: a data key is derived for each of them, and the associated data begins with its purpose."""
 _NONCE_BYTES = 12
 _VERSION = b"\x01"
 
@@ -30,7 +30,7 @@ _VERSION = b"\x01"
 class MasterKey:
     """One issuer's master keys: the first encrypts, every one decrypts; `repr` shows the VO only.
 
-    More than one is there only while the master key is changed (`minter keys rewrap`).
+    An issuer has more than one only while its master key is being changed (`minter keys rewrap`).
     """
 
     def __init__(self, vo: str, *materials: bytes) -> None:
@@ -45,7 +45,7 @@ class MasterKey:
         self._ciphers: dict[tuple[str, bytes], AESGCM] = {}
 
     def __repr__(self) -> str:
-        """Name the VO, never show the key."""
+        """Name the VO without showing a key."""
         return f"MasterKey({self.vo})"
 
     def _cipher(self, purpose: str, material: bytes) -> AESGCM:
@@ -59,7 +59,7 @@ class MasterKey:
         return HKDF(SHA256(), 32, salt=None, info=info).derive(material)
 
     def derive(self, purpose: str) -> list[bytes]:
-        """Return a key for one purpose from each master key, the first one's first."""
+        """Return the keys derived for one purpose, one from each master key, in the same order."""
         return [self._derived(purpose, material) for material in self._materials]
 
     def encrypt(self, purpose: str, row: str, secret: bytes) -> bytes:
@@ -69,7 +69,7 @@ class MasterKey:
         return _VERSION + nonce + cipher.encrypt(nonce, secret, f"{purpose}:{row}".encode())
 
     def decrypt(self, purpose: str, row: str, sealed: bytes) -> bytes:
-        """Decrypt what `encrypt` made for the same row; raises NoUsableKey otherwise."""
+        """Decrypt a secret that was encrypted for this purpose and row; raises NoUsableKey otherwise."""
         nonce, body = sealed[1 : 1 + _NONCE_BYTES], sealed[1 + _NONCE_BYTES :]
         for material in self._materials:
             with suppress(InvalidTag):
@@ -78,7 +78,7 @@ class MasterKey:
 
 
 def new_master_key() -> str:
-    """Return a fresh master key in the form that the settings take."""
+    """Return a fresh master key in the form that the settings accept."""
     return base64.urlsafe_b64encode(secrets.token_bytes(MASTER_KEY_BYTES)).decode().rstrip("=")
 
 
@@ -88,7 +88,7 @@ def new_secret() -> str:
 
 
 def read_private_file(what: str, path: Path) -> str:
-    """Return what is in a file that only its owner may read; raises SettingsError."""
+    """Return the text of a file; raises SettingsError if others than its owner have access, or on errors."""
     try:
         if path.stat().st_mode & 0o077:
             raise SettingsError(f"{what} {path} is open to others; chmod 600 it")
@@ -98,9 +98,9 @@ def read_private_file(what: str, path: Path) -> str:
 
 
 def read_master_key(vo: str, *, text: str | None, path: Path | None) -> MasterKey:
-    """Read master keys from the environment's text, or from a file that only its owner may read.
+    """Read an issuer's master keys from `text` (the environment) or a file that only its owner may read.
 
-    Several are separated by commas or white space, the new one first.
+    Several keys are separated by commas or white space, the new key first. Raises SettingsError.
     """
     if text is None and path is not None:
         text = read_private_file("master key file", path)
@@ -114,9 +114,9 @@ def read_master_key(vo: str, *, text: str | None, path: Path | None) -> MasterKe
 
 
 class Keystore:
-    """Seals new signing keys, and opens known ones and keeps them open in this process.
+    """Encrypts and decrypts stored secrets; decrypted signing keys stay in the memory of this process.
 
-    `read` gives the encrypted private half of a key_id, None once it was destroyed.
+    `read` returns the encrypted private half of the key with a key_id, None once it was destroyed.
     """
 
     def __init__(self, masters: Mapping[str, MasterKey], read: Callable[[int], bytes | None]) -> None:
@@ -130,13 +130,13 @@ class Keystore:
         return self._master(vo).encrypt(SIGNING_KEY, signer.kid, signer.private_pem())
 
     def refresh_keys(self, vo: str) -> list[bytes]:
-        """Return the keys of a VO's refresh tokens: the first signs, every one verifies."""
+        """Return the keys for a VO's own refresh tokens: the first key signs, every key verifies."""
         if vo not in self._refresh:
             self._refresh[vo] = self._master(vo).derive(REFRESH)
         return self._refresh[vo]
 
     def reseal(self, vo: str, purpose: str, row: str, sealed: bytes) -> bytes:
-        """Return a secret encrypted anew, under the first master key; raises NoUsableKey."""
+        """Return a secret re-encrypted under the first master key; raises NoUsableKey."""
         master = self._master(vo)
         return master.encrypt(purpose, row, master.decrypt(purpose, row, sealed))
 
@@ -149,23 +149,23 @@ class Keystore:
         return self._master(vo).decrypt(PEPPER, vo, sealed)
 
     def hash_secret(self, vo: str, sealed_pepper: bytes, secret: str) -> bytes:
-        """Return the keyed hash of a client secret (HMAC-SHA-256): it is checked on every call."""
+        """Return the keyed hash of a client secret (HMAC-SHA-256); the secret is checked on every call."""
         return hmac.digest(self.open_pepper(vo, sealed_pepper), secret.encode(), "sha256")
 
     def seal_token(self, vo: str, owner: object, what: str, token: str) -> bytes:
-        """Return a provider's token, encrypted for its owner's row; `what` tells its several ones apart."""
+        """Return a provider's token encrypted for its owner's row; `what` names which of its tokens it is."""
         return self._master(vo).encrypt(PROVIDER, f"{what}:{owner}", token.encode())
 
     def open_token(self, vo: str, owner: object, what: str, sealed: bytes) -> str:
-        """Return a provider's token; raises NoUsableKey if it is another row's."""
+        """Return a provider's token, decrypted; raises NoUsableKey if it was encrypted for another row."""
         return self._master(vo).decrypt(PROVIDER, f"{what}:{owner}", sealed).decode()
 
     def reseal_token(self, vo: str, owner: object, what: str, sealed: bytes) -> bytes:
-        """Return a provider's token encrypted anew, under the first master key; raises NoUsableKey."""
+        """Return a provider's token re-encrypted under the first master key; raises NoUsableKey."""
         return self.seal_token(vo, owner, what, self.open_token(vo, owner, what, sealed))
 
     def unlock(self, key: keys.Key) -> keys.Signer:
-        """Return the signer of a key; raises NoUsableKey if it is destroyed or does not open."""
+        """Return the signer of a key; raises NoUsableKey if it is destroyed or cannot be decrypted."""
         signer = self._open.get(key.key_id)
         if signer is None:
             sealed = self._read(key.key_id)

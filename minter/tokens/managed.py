@@ -1,8 +1,8 @@
-"""Managed tokens: what a provider shall give, and what is kept of it, as values (design decision 10).
+"""Managed tokens: what a provider is asked for, and what is stored of its answers, as values (ADR 12).
 
 A managed token is recorded like a shared one: a row of its own, and a use for each file that it serves.
-The use's id is the handle: a name, not a secret, by which the client, or a consumer that it named, gets
-the access token of the moment. Equal wishes of one client are one managed token.
+The id of a use is its handle. A handle is a name, not a secret: by it the client, or a consumer that the
+client named, gets the current access token. Equal requests of one client share one managed token.
 """
 
 from collections.abc import Mapping
@@ -24,17 +24,17 @@ from minter.providers.dialects import PATIENCE_SECONDS, Provider, lead_of
 from minter.scopes import parse_scopes
 
 LEAST_SECONDS = 120
-"""A token with less life than this is of no use to anybody who waits for it."""
+"""Shortest life, in seconds, of a provider's token that is of use to its client."""
 SHOWN_SECONDS = 60
-"""A token with less life left than this is not handed out any more."""
+"""A managed token with less life left than this, in seconds, is no longer handed out."""
 
 
 class Wanted(Struct, frozen=True, kw_only=True):
-    """A managed token as it is first recorded, or joined by one more use.
+    """A managed token to be recorded, or to be added as one more use of an equal managed token.
 
-    `subject` is the token to exchange, empty for the client's stored one; `cap_seconds` is the longest life
-    that one access token may have, `least_seconds` the shortest that is of use. It is kept fresh until
-    `deadline`, first wanted at `needed_at` (see `providers.PATIENCE_SECONDS`).
+    `subject` is the subject token to exchange, empty for the client's stored one. `cap_seconds` is the
+    longest life that one access token may have, `least_seconds` the shortest that is of use. The token is
+    kept fresh until `deadline`; its first access token is needed at `needed_at` (see `PATIENCE_SECONDS`).
     """
 
     jti: UUID
@@ -58,11 +58,11 @@ class Wanted(Struct, frozen=True, kw_only=True):
     pushes: bool = False
 
     def __repr__(self) -> str:
-        """Name it without the subject token."""
+        """Name the managed token without its subject token."""
         return f"Wanted({self.jti}, {self.provider})"
 
     def joined(self, other: "Wanted") -> "Wanted":
-        """Return this one with a use more."""
+        """Return this managed token with one more use, that of `other`."""
         return structs.replace(
             self,
             uses=self.uses + 1,
@@ -72,7 +72,7 @@ class Wanted(Struct, frozen=True, kw_only=True):
         )
 
     def payload(self, client: str) -> str:
-        """Return what is recorded in place of claims: the words of the decision."""
+        """Return the JSON text that is recorded in place of claims: what was decided."""
         audience: Any = self.audience[0] if len(self.audience) == 1 else list(self.audience)
         told = {"provider": self.provider, "aud": audience, "scope": self.scope, "client_id": client}
         exp = int(self.deadline.timestamp())
@@ -80,7 +80,7 @@ class Wanted(Struct, frozen=True, kw_only=True):
 
 
 class ManagedToken(Struct, frozen=True, kw_only=True):
-    """What is kept of a managed token; `access` is encrypted, `scope` what it really holds."""
+    """The stored state of a managed token; `access` is encrypted, `scope` is what the provider granted."""
 
     jti: UUID
     state: str
@@ -92,7 +92,7 @@ class ManagedToken(Struct, frozen=True, kw_only=True):
     deadline: datetime
 
     def shows(self, now: datetime) -> bool:
-        """Say whether it has an access token that may be handed out."""
+        """Return whether an access token is stored that may be handed out: it outlives SHOWN_SECONDS."""
         if self.access is None or self.expires_at is None:
             return False
         return self.expires_at - now > timedelta(seconds=SHOWN_SECONDS)
@@ -101,9 +101,9 @@ class ManagedToken(Struct, frozen=True, kw_only=True):
 def wanted(
     planned: PlannedToken, request: Request, client: Client, jti: UUID, activity: str, now: datetime
 ) -> Wanted:
-    """Return what a grant of a provider's token wants; equal digests are one managed token.
+    """Return the managed token for a planned token of a provider; equal digests are one managed token.
 
-    A day's are never joined by the next day's, so that their records are archived together.
+    The digest contains the day (UTC), so a managed token has uses of one day only, and is archived with them.
     """
     route = planned.plan.route
     assert route is not None
@@ -111,14 +111,14 @@ def wanted(
     subject = request.subject.token if request.subject is not None and route.mode == "exchange" else ""
     stored = (client.subject_provider, client.subject_until) if route.mode == "exchange" else ()
     cap = min(planned.plan.cap_seconds, request.lifetime_seconds or planned.plan.cap_seconds)
-    # FTS takes the token as it is: its queue can be cut to an hour, what comes after cannot.
+    # FTS cannot replace the token: its queue time can be cut to one hour, the time after it cannot.
     least = life.fixed + FTS_QUEUE_SECONDS if planned.need.one_token else LEAST_SECONDS
     same = (
         client.client_id, route.provider, route.mode, planned.scope, planned.audience,
         planned.plan.area.storage, request.on_behalf_of, activity, sha256(subject.encode()).hexdigest(),
         stored, planned.plan.rule, cap, least // 3600, int(now.timestamp()) // 86_400,
     )  # fmt: skip
-    # From its coming, which takes a while, it shall last as long as one that we sign at once.
+    # A provider's token arrives later than one signed here, and must last as long from then on.
     seconds = min(max(life.wanted, life.seconds), HARD_MAX_SECONDS) + PATIENCE_SECONDS - BACKDATE_SECONDS
     return Wanted(
         jti=jti,
@@ -142,7 +142,7 @@ def wanted(
 
 
 class Whose(Protocol):
-    """Whose a managed token is, and what it is for: what bans are about."""
+    """The owner and the purpose of a managed token, to which bans apply."""
 
     @property
     def vo(self) -> str:
@@ -151,32 +151,32 @@ class Whose(Protocol):
 
     @property
     def client(self) -> str:
-        """Its client's name."""
+        """Name of the client."""
         ...
 
     @property
     def on_behalf_of(self) -> str:
-        """Whom that acts for."""
+        """Account the client acts for."""
         ...
 
     @property
     def activity(self) -> str:
-        """Of its request."""
+        """Activity of the request."""
         ...
 
     @property
     def storage(self) -> str:
-        """That it is for."""
+        """Storage that the token is for."""
         ...
 
     @property
     def scope(self) -> str:
-        """What it may hold."""
+        """Scope that the token may have."""
         ...
 
 
 def forbidden(token: Whose, clients: Mapping[str, Client], bans: Bans) -> MinterError | None:
-    """Return why a token must not be kept or given any longer, None if nothing is against it (I9)."""
+    """Return the error that forbids to keep or hand out a token, None if it is allowed (I9)."""
     client = clients.get(token.client)
     if client is None or client.disabled:
         return UnknownClient(f"client {token.client!r} is disabled")
@@ -192,7 +192,7 @@ def forbidden(token: Whose, clients: Mapping[str, Client], bans: Bans) -> Minter
         return error
     if token.activity == SEVERAL and bans.has("activity", token.vo):
         return Banned(
-            "an activity of this VO is banned, and the request's files have several", kind="activity"
+            "an activity of this VO is banned, and the request has several activities", kind="activity"
         )
     return None
 
@@ -200,9 +200,9 @@ def forbidden(token: Whose, clients: Mapping[str, Client], bans: Bans) -> Minter
 def next_need(
     expires_at: datetime, deadline: datetime, now: datetime, provider: Provider
 ) -> tuple[int | None, datetime | None]:
-    """Return by how many seconds before which instant a token is to be refreshed; None if never.
+    """Return a token's lead in seconds and its expiry: it is to be refreshed this lead before the expiry.
 
-    What lives until the deadline needs no other.
+    Both are None for a token that lives until its deadline, because it needs no refresh.
     """
     if expires_at >= deadline:
         return None, None

@@ -3,14 +3,14 @@
 `Engine.mint_many` takes submissions that wait together and gives each its outcome. Its steps keep
 the invariants, so their order matters:
 
-1. Open the recording transaction, and read clients, bans and keys under its lock: what an operator
-   changed before binds this batch, and what changes now waits for the batch (I9).
-2. Decide each request. This is pure.
-3. Insert the requests. Where a request_id is taken, read what was recorded under it instead (I4).
-4. Build, sign and check each new token, and COPY its row while the next one is signed. A shared
-   token gets a row only where no earlier one serves. A failure in this step records nothing.
+1. Open the recording transaction, and read clients, bans and keys under its lock: a change that an operator
+   made before binds this batch, and a change made now waits for the end of the batch (I9).
+2. Decide each request. Decisions are pure functions.
+3. Insert the requests. If a request_id is recorded already, read its record instead (I4).
+4. Build, sign and check each new token, and COPY its row while the next token is signed. A shared token gets
+   a row only if no earlier shared token serves. A failure in this step records nothing.
 5. Commit: now the tokens are issued (I2).
-6. Hand out: new tokens as they were signed, repeated ones signed again from their rows.
+6. Hand out new tokens as they were signed, and repeated tokens signed again from their rows.
 
 A crash before step 5 leaves nothing behind. After it, the unacknowledged message is delivered again,
 and its request is answered by step 6.
@@ -40,7 +40,7 @@ from minter.tokens.sign import SigningBatch
 
 
 class Engine:
-    """The engine of one process: `mint_many`, and `reissuer` for what was recorded before."""
+    """The engine of one process: `mint_many` for new requests, `reissuer` for recorded ones."""
 
     def __init__(
         self,
@@ -65,9 +65,9 @@ class Engine:
         self._shared_tokens = SharedTokenCache()
 
     def mint_many(self, submissions: Sequence[Submission], now: datetime) -> list[Outcome]:
-        """Give each submission its outcome; equal ones are served once.
+        """Return the outcome of each submission, in their order; equal submissions are served once.
 
-        Raises what the store raises when it is away: then nothing was recorded or handed out.
+        If the store is unavailable, its error is raised, and nothing was recorded or handed out.
         """
         outcomes = [Outcome(s, [], []) for s in submissions]
         self._observe("received", outcomes, now)
@@ -93,7 +93,7 @@ class Engine:
     def _decide(
         self, tx: Recording, outcomes: Iterable[Outcome], control: Control, now: datetime
     ) -> tuple[list[PendingRequest], list[tuple[Outcome, PendingRequest]]]:
-        """Decide each submission once; an equal one of the same batch is set beside the first."""
+        """Decide each submission once; return them, and duplicates in the batch with the first of each."""
         # Every batch inserts its request_ids in this order, so two batches cannot deadlock.
         ordered = sorted(outcomes, key=lambda o: (o.submission.request.request_id, o.submission.client))
         pending: dict[tuple[UUID, str], PendingRequest] = {}
@@ -106,7 +106,7 @@ class Engine:
                 continue
             try:
                 client = self._admit(outcome.submission, control, now)
-            except RequestError as error:  # there is no client, or no id, to record it under
+            except RequestError as error:  # no valid client or request_id to record it under
                 outcome.error = error
                 continue
             pending[key] = self._decide_one(outcome, client, control, now, lookups)
@@ -152,7 +152,7 @@ class Engine:
         control: Control,
         now: datetime,
     ) -> tuple[dict[SharedKey, Shared], Repeats]:
-        """Insert the requests and the tokens of the new ones; read what was recorded of the others."""
+        """Insert the requests, sign and record the tokens of new ones, and read the records of the others."""
         ready = [one for one in pending if self._ready(one, control, now)]
         rules = tx.rules({p.plan for one in ready for p in one.decision.planned_tokens})
         new = tx.insert_requests([one.row for one in ready])
@@ -168,7 +168,7 @@ class Engine:
         return signing.shared, read_repeats(tx, [one.key for one in pending if one.key not in new])
 
     def _ready(self, one: PendingRequest, control: Control, now: datetime) -> bool:
-        """Make the request's row; False if no key may sign, so that nothing can be recorded."""
+        """Make the request's row; return False if no key may sign, so that nothing can be recorded."""
         request, planned = one.outcome.submission.request, one.decision.planned_tokens
         one.jtis = JtiRange.at(self.new_jti(), planned)
         one.row = RequestRow(
@@ -179,7 +179,7 @@ class Engine:
         )  # fmt: skip
         if not planned:
             return True
-        try:  # a provider's token needs no signing key, but the master key that opens one
+        try:  # a managed token needs no signing key, but the master key, which unlocking a key proves
             one.signing_key = keys.active(control.ring, one.client.vo)
             self.unlock(one.signing_key)
         except NoUsableKey as error:
@@ -197,7 +197,7 @@ class Engine:
         control: Control,
         now: datetime,
     ) -> None:
-        """Give repeated requests what was recorded of them; new ones have their tokens already."""
+        """Answer repeated requests from their records, and duplicates; new requests have their tokens."""
         for one in pending:
             if one.key in repeats.requests:
                 self.reissuer.repeat(one, repeats, control, now)

@@ -1,4 +1,4 @@
-"""Outcomes: what goes into the engine, what comes out, and one request on its way through its steps."""
+"""Input and output of the engine: submissions, outcomes, and the state of one request in between."""
 
 from collections.abc import Callable, Sequence
 from datetime import datetime
@@ -21,14 +21,14 @@ from minter.tokens.shared import Shared
 
 
 class Submission(Struct, frozen=True, eq=False):
-    """One request and who, by the broker's word, sent it."""
+    """One request, and the authenticated name of the client that sent it."""
 
     request: Request
     client: str
 
 
 class Issued(Struct, frozen=True, gc=False):
-    """One token on its way out; its `repr` hides the bytes."""
+    """One token to be handed out; its `repr` does not show the token."""
 
     slot: Slot
     storage: str
@@ -44,7 +44,7 @@ class Issued(Struct, frozen=True, gc=False):
 
 
 class Pending(Struct, frozen=True, gc=False):
-    """A managed token that there is nothing of yet: it can be fetched by its handle."""
+    """A managed token that has no usable access token yet; it can be fetched later by its handle."""
 
     slot: Slot
     storage: str
@@ -53,7 +53,7 @@ class Pending(Struct, frozen=True, gc=False):
 
 
 class Outcome(Struct, eq=False):
-    """What became of one submission. `error` means that no token was issued for it, nor is awaited."""
+    """The result of one submission. With an `error`, no token was issued for it, and none is pending."""
 
     submission: Submission
     issued: list[Issued]
@@ -66,17 +66,17 @@ class Outcome(Struct, eq=False):
     pending: list[Pending] = []
 
     def keep_whole(self, *, all_or_nothing: bool) -> None:
-        """Give nothing of an all-or-nothing request while a provider owes a part, or does not give it."""
+        """Withhold all tokens of an all-or-nothing request while some are pending, or refused on a repeat."""
         if all_or_nothing and (self.pending or (self.repeated and self.refusals)):
             self.issued = []
 
     def withhold(self, error: MinterError) -> None:
-        """Take back what was to be given, for an error of the whole."""
+        """Replace all tokens and refusals by an error of the whole request."""
         self.issued, self.refusals, self.pending, self.error = [], [], [], error
 
 
 class Observed(Struct, frozen=True):
-    """One record for `observe`: metrics, logs and audit lines are made from it, never secrets."""
+    """One stage of a batch, from which `observe` makes metrics, logs and audit lines, without secrets."""
 
     stage: Literal["received", "decided", "inserted", "copied", "committed", "answered"]
     outcomes: Sequence[Outcome]
@@ -87,7 +87,7 @@ Observe = Callable[[Observed], None]
 
 
 class PendingRequest:
-    """One request on its way through the steps."""
+    """One request while it passes through the steps of the engine."""
 
     __slots__ = (
         "activity",
@@ -123,25 +123,25 @@ class PendingRequest:
 
     @property
     def key_id(self) -> int:
-        """The key that signs for it, 0 if none may."""
+        """Number of the key that signs the request's tokens, 0 if there is none."""
         return self.signing_key.key_id if self.signing_key else 0
 
     def duplicate(self, outcome: Outcome) -> "PendingRequest":
-        """Return an equal id of the same batch, to be answered from the row."""
+        """Return a duplicate of this request in the same batch, to be answered from the request's row."""
         return PendingRequest(outcome, self.client, self.decision)
 
     def add(self, planned: PlannedToken, jti: str, exp: int, token: bytes) -> None:
-        """Note a token for handing out."""
+        """Add a token to those that are handed out."""
         storage = planned.plan.area.storage
         self.outcome.issued.append(Issued(planned.need.slot, storage, planned.scope, jti, exp, token))
 
     def use(self, planned: PlannedToken, use_id: str, shared: Shared) -> None:
-        """Note a use of a shared token, which is handed out like one of its own."""
+        """Record a use of a shared token, which is handed out like a token of one file."""
         self.add(planned, shared.jti, shared.expires_at, shared.token)
         self._note_use(planned, use_id, shared.jti)
 
     def manage(self, planned: PlannedToken, handle: str, jti: UUID) -> None:
-        """Note a use of a managed token, which its consumer and its queue may have, too."""
+        """Record a use of a managed token, with the consumer and the queue that may get the token, too."""
         request = self.outcome.submission.request
         self._note_use(planned, handle, str(jti), request.consumer, request.reply_queue or "")
 
@@ -157,7 +157,7 @@ class PendingRequest:
         )  # fmt: skip
 
     def managed_row(self, planned: PlannedToken, rule_id: int, wanted: Wanted) -> TokenRow:
-        """Return the row of a managed token: what was decided, and nothing signed."""
+        """Return the row of a managed token: it records the decision, and has no signing key."""
         return TokenRow(
             str(wanted.jti), self.row.request_id, self.client.client_id, wanted.storage, 0,
             int(wanted.deadline.timestamp()), planned.shared or planned.path, 0, -1, planned.need.side, 0, "",
@@ -167,7 +167,7 @@ class PendingRequest:
     def token_row(
         self, planned: PlannedToken, rule_id: int, jti: str, payload: bytes, token: bytes, key: Key, now: int
     ) -> TokenRow:
-        """Return the row of a token, a shared one's as that of no file."""
+        """Return the row of a token; the row of a shared token names no file (`file` is -1)."""
         need = planned.need
         file, index, external_id = (
             (-1, 0, "") if planned.shared else (need.file, need.index, planned.external_id)
@@ -180,7 +180,7 @@ class PendingRequest:
 
 
 def copy_outcome(outcome: Outcome, waiting_request: PendingRequest) -> None:
-    """Give an equal request of the same batch what the first one got (I4)."""
+    """Give a duplicate in a batch the outcome of the first request (I4), or Conflict if contents differ."""
     outcome.repeated = True
     outcome.client = waiting_request.client
     if isinstance(waiting_request.outcome.error, NoUsableKey):  # nothing was recorded that could differ

@@ -1,4 +1,4 @@
-"""Record what external providers are to give for the new requests of one batch."""
+"""Record the managed tokens that the new requests of one batch need from external providers."""
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
@@ -28,7 +28,7 @@ def record_provider_tokens(
     reissuer: Reissuer,
     now: datetime,
 ) -> None:
-    """Record each provider's token that is wanted, and hand out what an equal one already holds."""
+    """Record the managed tokens of new requests, and hand out access tokens that equal ones already have."""
     wanted: dict[bytes, Wanted] = {}
     rows: dict[bytes, TokenRow] = {}
     uses: list[_Use] = []
@@ -56,7 +56,7 @@ def record_provider_tokens(
 
 
 def _note_use(use: _Use, token: ManagedToken, reissuer: Reissuer, lasts_until: datetime) -> None:
-    """Note a use; give the access token at once if there is one that lives until `lasts_until`."""
+    """Record a use; hand out the access token if one lives until `lasts_until`, else note it as pending."""
     use.request.manage(use.planned, use.handle, token.jti)
     slot, storage = use.planned.need.slot, use.planned.plan.area.storage
     given = reissuer.given(token, slot, storage, use.handle) if token.shows(lasts_until) else None

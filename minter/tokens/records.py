@@ -1,6 +1,6 @@
-"""Records: what of a request, its tokens and their uses is kept, and where it is kept, as `mint` needs it.
+"""Records of requests, tokens and uses, and the interface of their store, as `mint` needs it.
 
-The adapters fit `Store` and `Recording`; rows are plain values.
+Adapters for databases implement `Store` and `Recording`; rows are plain values.
 """
 
 import hashlib
@@ -22,13 +22,13 @@ from minter.tokens.managed import ManagedToken, Wanted
 from minter.tokens.shared import SharedKey
 
 _JTI_NUMBERS = (1 << 20) - 1
-"""The bits, five hex digits, of a jti that count a request's tokens: no request has 2^20."""
+"""The low 20 bits (five hex digits) of a jti number a request's tokens: no request has 2^20 tokens."""
 OWN_KINDS = ("token", "exchange", "refresh")
-"""Requests of the token endpoint: their ids are made there, so nobody can have sent them before."""
+"""Kinds of requests of the token endpoint, which makes their ids itself, so that none is ever repeated."""
 
 
 class Control(Struct, frozen=True, eq=False):
-    """What operators may change at any time, as of the recording transaction."""
+    """Contents of the control tables, which may change at any time, as of the recording transaction."""
 
     clients: Mapping[str, Client]
     bans: Bans
@@ -36,11 +36,11 @@ class Control(Struct, frozen=True, eq=False):
     issuers: Mapping[str, str]
     """Issuer URL by VO."""
     away: frozenset[str] = frozenset()
-    """Providers that are not asked now."""
+    """Names of the providers that are paused."""
 
 
 def known_client(control: Control, name: str) -> Client:
-    """Return a client that may ask; raises UnknownClient."""
+    """Return the registered client of this name; raises UnknownClient if there is none or it is disabled."""
     client = control.clients.get(name)
     if client is None or client.disabled:
         raise UnknownClient(f"client {name!r} is not registered, or disabled; run: minter clients add")
@@ -61,7 +61,7 @@ class JtiRange(Struct, frozen=True, gc=False):
 
     @classmethod
     def at(cls, jti: UUID, planned: Sequence[PlannedToken]) -> "JtiRange":
-        """Return the range for planned tokens that begins near a fresh jti: its last 20 bits are counted."""
+        """Return the range for planned tokens: a fresh jti, whose last 20 bits become the number of an id."""
         first = UUID(int=jti.int & ~_JTI_NUMBERS)
         shared = {(p.plan, p.shared) for p in planned if p.shared and not p.managed}
         managed = len(planned) + len(shared)
@@ -79,8 +79,8 @@ class JtiRange(Struct, frozen=True, gc=False):
 class RequestRow(Struct, frozen=True):
     """One request as recorded: its tokens and uses have the ids `first_jti`, `first_jti + 1`, ….
 
-    `tokens` is how many ids it may have used: one for each grant, and one for each path that a
-    shared token could be needed for.
+    `tokens` is the number of ids that the request may have used: one for each planned token, one for each
+    path that may need a new shared token, and one for each planned token that may need a new managed token.
     """
 
     request_id: UUID
@@ -101,7 +101,7 @@ class RequestRow(Struct, frozen=True):
 class TokenRow(Struct, frozen=True, gc=False):
     """One token as recorded: everything but its signature.
 
-    A shared token is written with `file` -1, and read once for each use, as the token of its file.
+    A shared token is written with `file` -1, and is read once for each use, with the file of the use.
     """
 
     jti: str
@@ -125,17 +125,17 @@ class TokenRow(Struct, frozen=True, gc=False):
 
     @property
     def id(self) -> UUID:
-        """The id under which its state is kept: the use's, if the token is shared."""
+        """Id under which the state is recorded: that of the use if there is one, else the jti."""
         return UUID(self.use_id or self.jti)
 
     @property
     def slot(self) -> Slot:
-        """Where it belongs in its request."""
+        """Slot (file, side, position) of the token in its request."""
         return Slot(self.file, self.side, self.index)
 
 
 class UseRow(Struct, frozen=True, gc=False):
-    """One use of a shared token as recorded: the file and side that the token `jti` serves."""
+    """One use of a shared or managed token as recorded: the file and side that the token `jti` serves."""
 
     use_id: str
     jti: str
@@ -147,32 +147,32 @@ class UseRow(Struct, frozen=True, gc=False):
     index: int
     external_id: str
     consumer: str = ""
-    """Another client that may fetch it, if it is one of a managed token."""
+    """Another client that may fetch the managed token, empty if there is none."""
     queue: str = ""
-    """The client's durable queue that it is pushed to, if it is one of a managed token."""
+    """The client's durable queue to which the managed token is pushed, empty if there is none."""
 
 
 class Recording(Protocol):
     """The recording transaction; leaving it without an error commits it durably."""
 
     def control(self) -> tuple[Control, float]:
-        """Read the control tables under a shared lock; also the clock's skew to the database's."""
+        """Read the control tables under a shared lock, and the clock's skew to the database's, in seconds."""
         ...
 
     def rules(self, plans: Iterable[Plan]) -> dict[Plan, int]:
-        """Return the numbers of plans, which are recorded if they are new (I8)."""
+        """Return the rule_id of each plan; new plans are recorded (I8)."""
         ...
 
     def insert_requests(self, rows: Sequence[RequestRow]) -> set[tuple[UUID, int]]:
-        """Insert what is not there yet; return the (request_id, client_id) that were new."""
+        """Insert the requests that are not recorded yet; return their (request_id, client_id)."""
         ...
 
     def copy_tokens(self, rows: Iterable[TokenRow]) -> None:
-        """Add token rows as they come; an error of their iterator undoes all."""
+        """Add token rows as the iterator yields them; an error of the iterator fails the transaction."""
         ...
 
     def join_managed(self, wanted: Sequence[Wanted]) -> dict[bytes, ManagedToken]:
-        """Add managed tokens, or uses to those that are there; return them by digest."""
+        """Add managed tokens, or add uses to existing ones with the same digest; return them by digest."""
         ...
 
     def copy_managed(self, rows: Sequence[TokenRow]) -> None:
@@ -180,7 +180,7 @@ class Recording(Protocol):
         ...
 
     def managed(self, jtis: Collection[UUID]) -> dict[UUID, ManagedToken]:
-        """Read what is kept of managed tokens."""
+        """Read managed tokens by jti."""
         ...
 
     def copy_uses(self, rows: Sequence[UseRow]) -> None:
@@ -188,34 +188,34 @@ class Recording(Protocol):
         ...
 
     def shared_tokens(self, shared_keys: Sequence[SharedKey], now: datetime) -> dict[SharedKey, TokenRow]:
-        """Read for each place the shared token that lives longest."""
+        """Read for each key the live shared token that expires last; keys without one are missing."""
         ...
 
     def subjects(self, jtis: Sequence[UUID]) -> dict[UUID, Subject]:
-        """Read tokens that somebody wants to act with."""
+        """Read the subject tokens of token requests by jti."""
         ...
 
     def families(self, ids: Sequence[UUID]) -> dict[UUID, Family]:
-        """Read refresh families, which nobody else can change until the end."""
+        """Read refresh families, and lock them until the transaction ends."""
         ...
 
     def save_families(self, families: Sequence[Family]) -> None:
-        """Add families, or bring them to their new generation; one that ends is audited."""
+        """Add refresh families, or update their generation; the revocation of a family is audited."""
         ...
 
     def used(self, handles: Sequence[UUID]) -> list[tuple[str, str, TokenRow]]:
-        """Read uses by their ids: the client's name, the consumer's, and the token."""
+        """Read uses by their ids: name of the client, name of the consumer (may be empty), and token."""
         ...
 
     def recorded(
         self, ids: Sequence[tuple[UUID, int]]
     ) -> dict[tuple[UUID, int], tuple[RequestRow, list[TokenRow]]]:
-        """Read requests with their tokens, in order of jti."""
+        """Read requests by (request_id, client_id), with their tokens in order of jti."""
         ...
 
 
 class Store(Protocol):
-    """Where tokens are recorded."""
+    """The store in which tokens are recorded."""
 
     def recording(self) -> AbstractContextManager[Recording]:
         """Open the recording transaction."""

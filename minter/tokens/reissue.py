@@ -1,7 +1,7 @@
 """Issue recorded tokens again: to a repeated request, to a fetch, and by handle (I3, I4).
 
-A minted token is signed again from its row and has the same bytes. The bans of the moment apply, and a
-request whose tokens include a banned one is withheld as a whole (I9).
+A minted token is signed again from its row and has the same bytes. Current bans apply, and a request whose
+tokens include a banned one is withheld as a whole (I9).
 """
 
 import json
@@ -36,25 +36,25 @@ from minter.tokens.records import OWN_KINDS, Control, Recording, RequestRow, Sto
 
 
 class Repeats(NamedTuple):
-    """What was recorded of requests by (request_id, client_id), and of the managed tokens among theirs."""
+    """Recorded requests and their tokens by (request_id, client_id), and their managed tokens by jti."""
 
     requests: Mapping[tuple[UUID, int], tuple[RequestRow, list[TokenRow]]]
     managed: Mapping[UUID, ManagedToken]
 
 
 def read_repeats(tx: Recording, keys: Sequence[tuple[UUID, int]]) -> Repeats:
-    """Read what was recorded of requests; those that were not recorded are missing."""
+    """Read the records of requests; requests that were not recorded are missing."""
     requests = tx.recorded(keys) if keys else {}
     return Repeats(requests, read_managed(tx, (t for _, tokens in requests.values() for t in tokens)))
 
 
 def opens_none(*_: object) -> str:
-    """Open no provider's token: for processes that have no providers."""
+    """Raise NoUsableKey: the `open_token` of a process without providers."""
     raise NoUsableKey("this process opens no tokens of providers")
 
 
 class Reissuer:
-    """Gives recorded tokens again. `open_token` decrypts a provider's token, `unlock` opens a signing key."""
+    """Issues recorded tokens again; `open_token` decrypts a provider's token, `unlock` a signing key."""
 
     def __init__(
         self,
@@ -92,10 +92,10 @@ class Reissuer:
             self._reissue_all(outcome, row, tokens, repeats.managed, control, now)
 
     def fetch(self, request_id: UUID, name: str, now: datetime) -> Outcome:
-        """Give again what a request was granted, known by its id alone (I3, I4).
+        """Issue the tokens of a request again, by its request_id alone (I3, I4).
 
-        Raises UnknownRequest if this client made none, Expired and Banned as a repetition would be
-        refused, and the request's own error if it was refused whole.
+        Raises UnknownRequest if this client made no such request, Expired or Banned where a repeated
+        request is refused with them, and the recorded error if the request was refused as a whole.
         """
         with self._store.recording() as tx:
             control, skew = tx.control()
@@ -117,9 +117,9 @@ class Reissuer:
         return outcome
 
     def fetch_handles(self, handles: Sequence[UUID], name: str, now: datetime) -> tuple[Outcome, list[UUID]]:
-        """Give what managed tokens hold now, to their client or to the consumer that it named.
+        """Hand out the current access tokens of handles, to their client or to the consumer that it named.
 
-        Also returns the handles that are not this client's to fetch, or nobody's: it does not learn which.
+        Also returns the handles that this client may not fetch or that do not exist, without telling which.
         """
         with self._store.recording() as tx:
             control, skew = tx.control()
@@ -140,7 +140,7 @@ class Reissuer:
             try:
                 _check_several(row, control, client)
                 self._reissue_all(outcome, row, [token], managed_tokens, control, now)
-            except RequestError as error:  # the others are not its trouble
+            except RequestError as error:  # the other tokens are handed out
                 outcome.refusals.append(token.slot.as_dict() | {"error": error.as_dict()})
         found = {token.use_id for token in used}
         return outcome, [handle for handle in handles if str(handle) not in found]
@@ -154,9 +154,9 @@ class Reissuer:
         control: Control,
         now: datetime,
     ) -> None:
-        """Give the tokens of a request again; raises Banned for what was banned since (I9).
+        """Issue the tokens of a request again; raises Banned if one of them was banned since (I9).
 
-        A request is withheld whole: half of a chain, or a copy without its source, helps nobody.
+        A request is withheld as a whole: a part of a chain, or a copy without its source, is of no use.
         """
         assert outcome.client is not None
         bans, vo = control.bans, outcome.client.vo
@@ -175,7 +175,7 @@ class Reissuer:
                 self._give_again(outcome, token, managed_tokens.get(UUID(token.jti)), now)
 
     def _give_again(self, outcome: Outcome, row: TokenRow, token: ManagedToken | None, now: datetime) -> None:
-        """Give what a managed token holds, say that it is waited for, or why it never comes."""
+        """Hand out a managed token's access token, note the token as pending, or add its refusal."""
         ended = row.state in ("cancelled", "finished")
         given = None
         if not ended and token is not None and token.shows(now):
@@ -194,7 +194,10 @@ class Reissuer:
         outcome.refusals.append(row.slot.as_dict() | {"error": error or expired.as_dict()})
 
     def reissue(self, row: TokenRow, control: Control, now: datetime) -> Issued:
-        """Sign a recorded token again, byte for byte; raises Expired if it is of no use any more."""
+        """Sign a recorded token again, with the same bytes; raises Expired if this is no longer possible.
+
+        Reasons are a cancelled token, less than COVER_SECONDS of life left, or a key that may not re-sign.
+        """
         if row.state == "cancelled":
             raise Expired(f"token {row.jti} was cancelled; renew it under a new request_id", renew=True)
         key = next((k for k in control.ring if k.key_id == row.key_id), None)
@@ -210,7 +213,7 @@ class Reissuer:
         return Issued(row.slot, row.storage, scope, row.jti, row.expires_at, token)
 
     def given(self, token: ManagedToken, slot: Slot, storage: str, handle: str) -> Issued | None:
-        """Return the access token of a managed token, None if it does not open: one row's trouble."""
+        """Return the access token of a managed token, None if it cannot be decrypted."""
         assert token.access is not None
         assert token.expires_at is not None
         try:
@@ -222,15 +225,15 @@ class Reissuer:
 
 
 def read_managed(tx: Recording, tokens: Iterable[TokenRow]) -> dict[UUID, ManagedToken]:
-    """Read what is kept of the managed ones among tokens."""
+    """Read the managed tokens among the given token rows, by jti."""
     jtis = {UUID(token.jti) for token in tokens if token.mode != "mint"}
     return tx.managed(jtis) if jtis else {}
 
 
 def _check_several(row: RequestRow, control: Control, client: Client) -> None:
-    """Raise Banned where the record does not say which of several activities each file had."""
+    """Raise Banned for a request of several activities while one is banned: no file's own is recorded."""
     if row.activity == SEVERAL and control.bans.has("activity", client.vo):
         raise Banned(
-            "an activity of this VO is banned, and the request's files have several; repeat it instead",
+            "an activity of this VO is banned, and the request has several activities; repeat the request",
             kind="activity",
         )

@@ -1,8 +1,8 @@
-"""Shared tokens: one signed token that serves many files of one client (design decision 7).
+"""Shared tokens: one signed token that serves many files of one client (ADR 10).
 
-What a process shared before is kept here with its bytes, so that one more file costs a use row and
-no signature. Nothing here decides: bans, limits and the key are looked at for each use, so a token
-that may not be handed out any more is simply not found.
+The cache of a process keeps shared tokens with their bytes, so that one more file costs a use row and no
+signature. The cache decides nothing: bans, limits and the signing key are checked for each use, so a token
+that may no longer be handed out is not found.
 """
 
 from collections import OrderedDict
@@ -15,11 +15,11 @@ from minter.policy.limits import BACKDATE_SECONDS
 from minter.policy.plans import PlannedToken
 
 KEPT = 4_096
-"""Shared tokens whose bytes a process keeps, of about 1 kB each."""
+"""Number of shared tokens whose bytes a process keeps, about 1 kB each."""
 
 
 class SharedKey(NamedTuple):
-    """What a shared token is for: its client, the rule that made it, and the path of its scopes."""
+    """Key of a shared token: its client, the rule that made it, and the path of its scopes."""
 
     client_id: int
     rule_id: int
@@ -40,26 +40,26 @@ class Shared(Struct, frozen=True, gc=False):
         return f"Shared({self.jti})"
 
     def serves(self, planned: PlannedToken, key_id: int, now: int) -> bool:
-        """Say whether its life left covers the grant's need, in the same words, under the same key."""
+        """Return whether this token covers a planned token: in life left, scope and signing key."""
         covers = self.expires_at >= now - BACKDATE_SECONDS + planned.lifetime.seconds
         return covers and (self.scope, self.key_id) == (planned.scope, key_id)
 
 
 class SharedTokenCache:
-    """The shared tokens that a process used last."""
+    """The shared tokens that a process used most recently, `limit` at most."""
 
     def __init__(self, limit: int = KEPT) -> None:
         self._limit = limit
         self._tokens: OrderedDict[SharedKey, Shared] = OrderedDict()
 
     def get(self, shared_keys: Iterable[SharedKey]) -> dict[SharedKey, Shared]:
-        """Return what is kept for these places."""
+        """Return the cached tokens of these keys."""
         return {
             shared_key: self._tokens[shared_key] for shared_key in shared_keys if shared_key in self._tokens
         }
 
     def remember(self, used: Mapping[SharedKey, Shared]) -> None:
-        """Keep what was used now, whose rows are committed, and forget what was not for longest."""
+        """Cache the tokens used now, whose rows are committed, and remove the least recently used ones."""
         for shared_key, shared in used.items():
             self._tokens[shared_key] = shared
             self._tokens.move_to_end(shared_key)

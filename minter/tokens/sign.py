@@ -1,6 +1,6 @@
 """Build, sign and check the new tokens of one batch, and find the shared tokens that already serve.
 
-Nothing has left the engine while this runs: any failure here leaves nothing behind.
+This runs before the commit and before any token is handed out, so a failure here leaves nothing behind.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,8 +15,8 @@ from minter.tokens.records import Recording, TokenRow
 from minter.tokens.shared import Shared, SharedKey, SharedTokenCache
 
 _SAMPLE = 256
-"""One token in this many, chosen by FTS's id of it, has its signature verified. The claims of every
-token are checked."""
+"""The signature of one token in this many, chosen by FTS's id of the token, is verified. The claims of
+every token are checked."""
 
 
 class SigningBatch:

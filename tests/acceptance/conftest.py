@@ -1,4 +1,4 @@
-"""Real worker processes on a real Postgres and both brokers; the same tests on each."""
+"""Fixtures with real worker processes on a real Postgres; the tests run on both brokers."""
 
 import json
 import os
@@ -29,7 +29,7 @@ WORKER = [
 
 @pytest.fixture(scope="session", params=["embedded", pytest.param("rabbitmq", marks=pytest.mark.rabbitmq)])
 def broker(request, tmp_path_factory):
-    """A broker server: the wheel's Valkey, or Debian's RabbitMQ."""
+    """A broker: Valkey from its wheel, or Debian's RabbitMQ."""
     folder = tmp_path_factory.mktemp(request.param)
     if request.param == "embedded":
         server = Valkey(folder / "valkey")
@@ -71,7 +71,7 @@ class Running:
     def setup_users(self):
         if not self.on_rabbitmq:
             return
-        self.minter("clients", "add", "dirac", "--vo", "alpen", check=False)  # once for a server
+        self.minter("clients", "add", "dirac", "--vo", "alpen", check=False)  # needed once on each server
         path = self.broker.folder / "passwords.json"
         out = self.broker.folder / "new-passwords.json"
         self.minter("broker", "setup", "--rabbitmqctl", str(self.broker.ctl), "--passwords", str(out))
@@ -162,7 +162,7 @@ def client(running):
 
 
 class Raw:
-    """A client that sends what it likes and reads its own reply queue."""
+    """A client that sends arbitrary messages and reads its own reply queue."""
 
     def __init__(self, running, name="rucio-alpen"):
         self.running, self.name = running, name

@@ -1,7 +1,7 @@
 """The workers' application with a trigger: `celery -A tests.acceptance.fault_app`.
 
-MINTER_FAULT=stage:n kills this process with SIGKILL at the n-th time it reaches the stage. A body that holds
-"poison-pill" kills it at each delivery.
+MINTER_FAULT=stage:n kills this process with SIGKILL when it reaches the stage for the n-th time. A message
+body that holds "poison-pill" kills the process at each delivery.
 """
 
 import os
@@ -16,7 +16,7 @@ _stage, _, _left = os.environ.get("MINTER_FAULT", "").partition(":")
 _counts = {_stage: int(_left or 0)}
 
 
-if _stage:  # deaths are not the messages' fault: one that is tried alone by chance thrice is no poison
+if _stage:  # these deaths are not caused by messages, so no message may be dead-lettered for three of them
     batching.MAX_TRIES = 1_000_000
 
 

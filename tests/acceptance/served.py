@@ -73,7 +73,7 @@ class Served:
         raise AssertionError(self.log())
 
     def http(self, name=None, **options):
-        """Return an HTTP client; as a registered client if it is named."""
+        """Return an HTTP client, which authenticates if a registered client is named."""
         auth = (name, self.secrets[name]) if name else None
         context = ssl.create_default_context(cafile=str(self.ca))
         return httpx.Client(base_url=self.host, verify=context, auth=auth, timeout=30, **options)
@@ -82,7 +82,7 @@ class Served:
         return MinterClient(self.iss, name, self.secrets[name], ca=str(self.ca), **options)
 
     def add_client(self, name, **columns):
-        """Register a client with a secret; `columns` are of its row."""
+        """Register a client with a secret; `columns` are further columns of its row."""
         from minter.database import control_changes
         from minter.tokens import keystore
 

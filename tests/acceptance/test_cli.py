@@ -1,4 +1,4 @@
-"""The command line: `up` runs everything, the other commands join it; exit codes and --json for scripts."""
+"""The command line: `up` runs the servers for the other commands; exit codes, and --json for scripts."""
 
 import json
 import os
@@ -16,7 +16,7 @@ JOB = EXAMPLES / "rucio-41.5/jobs/multihop-1.json"
 
 @pytest.fixture(scope="module")
 def environ(tmp_path_factory):
-    """`minter up` on a fresh state folder; its exports make the environment of the other commands."""
+    """Run `minter up` on a new state folder; the other commands use the environment that it prints."""
     state = tmp_path_factory.mktemp("up") / "state"
     base = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(

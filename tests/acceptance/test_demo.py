@@ -1,4 +1,4 @@
-"""The demo, as the README's command runs it."""
+"""The demo, run by the command in the README."""
 
 import json
 import subprocess

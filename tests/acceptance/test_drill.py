@@ -1,4 +1,4 @@
-"""`minter drill`: an outage with the real engine on a fast clock, reported and drawn."""
+"""`minter drill`: an outage with the real engine on a fast clock, with a report and a plot."""
 
 import json
 import subprocess
@@ -26,7 +26,7 @@ def drill(tmp_path, *options):
 def test_two_hours_cost_no_transfer(tmp_path):
     report = drill(tmp_path, "--transfers", "400", "--hours", "9")
     assert (report["submitted"], report["failed"], report["refused"]) == (400, 0, 0)
-    assert 0.2 < report["most_per_second"] < 0.7  # a minute of it is 67 ms: the benchmark looks closer
+    assert 0.2 < report["most_per_second"] < 0.7  # coarse: a simulated minute takes 67 ms
     assert report["after_outage_per_second"] > 0
 
 

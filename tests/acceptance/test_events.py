@@ -1,4 +1,4 @@
-"""FTS's monitoring messages over a real STOMP broker, RabbitMQ's plugin: they end and keep tokens."""
+"""FTS's monitoring messages over a real STOMP broker (RabbitMQ's plugin) end tokens or keep them fresh."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def node(tmp_path_factory):
 
 
 class Events:
-    """The consumer as a process."""
+    """Run `minter events` as a process."""
 
     def __init__(self, node, dsn, folder):
         (folder / "secret").touch(mode=0o600)
@@ -121,7 +121,7 @@ def test_tokens_follow_their_transfers(service, events, send):
     send(told("complete", job_id=str(job), file_id=77, file_metadata=None) + b"\x04")
     until(lambda: states(service) == ["active", "active", "finished", "finished"])
     send(told("complete", file_metadata={"request_id": external_id}))
-    send(told("complete", file_metadata={"request_id": external_id}))  # they come at least once
+    send(told("complete", file_metadata={"request_id": external_id}))  # messages may come twice
     until(lambda: states(service) == ["finished"] * 4)
     text = events.log.read_text()
     assert "guest" not in text

@@ -1,4 +1,4 @@
-"""I2, I3, I4 while everything dies: workers at each stage, Postgres, the broker, the disk, a poison message."""
+"""I2, I3, I4 under faults: workers, Postgres and broker killed, a full disk, a poison message."""
 
 import random
 import shutil
@@ -32,7 +32,7 @@ KILLS = 20
 
 @pytest.fixture(scope="module", params=["embedded", pytest.param("rabbitmq", marks=pytest.mark.rabbitmq)])
 def servers(request, tmp_path_factory):
-    """Servers of this module's own: they will be killed."""
+    """Servers for this module only, because the tests kill them."""
     folder = tmp_path_factory.mktemp(f"faults-{request.param}")
     if request.param == "rabbitmq" and not installed():
         pytest.skip("RabbitMQ is not installed")
@@ -63,7 +63,7 @@ def engine(servers, tmp_path):
 
 
 def requests(count, twice=True):
-    """Requests of one to three files, each one given twice, shuffled."""
+    """Return requests of one to three files, each request twice, in random order."""
     made = [
         MintRequest(
             request_id=new_request_id(),
@@ -80,7 +80,7 @@ def requests(count, twice=True):
 
 
 class Driver(threading.Thread):
-    """A client that asks and keeps every answer."""
+    """A client that sends requests and keeps every answer."""
 
     def __init__(self, engine, asked):
         super().__init__()
@@ -96,7 +96,7 @@ class Driver(threading.Thread):
 
 
 def audit(engine, asked, answers):
-    """I2: each token has its row. I3: one outcome each, nothing lost. I4: equal requests got equal bytes."""
+    """Check I2 (a row for each token), I3 (one outcome for each request) and I4 (equal bytes for repeats)."""
     assert len(answers) == len(asked)
     by_id = {}
     for request, answer in answers:
@@ -109,7 +109,7 @@ def audit(engine, asked, answers):
     ids = list(by_id)
     rows = dict(engine.rows("SELECT jti::text, fts_token_id FROM tokens WHERE request_id = ANY(%s)", ids))
     given = {t.jti: fts_token_id(t.token.encode()) for tokens in by_id.values() for t in tokens.values()}
-    assert rows == given  # no token without a row, no row without its token, and none twice
+    assert rows == given  # every token has a row, every row has its token, and no token occurs twice
     recorded = engine.rows(
         "SELECT count(*), count(DISTINCT request_id) FROM requests WHERE request_id = ANY(%s)", ids
     )
@@ -141,7 +141,7 @@ def test_killed_at_each_stage_twenty_times(engine, stage):
     driver.start()
     deadline = time.monotonic() + 200
     while kills < KILLS and time.monotonic() < deadline:
-        if not driver.is_alive():  # all answered already: go on with fresh work
+        if not driver.is_alive():  # all requests are answered already: continue with new ones
             driver.join()
             assert driver.error is None, driver.error
             audit(engine, driver.asked, driver.answers)
@@ -278,7 +278,7 @@ def test_a_full_disk_only_delays(tmp_path, servers):
         assert driver.is_alive()
         filler.unlink()
         if postgres.process.poll() is not None:
-            postgres.start()  # it may have stopped for want of WAL space: the operator starts it again
+            postgres.start()  # Postgres may have stopped for lack of WAL space: the operator starts it again
         finish(engine, driver)
         audit(engine, asked, driver.answers)
     finally:

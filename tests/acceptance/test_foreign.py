@@ -1,4 +1,4 @@
-"""Software that nobody here wrote, from packages and unmodified, against the HTTP service."""
+"""Unmodified third-party software from packages, run against the HTTP service."""
 
 import json
 import os
@@ -56,13 +56,13 @@ def test_authlib_requests_oauthlib_and_scitokens(served, tmp_path):
 
 @pytest.fixture(scope="module")
 def rucio(tmp_path_factory, wheel):
-    """Rucio 41.5 from pip, with the client of this tree beside it."""
+    """Rucio 41.5 from pip, with the client of this source tree."""
     return environment(tmp_path_factory.mktemp("rucio") / "env", "rucio==41.5.1", wheel)
 
 
 @pytest.mark.parametrize("tool", ["own", "minter"])
 def test_rucios_submitter_gets_its_tokens(served, rucio, fts, tmp_path, tool):
-    """Unmodified: RSE-wide tokens by request_token. With examples/rucio: one for each file and storage."""
+    """Unmodified Rucio gets RSE-wide tokens; with examples/rucio, one for each file and storage."""
     states = run(
         served, rucio, "rucio_submit.py", fts.url, tmp_path, served.ca, tool,
         PYTHONPATH=str(ROOT / "examples/rucio"),
@@ -80,7 +80,7 @@ def test_rucios_submitter_gets_its_tokens(served, rucio, fts, tmp_path, tool):
     else:
         assert len(set(scopes["source"])) == len(set(scopes["destination"])) == 3
         assert all("/mc23/" in s for s in scopes["source"] + scopes["destination"])
-        # Rucio's own sends its token over https only.
+        # Rucio's own transfertool sends its token over https only.
         assert {claims_of(b.removeprefix("Bearer "))["scope"] for b in fts.bearers if b} == {"fts"}
 
 
@@ -90,7 +90,7 @@ def claims_of(token):
 
 @pytest.fixture(scope="module")
 def dirac(tmp_path_factory, wheel):
-    """DIRAC 9.1 from pip, without gfal2-python, which no longer compiles (facts/clients.md §6)."""
+    """DIRAC 9.1 from pip, without gfal2-python, which no longer compiles."""
     if shutil.which("swig") is None:
         reason = "swig is not installed, which M2Crypto needs (apt-get install swig libssl-dev)"
         (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
@@ -130,14 +130,14 @@ def test_diracs_fts3job_and_the_fts3_client_carry_per_file_tokens(served, dirac,
 
 
 def test_schemathesis_on_the_openapi_document(served, tmp_path):
-    """Every answer is of the document's form, whatever is sent, and nothing that breaks it is taken."""
+    """Every answer follows the OpenAPI document, and requests that violate the document are refused."""
     environment(tmp_path / "env", "schemathesis>=4.32")
     done = subprocess.run(
         [
             tmp_path / "env/bin/schemathesis", "run", f"{served.iss}openapi.json", "--tls-verify", str(served.ca),
             "--auth", f"rucio:{served.secrets['rucio']}", "--max-examples", "60", "--checks", "all",
-            "--seed", "1",  # the same examples each time: a change is judged by what it changes
-            # Rules between fields are no part of a schema: such requests are refused, typed.
+            "--seed", "1",  # the same examples each time, so that only a change of code changes the result
+            # A schema has no rules between fields; requests that break such a rule get a typed error.
             "--exclude-checks", "positive_data_acceptance",
         ],
         capture_output=True, text=True, check=False, cwd=tmp_path,

@@ -1,4 +1,4 @@
-"""The FTS consumer, as a process: from the durable queue to FTS, through faults of either side."""
+"""The FTS forwarder as a process: from the durable queue to FTS, with faults on both sides."""
 
 import os
 import signal
@@ -24,7 +24,7 @@ QUEUE = "rucio-alpen.jobs"
 
 @pytest.fixture(scope="module")
 def key(running, tmp_path_factory):
-    """The client has a durable queue, and a key that its answers are encrypted to."""
+    """A client with a durable queue and a key with which its answers are encrypted."""
     path = tmp_path_factory.mktemp("fts") / "jwe.json"
     running.minter("clients", "change", ME, "--reply-queue", QUEUE, "--new-jwe-key", path)
     running.setup_users()
@@ -34,7 +34,7 @@ def key(running, tmp_path_factory):
 
 @pytest.fixture
 def consume(running, key, fts, tmp_path):
-    """Start consumers; all are stopped at the end."""
+    """Start forwarders; all are stopped at the end."""
     started = []
 
     def start(*options):
@@ -140,7 +140,7 @@ def test_a_job_that_fts_refuses_is_cancelled(running, raw, fts, consume):
     until(lambda: states(running, request_id) == {"cancelled"})
     assert fts.posts == 1
     assert not reported(running, request_id)
-    if running.on_rabbitmq:  # the message is kept, encrypted as it was
+    if running.on_rabbitmq:  # the dead letter is the message, still encrypted
         with kombu.Connection(f"amqp://guest:guest@127.0.0.1:{running.broker.port}//") as admin:
             channel = admin.channel()
 

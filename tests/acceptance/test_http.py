@@ -1,4 +1,4 @@
-"""Transfers over HTTP, the documents that anybody may read, and what protects the service."""
+"""Transfers over HTTP, the public documents, and the protection of the service against abuse."""
 
 import concurrent.futures
 import json
@@ -106,7 +106,7 @@ def test_many_files_in_many_requests_at_once(client):
     files = [FileRequest(sources=(SE + f"many/{n}",)) for n in range(950)]
     result = client.mint_many(files, chunk=100)
     assert [t.file for t in result.tokens] == list(range(950))
-    whole = client.mint(files)  # one answer, however large
+    whole = client.mint(files)  # one answer, whatever its size
     assert len(whole.tokens) == 950
 
 
@@ -116,7 +116,7 @@ def test_lone_requests_that_come_together_share_their_transactions(served):
     with served.client("crowd") as one, concurrent.futures.ThreadPoolExecutor(16) as threads:
         results = list(threads.map(lambda n: one.mint([FileRequest(sources=(SE + f"c/{n}",))]), range(200)))
     assert len({r.tokens[0].jti for r in results}) == 200
-    assert commits(served) - before < 400  # a test of sharing, not of speed: one each would do, too
+    assert commits(served) - before < 400  # tests that requests share transactions, not their speed
 
 
 def commits(served):
@@ -216,7 +216,7 @@ def test_too_much_is_refused_before_it_is_read(served):
         assert "too large" in large.json()["error"]["error_description"]
         try:
             many = http.get("/health", headers={f"x-{n}": "y" * 1000 for n in range(200)})
-        except httpx.TransportError:  # it may hang up before we have sent them all
+        except httpx.TransportError:  # the service may close the connection before all headers are sent
             return
         assert many.status_code in (400, 431)
 
@@ -299,7 +299,7 @@ def test_a_client_that_is_too_fast_is_told_when_to_come_back(postgres_dsn, tmp_p
         with served.http("other") as http:
             assert http.get(f"/{VO}/v1/trace", params={"path": "/x"}).status_code == 200
         with served.client() as patient:
-            assert patient.mint([COPY]).tokens  # waits and gets it
+            assert patient.mint([COPY]).tokens  # the client waits and gets its token
     finally:
         served.close()
 
@@ -335,7 +335,7 @@ def test_postgres_away_is_not_ready_and_nothing_is_refused_for_good(postgres_dsn
                 postgres_dsn,
                 f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{served.database}'",
             )
-            deadline = time.monotonic() + 5  # it is asked once a second at most
+            deadline = time.monotonic() + 5  # `/ready` checks at most once a second
             while http.get("/ready").status_code != 503:
                 assert time.monotonic() < deadline
             assert http.get("/health").status_code == 200

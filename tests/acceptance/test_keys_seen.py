@@ -1,4 +1,4 @@
-"""Keys as the world sees them: rotation and revocation show everywhere, in the right order, without a gap (I6)."""
+"""Public keys: rotation and revocation show at every place, in the right order, without a gap (I6)."""
 
 import json
 import signal
@@ -28,7 +28,7 @@ def served(postgres_dsn, tmp_path):
 
 @pytest.fixture
 def folder(served, tmp_path):
-    """What `minter publish --watch` writes, as a web server would serve it."""
+    """The files that `minter publish --watch` writes, as a web server would serve them."""
     path = tmp_path / "published"
     process = subprocess.Popen(
         [sys.executable, "-m", "minter.cli", "publish", str(path), "--watch"],
@@ -42,7 +42,7 @@ def folder(served, tmp_path):
 
 
 class Verifier:
-    """Caches keys as FTS and XRootD do: for its time, whatever `kid` comes."""
+    """Caches keys as FTS and XRootD do: for a fixed time, even if an unknown `kid` comes."""
 
     def __init__(self, fetch, seconds):
         self.fetch, self.seconds = fetch, seconds
@@ -57,7 +57,7 @@ class Verifier:
 
 
 def served_keys(served):
-    with served.http() as http:  # a new connection: any of the processes
+    with served.http() as http:  # a new connection may go to any of the processes
         return http.get(f"/{VO}/jwks.json").json()
 
 
@@ -93,7 +93,7 @@ def test_rotation_is_never_seen_by_a_verifier_that_caches(served, folder):
     go_on(1)
     standby = created(served)
     refused = served.minter("keys", "rotate", "--vo", VO, check=False)
-    assert refused.returncode != 0  # not public for long enough
+    assert refused.returncode != 0  # the standby key is not public for long enough
     go_on(PUBLISH_SECONDS + 0.5)
     served.minter("keys", "rotate", "--vo", VO)
     go_on(2)

@@ -1,4 +1,4 @@
-"""The life of tokens through real workers: what DIRAC and Rucio do after they were given some."""
+"""The life of tokens through real workers: what DIRAC and Rucio do with tokens that they got."""
 
 import json
 
@@ -56,7 +56,7 @@ def test_a_filled_job_is_reported_by_ftss_ids_and_renewed(client):
         jobs=[JobReport(job_id, filled.request_id, numbers, tuple(9000 + n for n in numbers))],
     )
     assert told.tokens == 2
-    assert len(client.renew(filled.request_id).tokens) == 2 * len(numbers) + 1  # and one for FTS
+    assert len(client.renew(filled.request_id).tokens) == 2 * len(numbers) + 1  # and one token for FTS
 
 
 def test_renewing_one_renewal_twice_gives_the_same_tokens(client):

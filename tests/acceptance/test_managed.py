@@ -138,7 +138,7 @@ def test_from_a_subject_token_to_a_token_kept_fresh(kept):
         assert claims["scope"] == f"storage.read:{TOP}/data/x/1"
         assert claims["aud"] == HOST
         rows(kept.service, "SELECT 1")
-        with kept.service.pool.begin() as tx:  # its end is near
+        with kept.service.pool.begin() as tx:  # the token expires soon
             tx.exec_driver_sql("UPDATE managed SET needed_at = now() WHERE state = 'issued'")
         fresh = until(
             lambda: [t for t in client.fetch(*asked.request_ids).tokens if t.reveal() != token.reveal()]
@@ -149,9 +149,9 @@ def test_from_a_subject_token_to_a_token_kept_fresh(kept):
             assert consumer.fetch(handles=[token.handle]).tokens[0].reveal() == fresh[0].reveal()
         with kept.client("thief") as thief:
             assert not thief.fetch(handles=[token.handle]).tokens
-        (renewed,) = client.renew(*asked.request_ids, subject_token=subject).tokens  # an equal wish: at once
+        (renewed,) = client.renew(*asked.request_ids, subject_token=subject).tokens  # an equal token exists
         assert renewed.handle != token.handle
-        with kept.client("consumer") as consumer:  # which the first request named
+        with kept.client("consumer") as consumer:  # the first request named this queue
             until(lambda: consumer.fetch(handles=[renewed.handle]).tokens)
         assert client.report([FileReport(state="finished", external_id="x/1")]).tokens == 2
         assert rows(kept.service, "SELECT state::text, refresh FROM managed") == [("finished", None)]
@@ -211,7 +211,7 @@ def test_an_outage_is_stood_in_for_and_ends(kept):
         for asked in waiting:
             (token,) = until(lambda asked=asked: client.fetch(*asked.request_ids).tokens)
             assert jwt.decode(token.reveal(), options={"verify_signature": False})["iss"] == kept.iss
-        assert client.mint(**read("y/9", "own")).tokens  # at once, while the provider is paused
+        assert client.mint(**read("y/9", "own")).tokens  # minted at once while the provider is paused
         kept.iam.server.behaviour = Behaviour()
         until(lambda: client.mint(**read(f"z/{uuid.uuid4()}", "own")).pending, 60)
 
@@ -235,7 +235,7 @@ def test_a_visitors_token_at_the_token_endpoint(kept):
     told = kept.token("rucio", **exchange, subject_token=subject).json()
     claims = jwt.decode(told["access_token"], options={"verify_signature": False})
     assert claims["iss"] == kept.iss
-    assert claims["scope"] == f"storage.read:{TOP}/data"  # the rule lets reading through only
+    assert claims["scope"] == f"storage.read:{TOP}/data"  # the exchange rule allows reading only
     assert claims["sub"] == "iam:rucio"
     assert claims["act"]["sub"]
     cases = {

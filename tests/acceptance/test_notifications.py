@@ -1,4 +1,4 @@
-"""Managed tokens over the brokers: handles at once, tokens pushed to the client's durable queue when they come."""
+"""Managed tokens over the brokers: handles come at once, tokens later on the client's durable queue."""
 
 import json
 import subprocess
@@ -86,7 +86,7 @@ def ask(engine, name, activity):
 
 def test_a_handle_first_and_then_the_token(pushing):
     request_id, told = ask(pushing, "p/1", "own")
-    assert "tokens" not in told  # they go to the queue
+    assert "tokens" not in told  # the tokens go to the durable queue
     first = next_answer(pushing)
     assert first["request_id"] == request_id
     (pending,) = first["pending"]

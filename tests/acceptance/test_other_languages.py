@@ -1,4 +1,4 @@
-"""A client that is not ours and not Python: Node with amqplib, from the schemas alone."""
+"""A client in another language: Node with amqplib, written from the schemas alone."""
 
 import json
 import os

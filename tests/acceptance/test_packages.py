@@ -1,4 +1,4 @@
-"""The distribution `gridminter` without extras is the client alone; it lives beside Rucio, whose pins the engine could not bear."""
+"""The distribution `gridminter` without extras is the client alone, and installs beside Rucio's pins."""
 
 import subprocess
 from pathlib import Path

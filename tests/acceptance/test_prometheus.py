@@ -93,6 +93,6 @@ def test_prometheus_sees_the_rates_of_all_processes(scraped):
     elsewhere |= {metrics.PROVIDER, metrics.PROVIDER_SECONDS}
     for spec in metrics.SPECS:
         if spec in elsewhere | {metrics.REFUSALS, metrics.STANDBY}:
-            continue  # nothing was refused, beat has made no standby yet, and the others' processes are not here
+            continue  # no refusal, no standby key yet, or a process that does not run here
         suffix = {"counter": "_total", "histogram": "_count", "gauge": ""}[spec.kind]
         assert spec.name + suffix in names

@@ -1,4 +1,4 @@
-"""One contract for every IAM: Keycloak and npm oidc-provider, which nobody here wrote, and our own fake."""
+"""One contract for every IAM: Keycloak, npm oidc-provider, and the fake IAM of this project."""
 
 import time
 import uuid
@@ -26,7 +26,7 @@ KINDS = {
 
 
 class There:
-    """One server, and our client of it."""
+    """One server, and Minter's client for it."""
 
     def __init__(self, name, server, options):
         self.name, self.server, self.options = name, server, options
@@ -94,7 +94,7 @@ def test_exchange_then_refresh_with_rotation(there):
 def test_a_spent_refresh_token_ends_its_family(there):
     first = there.iam.exchange(ASKED, there.subject())
     second = there.iam.refresh(ASKED, first.refresh)
-    time.sleep(1.1)  # Keycloak tells them apart by the second
+    time.sleep(1.1)  # Keycloak tells tokens apart by the second of their issue
     with pytest.raises(ProviderRefused):
         there.iam.refresh(ASKED, first.refresh)
     with pytest.raises(ProviderRefused) as caught:
@@ -202,7 +202,7 @@ def test_private_key_jwt(there):
     given = iam.client_credentials(ASKED)
     if (
         there.name == "keycloak"
-    ):  # its audiences come from mappers: both of them, which is more than was asked for
+    ):  # Keycloak's mappers add both audiences, which is more than the request asks for
         assert given.error.fields["claim"] == "aud"
         given = iam.client_credentials(structs.replace(ASKED, audience=(SE, "https://se2.example.org")))
     assert given.error is None

@@ -1,4 +1,4 @@
-"""I5: with debug logging, task events and broken messages, nothing secret is at rest or in sight."""
+"""I5: even with debug logging, task events and broken messages, no secret is stored or shown."""
 
 import json
 import subprocess
@@ -20,12 +20,12 @@ WINDOW = 20
 
 
 def windows(secret):
-    """Every 20 characters of a secret that must not be anywhere."""
+    """Return every 20-character part of a secret; none of them may be found anywhere."""
     return {secret[i : i + WINDOW] for i in range(len(secret) - WINDOW + 1)}
 
 
 def leaks(haystack, secrets):
-    """Which of the secrets' parts appear: one pass over the text, whatever the number of secrets."""
+    """Return the parts of secrets that appear, in one pass over the text for any number of secrets."""
     wanted = set().union(*map(windows, secrets))
     return {
         haystack[i : i + WINDOW]
@@ -41,7 +41,7 @@ def test_the_search_finds_what_it_looks_for():
 
 @pytest.fixture
 def exercised(running):
-    """Everything a client can do, good and bad; returns the tokens that came back."""
+    """Do everything that a client can do, right and wrong; return the tokens that came back."""
     tokens = []
     with running.client() as client:
         result = client.mint(
@@ -57,7 +57,7 @@ def exercised(running):
                 ]
                 tokens.append(filled.bearer.reveal())
     raw = Raw(running)
-    # A job whose own token slots hold tokens, in a message that cannot be served.
+    # A message that cannot be served, with a job that holds tokens already.
     kept = json.loads((EXAMPLES / "rucio-41.5/jobs/with-tokens-1.json").read_text())
     strangers = [t for f in kept["files"] for t in f["source_tokens"] + f["destination_tokens"] if t]
     for body in (*BROKEN.values(), json.dumps([[{"request_id": "x", "job": kept}], {}, {}]).encode()):
@@ -89,13 +89,13 @@ def test_nothing_secret_is_at_rest_or_in_sight(running, exercised):
     for place, text in places.items():
         assert len(text) > 1000, place
         assert not leaks(text, secrets), place
-    # On the broker nothing of a token is left at all, in clear or compressed.
+    # No part of a token is left on the broker, plain or compressed.
     assert "eyJhbGciOi" not in places["queues"]
     assert all(t.split(".")[1][:60] not in places["logs"] for t in tokens)
 
 
 def dump(running):
-    """The whole database as text; bytea in hex cannot hold a base64 secret by accident."""
+    """Return the whole database as text; bytea in hex cannot hold a base64 secret by accident."""
     done = subprocess.run(
         [_postgres_programs() / "pg_dump", "--data-only", "--inserts", running.environ["MINTER_DSN"]],
         capture_output=True, text=True, check=True,
@@ -104,7 +104,7 @@ def dump(running):
 
 
 def queue_contents(running):
-    """Whatever lies in queues, dead letters included, with headers, and the embedded broker's files."""
+    """Return all messages in queues and dead letters, with headers, and the embedded broker's files."""
     seen = []
     with kombu.Connection(running.broker.url) as connection:
         channel = connection.channel()

@@ -1,4 +1,4 @@
-"""The token endpoint, by the requirements of clients.md (§1, by number) and by where ours is stricter."""
+"""The token endpoint: the numbered requirements of its clients (#1 …), and where Minter is stricter."""
 
 import base64
 import json
@@ -120,7 +120,7 @@ def test_the_token_for_fts_itself(ask):
 def test_several_audiences_in_one_parameter(ask):
     told = ask("rucio", scope=f"storage.read:{TOP}/f", audience=f"{HOST} https://{HOST}:443")
     assert claims(told)["aud"] == [HOST, f"https://{HOST}:443"]
-    # It would be good at both, and only one has that path.
+    # The token would be accepted at both storages, and only one of them has the path.
     assert ask("rucio", scope=f"storage.read:{TOP}/f", audience=f"{HOST} {FJORD}") == (400, "invalid_scope")
     assert claims(ask("rucio", scope="fts", audience=f"{FTS} {HOST}"))["aud"] == [FTS, HOST]
     assert claims(ask("rucio", scope=f"storage.read:{TOP}/f", resource=HOST))["aud"] == HOST
@@ -227,7 +227,7 @@ def test_the_three_ways_of_authentication_and_only_one_at_once(served):
         assert http.post(url, data=form | secret).status_code == 200
         signed = assertion()
         assert http.post(url, data=form | signed).status_code == 200
-        assert http.post(url, data=form | signed).status_code == 401  # used before
+        assert http.post(url, data=form | signed).status_code == 401  # the assertion was used before
         for spoiled in (
             {"aud": "https://other/"},
             {"sub": "rucio"},
@@ -333,7 +333,7 @@ def test_what_fts_exchanges_and_refreshes(served, ask, subject):
 def test_the_old_refresh_token_works_until_the_new_one_was_used_then_ends_the_family(served, ask, subject):
     zero = exchange(ask, "fts", subject, scope="offline_access " + subject["scope"])["refresh_token"]
     one = refresh(ask, "fts", zero)["refresh_token"]
-    assert refresh(ask, "fts", zero)["refresh_token"] == one  # the answer was lost: the same bytes
+    assert refresh(ask, "fts", zero)["refresh_token"] == one  # a repeat gets the same bytes
     two = refresh(ask, "fts", one)["refresh_token"]
     family = jwt.decode(two, options={"verify_signature": False})["jti"].partition(".")[0]
     assert refresh(ask, "fts", zero) == (400, "invalid_grant")
@@ -350,7 +350,7 @@ def test_an_exchange_needs_a_rule_and_only_narrows(ask, subject):
         400,
         "unauthorized_client",
     )
-    assert exchange(ask, "rucio", subject)["scope"] == f"storage.read:{TOP}/d"  # the rule's scopes
+    assert exchange(ask, "rucio", subject)["scope"] == f"storage.read:{TOP}/d"  # the exchange rule's scopes
     assert "refresh_token" not in exchange(ask, "fts", subject)
     assert (
         exchange(ask, "fts", subject, scope=f"storage.read:{TOP} compute.read")["scope"]
@@ -416,7 +416,7 @@ def test_a_ban_or_cancellation_of_the_subject_ends_its_exchange(served, ask, sub
         assert exchange(ask, "fts", subject) == (403, "access_denied")
     finally:
         control_changes.lift_ban(served.service.pool, Ban("client", "rucio"), "tests")
-    assert refresh(ask, "fts", told["refresh_token"])["access_token"]  # a refusal spends nothing
+    assert refresh(ask, "fts", told["refresh_token"])["access_token"]  # a refusal spends no refresh token
     with served.http("rucio") as http:
         assert http.post(f"/{VO}/revoke", data={"token": subject["access_token"]}).json() == {}
     assert exchange(ask, "fts", subject) == (400, "invalid_grant")
@@ -485,7 +485,7 @@ def test_what_callers_word_makes_no_rules_and_harms_nobody_else(served, ask):
 
 
 def test_introspection(served, ask, subject):
-    """#19: by any client of the VO; a refresh token's state is its own client's to know."""
+    """#19: any client of the VO may introspect; only its own client sees a refresh token's state."""
     told = exchange(ask, "fts", subject, scope="offline_access " + subject["scope"])
 
     def introspect(name, token):

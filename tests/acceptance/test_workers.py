@@ -49,7 +49,7 @@ def request(**changes):
     return {"request_id": str(new_request_id()), "files": [{"sources": [SE + "x"]}], **changes}
 
 
-# ── good ─────────────────────────────────────────────────────────────────────────────────────
+# ── valid requests ───────────────────────────────────────────────────────────────────────────
 
 
 def test_mint_and_repeat_by_request_id(client):
@@ -134,7 +134,7 @@ def test_celerys_own_client_understands_the_answer(running, raw):
     assert (envelope["task_id"], envelope["status"], envelope["traceback"]) == (correlation, "SUCCESS", None)
 
 
-# ── bad ──────────────────────────────────────────────────────────────────────────────────────
+# ── invalid requests ─────────────────────────────────────────────────────────────────────────
 
 
 def errors(answer):
@@ -321,7 +321,7 @@ def test_the_worker_goes_on(client):
     assert client.mint(files(1)).tokens
 
 
-# ── RabbitMQ's own guard ─────────────────────────────────────────────────────────────────────
+# ── RabbitMQ's own checks ────────────────────────────────────────────────────────────────────
 
 
 def test_the_broker_keeps_clients_apart(running):

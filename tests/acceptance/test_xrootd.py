@@ -1,7 +1,7 @@
-"""A real XRootD over HTTPS, configured with what `site-config` prints: each token opens its file, and nothing else.
+"""A real XRootD over HTTPS with the output of `site-config`: each token opens its file and nothing else.
 
-Debian's 5.5.3 with libscitokens 0.7.3: the matrix of facts/storages.md §5 and §7 for that version, its known
-faults (paths are compared by prefix) included.
+The tests run on Debian's XRootD 5.5.3 with libscitokens 0.7.3 and cover the known faults of that version (it
+compares paths by prefix).
 """
 
 import os
@@ -95,7 +95,7 @@ def test_a_read_token_reads_its_file_at_its_storage(site):
     assert {curl(a, read, *r) for r in refused} == {403}
     assert put(a, read, "dir/file1") == 403
     assert curl(b, read, "GET", "dir/file1") == 403
-    # The fault of 5.5 that the dialect `xrootd-5.5` knows (`matching = prefix`), hence six hours at most.
+    # The dialect `xrootd-5.5` knows this fault of 5.5 (`matching = prefix`): tokens live six hours at most.
     assert curl(a, read, "GET", "dir/file10") == 200
 
 
@@ -163,9 +163,9 @@ def test_a_third_party_copy_by_curl(site):
              "-H", f"TransferHeaderAuthorization: Bearer {read}", "-H", f"Source: {a.url}/grid/vo/dir/tpc", f"{b.url}/grid/vo/dir/tpc"],
             capture_output=True, text=True, check=False,
         )  # fmt: skip
-        return (done.stdout.strip().splitlines() or [""])[-1]  # the verdict is the body's last line
+        return (done.stdout.strip().splitlines() or [""])[-1]  # its last line has the verdict
 
-    assert "success" not in copy(read, write)  # swapped
+    assert "success" not in copy(read, write)  # the two tokens are swapped
     assert "success" in copy(write, read)
     assert same(a, b, "tpc")
 

@@ -1,4 +1,4 @@
-"""Retention: days that are over leave as files that a trace still reads; nothing is lost on the way."""
+"""Retention: past days are moved to files that a trace still reads, and nothing is lost."""
 
 import gzip
 import json
@@ -27,7 +27,7 @@ PATH = "/atlas/atlasdatadisk/rucio/data/"
 
 @pytest.fixture
 def later(service, dsn):
-    """The time when today is over: 39 days on for tokens, 69 for requests."""
+    """Return the time at which today is past retention: in 39 days for tokens, in 69 for requests."""
 
     def at(days):
         return clock.now() + timedelta(days=days)
@@ -51,7 +51,7 @@ def run(service, folder, now):
 
 
 def stocked(service):
-    """A day with reported, refused and renewed things in it; return its outcomes."""
+    """Record a day with reported, refused and renewed requests; return its outcomes."""
     bad = FileRequest(sources=(SE + "x",), destinations=("davs://nowhere.example.org/f",))
     half = Submission(
         from_mint(MintRequest(request_id=clock.new_uuid7(), files=(FileRequest(sources=(SE + "h",)), bad))),
@@ -117,7 +117,7 @@ def test_only_days_that_are_over_go(service, tmp_path, later):
     assert {t for t in before if t.endswith(today)} <= tables(service)
     run(service, tmp_path, later(40))
     assert tables(service) & {f"tokens_{today}", f"token_states_{today}"} == set()
-    assert f"requests_{today}" in tables(service)  # its id may have been used for a token of 30 days later
+    assert f"requests_{today}" in tables(service)  # its request_id may get tokens for 30 days more
     run(service, tmp_path, later(70))
     assert f"requests_{today}" not in tables(service)
 
@@ -131,13 +131,13 @@ def test_a_crash_at_any_point_is_finished_by_the_next_run(service, tmp_path, lat
             raise KeyboardInterrupt
         remove(pool, table, partition, attached=attached)
 
-    monkeypatch.setattr(archive, "_remove", killed)  # after the file, before the partitions
+    monkeypatch.setattr(archive, "_remove", killed)  # after writing the file, before removing the partitions
     with pytest.raises(KeyboardInterrupt):
         run(service, tmp_path, later(40))
     monkeypatch.setattr(archive, "_remove", remove)
-    (tmp_path / "tokens-20200101.jsonl.partial").write_bytes(b"half")  # another run's, killed while writing
+    (tmp_path / "tokens-20200101.jsonl.partial").write_bytes(b"half")  # left by a killed run
     today = f"{clock.now():%Y%m%d}"
-    with connection.transaction(service.pool) as tx:  # and one killed between detach and drop
+    with connection.transaction(service.pool) as tx:  # left by a run that was killed between detach and drop
         tx.execute(f"ALTER TABLE token_states DETACH PARTITION token_states_{today}")
     run(service, tmp_path, later(40))
     assert not {t for t in tables(service) if t.endswith(today) and t.startswith("token")}
@@ -149,7 +149,7 @@ def test_a_crash_at_any_point_is_finished_by_the_next_run(service, tmp_path, lat
 def test_a_reader_delays_the_removal_and_loses_nothing(service, tmp_path, later, dsn):
     stocked(service)
     with psycopg.connect(dsn) as reader:
-        reader.execute("SELECT count(*) FROM tokens")  # its transaction stays open
+        reader.execute("SELECT count(*) FROM tokens")  # the reader's transaction stays open
         with connection.transaction(service.pool) as tx:
             tx.execute(
                 "ALTER DATABASE "
@@ -198,7 +198,7 @@ def test_an_archived_day_that_comes_back_empty_keeps_its_file(service, tmp_path,
     run(service, tmp_path, later(70))
     today = f"{clock.now():%Y%m%d}"
     before = (tmp_path / f"requests-{today}.jsonl.gz").read_bytes()
-    assert service.make_partitions()  # as a longer retention would
+    assert service.make_partitions()  # a longer retention time would do the same
     run(service, tmp_path, later(70))
     assert (tmp_path / f"requests-{today}.jsonl.gz").read_bytes() == before
     assert archive.find_request(tmp_path, two.submission.request.request_id, later(1))[1]

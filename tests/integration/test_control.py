@@ -1,4 +1,4 @@
-"""What operators change at run time: clients, bans, keys, master keys; audited, and at once (I6, I8, I9)."""
+"""Changes at run time of clients, bans, keys and master keys: audited and effective at once (I6, I8, I9)."""
 
 import json
 from datetime import timedelta
@@ -167,7 +167,7 @@ def test_beat_makes_a_standby_rotates_it_in_and_destroys_the_old_one(service):
     assert states(service) == ["active"]
     (done,) = service.maintain_keys("me")
     assert "made, prepared" in done
-    assert service.maintain_keys("me") == []  # not due
+    assert service.maintain_keys("me") == []  # no key is due
     backdate_keys(service, 181)
     one = submission("a")
     (before,) = mint(service, one)
@@ -183,7 +183,7 @@ def test_beat_makes_a_standby_rotates_it_in_and_destroys_the_old_one(service):
     assert any("destroyed" in d for d in done)
     assert rows(service, "SELECT count(*) FROM signing_keys WHERE private_key IS NULL") == [(1,)]
     assert isinstance(mint(service, one)[0].error, Expired)
-    assert keys.is_public(ring(service)[0], clock.now())  # until its last token expired
+    assert keys.is_public(ring(service)[0], clock.now())  # until the last token that it signed has expired
 
 
 def test_a_standby_that_is_not_public_long_enough_does_not_sign(service):
@@ -210,9 +210,9 @@ def test_a_revoked_key_signs_nothing_and_its_standby_takes_over(service):
     assert rows(
         service, "SELECT private_key IS NULL, revoked_at IS NOT NULL FROM signing_keys WHERE kid = %s", kid
     ) == [(True, True)]
-    assert isinstance(mint(service, one)[0].error, Expired)  # not signed again
+    assert isinstance(mint(service, one)[0].error, Expired)  # the recorded token is not signed again
     assert mint(service, submission("b"))[0].issued
-    # Listed by its key still, for the sites; a ban's list has only what verifies.
+    # The key's list still has the token, for the sites; a ban's list has only tokens that verify.
     assert len(list(live_tokens.under(service.pool, "key", kid, None, clock.now()))) == 2
     assert {t.scope[-1] for t in live_tokens.under(service.pool, "vo", VO, None, clock.now())} == {"b"}
     with pytest.raises(UnknownKey, match="revoked already"):
@@ -254,7 +254,7 @@ def test_the_master_key_is_changed_without_a_gap(service, dsn):
     assert rows(service, "SELECT secret_hash FROM clients WHERE name = %s", ME) == [
         (alone.keystore.hash_secret(VO, pepper, secret),)
     ]
-    stale = Service(load_settings(dsn))  # started with the old key alone
+    stale = Service(load_settings(dsn))  # a process that was started with the old master key only
     assert isinstance(mint(stale, submission("b"))[0].error, NoUsableKey)
     for made in (both, alone, stale):
         made.pool.dispose()

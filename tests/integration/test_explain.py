@@ -1,4 +1,4 @@
-"""Each question is one indexed query, bounded in time: EXPLAIN on a million rows; and what a token costs on disk."""
+"""Each question is one indexed query of bounded time (EXPLAIN on a million rows); disk space of a token."""
 
 import json
 import re
@@ -26,7 +26,7 @@ PAYLOAD = (
 
 @pytest.fixture(scope="module")
 def million(postgres_dsn, template):
-    """A million tokens over four daily partitions, written in the order of their jti as the engine writes them."""
+    """Write a million tokens in four daily partitions, in the order of their jti, as the engine does."""
     from tests.conftest import _admin, _dsn, load_settings
 
     _admin(postgres_dsn, f"CREATE DATABASE minter_million TEMPLATE {template}")
@@ -58,7 +58,7 @@ def plan(service, query, values):
 
 
 def scans(node):
-    """Every scan of a tokens partition: (partition, kind), with how often it ran."""
+    """Return every scan of a tokens partition as (partition, kind), with the number of its runs."""
     found = Counter()
     if re.match(r"(tokens|requests)_\d{8}$", node.get("Relation Name", "")) and node["Actual Loops"]:
         found[node["Relation Name"], node["Node Type"]] += node["Actual Loops"]
@@ -78,7 +78,7 @@ def test_one_indexed_probe_for_each_partition_in_the_time_asked_for(million, by)
     with connection.transaction(million.pool) as tx:
         (value,) = tx.execute(f"SELECT {columns[by]} FROM tokens OFFSET 500000 LIMIT 1").fetchone()
     since = (clock.now() - timedelta(days=1)).replace(hour=0, minute=0, second=0, microsecond=0)
-    until = since + timedelta(days=4)  # the days that hold rows: an empty partition is read, not searched
+    until = since + timedelta(days=4)  # days with rows: an empty partition is scanned
     bounds = {**traces.bounds(since, until), "limit": 100, "asker": None}
     found = scans(plan(million, traces.queries(by)[0], {"value": value, **bounds}))
     assert found

@@ -1,4 +1,4 @@
-"""The FTS consumer's judgement: what is tried again, what is final, and what is never undone."""
+"""Decisions of the FTS forwarder: which errors are tried again, are final, or cancel nothing."""
 
 import json
 import time
@@ -17,7 +17,7 @@ from workers.fts_forwarder import Away, Forwarder, FTSClient, JobRefused, TooLat
 
 
 class Engine:
-    """What the forwarder tells the engine; `away` times it cannot."""
+    """Records what the forwarder reports; the first `away` reports fail."""
 
     def __init__(self, away=0):
         self.away, self.reports, self.cancelled = away, [], []
@@ -41,7 +41,7 @@ def filled(service):
 
 
 def test_a_job_that_is_submitted_is_never_undone(fts, filled):
-    """The engine is away after FTS took the job, for longer than the bearer token lives."""
+    """The engine is down after FTS accepted the job, for longer than the bearer token lives."""
     engine, clock = Engine(away=1), [time.time()]
     forwarder = Forwarder(engine, FTSClient(fts.url), None, lambda: clock[0])
     done = {}
@@ -50,7 +50,7 @@ def test_a_job_that_is_submitted_is_never_undone(fts, filled):
     clock[0] += 30 * 86400
     assert forwarder.forward(filled, done).file_ids == (1000, 1001)
     assert (fts.posts, len(engine.reports), engine.cancelled) == (1, 1, [])
-    # The same message, taken by another process: it cannot know, so it undoes nothing.
+    # Another process gets the same message: it cannot know about the job, so it cancels nothing.
     again = Forwarder(engine, FTSClient(fts.url), None, lambda: clock[0])
     with pytest.raises(TooLate) as caught:
         again.forward(filled)

@@ -1,4 +1,4 @@
-"""What happens to tokens after they were issued: renewed, fetched, reported, cancelled."""
+"""Issued tokens are renewed, fetched, reported and cancelled."""
 
 import json
 import time
@@ -115,7 +115,7 @@ def test_a_renewal_grants_the_same_scopes_anew(service, lifecycle):
     assert {i.jti for i in new.issued}.isdisjoint(i.jti for i in old.issued)
     assert all(
         n.exp - o.exp == 600 for n, o in zip(new.issued, old.issued, strict=True)
-    )  # the same life, 10 min later
+    )  # the same lifetime, starting 10 min later
     assert rows(service, "SELECT renews FROM requests WHERE kind = 'renew'") == [(first.request.request_id,)]
     assert rows(service, "SELECT DISTINCT external_id FROM tokens ORDER BY 1") == [("a",), ("b c",), ("d",)]
 
@@ -241,7 +241,7 @@ def test_what_cannot_be_renewed_is_refused(service, lifecycle):
         renewed(service, lifecycle, renews=first.request.request_id, files=(7,))
     directory = service.engine.policy.directories["alpen"]
     areas, directory._areas = directory._areas, {}
-    with pytest.raises(UnknownStorage, match="has no door"):
+    with pytest.raises(UnknownStorage, match="has no endpoint"):
         renewed(service, lifecycle, renews=first.request.request_id)
     directory._areas = areas
     with control_changes.controlling(service.pool, "tests", "ban", "x", {}) as tx:
@@ -319,7 +319,7 @@ def test_what_a_report_names_and_nobody_knows_is_said(service, lifecycle):
             FileReport(state="active", job_id=unknown, file=0),
         ),
     )
-    answer = lifecycle.report("dirac", wire, clock.now())  # the other client's file is unknown to it
+    answer = lifecycle.report("dirac", wire, clock.now())  # the other client's file is unknown to this client
     assert (answer.changed, answer.unknown) == (0, ["jobs[0]", "files[0]", "files[1]", "files[2]"])
     assert states(service)["a", "source"] == "issued"
 
@@ -352,7 +352,7 @@ def test_a_job_with_other_numbers_of_ids_is_refused():
 
 @pytest.mark.slow
 def test_a_thousand_files_are_reported_and_cancelled_in_a_few_statements(service, lifecycle):
-    """Issue A2 asks for under 100 ms; what it takes is in benchmarks/, this only holds the order of it."""
+    """The goal is under 100 ms, which benchmarks/ measures; this test only checks the order of magnitude."""
     names = [f"f{n}" for n in range(1000)]
     mint(service, submission(*names))
     for state in ("active", "finished"):

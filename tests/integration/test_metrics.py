@@ -1,4 +1,4 @@
-"""Metrics are made from what the engine observes, with bounded labels."""
+"""Metrics come from the engine's observations and have a bounded number of labels."""
 
 import urllib.request
 

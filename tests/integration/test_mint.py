@@ -1,4 +1,4 @@
-"""The engine on a real Postgres: I2, I3, I4, I8, I9, and what a mint costs in statements."""
+"""The engine on a real Postgres: I2, I3, I4, I8, I9, and the number of statements for a request."""
 
 import json
 import threading
@@ -200,7 +200,7 @@ def test_a_token_that_no_longer_covers_the_need_is_expired_with_an_offer(service
     asked = submission("a")
     mint(service, asked)
     (late,) = mint(service, asked, now=clock.now() + timedelta(hours=3))
-    # Only the engine's own now is late here; the row's life is 6 h at most.
+    # Only the time that the engine is given is late; the token's lifetime is 6 h at most.
     if late.error is None:
         (late,) = mint(service, asked, now=clock.now() + timedelta(hours=6))
     assert (late.error.reason, late.error.fields) == ("expired", {"renew": True})
@@ -243,7 +243,7 @@ def test_two_processes_with_the_same_requests_at_once_give_one_outcome(service, 
         other.pool.dispose()
 
 
-# ── who may, and when ────────────────────────────────────────────────────────────────────────
+# ── clients and times ────────────────────────────────────────────────────────────────────────
 
 
 def test_unknown_and_disabled_clients_and_a_body_that_lies(service):
@@ -297,7 +297,7 @@ def test_no_usable_key_is_told_and_not_recorded(service):
     asked = submission("a")
     assert mint(service, asked)[0].error.reason == "no_usable_key"
     assert count(service, "requests") == 0
-    # A key makes the same request good: nothing was final.
+    # With a key the same request succeeds: the earlier error was not final.
     with control_changes.controlling(service.pool, "test", "delete", "alpen", {}) as tx:
         tx.execute("DELETE FROM signing_keys")
     service.create_key("alpen", "ES256", "tests")
@@ -361,7 +361,7 @@ def test_a_row_of_release_0_1_gives_the_token_that_0_1_signed(service, es256):
     assert es256.sign(vector["payload"].encode()).decode() == vector["token"]
 
 
-# ── the schema guards itself ─────────────────────────────────────────────────────────────────
+# ── constraints of the schema ────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
@@ -397,7 +397,7 @@ def test_every_controlled_table_bumps_the_version(service):
     assert versions == list(range(versions[0], versions[0] + 6))
 
 
-# ── what it costs ────────────────────────────────────────────────────────────────────────────
+# ── statements ───────────────────────────────────────────────────────────────────────────────
 
 
 def test_a_batch_of_any_size_costs_the_same_statements(service, monkeypatch):
@@ -434,7 +434,7 @@ def test_a_settings_file_that_lost_a_storage_keeps_its_row(service):
     assert control_changes.sync_catalogue(service.pool, service.loaded.issuers, storages) == 0
     with pytest.raises(Unavailable, match="cannot become"):
         control_changes.sync_catalogue(service.pool, {"alpen": "https://other.example.org/"}, storages)
-    assert before == 25  # 22 RSEs, two FTS, and what stands for several
+    assert before == 25  # 22 RSEs, two FTS, and the entry for several storages
 
 
 def test_a_filled_job_is_answered_the_same_way_twice(service):

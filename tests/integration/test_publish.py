@@ -1,4 +1,4 @@
-"""The issuer as files: what verifiers fetch, replaced whole, through rotation and revocation."""
+"""The issuer as files: the files for verifiers are replaced whole, through rotation and revocation."""
 
 import json
 from datetime import timedelta

@@ -1,4 +1,4 @@
-"""Managed tokens from a provider that does as it is told: recorded, obtained, kept fresh, stood in for."""
+"""Managed tokens from a fake provider: they are recorded, obtained, refreshed, or replaced by a fallback."""
 
 import json
 import threading
@@ -40,7 +40,7 @@ MINTED = Route(name="minted", operations=OPERATIONS)
 
 
 class Clock:
-    """The entry point's clock, which a test may put forward."""
+    """The clock of the engine and refresher, which a test may put forward."""
 
     def __init__(self):
         self.ahead = timedelta()
@@ -50,7 +50,7 @@ class Clock:
 
 
 class Bench:
-    """An engine and a refresher with one provider, whose time is the test's."""
+    """An engine and a refresher with one provider, on the clock of the test."""
 
     def __init__(self, service, iam, *routes, **provider):
         self.clock = Clock()
@@ -63,12 +63,12 @@ class Bench:
         self.routes = routes
         old = service.engine.policy
         service.engine.policy = Policy(old.directories, routes, ())
-        service.engine.store._clock = lambda: datetime.now(UTC)  # Postgres's, whatever the test's is
+        service.engine.store._clock = lambda: datetime.now(UTC)  # Postgres's time, not the test's
         control_changes.sync_providers(service.pool, ["iam"])
         self.lifecycle = Lifecycle(service.engine, service.store)
         known = SharedDocuments(service.pool, self.provider, self.clock)
         known.iam = self.iam = IAM(self.provider, "minter-secret", known, self.clock)
-        self.iam.documents()  # known from better days
+        self.iam.documents()  # the documents were fetched before the outage
         self.asked = []
         self.refresher = Refresher(
             service.pool, service.keystore, self.lifecycle, {"iam": self.iam}, self.clock,
@@ -173,7 +173,7 @@ def test_an_exchanged_token_is_kept_fresh_until_its_transfer_ends(service, iam):
     first = bench.fetch(outcome).tokens[0]
     bench.forward(minutes=35)
     bench.run_once()
-    assert bench.fetch(outcome).tokens[0].token == first.token  # 25 minutes are left: more than the margin
+    assert bench.fetch(outcome).tokens[0].token == first.token  # 25 minutes left: more than the margin
     bench.forward(minutes=10)
     bench.run_once()
     second = bench.fetch(outcome).tokens[0]
@@ -266,7 +266,7 @@ def test_the_stored_subject_token_serves(service, iam):
 REJECTED = {
     "wrong_key": "does not verify", "wrong_issuer": "does not verify", "wrong_audience": "audience",
     "wider_scope": "was not asked for", "no_expiry": "does not verify", "long_life": "at most",
-    "short_life": "at least", "future": "not in its time", "opaque": "does not verify", "fat": "at most 8000",
+    "short_life": "at least", "future": "not valid now", "opaque": "does not verify", "fat": "at most 8000",
 }  # fmt: skip
 
 
@@ -276,7 +276,7 @@ def test_what_was_not_asked_for_is_destroyed(service, iam, fault):
     iam.behaviour = Behaviour(fault=fault)
     outcome = bench.ask("a")
     bench.run_once(until=lambda: len(bench.asked) >= 2)
-    assert bench.fetch(outcome).pending  # it may be mended before anybody needs it
+    assert bench.fetch(outcome).pending  # the provider may be repaired before the token is needed
     assert bench.row()["error"]["reason"] == "provider_token_rejected"
     bench.forward(minutes=16)
     bench.run_once(until=lambda: bench.row()["state"] == "failed")
@@ -376,7 +376,7 @@ def test_a_lost_refresh_without_a_subject(service, iam, reuse):
     bench.forward(seconds=30)
     bench.run_once(until=lambda: bench.row()["state"] == "failed" or len(bench.asked) == 3)
     answer = bench.fetch(outcome)
-    assert answer.tokens  # the last one works still
+    assert answer.tokens  # the last access token is still valid
     if reuse == "safe":
         assert bench.asked[-1] == ("refresh_token", "ok")
         return
@@ -386,7 +386,7 @@ def test_a_lost_refresh_without_a_subject(service, iam, reuse):
 
 
 def test_a_worker_that_died_with_a_refresh_token(service, iam):
-    """A lease that ran out, on a token whose refresh token may be spent: it is not presented again."""
+    """After a lease ran out, a refresh token that may be spent is not presented again."""
     bench = Bench(service, iam, exchange(), outage_margin_seconds=300)
     outcome = bench.ask("a", subject=bench.subject())
     bench.run_once()
@@ -395,7 +395,7 @@ def test_a_worker_that_died_with_a_refresh_token(service, iam):
     assert len(dead.tokens) == 1
     assert not dead.tokens[0].spent
     bench.run_once(seconds=0.3)
-    assert len(bench.asked) == 1  # its lease is not over
+    assert len(bench.asked) == 1  # the lease is still valid
     bench.forward(seconds=31)
     bench.run_once()
     assert bench.asked[-1] == ("token_exchange", "ok")
@@ -440,7 +440,7 @@ def test_one_request_is_stood_in_for_though_another_is_not(service, iam):
     bench = Bench(service, iam, own(fallback=("minted",), granularity="directory"), MINTED)
     iam.behaviour = Behaviour(fault="error_500")
     first, second = bench.ask("data/a"), bench.ask("data/b")
-    with transaction(service.pool) as connection:  # its record is of another time
+    with transaction(service.pool) as connection:  # the record is from another time
         connection.execute(
             "UPDATE requests SET activity = '(several)' WHERE request_id = %s",
             (second.submission.request.request_id,),
@@ -455,7 +455,9 @@ def test_one_request_is_stood_in_for_though_another_is_not(service, iam):
     issuers = [jwt.decode(t.token, options={"verify_signature": False})["iss"] for t in (given, stood_in)]
     assert [iss == iam.issuer for iss in issuers] == [True, False]
     report = ReportRequest(files=tuple(FileReport(state="finished", external_id=f"data/{n}") for n in "ab"))
-    assert bench.lifecycle.report(ME, report, bench.clock()).changed == 3  # two uses, and the stand-in itself
+    assert (
+        bench.lifecycle.report(ME, report, bench.clock()).changed == 3
+    )  # two uses, and the fallback token itself
     assert bench.row()["state"] == "finished"
 
 
@@ -465,7 +467,7 @@ def test_a_paused_provider_is_stood_in_for_and_asked_again_when_it_is_back(servi
     waiting = [bench.ask(f"f{n}") for n in range(8)]
     assert all(o.pending for o in waiting)
     bench.run_once(until=lambda: not rows(service, "SELECT 1 FROM managed WHERE state <> 'finished'"))
-    for outcome in waiting:  # what waited was stood in for
+    for outcome in waiting:  # pending tokens got a fallback token
         (token,) = bench.fetch(outcome).tokens
         assert jwt.decode(token.token, options={"verify_signature": False})["iss"] != iam.issuer
     asked = len(bench.asked)
@@ -530,7 +532,7 @@ def test_subject_tokens_are_verified(service, iam):
 
 
 def test_what_is_known_of_a_managed_token(service, iam):
-    """Traced by what FTS shows of it, listed while it works, and gone from the lists when it does not."""
+    """A token is found by the id that FTS shows, and is listed only while it is valid."""
     bench = Bench(service, iam, own())
     outcome = bench.ask("a")
     (waiting,) = traces.find_request(service.pool, outcome.submission.request.request_id)[0]
@@ -560,7 +562,7 @@ def test_what_is_known_of_a_managed_token(service, iam):
         (living,) = live_tokens.under(service.pool, kind, value, "alpen", bench.clock())
         assert living.exp == token.exp
     bench.lifecycle.cancel(ME, CancelRequest(external_ids=("a",)), bench.clock())
-    assert list(live_tokens.under(service.pool, "client", ME, "alpen", bench.clock()))  # it works still
+    assert list(live_tokens.under(service.pool, "client", ME, "alpen", bench.clock()))  # it is still valid
     bench.forward(hours=1, minutes=1)
     assert not list(live_tokens.under(service.pool, "client", ME, "alpen", bench.clock()))
 
@@ -623,11 +625,11 @@ def test_a_changed_master_key(service, iam, dsn):
     assert isinstance(both, MasterKey)
 
 
-# ── what an attacker, or bad luck, tried ─────────────────────────────────────────────────────
+# ── attacks and unlucky combinations ─────────────────────────────────────────────────────────
 
 
 def due_again(service, iam, **options):
-    """A token that was exchanged, and is due to be refreshed with nothing but its refresh token."""
+    """A token that was exchanged and is due, and that only its refresh token can refresh."""
     bench = Bench(
         service, iam, exchange(**options.pop("route", {})), MINTED, outage_margin_seconds=300, **options
     )
@@ -755,7 +757,7 @@ def test_a_use_that_joins_while_a_stand_in_is_made(service, iam, monkeypatch):
     late = bench.ask("a")
     assert bench.row()["uses"] == 2
     instead = {use[0]: uuid.uuid4() for use in uses}
-    assert fall_back(service.pool, taken[0], uuid.uuid4(), instead) == 0  # another's lease
+    assert fall_back(service.pool, taken[0], uuid.uuid4(), instead) == 0  # the lease of another process
     assert fall_back(service.pool, taken[0], lease, instead) == 1
     assert (bench.row()["state"], bench.row()["uses"]) == ("queued", 1)
     assert bench.fetch(late).pending

@@ -1,4 +1,4 @@
-"""A database that is lost and restored from a dump: what came after it is unknown, and nothing wrong is minted."""
+"""A database restored from a dump: later tokens are unknown, and no wrong token is minted."""
 
 import subprocess
 from datetime import timedelta
@@ -55,9 +55,9 @@ def test_restored_from_a_dump(service, dsn, dump_and_lose):
     again.prepare()
     lifecycle = Lifecycle(again.engine, again.store)
     now = clock.now()
-    # What was before the dump is as it was: the same bytes under the same request_id.
+    # A request from before the dump gives the same bytes under its request_id.
     assert tokens(mint(again, before)[0]) == tokens(known)
-    # What came after it is unknown, and said to be.
+    # A request from after the dump is unknown, and the answer says so.
     since, until = now - timedelta(days=1), now + timedelta(days=1)
     assert traces.find(again.pool, "jti", lost.issued[0].jti, since, until) == []
     assert lifecycle.report(
@@ -72,7 +72,7 @@ def test_restored_from_a_dump(service, dsn, dump_and_lose):
     ).unknown == ["files[1]"]
     with pytest.raises(UnknownRequest):
         lifecycle.fetch(ME, FetchRequest(after.request.request_id), now)
-    # Asked again, it is granted anew: other tokens, each with its row, by a key that is public.
+    # The repeated request gets other tokens, each with its row, signed by a key that is public.
     (renewed,) = mint(again, after)
     assert {i.jti for i in renewed.issued}.isdisjoint(i.jti for i in lost.issued)
     with transaction(again.pool) as connection:
@@ -86,7 +86,7 @@ def test_restored_from_a_dump(service, dsn, dump_and_lose):
 
 
 def test_what_operators_must_do_again_after_a_restore(service, dsn, dump_and_lose):
-    """docs/install.md: bans and revocations since the dump are gone until they are made again."""
+    """Bans and revocations since the dump are lost until an operator repeats them."""
     dump, lose_and_restore = dump_and_lose
     service.maintain_keys("me")
     with transaction(service.pool) as tx:

@@ -1,4 +1,4 @@
-"""Shared tokens: one signature for the files of a directory or storage, one row for each use."""
+"""Shared tokens: one signature for the files of a directory or storage, and one row for each use."""
 
 import json
 from collections import Counter
@@ -38,7 +38,7 @@ READ_WRITE = ("read", "write", "overwrite", "retry")
 
 
 def share(service, granularity="directory", **route):
-    """Give the engine one route, whose needs are an hour and a half of a token's six."""
+    """Give the engine one route, on which a file needs 1.5 hours of the 6 that a token lives."""
     one = Route(name="shared", operations=READ_WRITE, granularity=granularity, wait_seconds=1200, **route)
     old = service.engine.policy
     service.engine.policy = Policy(old.directories, (one,), ())
@@ -60,7 +60,7 @@ def downloads(*names, client=ME, operation="download", **options):
 
 @pytest.fixture
 def signatures(service, monkeypatch):
-    """Count what is signed, the key's own test at its loading apart."""
+    """Count the signatures, without the test signature at the loading of a key."""
     with transaction(service.pool) as connection:
         (key,) = read_keys(connection)
     service.engine.unlock(key)
@@ -164,7 +164,7 @@ def test_a_ban_inside_the_directory_ends_the_sharing(shared):
     control_changes.add_ban(shared.pool, Ban("path", f"{DIR}/d/secret"), "leak", "test")
     (narrow,) = mint(shared, downloads("d/b"))
     assert narrow.issued[0].scope == f"storage.read:{DIR}/d/b"
-    (again,) = mint(shared, asked)  # what was given holds more than may be given now
+    (again,) = mint(shared, asked)  # the recorded token allows more than the client may get now
     assert isinstance(again.error, Banned)
     (refused,) = mint(shared, downloads("d/secret/x"))
     assert refused.refusals[0]["error"]["reason"] == "banned"
@@ -204,7 +204,7 @@ def test_each_use_has_a_state_of_its_own(shared):
         FileReport(state="active", external_id="d/a"),
         FileReport(state="finished", request_id=id_, file=1),
         FileReport(state="active", job_id=job, file=0),
-        FileReport(state="active", jti=made.issued[0].jti),  # names no file
+        FileReport(state="active", jti=made.issued[0].jti),  # the report names no file
     )
     told = lifecycle.report(ME, ReportRequest((JobReport(job, id_, (0, 1)),), reports), clock.now())
     assert (told.changed, told.unknown) == (2, ["files[3]"])
@@ -215,7 +215,7 @@ def test_each_use_has_a_state_of_its_own(shared):
     assert isinstance(again.error, Expired)
     (untouched,) = mint(shared, other)
     assert tokens(untouched) == tokens(made)[:1]
-    (new,) = mint(shared, downloads("d/d"))  # the token itself goes on
+    (new,) = mint(shared, downloads("d/d"))  # the shared token itself is not ended
     assert tokens(new) == tokens(made)[:1]
 
 

@@ -1,4 +1,4 @@
-"""A provider's budget and breaker, as values: never more than allowed, closed again when it is well."""
+"""A provider's budget is never exceeded, and its circuit breaker closes when the provider is back."""
 
 from datetime import UTC, datetime, timedelta
 
@@ -28,7 +28,7 @@ PROVIDER = {"name": "iam", "issuer": "https://iam.example.org/", "client_id": "m
     st.lists(st.tuples(st.floats(0, 3), st.integers(0, 90), st.integers(0, 90)), min_size=1, max_size=20),
 )
 def test_no_second_has_more_than_the_budget(rate, asks):
-    """Whoever asks when, the slots given out are never closer than the budget says."""
+    """Whatever processes ask, the slots are never closer than the budget allows."""
     due_at, now, given_out = T0, T0, []
     for pause, wanted, free in asks:
         now += timedelta(seconds=pause)
@@ -79,7 +79,7 @@ def test_a_breaker_opens_after_failures_in_a_row_and_closes_after_a_probe():
     assert breaker.state(later) == "half_open"
     probing = breaker.probing(later + timedelta(seconds=30))
     assert probing.state(later) == "open"
-    assert probing.state(later + timedelta(seconds=30)) == "half_open"  # the prober died
+    assert probing.state(later + timedelta(seconds=30)) == "half_open"  # the trial process died
     assert probing.after(failed=False, now=later, retry_after=0, jitter=max) == Breaker()
     again = failed(probing, later)
     assert again.open_until - later > breaker.open_until - T0
@@ -99,7 +99,7 @@ def test_retry_after_is_heeded_at_once():
     assert breaker.open_until == T0 + timedelta(seconds=40)
     assert failed(Breaker(), T0, retry_after=100_000).open_until == T0 + timedelta(hours=1)
     many = breaker
-    for _ in range(20):  # those that were out already
+    for _ in range(20):  # requests that were sent before the pause
         many = failed(many, T0, retry_after=40)
     assert many.pauses == breaker.pauses
 

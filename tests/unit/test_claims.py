@@ -1,4 +1,4 @@
-"""The check of a finished token catches every altered claim, header and scope; two libraries verify."""
+"""The check of a finished token finds every altered claim, header and scope; two libraries verify tokens."""
 
 import base64
 import json
@@ -123,7 +123,7 @@ def test_scitokens_accepts_exactly_the_file(es256, rs256):
         pem = signer._private_key.public_key().public_bytes(
             serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
         )
-        # Built for the present: scitokens reads the clock itself.
+        # The token is valid now, because scitokens reads the system clock.
         import time
 
         token = signer.sign(build_claims(planned, ISSUER, "sub", "rucio", int(time.time()), JTI))

@@ -1,4 +1,4 @@
-"""What FTS's monitoring messages say; the vectors follow msg_producer of fts3 3.14.4."""
+"""Reading FTS's monitoring messages; the vectors follow msg_producer of fts3 3.14.4."""
 
 import json
 

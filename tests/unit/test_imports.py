@@ -1,4 +1,4 @@
-"""The direction of imports between packages, and what the pure packages must not touch."""
+"""The direction of imports between packages, and the modules that pure packages must not import."""
 
 import ast
 import re
@@ -48,7 +48,7 @@ def _inside(packages):
 
 
 def _imported(tree):
-    """Dotted names of all that a module imports, wherever the import stands."""
+    """Return the dotted names of everything that a module imports, at any place in it."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)

@@ -1,4 +1,4 @@
-"""The last line of defence: whatever looks like a secret is cut out of every log line."""
+"""Every log line is redacted: everything that looks like a secret is cut out."""
 
 import asyncio
 import io
@@ -69,7 +69,7 @@ def test_what_json_has_no_form_for_is_still_logged():
 
 
 class Stream(io.StringIO):
-    """A stream that knows what was written at once."""
+    """A stream that keeps each write apart."""
 
     def __init__(self):
         super().__init__()

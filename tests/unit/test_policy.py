@@ -1,4 +1,4 @@
-"""Decisions: I1 over generated cases, and what each rule of decision 6 says."""
+"""Decisions: I1 over generated cases, and each rule of the policy alone."""
 
 import uuid
 from collections import Counter
@@ -78,7 +78,7 @@ def test_no_grant_is_wider_than_the_dialects_expansion_of_what_was_asked(data):
     granted = {(g.need.file, g.need.side, g.need.index) for g in decision.planned_tokens}
     refused = {(r.need.file, r.need.side, r.need.index) for r in decision.refused if r.need}
     asked = {(n.file, n.side, n.index) for f in request.files for n in f.needs}
-    assert granted | refused == asked  # exactly one outcome each (I3)
+    assert granted | refused == asked  # each token has exactly one outcome (I3)
     assert not granted & refused
 
 

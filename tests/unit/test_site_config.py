@@ -1,4 +1,4 @@
-"""What a site pastes, and storages from DIRAC's configuration."""
+"""The configuration for sites, and storages from DIRAC's configuration."""
 
 import tomllib
 

@@ -147,7 +147,7 @@ def test_ours_is_inside_what_rucio_asks_for(storage):
     if not storage.tokens:
         assert not pair["oidc_support"] or storage.name == "KELP-T3_OBJECTSTORE"
         return
-    if "//" in asked["scope"]:  # Rucio does not shorten //eos by /eos: its scope names nothing there
+    if "//" in asked["scope"]:  # Rucio does not shorten //eos by /eos, so its scope matches no file
         assert storage.name == "ISOLA-T0_CTATAPE"
         return
     rse_wide = {s.path for s in parse_scopes(_repaired(asked["scope"])) if s.path}
@@ -158,7 +158,7 @@ def test_ours_is_inside_what_rucio_asks_for(storage):
 
 
 def _repaired(scope):
-    """Rucio's string prefixes lose the leading slash, or the whole path; what it meant is below /."""
+    """Rucio's string prefixes lose the leading slash or the whole path; Rucio means a path below /."""
     words = (w.partition(":") for w in scope.split())
     return " ".join(f"{n}:/{p.lstrip('/')}" for n, c, p in words if c)
 

@@ -1,4 +1,4 @@
-"""Decisions of the token endpoint: I1 over generated wishes, and the life of refresh families."""
+"""Decisions of the token endpoint: I1 over generated token requests, and the life of refresh families."""
 
 import uuid
 from collections import Counter
@@ -63,7 +63,7 @@ def token_requests(draw, made):
 @given(st.data())
 def test_nothing_is_granted_beyond_what_was_asked_the_areas_of_every_audience_and_the_client(data):
     made = data.draw(strategies.storages())
-    if data.draw(st.booleans()):  # one storage inside another, at its door
+    if data.draw(st.booleans()):  # one storage inside another, at the same endpoint
         outer = made[0]
         door = outer.endpoints[0]
         inner = structs.replace(door, prefix=f"{door.prefix}/inner")
@@ -104,7 +104,7 @@ def test_nothing_is_granted_beyond_what_was_asked_the_areas_of_every_audience_an
 
 
 def may(policy, client, area, name):
-    """Say in other words whether client and routes let a scope onto an area."""
+    """Say, independently of the engine, whether client and routes allow a scope on an area."""
     for operation in token_endpoint._OPERATIONS[name]:
         if client.operations and operation not in client.operations:
             continue

@@ -1,7 +1,7 @@
 """DIRAC's FTS3Job with examples/dirac, through the real fts3 client.
 
-Arguments: issuer, secrets as JSON, FTS's URL, CA. DIRAC's storage elements need gfal2, which no registry has,
-so the transfers are given; all from there on is DIRAC's, fts3's, and the example's.
+Arguments: issuer, secrets as JSON, FTS's URL, CA. DIRAC's storage elements need gfal2, which no package
+registry has, so the test provides the transfers; all later code is that of DIRAC, fts3 and the example.
 """
 
 import json

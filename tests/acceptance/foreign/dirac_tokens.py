@@ -94,7 +94,7 @@ done.append("exchangeToken, refreshToken, revokeToken")
 
 
 class Service(TokenManagerHandlerMixin):
-    """The handler, called here instead of through DISET."""
+    """Calls the handler directly instead of through DISET."""
 
     def __init__(self):
         pass
@@ -116,7 +116,7 @@ for _ in range(2):
     got = value(
         client.getToken(userGroup="alpen_prod", scope=[f"storage.read:{TOP}/"], requiredTimeLeft=3600)
     )
-assert Client.calls == 1, Client.calls  # the second came from DIRAC's cache
+assert Client.calls == 1, Client.calls  # the second token came from DIRAC's cache
 assert "storage.read" in got["scope"]
 done.append("TokenManager and its cache")
 print(json.dumps(done))

@@ -1,4 +1,4 @@
-"""authlib, requests-oauthlib and scitokens, as their users write it. Arguments: issuer, secrets as JSON."""
+"""authlib, requests-oauthlib and scitokens, used as their users do. Arguments: issuer, secrets as JSON."""
 
 import json
 import sys

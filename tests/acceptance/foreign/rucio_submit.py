@@ -1,6 +1,7 @@
-"""Rucio's own conveyor-submitter on an sqlite database, on pip Rucio.
+"""Rucio's conveyor-submitter, from pip, on an sqlite database.
 
-Arguments: issuer, secrets as JSON, FTS's URL, folder, CA, `own` (its transfertool) or `minter` (examples/rucio).
+Arguments: issuer, secrets as JSON, FTS's URL, folder, CA, and `own` (Rucio's transfertool) or `minter`
+(examples/rucio).
 """
 
 import json
@@ -40,7 +41,7 @@ from rucio.db.sqla.session import db_session, get_engine
 models.register_models(get_engine())
 root, scope = InternalAccount("root"), InternalScope("mc23")
 SOURCE, DESTINATION = "BOREAS-T2_DATADISK", "FJORD-T1_DATADISK"
-doors = {
+endpoints = {
     SOURCE: ("se01.boreas.example.org", "/atlas/atlasdatadisk/rucio"),
     DESTINATION: ("webdav1.fjord.example.org", "/data/atlas/datadisk/rucio"),
 }
@@ -51,7 +52,7 @@ with db_session(DatabaseOperationType.WRITE) as session:
     models.VO(vo="def", description="the one VO", email="root@example.org").save(session=session)
     add_account(root, AccountType.SERVICE, "root@example.org", session=session)
     add_scope(scope, root, session=session)
-    for name, (host, prefix) in doors.items():
+    for name, (host, prefix) in endpoints.items():
         ids[name] = add_rse(name, session=session)
         door = {"scheme": "davs", "hostname": host, "port": 443, "prefix": prefix,
                 "impl": "rucio.rse.protocols.gfal.Default", "domains": {"lan": {}, "wan": wan}}  # fmt: skip
