@@ -13,7 +13,7 @@ from minter.errors import InvalidRequest, SettingsError
 from minter.policy.clients import Ban
 from minter.scopes import check_path
 from minter.service import Service
-from minter.storages.directory import squash
+from minter.storages.urls import squash
 from minter.tokens import keys
 from minter.tokens.keystore import new_master_key
 

@@ -137,7 +137,9 @@ def _fate(one: TraceRecord) -> str:
 
 def show_live_tokens(service: Service, as_json: bool, done: str, what: Ban) -> None:
     """Print what was done, and the live tokens concerned: only revoking its key stops a token (I9)."""
-    living = live_tokens.under(service.pool, what.kind, what.value, what.vo, service.clock())
+    living = live_tokens.under(
+        service.pool, what.kind, what.value, what.vo, service.clock(), service.loaded.policy.matching_of
+    )
     most = MOST_LISTED if as_json else MOST_SHOWN
     storages: Counter[str] = Counter()
     found: list[live_tokens.LiveTokenRow] = []

@@ -5,7 +5,7 @@ other, and may be slow.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta
 
 from msgspec import Struct
@@ -18,6 +18,7 @@ from minter.policy.limits import HARD_MAX_SECONDS, LAST_EXPIRY
 from minter.policy.plans import SEVERAL_STORAGES
 from minter.policy.requests import SEVERAL
 from minter.scopes import encode_path, parse_scopes
+from minter.storages.dialects import Matching
 
 FETCH_ROWS = 5_000
 VERIFIER_CACHES = "XRootD 10 min, FTS and DIRAC 24 h, Rucio 12 h"
@@ -49,10 +50,10 @@ _CONDITIONS = {
     "on_behalf_of": _ASKED.format("r.on_behalf_of = %(value)s"),
     "activity": _ASKED.format(f"r.activity IN (%(value)s, '{SEVERAL}')"),
     "path": "strpos(t.payload, %(raw)s) > 0 OR strpos(t.payload, %(encoded)s) > 0"
-    " OR t.payload ~ ':/[ \"]'",  # or the root path, which contains every path
+    " OR t.payload ~ ':/[ .\"]'",  # or the root path, or a pattern that begins with any character
 }
 _ALIVE = """
-    SELECT t.jti::text, c.name, s.name, t.payload, coalesce(m.expires_at, t.expires_at)
+    SELECT t.jti::text, c.vo, c.name, s.name, t.payload, coalesce(m.expires_at, t.expires_at)
     FROM tokens t JOIN clients c USING (client_id) JOIN storages s USING (storage_id)
     LEFT JOIN signing_keys k USING (key_id) LEFT JOIN managed m ON t.mode <> 'mint' AND m.jti = t.jti
     WHERE t.jti >= %(first)s AND t.expires_at > %(now)s
@@ -61,14 +62,21 @@ _ALIVE = """
 """
 
 
-def under(pool: Pool, kind: str, value: str, vo: str | None, now: datetime) -> Iterator[LiveTokenRow]:
+MatchingOf = Callable[[str, str], Matching]
+"""How a storage, named by VO and name, matches paths."""
+
+
+def under(
+    pool: Pool, kind: str, value: str, vo: str | None, now: datetime, matching_of: MatchingOf
+) -> Iterator[LiveTokenRow]:
     """Yield the live tokens that a ban of this kind and value covers or, for `key`, that a kid signed."""
     if kind not in _CONDITIONS:
         raise InvalidRequest(f"unknown kind {kind!r}, expected one of {', '.join(sorted(_CONDITIONS))}")
     first = floor(now - LAST_EXPIRY)
     bans = Bans([Ban("path", value)]) if kind == "path" else None
-    # Scopes below the prefix and scopes above it both match, so the query uses the first segment only.
-    start = "/" + value.lstrip("/").partition("/")[0]
+    # Scopes below the prefix and above it both match, and strings that it begins with: the query can only
+    # look for the first character.
+    start = value[:2]
     values = {
         "first": first, "now": now, "vo": vo, "value": value, "kind": kind,
         "raw": f":{start}", "encoded": f":{encode_path(start)}",
@@ -78,14 +86,14 @@ def under(pool: Pool, kind: str, value: str, vo: str | None, now: datetime) -> I
         values["sub"] = f'"sub":{json.dumps(subs[0][0])}' if subs else "\x01"
         cursor.itersize = FETCH_ROWS
         cursor.execute(_ALIVE.format(condition=_CONDITIONS[kind]), values)
-        for jti, client, storage, payload, expires_at in cursor:
+        for jti, of_vo, client, storage, payload, expires_at in cursor:
             claims = json.loads(payload)
-            if bans is None or _touches(bans, str(claims["scope"])):
+            if bans is None or _touches(bans, str(claims["scope"]), matching_of(of_vo, storage)):
                 yield LiveTokenRow(jti, client, storage, claims["scope"], int(expires_at.timestamp()))
 
 
-def _touches(bans: Bans, scope: str) -> bool:
-    return any(bans.touches("", s.path) for s in parse_scopes(scope) if s.path is not None)
+def _touches(bans: Bans, scope: str, matching: Matching) -> bool:
+    return any(bans.touches("", s.path, matching) for s in parse_scopes(scope) if s.path is not None)
 
 
 _LARGE_ROWS = 1_000_000

@@ -9,6 +9,8 @@ from msgspec import Struct, structs
 
 from minter.errors import Banned
 from minter.scopes import path_contains
+from minter.storages.dialects import Matching
+from minter.storages.matching import touches
 
 
 def fits(value: str, patterns: Iterable[str]) -> bool:
@@ -48,9 +50,17 @@ class Client(Struct, frozen=True, eq=False, kw_only=True):
             return self
         return structs.replace(self, subject_provider="", subject_until=None)
 
-    def may_reach(self, path: str) -> bool:
-        """Say whether a path lies below one of the client's prefixes; without prefixes every path does."""
-        return not self.paths or any(path_contains(prefix, path) for prefix in self.paths)
+    def may_reach(self, path: str, matching: Matching) -> bool:
+        """Say whether a scope on `path` stays within the client's own prefixes, or it has none.
+
+        Where paths match as strings, a scope on a prefix itself would open its neighbours: only what lies
+        strictly below a prefix is within it.
+        """
+        if not self.paths or "/" in self.paths:
+            return True
+        if matching == "exact":
+            return any(path_contains(prefix, path) for prefix in self.paths)
+        return any(path.startswith(f"{prefix}/") for prefix in self.paths)
 
 
 class Ban(NamedTuple):
@@ -82,14 +92,14 @@ class Bans:
         """Say whether anything of this kind is banned in this VO."""
         return any(ban_vo in (None, vo) for ban_vo, _ in self._values.get(kind, ()))
 
-    def touches(self, vo: str, path: str) -> bool:
-        """Say whether `path` lies below a banned prefix, or is a wide path that contains one."""
+    def touches(self, vo: str, path: str, matching: Matching) -> bool:
+        """Say whether a scope on `path` opens anything of a banned prefix, matched as its storage does."""
         return any(
-            ban_vo in (None, vo) and (path_contains(prefix, path) or path_contains(path, prefix))
+            ban_vo in (None, vo) and touches(matching, path, prefix)
             for ban_vo, prefix in self._values.get("path", ())
         )
 
-    def check_path(self, vo: str, path: str) -> None:
-        """Raise Banned if `path` lies below a banned prefix, or contains one."""
-        if self.touches(vo, path):
+    def check_path(self, vo: str, path: str, matching: Matching) -> None:
+        """Raise Banned if a scope on `path` opens anything of a banned prefix."""
+        if self.touches(vo, path, matching):
             raise Banned(f"path {path!r} is banned by an operator", kind="path")

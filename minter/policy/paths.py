@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from minter.errors import (
     OperationNotAllowed,
+    PathNotAllowed,
     ScopeTooLarge,
 )
 from minter.policy.clients import Bans, Client
@@ -14,22 +15,43 @@ from minter.policy.plans import Plan
 from minter.policy.requests import Request
 from minter.scopes import (
     check_path,
-    encode_path,
     parent,
     path_contains,
-    raw_path,
 )
 from minter.storages.directory import Area
+from minter.storages.matching import write_path
 
 
-def area_path(area: Area, client: Client, path: str) -> str:
-    """Return the root of the area if the client may have the whole area, else the file's own path."""
-    return check_path(area.root) if _may_have(area, area.root, client) else path
+def area_path(plan: Plan, client: Client, path: str) -> str:
+    """Return the root of the area for a poll token, if the client may have the whole area, else `path`.
+
+    A token that polls by another scope than storage.poll keeps to its file: the scope grants more.
+    """
+    area = plan.area
+    only_poll = {needed.scope for needed in plan.needed} == {"storage.poll"}
+    return check_path(area.root) if only_poll and _may_have(area, area.root, client) else path
+
+
+def check_reach(area: Area, path: str, client: Client, bans: Bans) -> None:
+    """Raise Banned or PathNotAllowed if a scope on `path` would open what this client may not have."""
+    bans.check_path(client.vo, path, area.matching)
+    if not client.may_reach(path, area.matching):
+        raise PathNotAllowed(
+            f"path {path!r} is outside the prefixes of client {client.name!r}: {', '.join(client.paths)}"
+            + ("" if area.matching == "exact" else "; only what lies strictly below one is inside here"),
+            path=path,
+        )
+    if neighbour := area.opened_neighbour(path):
+        raise PathNotAllowed(
+            f"a token for path {path!r} would also open {neighbour!r}, another storage, since storage "
+            f"{area.storage!r} matches paths as strings",
+            path=path,
+        )
 
 
 def _may_have(area: Area, wide: str, client: Client) -> bool:
     """Say whether the client's prefixes contain a path, and no other storage lies below this path."""
-    return client.may_reach(wide) and not any(path_contains(wide, inner) for inner in area.nested)
+    return client.may_reach(wide, area.matching) and area.opened_neighbour(wide) is None
 
 
 def shared_path(plan: Plan, path: str, request: Request, client: Client, bans: Bans) -> str:
@@ -46,7 +68,7 @@ def shared_path(plan: Plan, path: str, request: Request, client: Client, bans: B
     else:
         wide = area.root
         inside = path_contains(wide, path)
-    allowed = inside and _may_have(area, wide, client) and not bans.touches(client.vo, wide)
+    allowed = inside and _may_have(area, wide, client) and not bans.touches(client.vo, wide, area.matching)
     return check_path(wide) if allowed else ""
 
 
@@ -55,22 +77,22 @@ def scope_on(plan: Plan, path: str, shared: str, client: Client, bans: Bans) -> 
 
     Raises OperationNotAllowed if no scope is left, ScopeTooLarge if FTS could not store the claim.
     """
-    write = encode_path if plan.area.dialect.encoding == "percent" else raw_path
+    area = plan.area
+    on_path = write_path(area.dialect, shared or path)
     if shared:
-        on_shared = write(shared)
-        return _check_scope(list(dict.fromkeys(f"{n.scope}:{on_shared}" for n in plan.needed)), plan, shared)
-    on_file = write(path)
+        return _check_scope(list(dict.fromkeys(f"{n.scope}:{on_path}" for n in plan.needed)), plan, shared)
     words = []
     for needed in plan.needed:
         if needed.where == "file":
-            words.append(f"{needed.scope}:{on_file}")
+            words.append(f"{needed.scope}:{on_path}")
             continue
         directory = parent(path)
-        if not plan.area.holds_directory(directory) or bans.touches(client.vo, directory):
-            continue
-        if not client.may_reach(directory):
-            continue
-        words.append(f"{needed.scope}:{write(directory)}")
+        if (
+            area.holds_directory(directory)
+            and not bans.touches(client.vo, directory, area.matching)
+            and _may_have(area, directory, client)
+        ):
+            words.append(f"{needed.scope}:{write_path(area.dialect, directory)}")
     return _check_scope(words, plan, path)
 
 

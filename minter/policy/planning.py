@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from minter.contract.operations import Operation
+from minter.errors import OperationNotAllowed
 from minter.policy.clients import Client, fits
 from minter.policy.lifetimes import cap_of
 from minter.policy.plans import Plan, Step
@@ -43,11 +44,20 @@ def make_plan(
     ]  # fmt: skip
     if route.provider:
         steps.append(Step(f"route {route.name}, {route.mode}", f"asked of provider {route.provider}"))
-    operations = list(asked)
+    operation: Operation
+    operations = [o for o in asked if o not in area.dialect.unable]
+    for operation in (o for o in asked if o in area.dialect.unable):
+        why = f"storage {area.storage!r} cannot {operation} by token: {area.dialect.unable[operation]}"
+        if operation not in need.if_able:
+            raise OperationNotAllowed(why)
+        steps.append(Step(f"dialect {area.dialect.name}", f"leaves out the operation {operation}: {why}"))
     writes = need.side == "destination" and ("write" in asked or "overwrite" in asked)
     for rule in ("cleanup", "make_parents"):
         if writes and getattr(route, rule):
-            operation: Operation = "retry" if rule == "cleanup" else "make_parents"
+            operation = "retry" if rule == "cleanup" else "make_parents"
+            if operation in area.dialect.unable:
+                steps.append(Step(f"dialect {area.dialect.name}", area.dialect.unable[operation]))
+                continue
             operations.append(operation)
             steps.append(Step(f"route {route.name}, {rule}", f"adds the operation {operation}"))
     needed = scopes_needed(area.dialect, operations, frozenset(route.forbid))

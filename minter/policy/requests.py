@@ -24,6 +24,7 @@ SEVERAL = "(several)"
 class Need(Struct, frozen=True, gc=False):
     """The use of one token. With `one_token`, all operations must be in the same token.
 
+    `if_able` are the operations that are left out where the storage cannot do them by token.
     `life_seconds` is the lifetime of the token to be renewed, which is requested again.
     """
 
@@ -36,6 +37,7 @@ class Need(Struct, frozen=True, gc=False):
     after_seconds: int = 0
     one_token: bool = False
     life_seconds: int | None = None
+    if_able: tuple[Operation, ...] = ()
 
     @property
     def slot(self) -> Slot:

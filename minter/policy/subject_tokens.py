@@ -56,14 +56,20 @@ class SubjectAuthority(NamedTuple):
 # ── subject and refresh tokens ───────────────────────────────────────────────────────────────
 
 
-def check_holder(authority: SubjectAuthority, vo: str, clients: Mapping[str, Client], bans: Bans) -> None:
-    """Raise Banned or InvalidGrant if the client that holds the token may no longer have tokens (I9)."""
+def check_holder(
+    authority: SubjectAuthority, vo: str, clients: Mapping[str, Client], bans: Bans
+) -> Client | None:
+    """Return the client that holds the token, None if a provider's client does.
+
+    Raises Banned or InvalidGrant if the holder may no longer have tokens (I9).
+    """
     bans.check(vo, client=authority.client, on_behalf_of=authority.on_behalf_of, activity=authority.activity)
     if not authority.ours:
-        return  # the holder is a client of the provider, not of Minter
+        return None
     holder = clients.get(authority.client)
     if holder is None or holder.disabled:
         raise InvalidGrant(f"client {authority.client!r}, the holder of the token, is disabled")
+    return holder
 
 
 class RefreshReused(Exception):

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from msgspec import structs
 
-from minter.contract.operations import Operation
+from minter.contract.operations import OPERATIONS, Operation
 from minter.errors import (
     InvalidScope,
     InvalidTarget,
@@ -40,10 +40,12 @@ from minter.policy.subject_tokens import (
     on_subject_token,
 )
 from minter.policy.token_requests import Family, Subject, TokenRequest
-from minter.policy.transfers import Policy, host_of
+from minter.policy.transfers import Policy
 from minter.scopes import STORAGE_SCOPES, Scope, intersect, parse_scopes, path_contains
-from minter.storages.dialects import DIALECTS, Needed
-from minter.storages.directory import Area
+from minter.storages.dialects import BOTH, DIALECTS, RSA_ONLY, Matching, Needed, scopes_needed
+from minter.storages.directory import LOOSEST_FIRST, Area
+from minter.storages.matching import opens
+from minter.storages.urls import host_of
 
 ANY = ("https://wlcg.cern.ch/jwt/v1/any",)
 CACHE_SIZE = 4_096
@@ -95,8 +97,8 @@ def decide(
             family, authority = on_subject_token(policy, token_request, client, now, subjects)
         else:
             return _own(policy, client, bans, token_request, request.on_behalf_of)
-        check_holder(authority, client.vo, clients, bans)
-        planned = _Decider(policy, client, bans, token_request, authority).planned()
+        holder = check_holder(authority, client.vo, clients, bans)
+        planned = _Decider(policy, client, bans, token_request, authority, holder).planned()
     except RefreshReused as reuse:
         refused = Refused(None, reuse.error)
         return EndpointDecision(Decision([], [refused], reuse.error), reuse.family)
@@ -146,15 +148,24 @@ class _Decider:
         bans: Bans,
         token_request: TokenRequest,
         authority: SubjectAuthority | None,
+        holder: Client | None = None,
     ) -> None:
         self.policy = policy
         self.client = client
         self.bans = bans
         self.authority = authority
+        self.holder = holder
+        """The client whose token the subject token is, None if there is none here."""
         self.wanted = dict.fromkeys(token_request.scope or (authority.scope.split(" ") if authority else ()))
         self.audience = self._audience(tuple(dict.fromkeys(token_request.audience)))
         self.is_any = any(a in ANY for a in self.audience)
+        self.all_at_storages = True
+        """Whether each audience is that of a storage."""
+        self.algorithms = BOTH
+        """JWS algorithms that every verifier of the audiences takes."""
         self.endpoints = self._endpoints()
+        matchings = {area.matching for areas in self.endpoints for area in areas}
+        self.matching: Matching = next((m for m in LOOSEST_FIRST if m in matchings), "exact")
         self.allowed: dict[tuple[str, str], _Allowed] = {}
         """Permissions found so far, by scope name and storage."""
         self.left_out: set[Step] = set()
@@ -202,7 +213,8 @@ class _Decider:
         one = next(iter(storages.values())) if len(storages) == 1 else None
         area = Area(
             self.client.vo, one.storage if one else SEVERAL_STORAGES, "/", "/", self.audience,
-            one.dialect if one else DIALECTS["profile"], one.matching if one else "exact", False, True,
+            (one.dialect if one else DIALECTS["profile"])._replace(algorithms=self.algorithms),
+            self.matching, False, True,
         )  # fmt: skip
         # No text of the caller's: all tokens with equal steps share one recorded rule.
         steps = {
@@ -231,8 +243,11 @@ class _Decider:
             (self.policy.token_lifetime_seconds, "token endpoint", "the settings' token_lifetime_seconds")
         ]
         caps += [a.cap for a in self.allowed.values() if a.cap is not None]
-        if self.client.max_lifetime_seconds is not None:
-            caps.append((self.client.max_lifetime_seconds, f"client {self.client.name}", "its own limit"))
+        caps += [
+            (limits.max_lifetime_seconds, f"client {limits.name}", "its own limit")
+            for limits in (self.client, self.holder)
+            if limits is not None and limits.max_lifetime_seconds is not None
+        ]
         if self.is_any and on_storage:
             caps.append((ANY_SECONDS, "audience any", "every storage of the VO takes it"))
         return min(caps)
@@ -252,12 +267,13 @@ class _Decider:
             )
         return audience
 
-    def _endpoints(self) -> list[list[list[Area]]]:
-        """Return for each audience its storage endpoints, none for an audience that is not a storage's.
+    def _endpoints(self) -> list[list[Area]]:
+        """Return the endpoints of all audiences, each once.
 
         Raises InvalidTarget for an audience that is neither of a storage or FTS, nor listed for the client.
         """
-        directory, found = self.policy.directories[self.client.vo], []
+        directory = self.policy.directories[self.client.vo]
+        found: dict[int, list[Area]] = {}
         for audience in self.audience:
             if audience in ANY:
                 endpoints = directory.endpoints()
@@ -271,8 +287,13 @@ class _Decider:
                     f"audience {audience[:200]!r} is of no storage or FTS here, and not listed for client "
                     f"{self.client.name!r}"
                 )
-            found.append(endpoints)
-        return found
+            self.all_at_storages &= bool(endpoints)
+            if not endpoints and not self._fts(audience):
+                self.algorithms &= RSA_ONLY  # nobody knows what it verifies
+            for areas in endpoints:
+                found[id(areas)] = areas
+                self.algorithms &= frozenset.intersection(*(a.dialect.algorithms for a in areas))
+        return list(found.values())
 
     def _fts(self, audience: str) -> bool:
         services = self.policy.fts[self.client.vo]
@@ -284,52 +305,80 @@ class _Decider:
     def _on_storage(self, word: str, scope: Scope) -> dict[str, Scope]:
         """Return the scopes that are granted for one requested storage scope, by their text.
 
-        A token works at each endpoint of each of its audiences, so each endpoint must allow the scope. For
-        the audience that means every storage of the VO, one endpoint that allows the scope is enough.
+        A token works at each endpoint of each of its audiences, so each endpoint must allow the scope; of
+        several endpoints of one storage, one that holds the path is enough if no other holds something else
+        there. For the audience that means every storage of the VO, one endpoint is enough.
         """
         assert scope.path is not None
         if self.authority is not None and not exchanges.allows(self.authority.rule, scope.name):
             self.left_out.add(Step(f"exchange {self.authority.rule.name}", f"leaves out {scope.name}"))
             return {}
-        paths = [scope.path]
-        for endpoints in self.endpoints:
-            if self.is_any:
-                paths = [p for areas in endpoints for p in self._within(paths, areas, scope.name)]
-            else:
-                for areas in endpoints:
-                    paths = self._within(paths, areas, scope.name)
-            if not endpoints:
-                paths = []
-        if self.client.paths:
-            paths = _meet(paths, self.client.paths)
+        paths = self._paths(scope.path, scope.name)
         granted = {
             Scope(scope.name, p) for p in paths if not any(q != p and path_contains(q, p) for q in paths)
         }
         if self.authority is not None:  # DIRAC requests all its configured scopes
             granted = set(intersect(granted, parse_scopes(self.authority.scope)))
+        granted = {one for one in granted if self._may_be_written(one)}
         for one in granted:
-            self.bans.check_path(self.client.vo, one.path or "/")
+            self.bans.check_path(self.client.vo, one.path or "/", self.matching)
         # oauthlib warns of a scope that is spelt differently from the request; a directory's slash may stay.
         if len(granted) == 1 and word in {f"{s}{end}" for s in granted for end in ("", "/")}:
             return dict.fromkeys([word], *granted)
         return {str(s): s for s in sorted(granted)}
 
-    def _within(self, paths: Sequence[str], areas: Sequence[Area], name: str) -> list[str]:
-        """Return the parts of `paths` that a scope may be on at one endpoint; its areas may be nested.
+    def _paths(self, path: str, name: str) -> list[str]:
+        """Return the parts of a path that the storages, and the clients' own limits, allow for a scope."""
+        paths = [path]
+        if self.is_any:
+            paths = [p for areas in self.endpoints for p in self._within(paths, [areas], name)]
+        else:
+            by_storage: dict[frozenset[str], list[list[Area]]] = {}
+            for areas in self.endpoints:
+                by_storage.setdefault(frozenset(a.storage for a in areas), []).append(areas)
+            for endpoints in by_storage.values():
+                paths = self._within(paths, endpoints, name)
+            if not self.all_at_storages:
+                return []
+        for limits in filter(None, (self.client, self.holder)):
+            if limits.paths:
+                paths = [p for p in _meet(paths, limits.paths) if limits.may_reach(p, self.matching)]
+        return paths
 
-        For each base path, the area with the longest prefix around a path and all areas inside the path
-        must allow the scope.
+    def _may_be_written(self, scope: Scope) -> bool:
+        """Say whether every storage of the token reads the scope's path as this path alone."""
+        for area in (a for areas in self.endpoints for a in areas):
+            if area.dialect.refused is not None and area.dialect.refused.search(scope.path or ""):
+                self.left_out.add(
+                    Step(f"dialect {area.dialect.name}", f"leaves out {scope.name} on a name read otherwise")
+                )
+                return False
+        return True
+
+    def _within(self, paths: Sequence[str], endpoints: Sequence[list[Area]], name: str) -> list[str]:
+        """Return the parts of `paths` that a scope may be on at the endpoints of one storage.
+
+        For each base path, the area with the longest prefix around a path and all areas that the path opens
+        must allow the scope. An endpoint with no area there has nothing to allow.
         """
         found = []
-        for path in _meet(paths, [area.root for area in areas]):
-            # By base path, since each base path gives a path its own meaning; the longest prefix comes first.
-            around = {a.base_path: a for a in reversed(areas) if path_contains(a.root, path)}
-            inside = [area for area in areas if area.root != path and path_contains(path, area.root)]
-            allowed = [self._allow(area, name) for area in (*around.values(), *inside)]
-            if all(allowed):
+        roots = [area.root for areas in endpoints for area in areas]
+        for path in _meet(paths, roots):
+            concerned = [area for areas in endpoints for area in self._concerned(path, areas)]
+            allowed = [self._allow(area, name) for area in concerned]
+            if concerned and all(allowed):
                 found.append(path)
                 self.allowed |= {(name, a.area.storage): a for a in allowed if a is not None}
         return list(dict.fromkeys(found))
+
+    def _concerned(self, path: str, areas: Sequence[Area]) -> list[Area]:
+        """Return the areas of one endpoint that a scope on `path` is in, or opens."""
+        # By base path, since each base path gives a path its own meaning; the longest prefix comes first.
+        around = {a.base_path: a for a in reversed(areas) if path_contains(a.root, path)}
+        return [
+            *around.values(),
+            *(a for a in areas if a.root != path and opens(self.matching, path, a.root)),
+        ]
 
     def _allow(self, area: Area, name: str) -> _Allowed | None:
         """Return the permission of client and route for a scope on an area, or None; raises Banned."""
@@ -340,7 +389,7 @@ class _Decider:
             o for o in _OPERATIONS[name] if not self.client.operations or o in self.client.operations
         ]
         if self.authority is not None and self.authority.ours and operations:  # a route allowed the token
-            return _Allowed(area)
+            return _Allowed(area) if self._holder_may(area, name) else None
         for operation in operations:
             need = Need(-1, "operation", 0, "", (operation,))
             route = self.policy.route_of(self.client, "", False, area, need)
@@ -348,6 +397,16 @@ class _Decider:
                 cap = cap_of(route, self.client, False, area, [Needed(name)], "directory")
                 return _Allowed(area, operation, route.name, cap)
         return None
+
+    def _holder_may(self, area: Area, name: str) -> bool:
+        """Say whether the client that holds the subject token could have this scope for itself today.
+
+        Its operations count with the scopes that they need at this storage: a token to write may read there.
+        """
+        if self.holder is None or not self.holder.operations:
+            return True
+        operations = [o for o in OPERATIONS if o in self.holder.operations]
+        return name in {needed.scope for needed in scopes_needed(area.dialect, operations)}
 
     def _groups(self, word: str) -> list[str]:
         if self.authority is not None:

@@ -8,7 +8,6 @@ or the route's rule that added each extra scope.
 
 from collections.abc import Mapping, Sequence
 from typing import Any
-from urllib.parse import urlsplit
 
 from minter.contract.operations import Operation
 from minter.errors import (
@@ -16,7 +15,6 @@ from minter.errors import (
     InvalidScope,
     NeighbourRefused,
     OperationNotAllowed,
-    PathNotAllowed,
     ReplyNotAllowed,
     RequestError,
     UnknownStorage,
@@ -28,7 +26,7 @@ from minter.policy.lifetimes import lifetime_of
 from minter.policy.limits import (
     BACKDATE_SECONDS,
 )
-from minter.policy.paths import area_path, scope_on, shared_path
+from minter.policy.paths import area_path, check_reach, scope_on, shared_path
 from minter.policy.planning import make_plan, matches
 from minter.policy.plans import Decision, Lifetime, Plan, PlannedToken, Refused, Step
 from minter.policy.requests import File, Need, Request
@@ -38,8 +36,9 @@ from minter.scopes import (
     contains,
     parse_scopes,
 )
-from minter.storages.dialects import DIALECTS
-from minter.storages.directory import Area, Directory
+from minter.storages.dialects import FTS_REST, Matching
+from minter.storages.directory import LOOSEST_FIRST, Area, Directory
+from minter.storages.urls import host_of
 
 _CACHE_LIMIT = 512
 
@@ -175,7 +174,7 @@ class Policy:
     ) -> PlannedToken:
         area, path = self.directories[client.vo].locate(need.url)
         bans.check(client.vo, storage=area.storage)
-        key = (area, need.operations, need.side)
+        key = (area, need.operations, need.if_able, need.side)
         plan = plans.get(key)
         if plan is None:
             activity = file.activity or request.activity
@@ -183,13 +182,8 @@ class Policy:
         if isinstance(plan, RequestError):
             raise plan.with_traceback(None)
         if plan.route is not None and plan.route.poll_area and need.operations == ("poll",):
-            path = area_path(area, client, path)
-        bans.check_path(client.vo, path)
-        if not client.may_reach(path):
-            raise PathNotAllowed(
-                f"path {path!r} is outside the prefixes of client {client.name!r}: {', '.join(client.paths)}",
-                path=path,
-            )
+            path = area_path(plan, client, path)
+        check_reach(area, path, client, bans)
         shared = ""
         if plan.granularity != "file":
             shared = shared_path(plan, path, request, client, bans)
@@ -225,7 +219,10 @@ class Policy:
             route, stands_in = _there(fitting, away)
             if request.routes:
                 stands_in = (Step("fallback", "replaces a provider's token"), *stands_in)
-            return make_plan(route, client, via_fts, area, need, route.granularity, stands_in)
+            try:
+                return make_plan(route, client, via_fts, area, need, route.granularity, stands_in)
+            except OperationNotAllowed as error:
+                return error
         return OperationNotAllowed(
             f"no route allows {', '.join(need.operations)} on storage {area.storage!r} "
             f"for client {client.name!r}; add a route or correct the request"
@@ -270,6 +267,11 @@ class Policy:
             plan = Plan(None, area, operations, (), cap_seconds, rule, steps)
             self._plans_of_steps[key] = plan
         return plan
+
+    def matching_of(self, vo: str, storage: str) -> Matching:
+        """Return how a storage matches paths; the loosest way for one that is not in the settings."""
+        directory = self.directories.get(vo)
+        return directory.matching_of(storage) if directory is not None else LOOSEST_FIRST[0]
 
     def fts_url(self, vo: str, name: str) -> str:
         """Return a URL of the FTS `name`; empty (the VO's first FTS) if the settings no longer name it."""
@@ -353,14 +355,6 @@ def _check_plaintext(request: Request, client: Client, planned_tokens: Sequence[
         )
 
 
-def host_of(url: str) -> str:
-    """Return the host of a URL in lower case, empty if the URL cannot be read."""
-    try:
-        return (urlsplit(url).hostname or "").lower()
-    except ValueError:
-        return ""
-
-
 def _services(vo: str, fts: Sequence[FTSInstance]) -> dict[str, Plan]:
     found = {}
     for service in fts:
@@ -368,7 +362,7 @@ def _services(vo: str, fts: Sequence[FTSInstance]) -> dict[str, Plan]:
             host = host_of(service.url)
             area = Area(
                 vo, service.name, "/", "/", (service.audience or host,),
-                DIALECTS["profile"], "exact", False, True,
+                FTS_REST, "exact", False, True,
             )  # fmt: skip
             step = Step("fts", f"token for submitting to {service.name}, scope fts")
             found[host] = Plan(None, area, (), (), service.lifetime_seconds, "fts", (step,))

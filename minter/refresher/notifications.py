@@ -19,6 +19,7 @@ from minter.contract.messages import Answer, RefusedNeed, TokenAnswer
 from minter.database.notifications import Unpushed, pushed, unpushed
 from minter.errors import NoUsableKey, Unavailable
 from minter.policy.clients import Client
+from minter.storages.dialects import Matching
 from minter.tokens.keystore import Keystore
 from minter.tokens.managed import SHOWN_SECONDS, forbidden
 from minter.tokens.records import Control
@@ -47,7 +48,15 @@ Told = tuple[str, str, UUID, TokenAnswer | RefusedNeed]
 class Pushes:
     """Pushes changed managed tokens; `send` publishes them, or raises Unavailable for the broker."""
 
-    def __init__(self, pool: Pool, keystore: Keystore, control: Callable[[], Control], send: Send) -> None:
+    def __init__(
+        self,
+        pool: Pool,
+        keystore: Keystore,
+        control: Callable[[], Control],
+        send: Send,
+        matching_of: Callable[[str, str], Matching],
+    ) -> None:
+        self._matching_of = matching_of
         self._pool = pool
         self._keystore = keystore
         self._control = control
@@ -100,7 +109,7 @@ class Pushes:
         if one.request_id is None or one.state not in ("issued", "failed"):
             return None
         side: Any = one.side
-        if (why := forbidden(one, control.clients, control.bans)) is not None:
+        if (why := forbidden(one, control.clients, control.bans, self._matching_of)) is not None:
             logs.event(logger, "not pushed", jti=str(one.jti), reason=why.reason)
             return None
         if one.state == "failed" or one.access is None or one.expires_at is None:

@@ -108,7 +108,9 @@ class Refresher:
         self._iams = iams
         self._clock = clock
         self._observe = observe
-        self._pushes = Pushes(pool, keystore, self._current, send) if send is not None else None
+        self._matching_of = lifecycle.engine.policy.matching_of
+        pushes = Pushes(pool, keystore, self._current, send, self._matching_of) if send is not None else None
+        self._pushes = pushes
         self._fallbacks = Fallbacks(pool, lifecycle, self._pushes)
         self._scale = time_scale
         self._checks_clock = checks_clock
@@ -183,7 +185,7 @@ class Refresher:
             return False
         for number, token in enumerate(taken.tokens):
             slot = taken.slots.first + number * taken.slots.interval - now
-            refused = forbidden(token, control.clients, control.bans)
+            refused = forbidden(token, control.clients, control.bans, self._matching_of)
             self._out[provider.name] += 1
             if refused is None:
                 at = started + slot.total_seconds() / self._scale

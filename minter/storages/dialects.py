@@ -1,10 +1,12 @@
-"""Requirements of real storages on tokens, as data: one row for each dialect, a source for each quirk.
+"""What real storages want of a token, as data: one row for each behaviour, each claim with its source.
 
-A dialect says which scopes each operation needs, how a path is written, how an audience looks, how
-paths are matched and how large a token may be. No other code depends on a storage's software. Each
-row names its source: the profile, runs against real XRootD, or documentation.
+A dialect says which scopes each operation needs, which operations no token can do, how a path is written
+and matched, which names no token can hold, which signatures the software verifies, how an audience looks,
+and how large a token may be. Code never asks which software it talks to. A row or quirk is *tried* where real
+software answered so (tests/vectors/verifiers, tests/acceptance/test_xrootd.py); else it rests on its source.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Literal, NamedTuple
 
@@ -12,12 +14,18 @@ from minter.contract.operations import OPERATIONS, Operation
 
 Where = Literal["file", "parent"]
 AudienceForm = Literal["url", "url_with_port", "host", "host_with_port"]
-Matching = Literal["exact", "prefix"]
+Matching = Literal["exact", "prefix", "pattern"]
+"""How a verifier compares a path with a scope's: at component borders, as a string prefix, or as a prefix
+that is a regular expression, in which a dot stands for any character."""
 Encoding = Literal["percent", "raw"]
+Algorithm = Literal["ES256", "RS256"]
+ALGORITHMS: tuple[Algorithm, ...] = ("ES256", "RS256")
+"""JWS algorithms that an issuer may sign with, the fastest first."""
+BOTH, RSA_ONLY = frozenset[Algorithm](ALGORITHMS), frozenset[Algorithm]({"RS256"})
 
 
 class Quirk(NamedTuple):
-    """One departure from the profile: its meaning, its source, and whether it was tried for Minter."""
+    """One departure from the profile: what it is, who says so, and whether real software showed it."""
 
     name: str
     meaning: str
@@ -26,7 +34,7 @@ class Quirk(NamedTuple):
 
 
 class Needed(NamedTuple):
-    """One scope that an operation needs, on the file or its parent; `quirk` tells why if not the profile."""
+    """One scope that an operation needs, on the file or on its parent; `quirk` if not by profile."""
 
     scope: str
     where: Where = "file"
@@ -34,7 +42,11 @@ class Needed(NamedTuple):
 
 
 class Dialect(NamedTuple):
-    """One storage software, or a range of its versions, with its requirements on tokens."""
+    """One storage software, or one range of its versions, as tokens see it.
+
+    `unable` says of operations that no token can do there why, and which version can. `refused` matches
+    characters of names that no token can hold there without opening more or nothing.
+    """
 
     name: str
     software: str
@@ -43,9 +55,12 @@ class Dialect(NamedTuple):
     matching: Matching
     audience_form: AudienceForm
     max_token_bytes: int
+    algorithms: frozenset[Algorithm]
     source: str
     tried: bool
     quirks: tuple[Quirk, ...] = ()
+    unable: Mapping[Operation, str] = {}
+    refused: re.Pattern[str] | None = None
 
 
 _PROFILE: Mapping[Operation, tuple[Needed, ...]] = {
@@ -61,12 +76,13 @@ _PROFILE: Mapping[Operation, tuple[Needed, ...]] = {
 }
 
 DEFAULT_MAX_TOKEN_BYTES = 8_000
-"""Default of the largest token: proxies in front of storages often refuse headers above about 8 KiB."""
-
+"""Proxies in front of storages often stop near 8 KiB of header."""
 HTTPS_PORT = 443
-
 XROOTD_MAX_TOKEN_BYTES = 16_000
 """XrdHttp drops the connection at 16 384 buffered bytes without a line end (tried, 5.5 and 6.1)."""
+
+_NO_QUERY = re.compile(r"\?")
+_NO_PATTERN = re.compile(r"[?+()$*\[\]{}|^]|(?:^|/)\.{3,}(?:/|$)")
 
 STAT_NEEDS_READ = Quirk(
     "stat-needs-read",
@@ -92,161 +108,263 @@ RAW_PATHS = Quirk(
     "libscitokens 0.7.3; decoding came with 1.4.1",
     tried=True,
 )
+QUERY_NAMES = Quirk(
+    "no-question-mark",
+    "a name with ? cannot be reached over HTTP: the server takes what follows for a query",
+    "XRootD 5.5.3 and 6.1.0",
+    tried=True,
+)
+NO_TAPE_API = "XRootD before 6.0.0 has no tape REST API; 6.0.0 and later have (dialect xrootd-6)"
 STORM_STAT = Quirk(
     "storm-stat-needs-read",
-    "StoRM WebDAV wants storage.read to stat",
-    "StoRM WebDAV documentation and WLCG token transition reports",
+    "a client that writes also stats, which takes storage.read",
+    "StoRM WebDAV documentation; every verdict on writing was asked with read beside create or modify",
     tried=False,
 )
-CNAF_PARENT = Quirk(
-    "cnaf-parent-needs-read",
-    "the destination's parent directory must be readable",
-    "INFN-CNAF site report to the WLCG token transition",
+STORM_PARENT = Quirk(
+    "storm-parent-needs-read",
+    "gfal2 asks for the parent directory before it makes one, which takes read on that directory",
+    "StoRM WebDAV 1.9.0-rc3: PROPFIND of the parent is refused without it",
+    tried=True,
+)
+STORM_PATTERN = Quirk(
+    "path-is-a-pattern",
+    "the path is read as a regular expression that any text may follow: it opens every name that begins with "
+    "it, a dot stands for any character, and names with other special characters are refused",
+    "StoRM WebDAV 1.9.0-rc3 (StructuredPathScopeMatcher)",
+    tried=True,
+)
+STORM_RAW = Quirk(
+    "raw-paths-storm",
+    "scope paths are compared without decoding",
+    "StoRM WebDAV 1.9.0-rc3",
+    tried=True,
+)
+STAGE_READS = Quirk(
+    "stage-reads",
+    "a token with storage.stage may also read the file",
+    "StoRM WebDAV 1.9.0-rc3, dCache 9.2.47, 11.2.3 and of July 2026",
+    tried=True,
+)
+POLL_NEEDS_READ = Quirk(
+    "poll-needs-read",
+    "storage.poll is not known before 11.2.4: asking where a file is takes storage.read",
+    "dCache 9.2.47 and 11.2.3",
+    tried=True,
+)
+ONE_SUBJECT = Quirk(
+    "one-subject",
+    "calls on a stage request are answered only for the account that made it: stage, poll and release of a "
+    "request need tokens of one issuer with one sub",
+    "EOS source",
     tried=False,
 )
 MATCHING_UNKNOWN = Quirk(
     "matching-unknown",
-    "how paths are matched was not tried, so prefix matching is assumed",
-    "no EOS or CTA instance was at hand; set `matching` on the storage once the site confirms it",
+    "how paths are matched is not known, so prefix matching is assumed",
+    "the version of the software is not named; set `matching` on the storage once the site confirms it",
     tried=False,
 )
+_NO_EOS_TAPE: Mapping[Operation, str] = dict.fromkeys(
+    ("stage", "poll"), "EOS before 5.4.11 takes no token on its tape REST API; 5.4.11 and later do"
+)
+_NO_XROOTD_TAPE: Mapping[Operation, str] = {"stage": NO_TAPE_API, "poll": NO_TAPE_API}
 
 
-def _with(extra: Needed, *operations: Operation) -> dict[Operation, tuple[Needed, ...]]:
-    return {operation: (*_PROFILE[operation], extra) for operation in operations}
+def _with(*extra: Needed) -> dict[Operation, tuple[Needed, ...]]:
+    writing: tuple[Operation, ...] = ("write", "overwrite", "retry", "delete")
+    return {operation: (*_PROFILE[operation], *extra) for operation in writing}
 
 
-_STAT_READ = Needed("storage.read", "file", STAT_NEEDS_READ)
-_STORM_READ = Needed("storage.read", "file", STORM_STAT)
-
-DIALECTS: Mapping[str, Dialect] = {
-    row.name: row
-    for row in (
-        Dialect(
-            "profile",
-            "anything that follows the WLCG profile, version unknown",
-            _PROFILE,
-            "percent",
-            "prefix",
-            "url",
-            DEFAULT_MAX_TOKEN_BYTES,
-            "WLCG Common JWT Profile 1.3 §2.2.1; matching is assumed by prefix until confirmed",
-            tried=False,
-            quirks=(MATCHING_UNKNOWN,),
-        ),
-        Dialect(
-            "xrootd-5.5",
-            "XRootD before 5.6.9",
-            {
-                **_PROFILE,
-                **_with(_STAT_READ, "write", "overwrite", "retry", "delete"),
-                "make_parents": (
-                    Needed("storage.create", "parent", PARENT_NEEDS_SCOPE),
-                    Needed("storage.read", "parent", PARENT_NEEDS_SCOPE),
-                ),
-            },
-            "raw",
-            "prefix",
-            "url_with_port",
-            XROOTD_MAX_TOKEN_BYTES,
-            "XRootD 5.5.3 with libscitokens 0.7.3, run",
-            tried=True,
-            quirks=(STAT_NEEDS_READ, PARENT_NEEDS_SCOPE, PREFIX_MATCH, RAW_PATHS),
-        ),
-        Dialect(
-            "xrootd-5.6.9",
-            "XRootD 5.6.9 and later with libscitokens before 1.4.1",
-            _PROFILE,
-            "raw",
-            "exact",
-            "url_with_port",
-            XROOTD_MAX_TOKEN_BYTES,
-            "XRootD release notes and source; read:/ is broken until 5.7.0",
-            tried=False,
-            quirks=(RAW_PATHS,),
-        ),
-        Dialect(
-            "xrootd",
-            "XRootD 5.7 and later with libscitokens 1.4.1 or later",
-            _PROFILE,
-            "percent",
-            "exact",
-            "url_with_port",
-            XROOTD_MAX_TOKEN_BYTES,
-            "XRootD 6.1.0 with libscitokens 1.4.1, run",
-            tried=True,
-        ),
-        Dialect(
-            "dcache",
-            "dCache 9.2 and later",
-            _PROFILE,
-            "percent",
-            "exact",
-            "url_with_port",
-            DEFAULT_MAX_TOKEN_BYTES,
-            "dCache documentation (gplazma scitoken); tape REST wants stage, and poll since 2026-04",
-            tried=False,
-        ),
-        Dialect(
-            "storm",
-            "StoRM WebDAV",
-            {**_PROFILE, **_with(_STORM_READ, "write", "overwrite", "retry", "delete")},
-            "percent",
-            "exact",
-            "url_with_port",
-            DEFAULT_MAX_TOKEN_BYTES,
-            "StoRM WebDAV documentation",
-            tried=False,
-            quirks=(STORM_STAT,),
-        ),
-        Dialect(
-            "storm-cnaf",
-            "StoRM WebDAV as INFN-CNAF runs it",
-            {
-                **_PROFILE,
-                **{
-                    operation: (
-                        *_PROFILE[operation],
-                        _STORM_READ,
-                        Needed("storage.read", "parent", CNAF_PARENT),
-                    )
-                    for operation in ("write", "overwrite", "retry", "delete")
-                },
-            },
-            "percent",
-            "exact",
-            "url_with_port",
-            DEFAULT_MAX_TOKEN_BYTES,
-            "StoRM WebDAV documentation and the site's report",
-            tried=False,
-            quirks=(STORM_STAT, CNAF_PARENT),
-        ),
-        Dialect(
-            "eos",
-            "EOS 5",
-            _PROFILE,
-            "percent",
-            "prefix",
-            "url_with_port",
-            XROOTD_MAX_TOKEN_BYTES,
-            "EOS documentation (built on XRootD); matching not tried",
-            tried=False,
-            quirks=(MATCHING_UNKNOWN,),
-        ),
-        Dialect(
-            "cta",
-            "CTA, through its EOS front end",
-            _PROFILE,
-            "percent",
-            "prefix",
-            "url_with_port",
-            XROOTD_MAX_TOKEN_BYTES,
-            "CTA documentation; matching not tried",
-            tried=False,
-            quirks=(MATCHING_UNKNOWN,),
-        ),
-    )
+_STORM_PARENT = Needed("storage.read", "parent", STORM_PARENT)
+_POLL_BY_READ: Mapping[Operation, tuple[Needed, ...]] = {
+    **_PROFILE,
+    "poll": (Needed("storage.read", "file", POLL_NEEDS_READ),),
 }
+
+_EOS_VERSIONS: tuple[tuple[str, str, Matching, tuple[Quirk, ...], Mapping[Operation, str], str], ...] = (
+    ("", ", version unknown", "prefix", (MATCHING_UNKNOWN,), {}, "EOS source; prefix matching before 5.2.19"),
+    ("-5.2.19", ", 5.2.19 to 5.4.10", "exact", (), _NO_EOS_TAPE, "EOS source: component borders from 5.2.19"),
+    ("-5.4.11", ", 5.4.11 and later", "exact", (), {}, "EOS source: storage.stage and storage.poll"),
+)
+
+_ROWS = (
+    Dialect(
+        "profile",
+        "anything that follows the WLCG profile, version unknown",
+        _PROFILE,
+        "percent",
+        "prefix",
+        "url",
+        DEFAULT_MAX_TOKEN_BYTES,
+        RSA_ONLY,
+        "WLCG Common JWT Profile 1.3 §2.2.1; matching by prefix and RS256 are assumed until confirmed",
+        tried=False,
+        quirks=(MATCHING_UNKNOWN,),
+    ),
+    Dialect(
+        "xrootd-5.5",
+        "XRootD before 5.6.9",
+        {
+            **_PROFILE,
+            **_with(Needed("storage.read", "file", STAT_NEEDS_READ)),
+            "make_parents": (
+                Needed("storage.create", "parent", PARENT_NEEDS_SCOPE),
+                Needed("storage.read", "parent", PARENT_NEEDS_SCOPE),
+            ),
+        },
+        "raw",
+        "prefix",
+        "url_with_port",
+        XROOTD_MAX_TOKEN_BYTES,
+        BOTH,
+        "XRootD 5.5.3 with libscitokens 0.7.3, run",
+        tried=True,
+        quirks=(STAT_NEEDS_READ, PARENT_NEEDS_SCOPE, PREFIX_MATCH, RAW_PATHS, QUERY_NAMES),
+        unable=_NO_XROOTD_TAPE,
+        refused=_NO_QUERY,
+    ),
+    Dialect(
+        "xrootd-5.6.9",
+        "XRootD 5.6.9 and later with libscitokens before 1.4.1",
+        _PROFILE,
+        "raw",
+        "exact",
+        "url_with_port",
+        XROOTD_MAX_TOKEN_BYTES,
+        BOTH,
+        "XRootD 5.6.9, run; a scope on / does not read before 5.7.0",
+        tried=True,
+        quirks=(RAW_PATHS, QUERY_NAMES),
+        unable=_NO_XROOTD_TAPE,
+        refused=_NO_QUERY,
+    ),
+    Dialect(
+        "xrootd",
+        "XRootD 5.7 to 5.9 with libscitokens 1.4.1 or later",
+        _PROFILE,
+        "percent",
+        "exact",
+        "url_with_port",
+        XROOTD_MAX_TOKEN_BYTES,
+        BOTH,
+        "XRootD 5.8.4 and 6.1.0 with libscitokens 1.4.1, run",
+        tried=True,
+        quirks=(QUERY_NAMES,),
+        unable=_NO_XROOTD_TAPE,
+        refused=_NO_QUERY,
+    ),
+    Dialect(
+        "xrootd-6",
+        "XRootD 6.0 and later with libscitokens 1.4.1 or later",
+        _PROFILE,
+        "percent",
+        "exact",
+        "url_with_port",
+        XROOTD_MAX_TOKEN_BYTES,
+        BOTH,
+        "XRootD 6.1.0 with libscitokens 1.4.1, run; its tape REST API from its source",
+        tried=True,
+        quirks=(QUERY_NAMES,),
+        refused=_NO_QUERY,
+    ),
+    Dialect(
+        "dcache",
+        "dCache 9.2 to 11.1, or of unknown version",
+        _POLL_BY_READ,
+        "percent",
+        "exact",
+        "url_with_port",
+        DEFAULT_MAX_TOKEN_BYTES,
+        RSA_ONLY,
+        "dCache 9.2.47, run",
+        tried=True,
+        quirks=(POLL_NEEDS_READ, STAGE_READS),
+        unable={"make_parents": "dCache 9.2 refuses MKCOL to a token for a file; a write makes its parents"},
+    ),
+    Dialect(
+        "dcache-11.2",
+        "dCache 11.2.0 to 11.2.3",
+        _POLL_BY_READ,
+        "percent",
+        "exact",
+        "url_with_port",
+        DEFAULT_MAX_TOKEN_BYTES,
+        BOTH,
+        "dCache 11.2.3, run",
+        tried=True,
+        quirks=(POLL_NEEDS_READ, STAGE_READS),
+    ),
+    Dialect(
+        "dcache-11.2.4",
+        "dCache 11.2.4 and later, 12.0 and later",
+        _PROFILE,
+        "percent",
+        "exact",
+        "url_with_port",
+        DEFAULT_MAX_TOKEN_BYTES,
+        BOTH,
+        "dCache of July 2026, run",
+        tried=True,
+        quirks=(STAGE_READS,),
+    ),
+    Dialect(
+        "storm",
+        "StoRM WebDAV 1.4 and later",
+        {
+            **_PROFILE,
+            **_with(Needed("storage.read", "file", STORM_STAT), _STORM_PARENT),
+            "make_parents": (Needed("storage.create"), _STORM_PARENT),
+        },
+        "raw",
+        "pattern",
+        "url_with_port",
+        DEFAULT_MAX_TOKEN_BYTES,
+        RSA_ONLY,
+        "StoRM WebDAV 1.9.0-rc3, run; the algorithm on 1.4.1 to 1.9.0-rc3",
+        tried=True,
+        quirks=(STORM_STAT, STORM_PARENT, STORM_PATTERN, STORM_RAW, STAGE_READS),
+        unable={"poll": "no version of StoRM WebDAV knows storage.poll; reading and staging work"},
+        refused=_NO_PATTERN,
+    ),
+    *(
+        Dialect(
+            name + version,
+            software + range_,
+            _PROFILE,
+            "percent",
+            matching,
+            "url_with_port",
+            XROOTD_MAX_TOKEN_BYTES,
+            BOTH,
+            source,
+            tried=False,
+            quirks=(*quirks, QUERY_NAMES, *((ONE_SUBJECT,) if not unable else ())),
+            unable=unable,
+            refused=_NO_QUERY,
+        )
+        for name, software in (("eos", "EOS 5"), ("cta", "CTA behind EOS 5"))
+        for version, range_, matching, quirks, unable, source in _EOS_VERSIONS
+    ),
+)
+
+DIALECTS: Mapping[str, Dialect] = {row.name: row for row in _ROWS} | {
+    "storm-cnaf": next(row for row in _ROWS if row.name == "storm")  # a name of earlier releases
+}
+
+FTS_REST = Dialect(
+    "fts",
+    "FTS's REST server 3.13 and later, as the audience of a service token",
+    {},
+    "percent",
+    "exact",
+    "url",
+    DEFAULT_MAX_TOKEN_BYTES,
+    BOTH,
+    "FTS REST a8b49830c, run",
+    tried=True,
+)
+"""Not a storage: the verifier of the token with which jobs are submitted."""
 
 
 def audience(form: AudienceForm, host: str, port: int) -> str:
@@ -273,8 +391,12 @@ def scopes_needed(
             known = wanted.get((needed.scope, needed.where))
             if known is None or known.quirk is not None:
                 wanted[needed.scope, needed.where] = needed
-    for wide, narrow in (("storage.modify", "storage.create"), ("storage.stage", "storage.poll")):
-        for where in ("file", "parent"):
-            if (wide, where) in wanted:
-                wanted.pop((narrow, where), None)
-    return tuple(wanted.values())
+    return tuple(needed for needed in wanted.values() if not _implied(needed, wanted))
+
+
+def _implied(needed: Needed, wanted: Mapping[tuple[str, Where], Needed]) -> bool:
+    """Say whether another scope on the same path grants this one, too."""
+    if needed.quirk is POLL_NEEDS_READ:  # a stage token polls by itself
+        return ("storage.stage", needed.where) in wanted
+    wider = {"storage.create": "storage.modify", "storage.poll": "storage.stage"}.get(needed.scope)
+    return (wider, needed.where) in wanted

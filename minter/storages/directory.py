@@ -6,10 +6,11 @@ in every storage's namespace (ADR 5); other irregularities after the base path a
 """
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from difflib import get_close_matches
 
 from msgspec import Struct, structs
+from rapidfuzz import process
 
 from minter.errors import (
     EndpointTakesNoToken,
@@ -19,25 +20,16 @@ from minter.errors import (
     UnknownStorage,
 )
 from minter.scopes import check_path, path_contains
-from minter.storages.dialects import DIALECTS, AudienceForm, Dialect, Matching, audience
+from minter.storages.dialects import DIALECTS, HTTPS_PORT, AudienceForm, Dialect, Matching, audience
+from minter.storages.matching import opens
+from minter.storages.urls import host_key, shown, split_url, squash
 
-DEFAULT_PORTS: Mapping[str, int] = {"davs": 443, "https": 443, "roots": 1094}
-"""Schemes that carry a token, all over TLS, with the default port of each."""
-
-_PLAINTEXT = frozenset({"http", "dav", "root", "xroot"})
-_SIGNED_ELSEWHERE = frozenset({"s3", "s3s", "gcloud", "gclouds", "swift", "swifts", "srm", "gsiftp"})
-
-_URL = re.compile(
-    r"([A-Za-z][A-Za-z0-9+.-]*)://(\[[0-9A-Fa-f:.]+\]|[^/:@\s?#]+)(?::(\d{0,5}))?(/.*)?", re.DOTALL
-)
-_COPY_MODE = re.compile(r"\?copy_mode=(?:push|pull)\Z")
-_CREDENTIALS = re.compile(
-    r"[?&](?:authz|access_token|[\w-]*signature|[\w-]*credential)=", re.IGNORECASE
-).search
-_SLASHES = re.compile(r"/{2,}")
-
-MAX_URL_CHARACTERS = 4_096
 MAX_AUDIENCE_CHARACTERS = 1_024
+NEAR_SCORE = 50
+"""Least likeness, of 100, of an endpoint that an error suggests."""
+NEAR_KNOWN = 1_000
+"""Unknown endpoints whose suggestions are kept, at most."""
+LOOSEST_FIRST: tuple[Matching, ...] = ("pattern", "prefix", "exact")
 
 
 class Endpoint(Struct, frozen=True, forbid_unknown_fields=True):
@@ -46,6 +38,8 @@ class Endpoint(Struct, frozen=True, forbid_unknown_fields=True):
     host: str
     port: int = 443
     prefix: str = "/"
+    base_path: str = ""
+    """Base path of this endpoint, if it differs from the storage's."""
 
 
 class Storage(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -70,7 +64,7 @@ class Storage(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
 
 class Area(Struct, frozen=True, eq=False):
-    """One endpoint of a storage, with everything that a decision needs except the file's path."""
+    """One endpoint of a storage, ready to decide with: everything but the file's path."""
 
     vo: str
     storage: str
@@ -82,7 +76,7 @@ class Area(Struct, frozen=True, eq=False):
     tape: bool
     tokens: bool
     nested: tuple[str, ...] = ()
-    """VO-relative prefixes of other storages that lie inside this area and take its tokens."""
+    """VO-relative prefixes of other storages in reach of this area's tokens, which no such token may open."""
 
     def relative(self, path: str) -> str:
         """Return a path below the base path in the VO-relative form that scopes use."""
@@ -97,11 +91,9 @@ class Area(Struct, frozen=True, eq=False):
         """Say whether a VO-relative directory lies strictly below this area's own prefix."""
         return directory != self.root and path_contains(self.root, directory)
 
-
-def squash(path: str) -> str:
-    """Return `path` made absolute, without repeated slashes or a slash at the end (except `/` itself)."""
-    squashed = _SLASHES.sub("/", "/" + path)
-    return squashed if squashed == "/" else squashed.removesuffix("/")
+    def opened_neighbour(self, path: str) -> str | None:
+        """Return the prefix of another storage that a scope on `path` would open, None if there is none."""
+        return next((prefix for prefix in self.nested if opens(self.matching, path, prefix)), None)
 
 
 def _areas(storage: Storage) -> Iterable[tuple[tuple[str, int], Area]]:
@@ -118,15 +110,19 @@ def _areas(storage: Storage) -> Iterable[tuple[tuple[str, int], Area]]:
             "characters together, which FTS cannot store"
         )
     form = storage.audience_form or dialect.audience_form
-    base_path = squash(storage.base_path)
     for endpoint in storage.endpoints:
-        prefix = squash(endpoint.prefix)
+        prefix, base_path = squash(endpoint.prefix), squash(endpoint.base_path or storage.base_path)
         if not path_contains(base_path, prefix):
             raise SettingsError(
                 f"storage {storage.name!r} has the prefix {prefix!r} outside its base_path "
                 f"{base_path!r}; correct one of them"
             )
-        host, port = endpoint.host.lower(), endpoint.port or 443
+        try:
+            host, port = host_key(endpoint.host), endpoint.port or HTTPS_PORT
+        except ValueError as error:
+            raise SettingsError(
+                f"storage {storage.name!r}: {error}; give the host without scheme, port and path"
+            ) from None
         yield (
             (host, port),
             Area(
@@ -143,6 +139,19 @@ def _areas(storage: Storage) -> Iterable[tuple[tuple[str, int], Area]]:
         )
 
 
+def _neighbours(area: Area, others: Iterable[Area]) -> set[str]:
+    """Return the prefixes, relative to `area`, of other storages that lie below or beside its own prefix."""
+    return {
+        area.relative(other.prefix)
+        for other in others
+        if other.storage != area.storage
+        and other.prefix != area.prefix
+        and path_contains(area.base_path, other.prefix)
+        and (area.matching != "exact" or path_contains(area.prefix, other.prefix))
+        and not path_contains(other.prefix, area.prefix)
+    }
+
+
 class Directory:
     """All storages of one VO, found by URL: longest prefix first, at component borders."""
 
@@ -150,6 +159,7 @@ class Directory:
         self.shared: list[tuple[str, str]] = []
         """Pairs of storages that share an endpoint and prefix; the first of a pair is used for both."""
         self._areas: dict[tuple[str, int], list[Area]] = {}
+        self._near: dict[str, list[str]] = {}
         # Tape first: where a tape storage and its staging buffer share a prefix, the URL does not say
         # which of them is meant, and only operations on tape need more than those on disk.
         for storage in sorted(storages, key=lambda s: (not s.tape, s.name)):
@@ -160,26 +170,47 @@ class Directory:
         self._note_nested()
 
     def _note_nested(self) -> None:
-        """Set `nested` of each area: a token for a whole area must not reach into storages inside it."""
-        by_audience: dict[str, list[Area]] = {}
+        """Index the areas by audience, and tell each area of its neighbours that a token could reach.
+
+        A token reaches whatever takes its audience or stands at the same endpoint. Where paths match as
+        strings, it may also reach a neighbour whose prefix merely begins with the path of the scope.
+        """
+        within_reach: dict[object, list[Area]] = {}
         self._by_audience: dict[str, list[list[Area]]] = {}
         self._by_form: dict[str, list[list[Area]]] = {}
         for (host, port), areas in self._areas.items():
             for area in areas:
-                for name in area.audience:
-                    by_audience.setdefault(name, []).append(area)
+                for key in ((host, port), *area.audience):
+                    within_reach.setdefault(key, []).append(area)
             for name in dict.fromkeys(name for area in areas for name in area.audience):
                 self._by_audience.setdefault(name, []).append(areas)
             for name in (host, f"{host}:{port}", f"https://{host}", f"https://{host}:{port}"):
                 self._by_form.setdefault(name, []).append(areas)
-        for area in self.areas():
-            inside = {
-                area.relative(other.prefix)
-                for name in area.audience
-                for other in by_audience[name]
-                if other.storage != area.storage and path_contains(area.prefix, other.prefix)
-            }
-            structs.force_setattr(area, "nested", tuple(sorted(inside)))
+        for endpoint, areas in self._areas.items():
+            for area in areas:
+                others = [other for key in (endpoint, *area.audience) for other in within_reach[key]]
+                structs.force_setattr(area, "nested", tuple(sorted(_neighbours(area, others))))
+
+    def siblings(self) -> Iterable[tuple[str, str, str]]:
+        """Yield pairs of storages, and their endpoint, where tokens of the first may open the second.
+
+        Paths match as strings there, and the prefix of the second begins with that of the first.
+        """
+        for (host, port), areas in self._areas.items():
+            for area in areas:
+                for other in areas:
+                    if (
+                        area.matching != "exact"
+                        and other.storage != area.storage
+                        and other.prefix.startswith(area.prefix)
+                        and not path_contains(area.prefix, other.prefix)
+                    ):
+                        yield area.storage, other.storage, f"{host}:{port}"
+
+    def matching_of(self, storage: str) -> Matching:
+        """Return how the paths of a storage are matched, in the loosest way of its endpoints."""
+        found = {area.matching for area in self.areas() if area.storage == storage}
+        return next((m for m in LOOSEST_FIRST if m in found), "prefix")
 
     def _add(self, endpoint: tuple[str, int], area: Area) -> None:
         for known in self._areas.setdefault(endpoint, []):
@@ -203,9 +234,9 @@ class Directory:
         """Return the areas, longest prefix first, of each endpoint that an audience stands for.
 
         These are the endpoints with exactly this audience, or, if there are none, the endpoints at the host
-        that the audience names in any form: Rucio names a bare host, DIRAC and the profile a URL.
+        that the audience names in any form and case: Rucio names a bare host, DIRAC and the profile a URL.
         """
-        return self._by_audience.get(audience) or self._by_form.get(audience, [])
+        return self._by_audience.get(audience) or self._by_form.get(_audience_key(audience), [])
 
     def endpoints(self) -> list[list[Area]]:
         """Return the areas, longest prefix first, of each endpoint."""
@@ -256,55 +287,27 @@ class Directory:
         return area, check_path(area.relative(path))
 
     def _unknown(self, host: str, port: int) -> UnknownStorage:
-        known = [f"{h}:{p}" for h, p in self._areas]
-        near = get_close_matches(f"{host}:{port}", known, 3, 0.5)
+        asked = f"{host}:{port}"
+        near = self._near.get(asked)
+        if near is None:
+            known = [f"{h}:{p}" for h, p in self._areas]
+            near = [name for name, *_ in process.extract(asked, known, limit=3, score_cutoff=NEAR_SCORE)]
+            if len(self._near) < NEAR_KNOWN:
+                self._near[asked] = near
         return UnknownStorage(
-            f"no storage of this VO has the endpoint {host}:{port}"
+            f"no storage of this VO has the endpoint {asked}"
             + (f", the nearest known are {', '.join(near)}" if near else ", and none is near it")
             + "; add it to the settings or correct the URL",
-            endpoint=f"{host}:{port}",
+            endpoint=asked,
             nearest=near,
         )
 
 
-def shown(url: str) -> str:
-    """Return the part of a URL that an error may show: without user and query, which may hold credentials."""
-    return re.sub(r"//[^/@]*@", "//", url).partition("?")[0][:200]
-
-
-def split_url(url: str) -> tuple[str, int, str]:
-    """Split an unencoded URL into lower-case host, port (the scheme's if missing or 0) and path.
-
-    Runs of slashes in the path become one slash; a slash at the end stays, and is refused later.
-    """
-    if len(url) > MAX_URL_CHARACTERS:
-        raise InvalidPath(
-            f"URL of {len(url)} characters is too long, expected at most {MAX_URL_CHARACTERS}",
-            url=shown(url),
-        )
-    match = _URL.fullmatch(url)
-    if match is None:
-        raise UnknownStorage(f"cannot read {shown(url)!r}, expected davs://host:port/path", url=shown(url))
-    scheme, host, port, path = match.groups()
-    scheme = scheme.lower()
-    if scheme not in DEFAULT_PORTS:
-        why = (
-            "has no TLS"
-            if scheme in _PLAINTEXT
-            else "is signed elsewhere"
-            if scheme in _SIGNED_ELSEWHERE
-            else "is not known"
-        )
-        raise EndpointTakesNoToken(
-            f"scheme {scheme!r} of {shown(url)!r} {why}, expected one of {', '.join(DEFAULT_PORTS)}",
-            url=shown(url),
-        )
-    if path is None:
-        raise InvalidPath(f"URL {shown(url)!r} has no path, expected the path of a file", url=shown(url))
-    if "?" in path:
-        path = _COPY_MODE.sub("", path)
-        if _CREDENTIALS(path):
-            raise InvalidPath(f"URL {shown(url)!r} carries credentials in its query; leave them out")
-    if "//" in path:
-        path = _SLASHES.sub("/", path)
-    return host.lower(), int(port or 0) or DEFAULT_PORTS[scheme], path
+def _audience_key(audience: str) -> str:
+    """Return an audience in the spelling in which hosts are compared, itself if it names no host."""
+    scheme, separator, netloc = audience.rpartition("://")
+    host, colon, port = netloc.rpartition(":") if re.search(r":\d+\Z", netloc) else (netloc, "", "")
+    try:
+        return f"{scheme.lower()}{separator}{host_key(host)}{colon}{port}"
+    except ValueError:
+        return audience

@@ -13,8 +13,9 @@ from diraccfg import CFG
 from minter.errors import SettingsError
 from minter.scopes import path_contains
 from minter.storages.dialects import AudienceForm
-from minter.storages.directory import Endpoint, Storage, squash
+from minter.storages.directory import Endpoint, Storage
 from minter.storages.from_rucio import RSERule, rule_of
+from minter.storages.urls import squash
 
 TOKEN_PROTOCOLS = ("https", "davs")
 

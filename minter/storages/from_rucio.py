@@ -12,7 +12,8 @@ from msgspec import Struct, structs
 from minter.errors import SettingsError
 from minter.scopes import path_contains
 from minter.storages.dialects import AudienceForm, Matching
-from minter.storages.directory import Endpoint, Storage, squash
+from minter.storages.directory import Endpoint, Storage
+from minter.storages.urls import squash
 
 TOKEN_SCHEMES = ("davs", "https")
 

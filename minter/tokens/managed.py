@@ -5,7 +5,7 @@ The id of a use is its handle. A handle is a name, not a secret: by it the clien
 client named, gets the current access token. Equal requests of one client share one managed token.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta
 from hashlib import sha256
 from typing import Any, Protocol
@@ -22,6 +22,7 @@ from minter.policy.requests import SEVERAL, Request
 from minter.policy.routes import Mode
 from minter.providers.dialects import PATIENCE_SECONDS, Provider, lead_of
 from minter.scopes import parse_scopes
+from minter.storages.dialects import Matching
 
 LEAST_SECONDS = 120
 """Shortest life, in seconds, of a provider's token that is of use to its client."""
@@ -175,7 +176,12 @@ class Whose(Protocol):
         ...
 
 
-def forbidden(token: Whose, clients: Mapping[str, Client], bans: Bans) -> MinterError | None:
+def forbidden(
+    token: Whose,
+    clients: Mapping[str, Client],
+    bans: Bans,
+    matching_of: Callable[[str, str], Matching],
+) -> MinterError | None:
     """Return the error that forbids to keep or hand out a token, None if it is allowed (I9)."""
     client = clients.get(token.client)
     if client is None or client.disabled:
@@ -187,7 +193,7 @@ def forbidden(token: Whose, clients: Mapping[str, Client], bans: Bans) -> Minter
         )  # fmt: skip
         for scope in parse_scopes(token.scope):
             if scope.path is not None:
-                bans.check_path(token.vo, scope.path)
+                bans.check_path(token.vo, scope.path, matching_of(token.vo, token.storage))
     except Banned as error:
         return error
     if token.activity == SEVERAL and bans.has("activity", token.vo):

@@ -61,7 +61,7 @@ class Engine:
         self.observe = observe
         self.rotation = rotation or RotationPolicy()
         self.retention_seconds = retention_seconds
-        self.reissuer = Reissuer(store, unlock, open_token, self.rotation)
+        self.reissuer = Reissuer(store, unlock, open_token, self.rotation, policy.matching_of)
         self._shared_tokens = SharedTokenCache()
 
     def mint_many(self, submissions: Sequence[Submission], now: datetime) -> list[Outcome]:

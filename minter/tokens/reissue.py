@@ -26,6 +26,7 @@ from minter.policy.limits import COVER_SECONDS
 from minter.policy.requests import SEVERAL, Request
 from minter.policy.transfers import check_reply_queue
 from minter.scopes import parse_scopes
+from minter.storages.dialects import Matching
 from minter.tokens import keys
 from minter.tokens.claims import unverified_claims
 from minter.tokens.clock import check_clock
@@ -62,11 +63,13 @@ class Reissuer:
         unlock: Callable[[Key], Signer],
         open_token: Callable[[str, UUID, str, bytes], str],
         rotation: RotationPolicy,
+        matching_of: Callable[[str, str], Matching],
     ) -> None:
         self._store = store
         self._unlock = unlock
         self._open_token = open_token
         self._rotation = rotation
+        self._matching_of = matching_of
 
     def repeat(self, one: PendingRequest, repeats: Repeats, control: Control, now: datetime) -> None:
         """Answer a repeated request_id from what was recorded under it (I4)."""
@@ -167,7 +170,7 @@ class Reissuer:
             bans.check(vo, storage=token.storage)
             for scope in parse_scopes(str(json.loads(token.payload)["scope"])):
                 if scope.path is not None:
-                    bans.check_path(vo, scope.path)
+                    bans.check_path(vo, scope.path, self._matching_of(vo, token.storage))
         for token in tokens:
             if token.mode == "mint":
                 outcome.issued.append(self.reissue(token, control, now))

@@ -125,7 +125,9 @@ def test_a_ban_binds_at_once_and_lists_what_is_alive(service, kind, value, cover
             .split(":")[1]
             .rpartition("/")[0]
         )
-    living = list(live_tokens.under(service.pool, kind, value, None, clock.now()))
+    living = list(
+        live_tokens.under(service.pool, kind, value, None, clock.now(), service.loaded.policy.matching_of)
+    )
     names = {token.scope.rpartition("/")[2] for token in living}
     assert names == covered
     control_changes.add_ban(service.pool, Ban(kind, value), "test", "me")
@@ -142,11 +144,17 @@ def test_a_path_ban_finds_encoded_names_and_wider_grants(service):
     mint(service, submission("run 1/file", "run 2/file"))
     (scope,) = {
         t.scope
-        for t in live_tokens.under(service.pool, "path", "/", None, clock.now())
+        for t in live_tokens.under(
+            service.pool, "path", "/", None, clock.now(), service.loaded.policy.matching_of
+        )
         if "run%201" in t.scope and "read" in t.scope.partition(":")[0]
     }
     directory = scope.split(":")[1].replace("%20", " ").rpartition("/")[0]
-    found = list(live_tokens.under(service.pool, "path", directory, None, clock.now()))
+    found = list(
+        live_tokens.under(
+            service.pool, "path", directory, None, clock.now(), service.loaded.policy.matching_of
+        )
+    )
     assert found
     assert all("run%201" in t.scope for t in found)
 
@@ -157,7 +165,11 @@ def test_bans_that_cannot_be(service):
     with pytest.raises(InvalidRequest, match="is not banned"):
         control_changes.lift_ban(service.pool, Ban("client", ME), "me")
     with pytest.raises(InvalidRequest, match="unknown kind"):
-        list(live_tokens.under(service.pool, "planet", "x", None, clock.now()))
+        list(
+            live_tokens.under(
+                service.pool, "planet", "x", None, clock.now(), service.loaded.policy.matching_of
+            )
+        )
 
 
 # ── keys (I6) ────────────────────────────────────────────────────────────────────────────────
@@ -203,7 +215,16 @@ def test_a_revoked_key_signs_nothing_and_its_standby_takes_over(service):
     one = submission("a")
     mint(service, one)
     (kid,) = [k.kid for k in ring(service) if k.state == "active"]
-    assert len(list(live_tokens.under(service.pool, "key", kid, None, clock.now()))) == 2
+    assert (
+        len(
+            list(
+                live_tokens.under(
+                    service.pool, "key", kid, None, clock.now(), service.loaded.policy.matching_of
+                )
+            )
+        )
+        == 2
+    )
     keyring.revoke(service.pool, kid, clock.now(), service.engine.rotation, "me", "leaked")
     assert states(service) == ["revoked", "active"]
     assert kid not in {jwk["kid"] for jwk in keys.jwks(ring(service), clock.now())["keys"]}
@@ -213,8 +234,22 @@ def test_a_revoked_key_signs_nothing_and_its_standby_takes_over(service):
     assert isinstance(mint(service, one)[0].error, Expired)  # the recorded token is not signed again
     assert mint(service, submission("b"))[0].issued
     # The key's list still has the token, for the sites; a ban's list has only tokens that verify.
-    assert len(list(live_tokens.under(service.pool, "key", kid, None, clock.now()))) == 2
-    assert {t.scope[-1] for t in live_tokens.under(service.pool, "vo", VO, None, clock.now())} == {"b"}
+    assert (
+        len(
+            list(
+                live_tokens.under(
+                    service.pool, "key", kid, None, clock.now(), service.loaded.policy.matching_of
+                )
+            )
+        )
+        == 2
+    )
+    assert {
+        t.scope[-1]
+        for t in live_tokens.under(
+            service.pool, "vo", VO, None, clock.now(), service.loaded.policy.matching_of
+        )
+    } == {"b"}
     with pytest.raises(UnknownKey, match="revoked already"):
         keyring.revoke(service.pool, kid, clock.now(), service.engine.rotation, "me", "again")
     with pytest.raises(UnknownKey, match="minter keys list"):

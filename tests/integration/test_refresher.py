@@ -542,7 +542,11 @@ def test_what_is_known_of_a_managed_token(service, iam):
         "",
         "",
     )
-    assert not list(live_tokens.under(service.pool, "client", ME, "alpen", bench.clock()))
+    assert not list(
+        live_tokens.under(
+            service.pool, "client", ME, "alpen", bench.clock(), service.loaded.policy.matching_of
+        )
+    )
     bench.run_once()
     (token,) = bench.fetch(outcome).tokens
     fts_id = fts_token_id(token.token.encode())
@@ -559,12 +563,22 @@ def test_what_is_known_of_a_managed_token(service, iam):
         service.pool, "jti", uuid.UUID(token.handle), bench.clock() - day, bench.clock() + day, asker="other"
     )
     for kind, value in (("client", ME), ("storage", found.storage), ("path", "/atlas"), ("vo", "alpen")):
-        (living,) = live_tokens.under(service.pool, kind, value, "alpen", bench.clock())
+        (living,) = live_tokens.under(
+            service.pool, kind, value, "alpen", bench.clock(), service.loaded.policy.matching_of
+        )
         assert living.exp == token.exp
     bench.lifecycle.cancel(ME, CancelRequest(external_ids=("a",)), bench.clock())
-    assert list(live_tokens.under(service.pool, "client", ME, "alpen", bench.clock()))  # it is still valid
+    assert list(
+        live_tokens.under(
+            service.pool, "client", ME, "alpen", bench.clock(), service.loaded.policy.matching_of
+        )
+    )  # it is still valid
     bench.forward(hours=1, minutes=1)
-    assert not list(live_tokens.under(service.pool, "client", ME, "alpen", bench.clock()))
+    assert not list(
+        live_tokens.under(
+            service.pool, "client", ME, "alpen", bench.clock(), service.loaded.policy.matching_of
+        )
+    )
 
 
 def test_the_reason_of_a_failure_is_told(service, iam):
@@ -776,7 +790,13 @@ def test_nothing_is_pushed_to_whom_it_may_not_go(service, iam):
     with service.engine.store.recording() as tx:
         tx.control()
     control_changes.add_ban(service.pool, Ban("client", ME, "alpen"), "test", "test")
-    pushes = Pushes(service.pool, service.keystore, bench.refresher._current, sent.extend)
+    pushes = Pushes(
+        service.pool,
+        service.keystore,
+        bench.refresher._current,
+        sent.extend,
+        service.loaded.policy.matching_of,
+    )
     pushes.run_once(bench.clock())
     assert not sent
     control_changes.lift_ban(service.pool, Ban("client", ME, "alpen"), "test")

@@ -6,8 +6,9 @@ from minter.contract.operations import OPERATIONS
 from minter.errors import EndpointTakesNoToken, InvalidPath, PathNotAllowed, SettingsError, UnknownStorage
 from minter.scopes import parse_scopes, path_contains
 from minter.storages.dialects import DIALECTS, audience, scopes_needed
-from minter.storages.directory import Directory, Endpoint, Storage, split_url
+from minter.storages.directory import Directory, Endpoint, Storage
 from minter.storages.from_rucio import RSERule, storages_from_export
+from minter.storages.urls import split_url
 from tests.conftest import EXAMPLES
 
 DISK = Storage(vo="vo", name="DISK", base_path="/eos/vo",

@@ -1,0 +1,110 @@
+"""URLs of files as grid software writes them: scheme, host, port and path, without percent-decoding."""
+
+import re
+from collections.abc import Mapping
+from ipaddress import IPv6Address
+from urllib.parse import urlsplit
+
+from minter.errors import (
+    EndpointTakesNoToken,
+    InvalidPath,
+    UnknownStorage,
+)
+
+DEFAULT_PORTS: Mapping[str, int] = {"davs": 443, "https": 443, "roots": 1094}
+"""Schemes that carry a token, all over TLS, with the default port of each."""
+
+_PLAINTEXT = frozenset({"http", "dav", "root", "xroot"})
+_SIGNED_ELSEWHERE = frozenset({"s3", "s3s", "gcloud", "gclouds", "swift", "swifts", "srm", "gsiftp"})
+
+_URL = re.compile(
+    r"([A-Za-z][A-Za-z0-9+.-]*)://(\[[0-9A-Fa-f:.]+\]|[^/:@\s?#]+)(?::(\d{0,5}))?(/.*)?", re.DOTALL
+)
+_COPY_MODE = re.compile(r"\?copy_mode=(?:push|pull)\Z")
+_CREDENTIALS = re.compile(
+    r"[?&](?:authz|access_token|[\w-]*signature|[\w-]*credential)=", re.IGNORECASE
+).search
+_SLASHES = re.compile(r"/{2,}")
+
+MAX_URL_CHARACTERS = 4_096
+
+
+_HOST = re.compile(
+    r"[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?(\.[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?)*\.?", re.ASCII
+).fullmatch
+
+
+def host_key(host: str) -> str:
+    """Return the one spelling in which hosts are compared: lower case, an IPv6 address in brackets.
+
+    Addresses are compared as addresses (RFC 5952), names without a dot at the end. Raises ValueError for
+    what is neither.
+    """
+    text = host.strip().lower()
+    bare = text[1:-1] if text.startswith("[") and text.endswith("]") else text
+    if ":" in bare:
+        return f"[{IPv6Address(bare).compressed}]"
+    if text != bare or not _HOST(text):
+        raise ValueError(f"{host!r} is not a host name or address")
+    return text.removesuffix(".")
+
+
+def host_of(url: str) -> str:
+    """Return a URL's host in the spelling of `host_key`, empty if it cannot be read."""
+    try:
+        return host_key(urlsplit(url).hostname or "")
+    except ValueError:
+        return ""
+
+
+def squash(path: str) -> str:
+    """Return `path` made absolute, without repeated slashes or a slash at the end (except `/` itself)."""
+    squashed = _SLASHES.sub("/", "/" + path)
+    return squashed if squashed == "/" else squashed.removesuffix("/")
+
+
+def shown(url: str) -> str:
+    """Return the part of a URL that an error may show: without user and query, which may hold credentials."""
+    return re.sub(r"//[^/@]*@", "//", url).partition("?")[0][:200]
+
+
+def split_url(url: str) -> tuple[str, int, str]:
+    """Split an unencoded URL into lower-case host, port (the scheme's if missing or 0) and path.
+
+    Runs of slashes in the path become one slash; a slash at the end stays, and is refused later.
+    """
+    if len(url) > MAX_URL_CHARACTERS:
+        raise InvalidPath(
+            f"URL of {len(url)} characters is too long, expected at most {MAX_URL_CHARACTERS}",
+            url=shown(url),
+        )
+    match = _URL.fullmatch(url)
+    if match is None:
+        raise UnknownStorage(f"cannot read {shown(url)!r}, expected davs://host:port/path", url=shown(url))
+    scheme, host, port, path = match.groups()
+    try:
+        key = host_key(host)
+    except ValueError:
+        raise UnknownStorage(f"cannot read the host of {shown(url)!r}", url=shown(url)) from None
+    scheme = scheme.lower()
+    if scheme not in DEFAULT_PORTS:
+        why = (
+            "has no TLS"
+            if scheme in _PLAINTEXT
+            else "is signed elsewhere"
+            if scheme in _SIGNED_ELSEWHERE
+            else "is not known"
+        )
+        raise EndpointTakesNoToken(
+            f"scheme {scheme!r} of {shown(url)!r} {why}, expected one of {', '.join(DEFAULT_PORTS)}",
+            url=shown(url),
+        )
+    if path is None:
+        raise InvalidPath(f"URL {shown(url)!r} has no path, expected the path of a file", url=shown(url))
+    if "?" in path:
+        path = _COPY_MODE.sub("", path)
+        if _CREDENTIALS(path):
+            raise InvalidPath(f"URL {shown(url)!r} carries credentials in its query; leave them out")
+    if "//" in path:
+        path = _SLASHES.sub("/", path)
+    return key, int(port or 0) or DEFAULT_PORTS[scheme], path
