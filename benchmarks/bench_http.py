@@ -81,7 +81,7 @@ def minter(folder: Path, processes: int) -> Iterator[tuple[str, Path, Service]]:
     service = Service(settings.load(folder / "settings.toml", environ))
     migrations.upgrade(service.pool)
     service.prepare()
-    service.create_key("vo", "ES256", "bench")
+    service.create_keys("vo", ("ES256", "RS256"), "bench")
     secret = keystore.new_secret()
     service.set_secret(stack.add_client(service, "load", "vo", "bench"), secret, "bench")
     log = (folder / "serve.log").open("ab")

@@ -87,7 +87,7 @@ class Bench:
         self.service = service.Service(settings.load(path, self.environ))
         migrations.upgrade(self.service.pool)
         self.service.prepare()
-        self.service.create_key("vo", "ES256", "bench")
+        self.service.create_keys("vo", ("ES256", "RS256"), "bench")
         stack.add_client(
             self.service, "guest" if isinstance(self.broker, RabbitMQ) else "load", "vo", "bench"
         )

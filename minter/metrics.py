@@ -102,11 +102,11 @@ LIVE = Spec(
 )  # fmt: skip
 EXPIRING = Spec("gauge", "minter_tokens_expiring", ("vo",), "Tokens that expire within an hour (beat).")
 SIGNS_UNTIL = Spec(
-    "gauge", "minter_key_signs_until_timestamp_seconds", ("vo",),
+    "gauge", "minter_key_signs_until_timestamp_seconds", ("vo", "algorithm"),
     "When the active key is due to be replaced, in seconds since the epoch (beat).",
 )  # fmt: skip
 STANDBY = Spec(
-    "gauge", "minter_key_standby_ready_timestamp_seconds", ("vo",),
+    "gauge", "minter_key_standby_ready_timestamp_seconds", ("vo", "algorithm"),
     "When the standby key may sign, in seconds since the epoch; no value means no standby key (beat).",
 )  # fmt: skip
 PARTITIONS = Spec("gauge", "minter_partitions_ahead_days", (), "Days after today with partitions (beat).")
@@ -249,12 +249,17 @@ class StateCollector(Collector):
         with transaction(self._pool) as connection:
             ring = read_keys(connection)
         living = count_live(self._pool, now, timedelta(hours=1))
-        active = {k.vo: keys.signs_until(k, self._rotation) for k in ring if k.state == "active"}
-        standby = {k.vo: keys.may_sign_from(k, self._rotation) for k in ring if k.state == "prepared"}
+        active = {
+            (k.vo, k.algorithm): keys.signs_until(k, self._rotation) for k in ring if k.state == "active"
+        }
+        standby: dict[tuple[str, str], datetime] = {}
+        for key in (k for k in ring if k.state == "prepared"):  # the oldest is the next to sign
+            ready = keys.may_sign_from(key, self._rotation)
+            standby.setdefault((key.vo, key.algorithm), ready)
         yield _gauge(LIVE, {(vo,): alive for vo, (alive, _) in living.items()})
         yield _gauge(EXPIRING, {(vo,): expiring for vo, (_, expiring) in living.items()})
-        yield _gauge(SIGNS_UNTIL, {(vo,): at.timestamp() for vo, at in active.items() if at})
-        yield _gauge(STANDBY, {(vo,): at.timestamp() for vo, at in standby.items()})
+        yield _gauge(SIGNS_UNTIL, {where: at.timestamp() for where, at in active.items() if at})
+        yield _gauge(STANDBY, {where: at.timestamp() for where, at in standby.items()})
         yield _gauge(PARTITIONS, {(): partitions.partitions_ahead(self._pool, now.date())})
 
     def _of_broker(self) -> Iterator[Metric]:

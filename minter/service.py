@@ -2,7 +2,7 @@
 
 import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -14,9 +14,10 @@ from minter.errors import NoUsableKey, SettingsError
 from minter.policy.clients import Client
 from minter.providers.iam import IAM
 from minter.refresher.discovery import SharedDocuments
+from minter.storages.dialects import Algorithm
 from minter.tokens import keys
 from minter.tokens.clock import new_uuid7, now
-from minter.tokens.keys import Algorithm
+from minter.tokens.keys import Key
 from minter.tokens.keystore import Keystore, MasterKey, read_master_key
 from minter.tokens.mint import Engine
 from minter.tokens.outcomes import Observed
@@ -90,26 +91,26 @@ class Service:
             known.iam = made[provider.name] = IAM(provider, secret, known, self.clock, ca)
         return made
 
-    def create_key(self, vo: str, algorithm: Algorithm, actor: str) -> tuple[str, str]:
-        """Make a signing key; return its kid and state."""
-        return keyring.create(self.pool, self.keystore, vo, algorithm, actor)
+    def create_keys(self, vo: str, algorithms: Sequence[Algorithm], actor: str) -> list[Key]:
+        """Make a signing key of each algorithm; they are active if the issuer had none, else standbys."""
+        return keyring.create(self.pool, self.keystore, vo, algorithms, actor)
 
     def maintain_keys(self, actor: str) -> list[str]:
-        """Make missing standbys, rotate due keys, destroy spent private halves; return what was done (I6)."""
+        """Make missing standbys, rotate due keys, destroy spent ones; return what was done (I6)."""
         done, now, policy = [], self.clock(), self.engine.rotation
         with transaction(self.pool) as connection:
             ring = read_keys(connection)
         for vo, issuer in self.loaded.settings.issuers.items():
-            due = keys.due(ring, vo, now, policy)
-            try:
-                if due == "create":
-                    kid, state = self.create_key(vo, issuer.algorithm, actor)
-                    done.append(f"{vo}: key {kid} made, {state}")
-                elif due == "rotate":
-                    key = keyring.rotate(self.pool, vo, now, policy, actor)
-                    done.append(f"{vo}: key {key.kid} signs now")
-            except NoUsableKey as error:  # the other VOs are maintained
-                done.append(f"{vo}: failed, {error}")
+            for change, algorithm in keys.due(ring, vo, issuer.algorithms, now, policy):
+                try:
+                    if change == "create":
+                        (key,) = self.create_keys(vo, [algorithm], actor)
+                        done.append(f"{vo}: {algorithm} key {key.kid} made, {key.state}")
+                    else:
+                        key = keyring.rotate(self.pool, vo, algorithm, now, policy, actor)
+                        done.append(f"{vo}: {algorithm} key {key.kid} signs now")
+                except NoUsableKey as error:  # one VO's or algorithm's trouble is not the others'
+                    done.append(f"{vo}: failed, {error}")
         spent = keyring.destroy_spent(self.pool, now, policy, actor)
         return done + [f"private half of key {kid} destroyed" for kid in spent]
 

@@ -8,7 +8,7 @@ the file. Unknown keys are refused with a suggestion.
 import json
 import re
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated
@@ -20,13 +20,13 @@ from minter.errors import SettingsError
 from minter.policy.clients import fits
 from minter.policy.exchanges import Exchange
 from minter.policy.plans import SEVERAL_STORAGES
-from minter.policy.routes import SHIPPED_RISK_ASSESSMENT, SHIPPED_ROUTES, FTSInstance, Route
+from minter.policy.routes import SHIPPED_ROUTES, FTSInstance, Route
 from minter.policy.transfers import Policy
 from minter.providers.dialects import Provider
-from minter.storages.dialects import DIALECTS, AudienceForm
+from minter.storages.dialects import ALGORITHMS, Algorithm, AudienceForm
 from minter.storages.directory import Directory, Storage
 from minter.storages.from_rucio import RSERule, storages_from_export
-from minter.tokens.keys import Algorithm, RotationPolicy
+from minter.tokens.keys import RotationPolicy
 from minter.tokens.keystore import read_private_file
 
 Positive = Annotated[int, Meta(gt=0)]
@@ -125,7 +125,7 @@ class IssuerSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     """One VO's issuer; `iss` is its URL and ends in a slash (docs/clients.md)."""
 
     iss: Annotated[str, Meta(pattern=r"^https://[^\s?#]+/$")]
-    algorithm: Algorithm = "ES256"
+    algorithms: Annotated[tuple[Algorithm, ...], Meta(min_length=1)] = ALGORITHMS
     master_key_file: str = ""
 
 
@@ -176,6 +176,7 @@ class Loaded:
         self.folder = folder
         self._environ = environ
         self.warnings: list[str] = []
+        """What the imports of storages warned of; `minter.checks` has the rest."""
         self.dsn = environ.get("MINTER_DSN") or settings.database.dsn
         self.broker_url = environ.get("MINTER_BROKER_URL") or settings.broker.url
         self.storages = list(settings.storages)
@@ -187,7 +188,6 @@ class Loaded:
             self.warnings += warnings
         self.policy = self._policy()
         self._check()
-        self.warnings += self._doubts()
 
     def __repr__(self) -> str:
         """Name the folder only: a DSN may hold a password."""
@@ -295,52 +295,6 @@ class Loaded:
     def secret(self, file: str) -> str:
         """Return the secret or key in a file that only its owner may read; raises SettingsError."""
         return read_private_file("secret file", self.folder / file).strip()
-
-    def _doubts(self) -> Iterator[str]:
-        """Yield the warnings of `minter check`: valid settings that an operator should look at."""
-        for vo, directory in self.policy.directories.items():
-            for first, second in directory.shared:
-                yield f"{vo}: {first} and {second} share an endpoint and prefix"
-        untried = sorted({s.dialect for s in self.storages if not DIALECTS[s.dialect].tried})
-        if untried:
-            yield f"dialects from documentation, not tried: {', '.join(untried)}"
-        for storage in self.storages:
-            if any("jwt/v1/any" in a for a in storage.audience):
-                yield f"{storage.name}: audience any opens every storage of the VO"
-        for route in self.settings.routes:
-            yield from _doubts_of(route)
-        for provider in self.settings.providers:
-            yield from _doubts_of_provider(provider, self.settings.routes)
-        yield from _doubts_of_clock(self.settings.drill)
-        if not self.settings.database.archive_folder:
-            yield "no database.archive_folder: past days stay in the database"
-        if not self.settings.fts:
-            yield "no [[fts]]: FTS jobs cannot be filled"
-
-
-def _doubts_of_clock(drill: DrillSettings) -> Iterator[str]:
-    if drill != DrillSettings():
-        yield "[drill] is set: this engine's clock does not show the real time"
-
-
-def _doubts_of_provider(provider: Provider, routes: Iterable[Route]) -> Iterator[str]:
-    if not provider.how.tried:
-        yield f"provider {provider.name}: {provider.how.software} is from documentation, not tried"
-    if not any(route.provider == provider.name for route in routes):
-        yield f"provider {provider.name}: no route asks it for tokens"
-
-
-def _doubts_of(route: Route) -> Iterator[str]:
-    if route.risk_assessment == SHIPPED_RISK_ASSESSMENT:
-        yield f"route {route.name}: relies on Minter's own risk assessment; adopt or replace it"
-    if route.plaintext_queue:
-        yield f"route {route.name}: its tokens may lie unencrypted on durable queues"
-    ordinary = route.wait_seconds + route.transfer_seconds * (1 + route.retries) + route.margin_seconds
-    if route.granularity != "file" and 2 * ordinary > route.max_lifetime_seconds:
-        yield (
-            f"route {route.name}: shared tokens live {route.max_lifetime_seconds} s and an ordinary need is "
-            f"{ordinary} s, so few files will share one; shorten wait_seconds or transfer_seconds"
-        )
 
 
 def master_key_variable(vo: str) -> str:

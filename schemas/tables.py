@@ -143,7 +143,13 @@ signing_keys = Table(
         name="state",
     ),
     CheckConstraint("public_jwk ->> 'd' IS NULL AND public_jwk ->> 'kid' = kid", name="public_jwk"),
-    Index("signing_keys_one_active_idx", "vo", unique=True, postgresql_where=text("state = 'active'")),
+    Index(
+        "signing_keys_one_active_idx",
+        "vo",
+        "algorithm",
+        unique=True,
+        postgresql_where=text("state = 'active'"),
+    ),
 )
 
 bans = Table(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import psycopg
 import pytest
+from msgspec import structs
 
 from minter import settings
 from minter.database import migrations
@@ -96,7 +97,7 @@ def prepare(dsn: str) -> None:
     service = Service(load_settings(dsn))
     migrations.upgrade(service.pool)
     service.prepare()
-    service.create_key("alpen", "ES256", "tests")
+    service.create_keys("alpen", ("ES256", "RS256"), "tests")
     stack.add_client(service, "rucio-alpen", "alpen", "tests")
     service.pool.dispose()
 
@@ -113,3 +114,13 @@ def _dsn(dsn: str, name: str) -> str:
 def rows(service: Service, statement: str, *values: object) -> list[tuple]:
     with transaction(service.pool) as connection:
         return connection.execute(statement, values).fetchall()
+
+
+def with_one_algorithm(service):
+    """Leave an issuer its ES256 key only, in the database and in the settings."""
+    issuers = service.loaded.settings.issuers
+    for vo, issuer in issuers.items():
+        issuers[vo] = structs.replace(issuer, algorithms=("ES256",))
+    with transaction(service.pool) as connection:
+        connection.execute("DELETE FROM signing_keys WHERE algorithm = 'RS256'")
+    return service

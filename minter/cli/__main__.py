@@ -17,6 +17,7 @@ import msgspec
 import typer
 from rich.console import Console
 
+from minter import checks
 from minter.broker import rabbitmq
 from minter.broker.publisher import connect, declare
 from minter.cli import clients as cli_clients
@@ -160,7 +161,8 @@ def check(settings: SettingsPath, as_json: AsJson = False) -> None:
     """Check the settings; if a DSN is set, also the database's schema, keys, clients and partitions."""
     os.environ["MINTER_SETTINGS"] = str(settings)
     loaded = load_settings()
-    warnings = list(loaded.warnings)
+    warnings = [*loaded.warnings, *checks.doubts(loaded)]
+    failed = list(checks.failures(loaded))
     warnings += [
         f"{vo}: no master key in the environment or a file"
         for vo in loaded.settings.issuers
@@ -175,15 +177,19 @@ def check(settings: SettingsPath, as_json: AsJson = False) -> None:
         "storages": len(loaded.storages),
         "routes": len(loaded.settings.routes),
         "warnings": warnings,
+        "failures": failed,
     }
     show(
         as_json,
         facts,
         lambda: (
-            f"settings are valid: {len(loaded.storages)} storages, "
-            f"{len(loaded.settings.routes)} routes\n" + "\n".join(f"warning: {w}" for w in warnings)
+            f"settings are {'valid' if not failed else 'WRONG'}: {len(loaded.storages)} storages, "
+            f"{len(loaded.settings.routes)} routes\n"
+            + "\n".join([f"failed: {f}" for f in failed] + [f"warning: {w}" for w in warnings])
         ),
     )
+    if failed:
+        raise typer.Exit(1)
 
 
 def _check_database(service: Service) -> list[str]:
@@ -195,11 +201,15 @@ def _check_database(service: Service) -> list[str]:
     if not standbys:
         warnings.append("Postgres has no synchronous standby: a lost disk loses the rows of issued tokens")
     for vo in service.loaded.settings.issuers:
-        states = [k.state for k in ring if k.vo == vo]
-        if "active" not in states:
-            warnings.append(f"{vo}: no active signing key; run: minter keys create --vo {vo}")
-        elif "prepared" not in states:
-            warnings.append(f"{vo}: no standby key; run: minter keys create --vo {vo}")
+        for algorithm in service.loaded.settings.issuers[vo].algorithms:
+            states = {k.state for k in ring if (k.vo, k.algorithm) == (vo, algorithm)}
+            if "active" not in states:
+                what = (
+                    "no active signing key" if "prepared" not in states else "signing key not public for long"
+                )
+                warnings.append(f"{vo}: {what} for {algorithm}; run: minter keys create --vo {vo}")
+            elif "prepared" not in states:
+                warnings.append(f"{vo}: no {algorithm} standby key; run: minter keys create --vo {vo}")
     warnings += [
         f"client {c.name} may get tokens for the audience any, which every storage of the VO accepts"
         for c in clients

@@ -13,12 +13,14 @@ from minter.errors import InvalidRequest, SettingsError
 from minter.policy.clients import Ban
 from minter.scopes import check_path
 from minter.service import Service
+from minter.storages.dialects import Algorithm
 from minter.storages.urls import squash
 from minter.tokens import keys
 from minter.tokens.keystore import new_master_key
 
 keys_app = typer.Typer(no_args_is_help=True, help="Make, rotate and revoke signing keys.")
 
+KeyAlgorithm = Annotated[Algorithm, typer.Option(help="Only the key of this algorithm.")]
 BanKind = Literal["client", "on_behalf_of", "vo", "activity", "storage", "path"]
 Reason = Annotated[str, typer.Option(help="Reason, recorded in the audit.")]
 
@@ -107,18 +109,22 @@ def keys_master() -> None:
 
 @keys_app.command("create")
 @guarded
-def keys_create(vo: Annotated[str, typer.Option()], as_json: AsJson = False) -> None:
-    """Create a signing key: an issuer's first key signs at once, a later key becomes the standby."""
+def keys_create(
+    vo: Annotated[str, typer.Option(help="VO of the issuer.")],
+    algorithm: KeyAlgorithm | None = None,
+    as_json: AsJson = False,
+) -> None:
+    """Create a signing key of each algorithm: an issuer's first keys sign at once, later ones are standbys."""
     service = open_service()
     service.prepare()
     if vo not in service.loaded.settings.issuers:
         raise SettingsError(f"no [issuers.{vo}] in the settings")
-    algorithm = service.loaded.settings.issuers[vo].algorithm
-    kid, state = service.create_key(vo, algorithm, whoami())
+    algorithms = (algorithm,) if algorithm else service.loaded.settings.issuers[vo].algorithms
+    made = service.create_keys(vo, algorithms, whoami())
     show(
         as_json,
-        {"kid": kid, "state": state, "algorithm": algorithm},
-        lambda: f"key {kid} ({algorithm}) of VO {vo} is {state}",
+        [{"kid": k.kid, "state": k.state, "algorithm": k.algorithm} for k in made],
+        lambda: "\n".join(f"key {k.kid} ({k.algorithm}) of VO {vo} is {k.state}" for k in made),
     )
 
 
@@ -160,12 +166,27 @@ def keys_list(as_json: AsJson = False) -> None:
 
 @keys_app.command("rotate")
 @guarded
-def keys_rotate(vo: Annotated[str, typer.Option()], as_json: AsJson = False) -> None:
-    """Make the standby key sign; beat does this by itself when the active key is due."""
+def keys_rotate(
+    vo: Annotated[str, typer.Option(help="VO of the issuer.")],
+    algorithm: KeyAlgorithm | None = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make the standby key of each algorithm sign; beat does this by itself when the active key is due."""
     service = open_service()
-    key = keyring.rotate(service.pool, vo, service.clock(), service.engine.rotation, whoami())
+    with transaction(service.pool) as connection:
+        active = keys.active(read_keys(connection), vo)
+    made = [
+        keyring.rotate(service.pool, vo, name, service.clock(), service.engine.rotation, whoami())
+        for name in ([algorithm] if algorithm else active)
+    ]
     service.maintain_keys(whoami())
-    show(as_json, {"kid": key.kid}, lambda: f"key {key.kid} of VO {vo} signs now; a new standby is published")
+    show(
+        as_json,
+        [{"kid": k.kid, "algorithm": k.algorithm} for k in made],
+        lambda: "\n".join(
+            f"{k.algorithm} key {k.kid} of VO {vo} signs now; a new standby is published" for k in made
+        ),
+    )
 
 
 @keys_app.command("revoke")

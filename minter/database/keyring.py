@@ -17,41 +17,46 @@ from sqlalchemy.engine import Engine as Pool
 from minter.database.connection import transaction
 from minter.database.control import read_keys
 from minter.database.control_changes import controlling
+from minter.storages.dialects import Algorithm
 from minter.tokens import keys
 from minter.tokens.keys import Key, RotationPolicy
 from minter.tokens.keystore import PEPPER, SIGNING_KEY, Keystore
 
 
-def create(pool: Pool, keystore: Keystore, vo: str, algorithm: keys.Algorithm, actor: str) -> tuple[str, str]:
-    """Make, encrypt and store a key; return its kid and state. An issuer's first key is active at once."""
-    signer = keys.generate(algorithm)
-    sealed = keystore.seal(vo, signer)
-    with controlling(pool, actor, "key.create", signer.kid, {"vo": vo, "algorithm": algorithm}) as tx:
-        row = tx.execute(
-            """
-            INSERT INTO signing_keys (vo, kid, algorithm, state, public_jwk, private_key, activated_at)
-            SELECT %(vo)s, %(kid)s, %(algorithm)s, first.state, %(jwk)s, %(sealed)s,
-                   CASE first.state WHEN 'active' THEN now() END
-            FROM (SELECT (CASE WHEN EXISTS (SELECT FROM signing_keys WHERE vo = %(vo)s)
-                          THEN 'prepared' ELSE 'active' END)::key_state AS state) AS first
-            RETURNING state::text
-            """,
-            {
-                "vo": vo, "kid": signer.kid, "algorithm": algorithm,
-                "jwk": Jsonb(signer.public_jwk), "sealed": sealed,
-            },
-        ).fetchone()  # fmt: skip
-    return signer.kid, str(row[0]) if row else ""
+def create(pool: Pool, keystore: Keystore, vo: str, algorithms: Sequence[Algorithm], actor: str) -> list[Key]:
+    """Make, encrypt and store a key of each algorithm in one transaction; return them.
+
+    The first keys of an issuer, which no verifier can have missed, are active at once; others are standbys.
+    """
+    signers = [keys.generate(algorithm) for algorithm in algorithms]
+    details = {"vo": vo, "algorithms": list(algorithms)}
+    with controlling(pool, actor, "key.create", " ".join(s.kid for s in signers), details) as tx:
+        first = not any(key.vo == vo for key in read_keys(tx))
+        for signer in signers:
+            tx.execute(
+                "INSERT INTO signing_keys (vo, kid, algorithm, state, public_jwk, private_key, activated_at)"
+                " VALUES (%(vo)s, %(kid)s, %(algorithm)s, %(state)s::key_state, %(jwk)s, %(sealed)s,"
+                " CASE WHEN %(first)s THEN now() END)",
+                {
+                    "vo": vo, "kid": signer.kid, "algorithm": signer.algorithm, "first": first,
+                    "state": "active" if first else "prepared",
+                    "jwk": Jsonb(signer.public_jwk), "sealed": keystore.seal(vo, signer),
+                },
+            )  # fmt: skip
+        made = {signer.kid for signer in signers}
+        return [key for key in read_keys(tx) if key.kid in made]
 
 
-def rotate(pool: Pool, vo: str, now: datetime, policy: RotationPolicy, actor: str) -> Key:
-    """Replace the active key by a ready standby, which is returned. Raises NoUsableKey if there is none."""
-    details: dict[str, object] = {}
+def rotate(
+    pool: Pool, vo: str, algorithm: Algorithm, now: datetime, policy: RotationPolicy, actor: str
+) -> Key:
+    """Make a ready standby of an algorithm the active key, and return it. Raises NoUsableKey without one."""
+    details: dict[str, object] = {"algorithm": algorithm}
     with controlling(pool, actor, "key.rotate", vo, details) as tx:
         ring = read_keys(tx)
-        after = keys.rotate(ring, vo, now, policy)
+        after = keys.rotate(ring, vo, algorithm, now, policy)
         details |= _save(tx, ring, after, now)
-    return keys.active(after, vo)
+    return keys.active(after, vo)[algorithm]
 
 
 def revoke(pool: Pool, kid: str, now: datetime, policy: RotationPolicy, actor: str, reason: str) -> list[Key]:

@@ -147,7 +147,8 @@ class Web:
         with engine.store.recording() as tx:
             control, _ = tx.control()
         for vo in self.service.loaded.issuers:
-            engine.unlock(keys.active(control.ring, vo))
+            for key in keys.active(control.ring, vo).values():
+                engine.unlock(key)
         self._ready_at = time.monotonic()
 
     # ── reading requests ─────────────────────────────────────────────────────────────────────

@@ -96,7 +96,7 @@ class Stack:
             control = read_control(connection)
         for vo, issuer in loaded.settings.issuers.items():
             if not any(k.vo == vo for k in control.ring):
-                self.service.create_key(vo, issuer.algorithm, "up")
+                self.service.create_keys(vo, issuer.algorithms, "up")
         local = loaded.settings.broker.local_client
         if local and local not in control.clients:
             vo = next(iter(loaded.settings.issuers))

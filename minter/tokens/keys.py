@@ -6,7 +6,7 @@ functions of a key's own dates and the policy (I6); the module reads no clock an
 
 import base64
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from hashlib import sha256
 from typing import Any, Literal
@@ -22,8 +22,8 @@ from msgspec import Struct, structs
 
 from minter.errors import InvalidRequest, NoUsableKey, TokenRejected, UnknownKey
 from minter.policy.limits import HARD_MAX_SECONDS
+from minter.storages.dialects import ALGORITHMS, Algorithm
 
-Algorithm = Literal["ES256", "RS256"]
 KeyState = Literal["prepared", "active", "old", "revoked"]
 
 RSA_BITS = 2048
@@ -184,12 +184,22 @@ def resigns_until(key: Key, policy: RotationPolicy) -> datetime | None:
     return key.retired_at + timedelta(seconds=policy.resign_seconds)
 
 
-def active(ring: Iterable[Key], vo: str) -> Key:
-    """Return the issuer's active key; raises NoUsableKey if there is none."""
-    for key in ring:
-        if key.vo == vo and key.state == "active":
-            return key
-    raise NoUsableKey(f"issuer of VO {vo!r} has no active signing key; run: minter keys create --vo {vo}")
+def active(ring: Iterable[Key], vo: str) -> dict[Algorithm, Key]:
+    """Return the issuer's active key of each algorithm; raises NoUsableKey if there is none at all."""
+    found = {key.algorithm: key for key in ring if key.vo == vo and key.state == "active"}
+    if not found:
+        raise NoUsableKey(f"issuer of VO {vo!r} has no active signing key; run: minter keys create --vo {vo}")
+    return found
+
+
+def signing_key(active_keys: Mapping[Algorithm, Key], verifiable: Collection[Algorithm]) -> Key:
+    """Return the key to sign a token with: the fastest algorithm that all of its audiences verify.
+
+    An issuer whose key of a verifiable algorithm is not public for long enough signs with what it has: the
+    token serves every audience whose dialect is more careful than its software.
+    """
+    usable = [a for a in ALGORITHMS if a in active_keys]
+    return active_keys[next((a for a in usable if a in verifiable), usable[0])]
 
 
 def may_resign(key: Key, now: datetime, policy: RotationPolicy) -> bool:
@@ -212,31 +222,41 @@ def jwks(ring: Iterable[Key], now: datetime) -> dict[str, list[dict[str, str]]]:
     return {"keys": [key.public_jwk for key in ring if is_public(key, now)]}
 
 
-def rotate(ring: Sequence[Key], vo: str, now: datetime, policy: RotationPolicy) -> list[Key]:
-    """Return the ring after the oldest ready `prepared` key took over; raises NoUsableKey without one."""
-    ready = [k for k in ring if k.vo == vo and k.state == "prepared" and may_sign_from(k, policy) <= now]
+def rotate(
+    ring: Sequence[Key], vo: str, algorithm: Algorithm, now: datetime, policy: RotationPolicy
+) -> list[Key]:
+    """Return the ring after the oldest ready `prepared` key of an algorithm became the active one.
+
+    Raises NoUsableKey if no such key has been public for long enough.
+    """
+    ready = [k for k in _of(ring, vo, algorithm, "prepared") if may_sign_from(k, policy) <= now]
     if not ready:
         raise NoUsableKey(
-            f"issuer of VO {vo!r} has no prepared key that has been public for {policy.publish_seconds} s"
+            f"issuer of VO {vo!r} has no prepared {algorithm} key that has been public for "
+            f"{policy.publish_seconds} s"
         )
     successor = min(ready, key=lambda k: k.published_at)
     return [_after_rotation(key, successor, now) for key in ring]
 
 
+def _of(ring: Iterable[Key], vo: str, algorithm: Algorithm, state: KeyState) -> list[Key]:
+    return [k for k in ring if (k.vo, k.algorithm, k.state) == (vo, algorithm, state)]
+
+
 def _after_rotation(key: Key, successor: Key, now: datetime) -> Key:
     if key is successor:
         return structs.replace(key, state="active", activated_at=now)
-    if key.vo == successor.vo and key.state == "active":
+    if (key.vo, key.algorithm, key.state) == (successor.vo, successor.algorithm, "active"):
         last_exp = now + timedelta(seconds=HARD_MAX_SECONDS)
         return structs.replace(key, state="old", retired_at=now, last_exp=last_exp)
     return key
 
 
 def revoke(ring: Sequence[Key], kid: str, now: datetime, policy: RotationPolicy) -> list[Key]:
-    """Return the ring with the key `kid` revoked; a ready standby replaces an active key at once (I6).
+    """Return the ring with the key `kid` revoked; for an active key, a ready standby takes over (I6).
 
-    With `publish_seconds` 0 in the policy, the standby may be a key that verifiers do not know yet.
-    Raises UnknownKey, or NoUsableKey if an active key has no ready standby.
+    The standby is of the same algorithm. With `publish_seconds` 0 in the policy, a standby may take over
+    before verifiers know its public key.
     """
     revoked = next((k for k in ring if k.kid == kid), None)
     if revoked is None:
@@ -244,26 +264,30 @@ def revoke(ring: Sequence[Key], kid: str, now: datetime, policy: RotationPolicy)
     if revoked.state == "revoked":
         raise UnknownKey(f"key {kid} is revoked already")
     if revoked.state == "active":
-        ring = rotate(ring, revoked.vo, now, policy)
+        ring = rotate(ring, revoked.vo, revoked.algorithm, now, policy)
     return [structs.replace(k, state="revoked") if k.kid == kid else k for k in ring]
 
 
 def due(
-    ring: Iterable[Key], vo: str, now: datetime, policy: RotationPolicy
-) -> Literal["create", "rotate"] | None:
-    """Return what an issuer's ring needs: to create a standby key, to rotate to it, or nothing (None).
+    ring: Sequence[Key], vo: str, algorithms: Iterable[Algorithm], now: datetime, policy: RotationPolicy
+) -> list[tuple[Literal["create", "rotate"], Algorithm]]:
+    """Return what an issuer's ring needs now, by algorithm: a new standby, or a rotation.
 
-    Nothing is done for an issuer without an active key: operators must create its first or a new key.
+    An algorithm that the issuer did not use before gets a standby, which signs once it has been public for
+    long enough. For an issuer without any active key the list is empty: only an operator makes its first key.
     """
-    own = [key for key in ring if key.vo == vo]
-    until = next((signs_until(k, policy) for k in own if k.state == "active"), None)
-    if until is None:
-        return None
-    standby = [k for k in own if k.state == "prepared"]
-    if not standby:
-        return "create"
-    ready = any(may_sign_from(k, policy) <= now for k in standby)
-    return "rotate" if ready and until <= now else None
+    if not any(k.vo == vo and k.state == "active" for k in ring):
+        return []
+    found: list[tuple[Literal["create", "rotate"], Algorithm]] = []
+    for algorithm in algorithms:
+        standby = _of(ring, vo, algorithm, "prepared")
+        ready = any(may_sign_from(k, policy) <= now for k in standby)
+        until = next((signs_until(k, policy) for k in _of(ring, vo, algorithm, "active")), now)
+        if not standby:
+            found.append(("create", algorithm))
+        elif ready and until is not None and until <= now:
+            found.append(("rotate", algorithm))
+    return found
 
 
 def spent(ring: Iterable[Key], now: datetime, policy: RotationPolicy) -> list[Key]:

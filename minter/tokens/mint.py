@@ -180,8 +180,9 @@ class Engine:
         if not planned:
             return True
         try:  # a managed token needs no signing key, but the master key, which unlocking a key proves
-            one.signing_key = keys.active(control.ring, one.client.vo)
-            self.unlock(one.signing_key)
+            one.choose_keys(keys.active(control.ring, one.client.vo))
+            for key in one.signing_keys.values():
+                self.unlock(key)
         except NoUsableKey as error:
             one.outcome.error, one.outcome.refusals = error, []
             return False

@@ -1,6 +1,6 @@
 """Input and output of the engine: submissions, outcomes, and the state of one request in between."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, Literal
 from uuid import UUID
@@ -14,7 +14,8 @@ from minter.policy.limits import BACKDATE_SECONDS
 from minter.policy.plans import Decision, PlannedToken
 from minter.policy.requests import Request
 from minter.policy.token_requests import Family
-from minter.tokens.keys import Key
+from minter.storages.dialects import Algorithm
+from minter.tokens.keys import Key, signing_key
 from minter.tokens.managed import Wanted
 from minter.tokens.records import JtiRange, RequestRow, TokenRow, UseRow, fts_token_id
 from minter.tokens.shared import Shared
@@ -98,7 +99,7 @@ class PendingRequest:
         "on_behalf_of",
         "outcome",
         "row",
-        "signing_key",
+        "signing_keys",
         "uses",
     )
 
@@ -118,13 +119,20 @@ class PendingRequest:
         self.key = (outcome.submission.request.request_id, client.client_id)
         self.jtis: JtiRange
         self.row: RequestRow
-        self.signing_key: Key | None = None
+        self.signing_keys: dict[frozenset[Algorithm], Key] = {}
+        """The key for tokens whose audiences all verify these algorithms."""
         self.uses: list[UseRow] = []
 
-    @property
-    def key_id(self) -> int:
-        """Number of the key that signs the request's tokens, 0 if there is none."""
-        return self.signing_key.key_id if self.signing_key else 0
+    def choose_keys(self, active: Mapping[Algorithm, Key]) -> None:
+        """Choose the key of each planned token among the issuer's active keys."""
+        for planned in self.decision.planned_tokens:
+            verifiable = planned.plan.area.dialect.algorithms
+            if verifiable not in self.signing_keys:
+                self.signing_keys[verifiable] = signing_key(active, verifiable)
+
+    def key_for(self, planned: PlannedToken) -> Key:
+        """Return the key that signs a planned token."""
+        return self.signing_keys[planned.plan.area.dialect.algorithms]
 
     def duplicate(self, outcome: Outcome) -> "PendingRequest":
         """Return a duplicate of this request in the same batch, to be answered from the request's row."""

@@ -50,25 +50,24 @@ class SigningBatch:
         missing = [
             key
             for key, (one, planned) in wanted.items()
-            if key not in self.shared or not self.shared[key].serves(planned, one.key_id, self._seconds)
+            if key not in self.shared
+            or not self.shared[key].serves(planned, one.key_for(planned).key_id, self._seconds)
         ]
         for key, row in tx.shared_tokens(missing, self._now).items() if missing else ():
-            signing_key = wanted[key][0].signing_key
-            if signing_key is not None and row.key_id == signing_key.key_id:
+            one, planned = wanted[key]
+            signing_key = one.key_for(planned)
+            if row.key_id == signing_key.key_id:
                 token = self._unlock(signing_key).sign(row.payload.encode())
                 scope = str(unverified_claims(token)[1]["scope"])
                 self.shared[key] = Shared(row.jti, row.key_id, row.expires_at, scope, token)
 
     def sign(self, one: PendingRequest) -> Iterator[TokenRow]:
         """Sign every token that a new request needs, and yield the rows of those that are new."""
-        key = one.signing_key
-        if key is None:
-            return  # every file was refused
         new_shared = len(one.decision.planned_tokens)
         for number, planned in enumerate(one.decision.planned_tokens):
             if planned.managed:
                 continue
-            jti = one.jtis.text(number)
+            jti, key = one.jtis.text(number), one.key_for(planned)
             if not planned.shared:
                 token, row = self._make(one, key, planned, jti)
                 one.add(planned, jti, row.expires_at, token)

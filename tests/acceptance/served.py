@@ -51,7 +51,7 @@ class Served:
         self.service = service.Service(settings.load(path, self.environ))
         migrations.upgrade(self.service.pool)
         self.service.prepare()
-        self.service.create_key(VO, "ES256", "tests")
+        self.service.create_keys(VO, ("ES256", "RS256"), "tests")
         self.process: subprocess.Popen | None = None
         self.start()
 

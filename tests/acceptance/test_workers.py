@@ -378,7 +378,7 @@ def test_bans_and_keys_bind_running_workers_at_once(running, client):
         tx.execute("DELETE FROM tokens")
         tx.execute("DELETE FROM requests")
         tx.execute("DELETE FROM signing_keys")
-    running.service.create_key("alpen", "ES256", "test")
+    running.service.create_keys("alpen", ("ES256", "RS256"), "test")
     assert client.mint(files(1)).tokens
 
 

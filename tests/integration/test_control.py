@@ -13,11 +13,17 @@ from minter.policy.clients import Ban
 from minter.service import Service
 from minter.tokens import clock, keys, keystore
 from minter.tokens.keystore import new_master_key
-from tests.conftest import MASTER_KEY, load_settings, rows
+from tests.conftest import MASTER_KEY, load_settings, rows, with_one_algorithm
 from tests.integration.test_mint import mint, submission, tokens
 
 ME = "rucio-alpen"
 VO = "alpen"
+
+
+@pytest.fixture
+def service(service):
+    """An issuer with one algorithm: these tests are about the keys of one."""
+    return with_one_algorithm(service)
 
 
 def ring(service):
@@ -200,8 +206,8 @@ def test_beat_makes_a_standby_rotates_it_in_and_destroys_the_old_one(service):
 
 def test_a_standby_that_is_not_public_long_enough_does_not_sign(service):
     service.maintain_keys("me")
-    with pytest.raises(NoUsableKey, match="has no prepared key that has been public"):
-        keyring.rotate(service.pool, VO, clock.now(), service.engine.rotation, "me")
+    with pytest.raises(NoUsableKey, match="has no prepared ES256 key that has been public"):
+        keyring.rotate(service.pool, VO, "ES256", clock.now(), service.engine.rotation, "me")
     (kid,) = [k.kid for k in ring(service) if k.state == "active"]
     with pytest.raises(NoUsableKey):
         keyring.revoke(service.pool, kid, clock.now(), service.engine.rotation, "me", "leaked")
@@ -261,7 +267,7 @@ def test_another_process_signs_with_the_new_key_at_once(service, dsn):
     mint(other, submission("a"))
     service.maintain_keys("me")
     backdate_keys(service, 3)
-    new = keyring.rotate(service.pool, VO, clock.now(), service.engine.rotation, "me")
+    new = keyring.rotate(service.pool, VO, "ES256", clock.now(), service.engine.rotation, "me")
     mint(other, submission("b"))
     assert rows(
         service, "SELECT k.kid FROM tokens JOIN signing_keys k USING (key_id) WHERE external_id = 'b' LIMIT 1"

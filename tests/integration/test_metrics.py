@@ -92,8 +92,10 @@ def test_beat_tells_of_keys_partitions_living_tokens_and_queues(service, tmp_pat
         assert found["minter_tokens_alive", "alpen"] == found["minter_tokens_expiring", "alpen"] == 4
         assert found["minter_queue_messages", "minter.requests"] == 0
         assert found[("minter_partitions_ahead_days",)] == 7
-        assert found["minter_key_signs_until_timestamp_seconds", "alpen"] > service.clock().timestamp()
-        assert ("minter_key_standby_ready_timestamp_seconds", "alpen") not in found
+        assert (
+            found["minter_key_signs_until_timestamp_seconds", "alpen", "RS256"] > service.clock().timestamp()
+        )
+        assert ("minter_key_standby_ready_timestamp_seconds", "alpen", "RS256") not in found
         assert {f.name for f in collector.describe()} == {s.name for s in metrics.SPECS if s.kind == "gauge"}
     finally:
         broker.stop()

@@ -211,7 +211,7 @@ def test_an_old_key_resigns_for_a_day_and_a_revoked_one_never(service):
     (first,) = mint(service, asked)
     with control_changes.controlling(service.pool, "test", "retire", "alpen", {}) as tx:
         tx.execute("UPDATE signing_keys SET state = 'old', retired_at = now() - interval '23 hours'")
-    service.create_key("alpen", "ES256", "tests")
+    service.create_keys("alpen", ("ES256", "RS256"), "tests")
     assert tokens(mint(service, asked)[0]) == tokens(first)
     with control_changes.controlling(service.pool, "test", "retire", "alpen", {}) as tx:
         tx.execute("UPDATE signing_keys SET retired_at = now() - interval '25 hours' WHERE state = 'old'")
@@ -300,7 +300,7 @@ def test_no_usable_key_is_told_and_not_recorded(service):
     # With a key the same request succeeds: the earlier error was not final.
     with control_changes.controlling(service.pool, "test", "delete", "alpen", {}) as tx:
         tx.execute("DELETE FROM signing_keys")
-    service.create_key("alpen", "ES256", "tests")
+    service.create_keys("alpen", ("ES256", "RS256"), "tests")
     assert mint(service, asked)[0].issued
 
 

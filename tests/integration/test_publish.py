@@ -12,10 +12,17 @@ from minter.database.control import read_keys
 from minter.errors import NoUsableKey, SettingsError
 from minter.issuer import well_known
 from minter.tokens import clock
+from tests.conftest import with_one_algorithm
 from tests.integration.test_mint import mint, submission
 
 ISSUERS = {"alpen": "https://tokens.vo-alpen.example.org/alpen/"}
 KEYS = "alpen/jwks.json"
+
+
+@pytest.fixture
+def service(service):
+    """An issuer with one algorithm: these tests are about the keys of one."""
+    return with_one_algorithm(service)
 
 
 def ring(service):
@@ -67,7 +74,7 @@ def test_a_revoked_key_leaves_at_once_and_an_old_one_stays(service):
     with transaction(service.pool) as tx:
         tx.execute("UPDATE signing_keys SET published_at = published_at - interval '3 days'")
     first, second = (k.kid for k in ring(service))
-    keyring.rotate(service.pool, "alpen", clock.now(), service.engine.rotation, "me")
+    keyring.rotate(service.pool, "alpen", "ES256", clock.now(), service.engine.rotation, "me")
     kids = {k["kid"] for k in json.loads(files(service)[KEYS])["keys"]}
     assert kids == {first, second}
     late = clock.now() + timedelta(days=9)

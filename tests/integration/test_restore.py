@@ -15,10 +15,16 @@ from minter.policy.clients import Ban
 from minter.service import Service
 from minter.tasks.lifecycle import Lifecycle
 from minter.tokens import clock, keys
-from tests.conftest import _admin, load_settings, rows
+from tests.conftest import _admin, load_settings, rows, with_one_algorithm
 from tests.integration.test_mint import mint, submission, tokens
 
 ME = "rucio-alpen"
+
+
+@pytest.fixture
+def service(service):
+    """An issuer with one algorithm: these tests are about the keys of one."""
+    return with_one_algorithm(service)
 
 
 @pytest.fixture

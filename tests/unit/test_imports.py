@@ -20,7 +20,7 @@ FLOORS = [
     {"database"},
     {"tasks"},
     {"settings"},
-    {"metrics", "refresher"},
+    {"checks", "metrics", "refresher"},
     {"service"},
     {"issuer"},
     {"local"},

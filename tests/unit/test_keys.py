@@ -58,37 +58,54 @@ class Rotation(RuleBasedStateMachine):
 
     @initialize()
     def first(self):
-        self.prepare()
+        for algorithm in keys.ALGORITHMS:
+            self.prepare(algorithm)
         self.ring = [keys.structs.replace(k, state="active", activated_at=self.now) for k in self.ring]
-        self.first_kid = self.ring[0].kid
+        self.first_kids = {k.kid for k in self.ring}
 
-    @rule()
-    def prepare(self):
+    @rule(algorithm=st.sampled_from(keys.ALGORITHMS))
+    def prepare(self, algorithm):
         kid = f"kid{self.made}"
         self.made += 1
-        self.ring.append(Key(self.made, "vo", kid, "ES256", "prepared", {"kid": kid}, self.now))
+        self.ring.append(Key(self.made, "vo", kid, algorithm, "prepared", {"kid": kid}, self.now))
         self.public_since[kid] = self.now
 
     @rule(hours=st.integers(1, 96))
     def wait(self, hours):
         self.now += timedelta(hours=hours)
 
-    @rule(life=st.integers(900, HARD_MAX_SECONDS))
-    def sign(self, life):
+    @rule(
+        life=st.integers(900, HARD_MAX_SECONDS),
+        verifiable=st.sampled_from([{"ES256"}, {"RS256"}, {"ES256", "RS256"}]),
+    )
+    def sign(self, life, verifiable):
         try:
-            key = keys.active(self.ring, "vo")
+            active = keys.active(self.ring, "vo")
         except NoUsableKey:
             return
-        if key.kid != self.first_kid:
+        key = keys.signing_key(active, verifiable)
+        assert key.algorithm in verifiable or not verifiable & active.keys()
+        assert key.algorithm == "ES256" or not {"ES256"} & verifiable & active.keys()
+        if key.kid not in self.first_kids:
             assert self.now - self.public_since[key.kid] >= timedelta(seconds=POLICY.publish_seconds)
         self.tokens.append((key.kid, self.now, self.now + timedelta(seconds=life)))
 
-    @rule()
-    def rotate(self):
+    @rule(algorithm=st.sampled_from(keys.ALGORITHMS))
+    def rotate(self, algorithm):
+        others = [k for k in self.ring if k.algorithm != algorithm]
         try:
-            self.ring = keys.rotate(self.ring, "vo", self.now, POLICY)
+            self.ring = keys.rotate(self.ring, "vo", algorithm, self.now, POLICY)
         except NoUsableKey:
             return
+        assert [k for k in self.ring if k.algorithm != algorithm] == others
+
+    @rule()
+    def maintain(self):
+        for change, algorithm in keys.due(self.ring, "vo", keys.ALGORITHMS, self.now, POLICY):
+            if change == "create":
+                self.prepare(algorithm)
+            else:
+                self.ring = keys.rotate(self.ring, "vo", algorithm, self.now, POLICY)
 
     @precondition(lambda self: any(k.state != "revoked" for k in self.ring))
     @rule(data=st.data())
@@ -109,8 +126,9 @@ class Rotation(RuleBasedStateMachine):
                 assert kid in published
 
     @invariant()
-    def there_is_at_most_one_active_key_and_old_ones_resign_for_a_day(self):
-        assert sum(k.state == "active" for k in self.ring) <= 1
+    def there_is_at_most_one_active_key_an_algorithm_and_old_ones_resign_for_a_day(self):
+        active = [k.algorithm for k in self.ring if k.state == "active"]
+        assert len(active) == len(set(active))
         for key in self.ring:
             if key.state == "old":
                 assert keys.may_resign(key, self.now, POLICY) == (
@@ -138,3 +156,23 @@ def test_revoking_the_active_key_puts_the_standby_in_its_place_at_once():
 def test_without_an_active_key_the_error_says_what_to_run():
     with pytest.raises(NoUsableKey, match="minter keys create --vo vo"):
         keys.active([], "vo")
+
+
+def test_an_issuer_gets_the_key_of_another_algorithm_without_a_gap():
+    """An issuer of an earlier release signs with what it has until the other key has been public for long."""
+    ring = [
+        Key(1, "vo", "a", "ES256", "active", {"kid": "a"}, START, activated_at=START),
+        Key(2, "vo", "b", "ES256", "prepared", {"kid": "b"}, START),
+    ]
+    assert keys.due(ring, "vo", keys.ALGORITHMS, START, POLICY) == [("create", "RS256")]
+    assert keys.signing_key(keys.active(ring, "vo"), {"RS256"}).kid == "a"
+    ring.append(Key(3, "vo", "c", "RS256", "prepared", {"kid": "c"}, START))
+    soon = START + timedelta(seconds=POLICY.publish_seconds - 1)
+    assert keys.due(ring, "vo", keys.ALGORITHMS, soon, POLICY) == []
+    then = START + timedelta(seconds=POLICY.publish_seconds)
+    assert keys.due(ring, "vo", keys.ALGORITHMS, then, POLICY) == [("rotate", "RS256")]
+    ring = keys.rotate(ring, "vo", "RS256", then, POLICY)
+    assert [k.state for k in ring] == ["active", "prepared", "active"]
+    active = keys.active(ring, "vo")
+    assert keys.signing_key(active, {"RS256"}).kid == "c"
+    assert keys.signing_key(active, {"ES256", "RS256"}).kid == "a"

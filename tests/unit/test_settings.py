@@ -1,6 +1,6 @@
 import pytest
 
-from minter import settings
+from minter import checks, settings
 from minter.errors import SettingsError
 from minter.tokens.keystore import MASTER_KEY_BYTES, MasterKey, new_master_key, read_master_key
 from tests.conftest import EXAMPLES
@@ -42,15 +42,15 @@ def test_what_is_wrong_is_said(tmp_path, text, why):
 
 def test_the_examples_are_right_and_warn_of_what_is_doubtful(loaded):
     assert len(loaded.storages) == 22
-    said = "\n".join(loaded.warnings)
+    said = "\n".join([*loaded.warnings, *checks.doubts(loaded)])
     for fragment in ("not tried", "share an endpoint", "risk assessment", "X.509 only"):
         assert fragment in said
 
 
 def test_a_route_whose_tokens_can_hardly_be_shared_is_doubtful(tmp_path):
     route = '[[routes]]\nname = "r"\noperations = ["read"]\ngranularity = "directory"\nwait_seconds = {}\n'
-    assert "few files will share" in "\n".join(load(tmp_path, BASE + route.format(7200)).warnings)
-    assert "few files will share" not in "\n".join(load(tmp_path, BASE + route.format(600)).warnings)
+    assert "few files will share" in "\n".join(checks.doubts(load(tmp_path, BASE + route.format(7200))))
+    assert "few files will share" not in "\n".join(checks.doubts(load(tmp_path, BASE + route.format(600))))
 
 
 def test_the_environment_wins_and_is_not_shown(tmp_path):
@@ -102,3 +102,19 @@ def test_a_ciphertext_opens_only_for_its_row_purpose_and_vo():
 def test_the_examples_are_what_production_would_use():
     text = (EXAMPLES / "settings.toml").read_text()
     assert "dsn" not in text.lower().replace("minter_dsn", "").replace("the dsn", "")
+
+
+def test_a_storage_that_verifies_no_key_of_its_issuer_fails_the_check(tmp_path):
+    text = (
+        BASE.replace("[issuers.vo]\n", '[issuers.vo]\nalgorithms = ["ES256"]\n')
+        + """
+[[storages]]
+vo = "vo"
+name = "OLD"
+dialect = "storm"
+endpoints = [{ host = "old.example.org" }]
+"""
+    )
+    (failed,) = checks.failures(load(tmp_path, text))
+    assert failed.startswith("OLD: dialect storm verifies RS256 only")
+    assert not list(checks.failures(load(tmp_path, text.replace('["ES256"]', '["ES256", "RS256"]'))))
