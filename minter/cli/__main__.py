@@ -280,7 +280,7 @@ def explain(
     if name not in control.clients:
         raise InvalidRequest(f"client {name!r} is not registered, expected one of {sorted(control.clients)}")
     decision = service.loaded.policy.decide(request, control.clients[name], control.bans)
-    lines = explain_decision(decision)
+    lines = explain_decision(decision, request.notes)
     show(as_json, lines, lambda: "\n".join(lines))
     if decision.refused:
         raise typer.Exit(1)

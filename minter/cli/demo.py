@@ -7,7 +7,7 @@ their database rows, and FTS's rules for a submitted job are applied as FTS stat
 import gzip
 import json
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -127,6 +127,7 @@ class Demo:
         self.failures: list[str] = []
         self.verified = 0
         self.tokens: list[tuple[TraceRecord, dict[str, Any]]] = []
+        self.algorithms: defaultdict[str, set[str]] = defaultdict(set)
 
     def run(self) -> int:
         """Run the demo; return 0 if there are tokens and every token and job passed every check, else 1."""
@@ -176,6 +177,7 @@ class Demo:
                     continue
                 self.verified += 1
                 self.tokens.append((row, claims))
+                self.algorithms[row.storage].add(str(unverified_claims(token.encode())[0]["alg"]))
             self.failures += [f"{name}: recorded, not delivered: {jti}" for jti in rows]
 
     def _tables(self) -> None:
@@ -189,6 +191,7 @@ class Demo:
         for heading in (
             "storage",
             "dialect",
+            "algorithm",
             "audience",
             "tokens",
             "scopes beyond read/create/modify of the file",
@@ -202,6 +205,7 @@ class Demo:
             table.add_row(
                 name,
                 area.dialect.name if area else "",
+                ", ".join(sorted(self.algorithms[name])),
                 str(group[0]["aud"]),
                 str(len(group)),
                 ", ".join(f"{q} ×{n}" for q, n in extras.items()) or "none",

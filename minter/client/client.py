@@ -236,6 +236,7 @@ class MinterClient:
                     Token(answer.bearer) if answer.bearer else None,
                     tuple(answer.refused),
                     tuple(answer.dropped_sources),
+                    tuple(answer.notes),
                 )
             )
             if progress is not None:

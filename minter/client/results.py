@@ -5,11 +5,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from minter.contract.messages import (
     Answer,
     LiveToken,
     MintRequest,
+    Note,
     TokenAnswer,
 )
 from minter.errors import MinterError, from_dict
@@ -70,6 +72,7 @@ class MintResult(Struct, frozen=True):
     tokens: tuple[Token, ...]
     refusals: tuple[Refusal, ...]
     pending: tuple[Pending, ...] = ()
+    notes: tuple[Note, ...] = ()
 
 
 class FilledJob(Struct, frozen=True):
@@ -80,6 +83,7 @@ class FilledJob(Struct, frozen=True):
     bearer: Token | None
     refused: tuple[dict[str, Any], ...]
     dropped_sources: tuple[dict[str, Any], ...]
+    notes: tuple[Note, ...] = ()
 
     def __repr__(self) -> str:
         """Count the files without showing their tokens."""
@@ -106,6 +110,7 @@ def whole_result(
     tokens: list[Token] = []
     refusals: list[Refusal] = []
     pending: list[Pending] = []
+    notes: list[Note] = []
     first = 0
     for request, answer in zip(requests, answers, strict=True):
         if answer.error is not None:
@@ -116,9 +121,10 @@ def whole_result(
         tokens += sorted((Token(t, first) for t in answer.tokens), key=lambda t: (t.file, t.side, t.index))
         refusals += [Refusal(r.file + first, r.side, r.index, from_dict(r.error)) for r in answer.refusals]
         pending += _pending(answer, first)
+        notes += [replace(n, file=n.file + first) if n.file >= 0 else n for n in answer.notes]
         first += len(request.files)
     ids = tuple(r.request_id for r in requests)
-    return MintResult(ids, tuple(tokens), tuple(refusals), tuple(pending))
+    return MintResult(ids, tuple(tokens), tuple(refusals), tuple(pending), tuple(notes))
 
 
 def _pending(answer: Answer, first: int = 0) -> Iterator[Pending]:
@@ -131,7 +137,7 @@ def minted(request_id: uuid.UUID | None, answer: Answer) -> MintResult:
     tokens = sorted(map(Token, answer.tokens), key=lambda t: (t.file, t.side, t.index))
     refusals = [Refusal(r.file, r.side, r.index, from_dict(r.error)) for r in answer.refusals]
     ids = (request_id,) if request_id else ()
-    return MintResult(ids, tuple(tokens), tuple(refusals), tuple(_pending(answer)))
+    return MintResult(ids, tuple(tokens), tuple(refusals), tuple(_pending(answer)), tuple(answer.notes))
 
 
 def shifted(where: str, start: int) -> str:

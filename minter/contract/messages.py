@@ -166,6 +166,15 @@ class RefusedNeed(Struct, frozen=True):
     error: dict[str, Any]
 
 
+class Note(Struct, frozen=True):
+    """Something that the requester should know of a token, or, with file -1, of the whole request."""
+
+    file: int
+    side: Side | Literal["request"]
+    index: int
+    text: str
+
+
 class LiveToken(Struct, frozen=True):
     """A cancelled token that still works until it expires; `exp` is a NumericDate."""
 
@@ -181,7 +190,8 @@ class Answer(Struct, frozen=True, kw_only=True, omit_defaults=True):
     yet; a job with pending tokens is filled when the same request is sent again. `job`, `refused` and
     `bearer` come with a filled job. `changed` counts the tokens that a report or a cancellation changed,
     `unknown` lists the places in the message that name nothing known, `alive` the cancelled tokens that
-    still work. A large answer comes in `parts` messages, numbered from 0 by `part`.
+    still work, `notes` what the requester should know of tokens that were issued. A large answer comes in
+    `parts` messages, numbered from 0 by `part`.
     """
 
     request_id: str | None = None
@@ -196,6 +206,7 @@ class Answer(Struct, frozen=True, kw_only=True, omit_defaults=True):
     changed: int = 0
     unknown: list[str] = []
     alive: list[LiveToken] = []
+    notes: list[Note] = []
     part: int = 0
     parts: int = 1
 

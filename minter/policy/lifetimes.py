@@ -78,12 +78,14 @@ def lifetime_of(plan: Plan, request: Request, file: File, need: Need) -> Lifetim
     else:
         once = route.transfer_seconds
     transfer = once * (1 + max(file.retries, route.retries))
-    wait = route.wait_seconds if need.wait_seconds is None else need.wait_seconds
-    if need.one_token:
-        wait = max(wait, FTS_QUEUE_SECONDS)
-    fixed = BACKDATE_SECONDS + transfer + route.margin_seconds
-    if need.one_token:  # FTS: staging and archiving need the same token, and whole hours of queue
-        fixed += need.after_seconds
+    fixed = BACKDATE_SECONDS + transfer + route.margin_seconds + need.after_seconds
+    asked = route.wait_seconds if need.wait_seconds is None else need.wait_seconds
+    wait = asked
+    if need.one_token:  # FTS counts whole hours of queue, and the clock of its queue runs while it stages
+        enough = need.staging_seconds + FTS_QUEUE_SECONDS
+        if wait < enough:
+            wait = need.staging_seconds + max(route.wait_seconds, FTS_QUEUE_SECONDS)
+    queue = need.staging_seconds + FTS_QUEUE_SECONDS if need.one_token else 0
     cap = plan.cap_seconds
     if request.lifetime_seconds is not None:
         wanted = request.lifetime_seconds
@@ -96,12 +98,21 @@ def lifetime_of(plan: Plan, request: Request, file: File, need: Need) -> Lifetim
         derived = fixed + wait if need.life_seconds is None else need.life_seconds
         wanted = max(derived, PROFILE_MIN_SECONDS)
     seconds = min(wanted, cap)
-    queue = FTS_QUEUE_SECONDS if need.one_token else 0
-    least = BACKDATE_SECONDS + route.margin_seconds + queue
+    least = BACKDATE_SECONDS + route.margin_seconds + need.after_seconds + queue
     if seconds < least:
         raise LifetimeNotAllowed(
-            f"lifetime {seconds} s allowed by {plan.cap_rule} does not cover the margin of "
-            f"{least} s; ask for more or change the route",
+            f"lifetime {seconds} s allowed by {plan.cap_rule} does not cover {_what(need)} of {least} s; ask "
+            "for more or change the route",
             expected=least, got=seconds,
         )  # fmt: skip
-    return Lifetime(seconds, wanted, min(fixed, seconds - queue))
+    raised = asked if need.staging_seconds and wait > asked else None
+    return Lifetime(seconds, wanted, min(fixed, seconds - queue), need.staging_seconds, raised)
+
+
+def _what(need: Need) -> str:
+    parts = ["the margin"]
+    if need.staging_seconds:
+        parts.append(f"staging ({need.staging_seconds} s)")
+    if need.after_seconds:
+        parts.append(f"archiving ({need.after_seconds} s)")
+    return " and ".join(parts)

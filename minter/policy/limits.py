@@ -15,6 +15,10 @@ BACKDATE_SECONDS = 60
 """How far iat and nbf lie in the past (WLCG §4.3.1): FTS and XRootD have no leeway."""
 FTS_QUEUE_SECONDS = 3600
 """FTS counts `max_time_in_queue` in whole hours, and reads 0 as no limit."""
+FTS_DEFAULT_STAGING_SECONDS = 7 * 86400
+"""How long FTS stages a file whose job names a pin lifetime only (DefaultBringOnlineTimeout, 3.14.4)."""
+FTS_ARCHIVING_SLACK_SECONDS = 800
+"""FTS gives up a file that is not on tape this long after its `archive_timeout` (3.14.4)."""
 MAX_CLAIM_CHARACTERS = 1_024
 """FTS stores scope and audience in columns of this width."""
 GRACE = timedelta(hours=24)

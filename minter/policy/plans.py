@@ -4,6 +4,7 @@ This module also has the other values that a decision consists of. A plan is rec
 `rules`, and every token made by the plan names this row (I8).
 """
 
+from collections.abc import Iterator
 from hashlib import sha256
 from typing import Any, NamedTuple
 
@@ -54,15 +55,29 @@ class Plan(Struct, frozen=True, eq=False):
 
 
 class Lifetime(Struct, frozen=True, gc=False):
-    """A token's lifetime: `seconds` from iat to exp, and the values that it was computed from.
+    """The lifetime of a token: `seconds` from iat to exp, and its parts.
 
-    `wanted` is the derived need in seconds; beyond the cap it is clipped. `fixed` is the part for transfer,
-    retries, staging and margin, so the file may wait `seconds - fixed` seconds in a queue.
+    A derived need of `wanted` seconds above the cap is clipped to the cap. `fixed` covers transfer,
+    retries, archiving and margin, so the file may wait in a queue for `seconds - fixed`. FTS's queue includes
+    `staging_seconds`; where the request asked for a queue of `raised_from` seconds, too short for it, the
+    queue was raised.
     """
 
     seconds: int
     wanted: int
     fixed: int
+    staging_seconds: int = 0
+    raised_from: int | None = None
+
+    def notes(self, cap_rule: str) -> Iterator[str]:
+        """Yield what the requester should know of this lifetime."""
+        if self.seconds < self.wanted:
+            yield f"lifetime clipped from {self.wanted} s to {self.seconds} s by {cap_rule}"
+        if self.raised_from is not None:
+            yield (
+                f"time in FTS's queue raised from {self.raised_from} s: staging alone may take "
+                f"{self.staging_seconds} s of it"
+            )
 
 
 class Extra(Struct, frozen=True):

@@ -24,7 +24,8 @@ SEVERAL = "(several)"
 class Need(Struct, frozen=True, gc=False):
     """The use of one token. With `one_token`, all operations must be in the same token.
 
-    `if_able` are the operations that are left out where the storage cannot do them by token.
+    `if_able` are the operations that are left out where the storage cannot do them by token. FTS may take
+    `staging_seconds` to bring the file online while it waits, and `after_seconds` to see it on tape.
     `life_seconds` is the lifetime of the token to be renewed, which is requested again.
     """
 
@@ -38,6 +39,7 @@ class Need(Struct, frozen=True, gc=False):
     one_token: bool = False
     life_seconds: int | None = None
     if_able: tuple[Operation, ...] = ()
+    staging_seconds: int = 0
 
     @property
     def slot(self) -> Slot:
@@ -82,6 +84,7 @@ class Request(Struct, frozen=True):
     subject: SubjectToken | None = None
     consumer: str = ""
     routes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def unix_time(self) -> float:

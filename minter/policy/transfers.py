@@ -12,6 +12,7 @@ from typing import Any
 from minter.contract.operations import Operation
 from minter.errors import (
     InvalidGrant,
+    InvalidRequest,
     InvalidScope,
     NeighbourRefused,
     OperationNotAllowed,
@@ -38,7 +39,7 @@ from minter.scopes import (
 )
 from minter.storages.dialects import FTS_REST, Matching
 from minter.storages.directory import LOOSEST_FIRST, Area, Directory
-from minter.storages.urls import host_of
+from minter.storages.urls import check_fts_url, host_of
 
 _CACHE_LIMIT = 512
 
@@ -134,6 +135,8 @@ class Policy:
                 made.append(self._grant(request, file, need, plans, client, bans, away))
             except RequestError as error:
                 failed.append(Refused(need, error))
+        made, onto_itself = _without_copies_onto_itself(made)
+        failed += onto_itself
         if failed:
             broken = [
                 side
@@ -172,6 +175,8 @@ class Policy:
         bans: Bans,
         away: frozenset[str],
     ) -> PlannedToken:
+        if request.via_fts:
+            check_fts_url(need.url)
         area, path = self.directories[client.vo].locate(need.url)
         bans.check(client.vo, storage=area.storage)
         key = (area, need.operations, need.if_able, need.side)
@@ -288,6 +293,35 @@ class Policy:
             )
         life = Lifetime(plan.cap_seconds, plan.cap_seconds, BACKDATE_SECONDS)
         return PlannedToken(need, plan, "", "fts", life, "")
+
+
+def _without_copies_onto_itself(
+    made: list[PlannedToken],
+) -> tuple[list[PlannedToken], list[Refused]]:
+    """Refuse the tokens with which a file would be copied onto itself, which deletes or truncates it.
+
+    Of several sources only the one that is the destination is refused. Staging in place is allowed.
+    """
+
+    def place(planned: PlannedToken) -> tuple[str, str]:
+        return planned.plan.area.storage, planned.path
+
+    targets = {
+        place(p)
+        for p in made
+        if p.need.side == "destination" and not {"stage", "poll"}.issuperset(p.need.operations)
+    }
+    onto_itself = [p for p in made if p.need.side == "source" and place(p) in targets]
+    if not onto_itself:
+        return made, []
+    if len(onto_itself) == sum(p.need.side == "source" for p in made):
+        onto_itself += [p for p in made if p.need.side == "destination"]
+    why = (
+        "source and destination are one file, and a copy onto itself would delete it; to stage the file give "
+        "bring_online, to watch its archiving archive_timeout"
+    )
+    refused = [Refused(p.need, InvalidRequest(why, path=p.path)) for p in onto_itself]
+    return [p for p in made if p not in onto_itself], refused
 
 
 def _there(fitting: Sequence[Route], away: frozenset[str]) -> tuple[Route, Sequence[Step]]:

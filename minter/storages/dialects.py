@@ -134,6 +134,13 @@ STORM_PATTERN = Quirk(
     "StoRM WebDAV 1.9.0-rc3 (StructuredPathScopeMatcher)",
     tried=True,
 )
+STORM_POLL = Quirk(
+    "storm-poll-needs-read",
+    "no version of StoRM WebDAV knows storage.poll, which gives no right there: asking where a file is takes "
+    "storage.read",
+    "StoRM WebDAV 1.9.0-rc3: GET and PROPFIND are refused with storage.poll, allowed with storage.read",
+    tried=True,
+)
 STORM_RAW = Quirk(
     "raw-paths-storm",
     "scope paths are compared without decoding",
@@ -315,6 +322,7 @@ _ROWS = (
             **_PROFILE,
             **_with(Needed("storage.read", "file", STORM_STAT), _STORM_PARENT),
             "make_parents": (Needed("storage.create"), _STORM_PARENT),
+            "poll": (Needed("storage.read", "file", STORM_POLL),),
         },
         "raw",
         "pattern",
@@ -323,8 +331,7 @@ _ROWS = (
         RSA_ONLY,
         "StoRM WebDAV 1.9.0-rc3, run; the algorithm on 1.4.1 to 1.9.0-rc3",
         tried=True,
-        quirks=(STORM_STAT, STORM_PARENT, STORM_PATTERN, STORM_RAW, STAGE_READS),
-        unable={"poll": "no version of StoRM WebDAV knows storage.poll; reading and staging work"},
+        quirks=(STORM_STAT, STORM_PARENT, STORM_PATTERN, STORM_RAW, STORM_POLL, STAGE_READS),
         refused=_NO_PATTERN,
     ),
     *(
@@ -396,7 +403,7 @@ def scopes_needed(
 
 def _implied(needed: Needed, wanted: Mapping[tuple[str, Where], Needed]) -> bool:
     """Say whether another scope on the same path grants this one, too."""
-    if needed.quirk is POLL_NEEDS_READ:  # a stage token polls by itself
+    if needed.quirk in (POLL_NEEDS_READ, STORM_POLL):  # a stage token polls by itself
         return ("storage.stage", needed.where) in wanted
     wider = {"storage.create": "storage.modify", "storage.poll": "storage.stage"}.get(needed.scope)
     return (wider, needed.where) in wanted

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping
 from ipaddress import IPv6Address
-from urllib.parse import urlsplit
+from urllib.parse import urlparse, urlsplit
 
 from minter.errors import (
     EndpointTakesNoToken,
@@ -108,3 +108,30 @@ def split_url(url: str) -> tuple[str, int, str]:
     if "//" in path:
         path = _SLASHES.sub("/", path)
     return key, int(port or 0) or DEFAULT_PORTS[scheme], path
+
+
+def check_fts_url(url: str) -> None:
+    """Raise InvalidPath for a URL that FTS would store as another one, or not at all.
+
+    FTS's REST server strips white space at both ends, drops line breaks and tabs, an ending `?` and an ending
+    `#`, and its database holds Latin-1 only: any other character is an error 500 for the whole job.
+    """
+    try:
+        url.encode("latin-1")
+    except UnicodeEncodeError as error:
+        raise InvalidPath(
+            f"{shown(url)!r} has the character {url[error.start]!r}, and FTS stores Latin-1 only; transfer "
+            "the file without FTS, or rename it",
+            url=shown(url),
+        ) from None
+    if urlparse(url.strip()).geturl() != _scheme_lower(url):
+        raise InvalidPath(
+            f"{shown(url)!r} is changed by FTS, which cuts white space at both ends, line breaks, tabs and "
+            "an ending ? or #: the token would be for another file; correct the URL or rename the file",
+            url=shown(url),
+        )
+
+
+def _scheme_lower(url: str) -> str:
+    scheme, separator, rest = url.partition("://")
+    return f"{scheme.lower()}{separator}{rest}"

@@ -6,10 +6,10 @@ from datetime import datetime
 import msgspec
 from msgspec import structs
 
-from minter.contract.messages import MAX_BODY_BYTES, Answer, PendingToken, RefusedNeed, TokenAnswer
+from minter.contract.messages import MAX_BODY_BYTES, Answer, Note, PendingToken, RefusedNeed, TokenAnswer
 from minter.errors import Expired, InvalidRequest, MinterError, RequestError, ServerError, Unavailable
 from minter.fts.jobs import fill_job
-from minter.policy.limits import BACKDATE_SECONDS
+from minter.policy.limits import BACKDATE_SECONDS, FTS_QUEUE_SECONDS
 from minter.policy.requests import Request
 from minter.tokens.outcomes import Issued, Outcome
 
@@ -43,22 +43,30 @@ def answer(outcome: Outcome, now: datetime) -> Answer:
         tokens=[] if request.kind == "fill_job" else [_token(i) for i in outcome.issued],
         pending=pending,
         refusals=refusals,
+        notes=_notes(request, outcome),
     )
 
 
+def _notes(request: Request, outcome: Outcome) -> list[Note]:
+    """Return what the requester should know of the tokens that were planned, and of the request itself."""
+    notes = [Note(-1, "request", -1, text) for text in request.notes]
+    for planned in outcome.decision.planned_tokens if outcome.decision else ():
+        slot = planned.need.slot
+        if slot.side != "service":
+            notes += [Note(*slot, text) for text in planned.lifetime.notes(planned.plan.cap_rule)]
+    return notes
+
+
 def _token(issued: Issued) -> TokenAnswer:
-    file, side, index = issued.slot
     return TokenAnswer(
-        file, side, index, issued.storage, issued.scope, issued.jti, issued.exp,
+        *issued.slot, issued.storage, issued.scope, issued.jti, issued.exp,
         issued.token.decode(), issued.handle,
     )  # fmt: skip
 
 
 def _filled(request: Request, outcome: Outcome, refusals: list[RefusedNeed], now: datetime) -> Answer:
-    tokens: dict[tuple[int, str, int], str] = {
-        i.slot: i.token.decode() for i in outcome.issued if i.slot[1] != "service"
-    }
-    kept = {file for file, _, _ in tokens}
+    tokens = {i.slot: i.token.decode() for i in outcome.issued if i.slot.side != "service"}
+    kept = {slot.file for slot in tokens}
     refused = [f for f in range(len(request.files)) if f not in kept]
     hours = _queue_hours(request, outcome, now) if tokens else 0
     job = fill_job(request.job or {}, tokens, refused, hours)
@@ -67,7 +75,11 @@ def _filled(request: Request, outcome: Outcome, refusals: list[RefusedNeed], now
             f"the job with its {len(tokens)} tokens exceeds {MAX_FILLED_BYTES} bytes, which brokers do not "
             "carry; split it"
         )
-    bearer = next((i for i in outcome.issued if i.slot[1] == "service"), None)
+    bearer = next((i for i in outcome.issued if i.slot.side == "service"), None)
+    notes = _notes(request, outcome)
+    asked = request.files[0].needs[0].wait_seconds
+    if job is not None and asked is not None and hours * 3600 != asked:
+        notes.append(Note(-1, "request", -1, f"max_time_in_queue is {hours} h, asked for {asked / 3600:g} h"))
     return Answer(
         request_id=str(request.request_id),
         job=job,
@@ -78,6 +90,7 @@ def _filled(request: Request, outcome: Outcome, refusals: list[RefusedNeed], now
             if r.file in kept
         ],
         bearer=_token(bearer) if bearer else None,
+        notes=notes,
     )
 
 
@@ -88,22 +101,37 @@ def _cause(refusals: Iterable[RefusedNeed]) -> dict[str, object]:
 
 
 def _queue_hours(request: Request, outcome: Outcome, now: datetime) -> int:
-    """Return the `max_time_in_queue`, in hours from `now`, that every token of the job outlives.
+    """Return the `max_time_in_queue` that every token of the job outlives, in whole hours.
 
-    FTS counts from the job's submission, so a repeated answer gets the hours that are left. Raises
-    Expired if less than one hour is left.
+    FTS counts from the job's submission. A repetition within the tokens' margin gives the same hours: the
+    margin covers the delay. A later one gives what life is left. Raises Expired when that no longer covers
+    staging and an hour of queue.
     """
     planned_tokens = outcome.decision.planned_tokens if outcome.decision else ()
-    fixed = {(g.need.file, g.need.side, g.need.index): g.lifetime.fixed for g in planned_tokens}
-    left = min(
-        i.exp - int(now.timestamp()) - fixed.get(i.slot, _DEFAULT_FIXED_SECONDS) + BACKDATE_SECONDS
-        for i in outcome.issued
-        if i.slot[1] != "service"
-    )
-    if left < 3600:  # noqa: PLR2004 - FTS reads whole hours, and 0 as "no limit"
-        raise Expired("the job's tokens do not last an hour of queue; use a new request_id", renew=True)
-    asked = request.files[0].needs[0].wait_seconds
-    return min(left, asked or left) // 3600 or 1
+    planned = {p.need.slot: p for p in planned_tokens}
+    hours = []
+    for issued in outcome.issued:
+        if issued.slot.side == "service":
+            continue
+        plan = planned.get(issued.slot)
+        fixed = plan.lifetime.fixed if plan else _DEFAULT_FIXED_SECONDS
+        least = FTS_QUEUE_SECONDS + (plan.lifetime.staging_seconds if plan else 0)
+        margin = plan.plan.route.margin_seconds if plan and plan.plan.route else 0
+        elapsed = int(now.timestamp()) - BACKDATE_SECONDS - issued.iat if issued.iat else 0
+        left = issued.exp - int(now.timestamp()) + BACKDATE_SECONDS - fixed + min(max(elapsed, 0), margin)
+        if left < least:
+            raise Expired(
+                f"the job's tokens do not last the {least} s of its queue and staging; use a new request_id",
+                renew=True,
+            )
+        hours.append(left // 3600)
+    needs = [need for file in request.files for need in file.needs]
+    asked = max((need.wait_seconds or 0 for need in needs), default=0)
+    if not asked:
+        return min(hours)
+    staging = max(need.staging_seconds for need in needs)
+    enough = -(-staging // 3600) + 1  # a queue that ends while FTS stages would cancel the job
+    return min(*hours, max(asked // 3600, enough if staging else 1))
 
 
 def parts(whole: Answer, max_bytes: int = MAX_BODY_BYTES) -> list[bytes]:

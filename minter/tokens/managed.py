@@ -113,7 +113,7 @@ def wanted(
     stored = (client.subject_provider, client.subject_until) if route.mode == "exchange" else ()
     cap = min(planned.plan.cap_seconds, request.lifetime_seconds or planned.plan.cap_seconds)
     # FTS cannot replace the token: its queue time can be cut to one hour, the time after it cannot.
-    least = life.fixed + FTS_QUEUE_SECONDS if planned.need.one_token else LEAST_SECONDS
+    least = life.fixed + life.staging_seconds + FTS_QUEUE_SECONDS if planned.need.one_token else LEAST_SECONDS
     same = (
         client.client_id, route.provider, route.mode, planned.scope, planned.audience,
         planned.plan.area.storage, request.on_behalf_of, activity, sha256(subject.encode()).hexdigest(),

@@ -38,6 +38,8 @@ class Issued(Struct, frozen=True, gc=False):
     exp: int
     token: bytes
     handle: str = ""
+    iat: int = 0
+    """When it was issued, as the token says; 0 for a provider's."""
 
     def __repr__(self) -> str:
         """Name the token without showing it."""
@@ -138,14 +140,16 @@ class PendingRequest:
         """Return a duplicate of this request in the same batch, to be answered from the request's row."""
         return PendingRequest(outcome, self.client, self.decision)
 
-    def add(self, planned: PlannedToken, jti: str, exp: int, token: bytes) -> None:
+    def add(self, planned: PlannedToken, jti: str, exp: int, token: bytes, iat: int) -> None:
         """Add a token to those that are handed out."""
         storage = planned.plan.area.storage
-        self.outcome.issued.append(Issued(planned.need.slot, storage, planned.scope, jti, exp, token))
+        self.outcome.issued.append(
+            Issued(planned.need.slot, storage, planned.scope, jti, exp, token, iat=iat)
+        )
 
-    def use(self, planned: PlannedToken, use_id: str, shared: Shared) -> None:
+    def use(self, planned: PlannedToken, use_id: str, shared: Shared, now: int) -> None:
         """Record a use of a shared token, which is handed out like a token of one file."""
-        self.add(planned, shared.jti, shared.expires_at, shared.token)
+        self.add(planned, shared.jti, shared.expires_at, shared.token, now - BACKDATE_SECONDS)
         self._note_use(planned, use_id, shared.jti)
 
     def manage(self, planned: PlannedToken, handle: str, jti: UUID) -> None:

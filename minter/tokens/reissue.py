@@ -212,8 +212,16 @@ class Reissuer:
                 renew=True,
             )
         token = self._unlock(key).sign(row.payload.encode())
-        scope = str(unverified_claims(token)[1]["scope"])
-        return Issued(row.slot, row.storage, scope, row.jti, row.expires_at, token)
+        claims = unverified_claims(token)[1]
+        return Issued(
+            row.slot,
+            row.storage,
+            str(claims["scope"]),
+            row.jti,
+            row.expires_at,
+            token,
+            iat=int(claims["iat"]),
+        )
 
     def given(self, token: ManagedToken, slot: Slot, storage: str, handle: str) -> Issued | None:
         """Return the access token of a managed token, None if it cannot be decrypted."""

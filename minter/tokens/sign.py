@@ -6,6 +6,7 @@ This runs before the commit and before any token is handed out, so a failure her
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 
+from minter.policy.limits import BACKDATE_SECONDS
 from minter.policy.plans import Plan, PlannedToken
 from minter.tokens import keys
 from minter.tokens.claims import build_claims, check_token, unverified_claims
@@ -70,7 +71,7 @@ class SigningBatch:
             jti, key = one.jtis.text(number), one.key_for(planned)
             if not planned.shared:
                 token, row = self._make(one, key, planned, jti)
-                one.add(planned, jti, row.expires_at, token)
+                one.add(planned, jti, row.expires_at, token, self._seconds - BACKDATE_SECONDS)
                 yield row
                 continue
             place = self._key_of(one, planned)
@@ -81,7 +82,7 @@ class SigningBatch:
                 self.shared[place] = shared
                 new_shared += 1
                 yield row
-            one.use(planned, jti, shared)
+            one.use(planned, jti, shared, self._seconds)
 
     def _key_of(self, one: PendingRequest, planned: PlannedToken) -> SharedKey:
         return SharedKey(one.client.client_id, self._rules[planned.plan], planned.shared)

@@ -76,7 +76,14 @@ def test_a_spoiled_request_is_refused_and_says_where(body, why):
         ({"files": None}, "$.job.files"),
         ({"files": [{"sources": [URL], "destinations": []}]}, "$.job.files[0].destinations"),
         ({"files": [{"sources": URL, "destinations": [URL]}]}, "$.job.files[0].sources"),
-        ({"params": {"overwrite": "yes"}}, "$.job.params.overwrite"),
+        ({"params": {"overwrite": "no"}}, "$.job.params.overwrite"),
+        ({"params": {"multihop": "false"}}, "$.job.params.multihop"),
+        ({"params": {"retry": "3s"}}, "$.job.params.retry"),
+        (
+            {"files": [{"sources": [URL], "destinations": [URL], "filesize": "big"}]},
+            "$.job.files[0].filesize",
+        ),
+        ({"Files": [], "files": None}, "$.job.files"),
         ({"params": {"bring_online": "soon"}}, "$.job.params.bring_online"),
         ({"params": {"max_time_in_queue": 10**9}}, "$.job.params.max_time_in_queue"),
     ],
@@ -89,7 +96,22 @@ def test_a_spoiled_job_is_refused_and_says_where(change, where):
 
 @pytest.mark.parametrize(
     ("text", "seconds"),
-    [(168, 604800), ("2h", 7200), ("30m", 1800), ("90s", 90), (-1, None), (None, None), ("", None)],
+    [
+        (168, 604800),
+        ("2h", 7200),
+        ("30m", 1800),
+        ("90s", 90),
+        ("1d", 86400),
+        ("24", 86400),
+        (24.0, 86400),
+        (True, 3600),
+        (" 2H ", 7200),
+        (-1, None),
+        ("-1", None),
+        (None, None),
+        ("", None),
+        (0, None),
+    ],
 )
 def test_ftss_durations(text, seconds):
     job = {**JOB, "params": {"max_time_in_queue": text}}
