@@ -28,6 +28,7 @@ _PLAIN = re.compile(r"[A-Za-z0-9/\-._~!$&'()*+,;=:@]*").fullmatch
 # Control characters (Cc), lone surrogates, % and backslash: no token can name such a file for
 # libscitokens 1.4, which decodes repeatedly and then refuses the whole token.
 _FORBIDDEN = re.compile(r"[\x00-\x1f\x7f-\x9f%\\\ud800-\udfff]").search
+_SLASHES = re.compile(r"/{2,}")
 _DOT_OR_EMPTY = re.compile(r"/(?:\.{0,2})(?:/|$)").search
 
 
@@ -92,8 +93,8 @@ class Scope(NamedTuple):
     def parse(cls, text: str) -> Self:
         """Read one scope as a token or a client writes it.
 
-        One trailing `/` of a directory is dropped, so normalising again changes nothing. Raises
-        InvalidPath for a storage scope without a path and for every path that `check_path` refuses.
+        Repeated slashes count as one, and one trailing `/` of a directory is dropped, so normalising twice is
+        once. Raises InvalidPath for a storage scope without a path and for all that `check_path` refuses.
         """
         name, colon, encoded = text.partition(":")
         if not colon:
@@ -106,6 +107,8 @@ class Scope(NamedTuple):
             path = unquote(encoded, errors="strict")
         except UnicodeDecodeError as error:
             raise InvalidPath(f"scope {text!r} is not UTF-8 after decoding", scope=text) from error
+        # Rucio writes // where the prefix of an RSE begins so; storages read it as one slash (ADR 5).
+        path = _SLASHES.sub("/", path)
         if len(path) > 1:
             path = path.removesuffix("/")
         return cls(name, check_path(path))

@@ -107,7 +107,9 @@ def settings_text(found: list[Storage]) -> str:
             value = getattr(storage, field)
             if field == "endpoints":
                 endpoints = ", ".join(
-                    f"{{ host = {_toml(e.host)}, port = {e.port}, prefix = {_toml(e.prefix)} }}"
+                    f"{{ host = {_toml(e.host)}, port = {e.port}, prefix = {_toml(e.prefix)}"
+                    + (f", base_path = {_toml(e.base_path)}" if e.base_path else "")
+                    + " }"
                     for e in value
                 )
                 lines.append(f"endpoints = [{endpoints}]")

@@ -3,19 +3,20 @@
 Both forms of an export are read: `GET /export/` (keyed by RSE name) and `export_data()` (keyed by RSE id).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
 from msgspec import Struct, structs
 
-from minter.errors import SettingsError
-from minter.scopes import path_contains
-from minter.storages.dialects import AudienceForm, Matching
+from minter.errors import InvalidPath, SettingsError
+from minter.scopes import check_path, path_contains
+from minter.storages.dialects import HTTPS_PORT, AudienceForm, Matching
 from minter.storages.directory import Endpoint, Storage
-from minter.storages.urls import squash
+from minter.storages.urls import host_key, squash
 
 TOKEN_SCHEMES = ("davs", "https")
+MAX_PORT = 65_535
 
 
 class RSERule(Struct, frozen=True, forbid_unknown_fields=True):
@@ -50,9 +51,11 @@ def storages_from_export(
     storages: list[Storage] = []
     warnings: list[str] = []
     for key, rse in export["rses"].items():
-        name = rse.get("rse") or key
-        rule = rule_of(name, rules)
-        storage = _storage(name, vo, rse, rule, audience_form, warnings)
+        if not isinstance(rse, dict):
+            warnings.append(f"{key}: is not described by an object, left out")
+            continue
+        name = str(rse.get("rse") or key)
+        storage = _storage(name, vo, rse, rule_of(name, rules), audience_form, warnings)
         if storage is not None:
             storages.append(storage)
     return storages, warnings
@@ -66,29 +69,16 @@ def _storage(
     audience_form: AudienceForm,
     warnings: list[str],
 ) -> Storage | None:
-    attributes = rse.get("attributes") or {}
-    endpoints = [p for p in rse.get("protocols") or () if p.get("scheme") in TOKEN_SCHEMES]
+    given = rse.get("attributes")
+    attributes: dict[str, Any] = given if isinstance(given, dict) else {}
+    if given and not isinstance(given, dict):
+        warnings.append(f"{name}: its attributes are not an object, read as none")
+    raw_base = attributes.get("oidc_base_path")
+    base_path = _base_path(name, raw_base, warnings)
+    endpoints = dict.fromkeys(_endpoints(name, rse.get("protocols"), base_path, warnings))
     if not endpoints:
-        warnings.append(f"{name}: no davs protocol, left out")
+        warnings.append(f"{name}: no usable davs protocol, left out")
         return None
-    prefixes = [squash(p.get("prefix") or "/") for p in endpoints]
-    base_path = squash(attributes.get("oidc_base_path") or "/")
-    raw_base = attributes.get("oidc_base_path") or ""
-    if raw_base.endswith("/") and raw_base != "/":
-        warnings.append(f"{name}: oidc_base_path {raw_base!r} ends in /, read as {base_path!r}")
-    if outside := [p for p in prefixes if not path_contains(base_path, p)]:
-        warnings.append(
-            f"{name}: oidc_base_path {base_path!r} does not hold the prefix {outside[0]!r}; "
-            "scopes are relative to / until one of them is corrected"
-        )
-        base_path = "/"
-    elif base_path in prefixes and base_path != "/":
-        warnings.append(f"{name}: prefix equals oidc_base_path: scopes begin at the name itself")
-    warnings += [
-        f"{name}: prefix {p['prefix']!r} begins with //, read as one /"
-        for p in endpoints
-        if (p.get("prefix") or "").startswith("//")
-    ]
     tokens = attributes.get("oidc_support") in (True, "True", "true", "1", 1)
     if attributes.get("sign_url"):
         tokens = False
@@ -99,10 +89,7 @@ def _storage(
     storage = Storage(
         vo=vo,
         name=name,
-        endpoints=tuple(
-            Endpoint(p["hostname"].lower(), int(p.get("port") or 0) or 443, prefix)
-            for p, prefix in zip(endpoints, prefixes, strict=True)
-        ),
+        endpoints=tuple(endpoints),
         dialect=rule.dialect,
         base_path=base_path,
         audience_form=rule.audience_form or audience_form,
@@ -110,4 +97,81 @@ def _storage(
         tape=rse.get("rse_type") == "TAPE" or bool(attributes.get("staging_required")),
         tokens=tokens,
     )
-    return structs.replace(storage, endpoints=tuple(dict.fromkeys(storage.endpoints)))
+    if all(endpoint.base_path == "/" for endpoint in endpoints) and base_path != "/":
+        storage = structs.replace(storage, base_path="/")
+    if len({e.prefix for e in endpoints}) > 1:
+        warnings.append(
+            f"{name}: its protocols have different prefixes; Rucio asks for one token with all scopes, "
+            "which holds at each endpoint what that endpoint has"
+        )
+    return storage
+
+
+def _base_path(name: str, raw: object, warnings: list[str]) -> str:
+    if raw is None or raw == "":
+        return "/"
+    if not isinstance(raw, str):
+        warnings.append(f"{name}: oidc_base_path {raw!r} is not a path, read as '/'")
+        return "/"
+    base_path = squash(raw)
+    if raw.endswith("/") and raw != "/":
+        warnings.append(f"{name}: oidc_base_path {raw!r} ends in /, read as {base_path!r}")
+    if not raw.startswith("/"):
+        warnings.append(
+            f"{name}: oidc_base_path {raw!r} has no leading /, read as {base_path!r}; Rucio keeps it"
+        )
+    return base_path
+
+
+def _endpoints(name: str, protocols: object, base_path: str, warnings: list[str]) -> Iterator[Endpoint]:
+    """Yield the endpoints of the protocols that carry tokens; one that is odd is left out with a warning."""
+    for number, protocol in enumerate(protocols if isinstance(protocols, list | tuple) else ()):
+        if not isinstance(protocol, dict) or str(protocol.get("scheme")).lower() not in TOKEN_SCHEMES:
+            continue
+        host, port, raw = protocol.get("hostname"), protocol.get("port"), protocol.get("prefix")
+        where = f"{name}: protocol {number} ({protocol.get('scheme')})"
+        try:
+            endpoint = read_endpoint(host, port, raw)
+        except ValueError as error:
+            warnings.append(f"{where}: {error}, left out")
+            continue
+        prefix = endpoint.prefix
+        if isinstance(raw, str) and raw.startswith("//"):
+            warnings.append(f"{where}: prefix {raw!r} begins with //, read as one /")
+        elif isinstance(raw, str) and raw and not raw.startswith("/"):
+            warnings.append(
+                f"{where}: prefix {raw!r} has no leading /, read as {prefix!r}: Rucio's own scopes for it "
+                "are invalid, so Rucio gets no token there"
+            )
+        if prefix == "/":
+            warnings.append(f"{where}: prefix is the whole host")
+        if not path_contains(base_path, prefix):
+            warnings.append(
+                f"{where}: oidc_base_path {base_path!r} does not hold the prefix {prefix!r}; scopes are "
+                "relative to / there until one of them is corrected"
+            )
+            endpoint = structs.replace(endpoint, base_path="/")
+        elif base_path == prefix != "/":
+            warnings.append(f"{where}: prefix equals oidc_base_path: scopes begin at the name itself")
+        yield endpoint
+
+
+def read_endpoint(host: object, port: object, prefix: object) -> Endpoint:
+    """Return an endpoint as a catalogue of storages describes it; raises ValueError for what is odd."""
+    if not isinstance(host, str) or not host:
+        raise ValueError(f"has no hostname ({host!r})")
+    key = host_key(host)
+    try:
+        number = int(str(port)) if port not in (None, "") else 0
+    except ValueError:
+        raise ValueError(f"port {port!r} is not a number") from None
+    if not 0 <= number <= MAX_PORT:
+        raise ValueError(f"port {number} does not exist")
+    if prefix is not None and not isinstance(prefix, str):
+        raise ValueError(f"prefix {prefix!r} is not a path")
+    path = squash(prefix or "/")
+    try:
+        check_path(path)
+    except InvalidPath as error:
+        raise ValueError(f"its {error.message}") from None
+    return Endpoint(key, number or HTTPS_PORT, path)

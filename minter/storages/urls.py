@@ -42,8 +42,11 @@ def host_key(host: str) -> str:
     """
     text = host.strip().lower()
     bare = text[1:-1] if text.startswith("[") and text.endswith("]") else text
-    if ":" in bare:
-        return f"[{IPv6Address(bare).compressed}]"
+    if ":" in bare and "%" not in bare:
+        try:
+            return f"[{IPv6Address(bare).compressed}]"
+        except ValueError:
+            raise ValueError(f"{host!r} is not a host name or address") from None
     if text != bare or not _HOST(text):
         raise ValueError(f"{host!r} is not a host name or address")
     return text.removesuffix(".")

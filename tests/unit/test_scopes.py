@@ -52,7 +52,7 @@ def test_odd_paths_are_refused(path, why):
 @pytest.mark.parametrize(
     "text",
     ["storage.read", "storage.read:", "storage.read:a", "storage.read:/a%2e%2e%2f..", "storage.read:/a/%2e%2e/b",
-     "storage.read:/a%2fb/%2e./c", "storage.read:/a%252fb", "storage.read:/%5c", "storage.read:/a//b", "storage.read:/%ff",
+     "storage.read:/a%2fb/%2e./c", "storage.read:/a%252fb", "storage.read:/%5c", "storage.read:/%ff",
      "storage.modify:/a%00"],
 )  # fmt: skip
 def test_odd_scopes_are_refused(text):

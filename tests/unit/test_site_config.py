@@ -36,6 +36,7 @@ Resources
     CERN-DST
     {
       BaseSE = CERN-EOS
+      TokenSupport = yes
       GFAL2_HTTPS
       {
         Path = /eos/lhcb/grid/prod/dst
@@ -97,7 +98,7 @@ def test_diracs_storage_elements_become_storages():
     assert by_name["ODD-SE"].base_path == "/"
     assert "OLD-SE" not in by_name
     text = "\n".join(warnings)
-    for said in ("OLD-SE: no protocol", "CERN-TAPE: no WLCGTokenBasePath", "ODD-SE: X has no usable Host and Port",
+    for said in ("OLD-SE: no usable protocol", "CERN-TAPE: no WLCGTokenBasePath", "ODD-SE: X: port 'many' is not a number",
                  "ODD-SE: WLCGTokenBasePath '/elsewhere' does not hold", "ODD-SE: no dialect given"):  # fmt: skip
         assert said in text
     area, path = Directory(found).locate("https://eoslhcb.cern.ch:8443/eos/lhcb/grid/prod/dst/a")
