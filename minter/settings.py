@@ -90,7 +90,8 @@ class FTSEventsSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only
 
     FTS sends each message to one of its brokers, so `brokers` must name all of them. `destinations` are
     queues for Minter alone, such as the consumer queues of an ActiveMQ virtual topic. `fts_vo` is the VO's
-    name at FTS, by default `vo`; `host` is the virtual host, by default the broker's name. With `tls`,
+    name at FTS, by default the host of `iss`; `host` is the virtual host, by default the broker's name.
+    With `tls`,
     brokers are verified with `ca`, and Minter authenticates with `certificate` and `key`, or with user and
     password.
     """

@@ -216,10 +216,12 @@ jobs = Table(
     metadata,
     Column("job_id", UUID(as_uuid=True), primary_key=True),
     Column("request_id", UUID(as_uuid=True), nullable=False),
-    Column("client_id", Integer, nullable=False),
+    Column("client_id", Integer, primary_key=True),
     Column("files", ARRAY(SmallInteger), nullable=False),
     Column("file_ids", ARRAY(BigInteger), nullable=False, server_default=text("'{}'")),
     _now("reported_at"),
+    Column("replica_files", ARRAY(SmallInteger), nullable=False, server_default=text("'{}'")),
+    Column("replica_ids", ARRAY(BigInteger), nullable=False, server_default=text("'{}'")),
     Index("jobs_reported_at_idx", "reported_at"),
     Index("jobs_request_id_idx", "request_id"),
 )

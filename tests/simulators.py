@@ -5,16 +5,22 @@ deterministic ids, 409 for an id that exists, and the checks of a job with token
 real FTS.
 """
 
+import hashlib
 import json
 import threading
 import time
 import uuid
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import urlparse
 
 from minter.cli.demo import fts_objections
 from workers.fts_forwarder import BASE_ID
 
 VO = "alpen"
+
+
+def _token_id(token):
+    return hashlib.sha1(token.encode(), usedforsecurity=False).hexdigest()[:16]
 
 
 class FakeFTS:
@@ -23,6 +29,10 @@ class FakeFTS:
     def __init__(self):
         self.jobs: dict[str, dict] = {}
         self.faults: list[str] = []
+        self.refuses = ""
+        """What every submission is refused with, while it is set."""
+        self.old = False
+        """Whether it is a release that shows no token ids."""
         self.posts = 0
         self.bearers: set[str] = set()
         self.port = 0
@@ -64,18 +74,40 @@ class _Handler(BaseHTTPRequestHandler):
         job = self.fts.jobs.get(self.path.split("/")[2])
         if job is None:
             return self.answer(404, {"message": "No job with that id"})
-        files = [
-            {"file_id": 1000 + n, "source_surl": f["sources"][0], "dest_surl": f["destinations"][0]}
-            for n, f in enumerate(job["files"])
-        ]
+        if not self.path.endswith("/files"):
+            return self.answer(200, {"job_id": self.path.split("/")[2], "job_state": "SUBMITTED"})
+        files, number = [], 1000
+        for index, file in enumerate(job["files"]):
+            for n, source in enumerate(file["sources"]):
+                for m, destination in enumerate(file["destinations"]):
+                    entry = {
+                        "file_id": number, "file_index": index, "file_state": "SUBMITTED",
+                        "source_surl": urlparse(source.strip()).geturl(),
+                        "dest_surl": urlparse(destination.strip()).geturl(),
+                    }  # fmt: skip
+                    if not self.fts.old and "source_tokens" in file:
+                        entry["src_token_id"] = _token_id(file["source_tokens"][n])
+                        entry["dst_token_id"] = _token_id(file["destination_tokens"][m])
+                    files.append(entry)
+                    number += 1
         return self.answer(200, files)
 
-    def do_POST(self):
+    def do_POST(self):  # noqa: PLR0911 - one answer for each fault
         fts = self.fts
         fts.posts += 1
         fts.bearers.add(self.headers["Authorization"])
         job = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         fault = fts.faults.pop(0) if fts.faults else ""
+        try:
+            json.dumps(job, ensure_ascii=False).encode("latin-1")
+        except UnicodeEncodeError:
+            return self.answer(500, {"message": "Data too long or not Latin-1"})
+        if fts.refuses:
+            return self.answer(400, {"message": fts.refuses})
+        if fault == "500-kept":  # FTS fails after it has stored the job
+            sid = job["params"]["sid"]
+            fts.jobs[str(uuid.uuid5(uuid.uuid5(BASE_ID, VO), sid))] = job
+            return self.answer(500, {"message": "failed late"})
         if fault.isdigit():
             return self.answer(int(fault), {"message": "the fault that was asked for"})
         if fault in ("html", "odd"):

@@ -9,9 +9,11 @@ message is dead-lettered. FTS makes the job's id from the request_id, so a job t
 answer is found in FTS (409) and not made twice. While FTS is down, the forwarder waits and tries again.
 """
 
+import hashlib
 import logging
 import os
 import random
+import re
 import signal
 import ssl
 import time
@@ -19,6 +21,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
 import httpx
 import kombu
@@ -52,6 +55,16 @@ _FINAL = (
 and 403 mean that FTS does not know Minter's issuer, perhaps only for now."""
 
 
+_OPERATORS = re.compile(
+    r"unmanaged tokens are not allowed|unmanaged_tokens|issuer|token provider|not support\w* token",
+    re.IGNORECASE,
+).search
+"""Refusals that are about FTS's settings for this VO, not about the job (FTS 3.13 and 3.14)."""
+CONFLICT, FAILED = httpx.codes.CONFLICT, httpx.codes.INTERNAL_SERVER_ERROR
+BROKEN_DELAYS_SECONDS = (1.0, 2.0)
+"""Pauses between the tries of a job that FTS answers with 500."""
+
+
 class _Registry(jwe.JWERegistry):
     """A joserfc registry for messages of up to 16 MiB; joserfc's default limit is 64 kB."""
 
@@ -73,11 +86,19 @@ class TooLate(JobRefused):
     """The token for FTS has expired. An earlier try may have submitted the job, so nothing is undone."""
 
 
+class Blocked(Away):
+    """FTS refuses every job of this VO until its operators change something; the jobs wait."""
+
+
+class Broken(JobRefused):
+    """FTS fails on this job each time, and does not have it. It is set aside, and its tokens stay."""
+
+
 class Submitted(Struct, frozen=True):
-    """A job that FTS has; `file_ids` are its ids of the files, in the job's order, or empty if unknown."""
+    """A job that FTS has; `replica_ids` are its ids of each file, in the job's order, empty if unknown."""
 
     job_id: uuid.UUID
-    file_ids: tuple[int, ...]
+    replica_ids: tuple[tuple[int, ...], ...]
 
 
 class FTSClient:
@@ -94,8 +115,19 @@ class FTSClient:
         if params.get("id_generator") != "deterministic" or not params.get("sid"):
             params |= {"id_generator": "deterministic", "sid": request_id}
         made = {**job, "params": params}
-        answer = self._call("POST", "/jobs", bearer, made)
-        if answer.status_code == httpx.codes.CONFLICT:
+        for delay in (*BROKEN_DELAYS_SECONDS, None):
+            answer = self._call("POST", "/jobs", bearer, made, told=(CONFLICT, FAILED))
+            if answer.status_code != FAILED:
+                break
+            # FTS may have the job all the same: its answer was lost, or it failed after the commit.
+            job_id = self._job_id(bearer, str(params["sid"]))
+            if self._has(job_id, bearer):
+                break
+            if delay is None:
+                said = logs.redact(answer.text)[:300]
+                raise Broken(f"FTS answers 500 to this job each time, and does not have it: {said}")
+            time.sleep(delay)
+        if answer.status_code in (CONFLICT, FAILED):
             job_id = self._job_id(bearer, str(params["sid"]))
             if not self._is_ours(job_id, bearer, made):
                 raise JobRefused(
@@ -104,7 +136,11 @@ class FTSClient:
             logger.info("FTS has job %s already", job_id)
         else:
             job_id = uuid.UUID(_said(answer, "job_id"))
-        return Submitted(job_id, self._file_ids(job_id, bearer, made))
+        return Submitted(job_id, self._replica_ids(job_id, bearer, made))
+
+    def _has(self, job_id: uuid.UUID, bearer: TokenAnswer) -> bool:
+        answer = self._call("GET", f"/jobs/{job_id}", bearer, told=(httpx.codes.NOT_FOUND,))
+        return answer.status_code != httpx.codes.NOT_FOUND
 
     def _job_id(self, bearer: TokenAnswer, sid: str) -> uuid.UUID:
         if self._vo is None:
@@ -118,31 +154,61 @@ class FTSClient:
         return files
 
     def _is_ours(self, job_id: uuid.UUID, bearer: TokenAnswer, job: Mapping[str, Any]) -> bool:
-        theirs = {f.get("dest_surl") for f in self._files(job_id, bearer)}
-        return theirs == {url for file in job["files"] for url in file["destinations"]}
+        """Say whether the job that FTS has was made with these tokens: FTS may write URLs otherwise."""
+        theirs = self._files(job_id, bearer)
+        if all({"src_token_id", "dst_token_id"} <= f.keys() for f in theirs):
+            return {(f["src_token_id"], f["dst_token_id"]) for f in theirs} == {
+                (_token_id(source), _token_id(destination))
+                for file in job["files"]
+                for source in file["source_tokens"]
+                for destination in file["destination_tokens"]
+            }
+        return {f.get("dest_surl") for f in theirs} == {
+            urlparse(url.strip()).geturl() for file in job["files"] for url in file["destinations"]
+        }
 
-    def _file_ids(self, job_id: uuid.UUID, bearer: TokenAnswer, job: Mapping[str, Any]) -> tuple[int, ...]:
-        """Return FTS's file ids in the job's order, or none if they cannot be read: they are optional."""
+    def _replica_ids(
+        self, job_id: uuid.UUID, bearer: TokenAnswer, job: Mapping[str, Any]
+    ) -> tuple[tuple[int, ...], ...]:
+        """Return FTS's ids of each file, in the job's order; none if they cannot be read."""
         try:
-            by_url = {f["dest_surl"]: int(f["file_id"]) for f in self._files(job_id, bearer)}
-            return tuple(by_url[file["destinations"][0]] for file in job["files"])
+            found: dict[int, list[int]] = {}
+            for place, file in enumerate(self._files(job_id, bearer)):
+                found.setdefault(int(file.get("file_index", place)), []).append(int(file["file_id"]))
         except (Unavailable, RequestError, KeyError, TypeError, ValueError):
             return ()
+        if len(found) != len(job["files"]):
+            return ()
+        return tuple(tuple(sorted(found[index])) for index in sorted(found))
 
     def _call(
-        self, method: str, path: str, bearer: TokenAnswer, body: object | None = None
+        self,
+        method: str,
+        path: str,
+        bearer: TokenAnswer,
+        body: object | None = None,
+        told: Sequence[int] = (),
     ) -> httpx.Response:
+        """Ask FTS; errors other than those `told` are raised: JobRefused for good, Blocked, or Away."""
         headers = {"Authorization": f"Bearer {bearer.token}", "Content-Type": "application/json"}
         content = None if body is None else msgspec.json.encode(body)
         try:
             answer = self._http.request(method, path, headers=headers, content=content)
         except httpx.HTTPError as error:
             raise Away(f"FTS cannot be reached ({type(error).__name__})") from None
-        if answer.is_success or answer.status_code == httpx.codes.CONFLICT:
+        if answer.is_success or answer.status_code in told:
             return answer
         if answer.status_code not in _FINAL:
             raise Away(f"FTS answers {answer.status_code}")
-        raise JobRefused(f"FTS refuses the job ({answer.status_code}): {logs.redact(answer.text)[:300]}")
+        said = logs.redact(answer.text)[:300]
+        if _OPERATORS(said):
+            raise Blocked(f"FTS refuses every job ({answer.status_code}), its operators must act: {said}")
+        raise JobRefused(f"FTS refuses the job ({answer.status_code}): {said}")
+
+
+def _token_id(token: str) -> str:
+    """Return FTS's id of a token: the first 16 hex digits of its SHA-1."""
+    return hashlib.sha1(token.encode(), usedforsecurity=False).hexdigest()[:16]
 
 
 def _json(answer: httpx.Response) -> Any:
@@ -208,7 +274,15 @@ class Forwarder:
         total = len(answer.job["files"]) + len(left_out)
         numbers = tuple(n for n in range(total) if n not in left_out)
         self._minter.report(
-            jobs=[JobReport(submitted.job_id, uuid.UUID(request_id), numbers, submitted.file_ids)]
+            jobs=[
+                JobReport(
+                    submitted.job_id,
+                    uuid.UUID(request_id),
+                    numbers,
+                    tuple(ids[0] for ids in submitted.replica_ids),
+                    submitted.replica_ids,
+                )
+            ]
         )
         logs.event(
             logger, "job submitted", request_id=request_id, job_id=str(submitted.job_id), files=len(numbers)
@@ -216,9 +290,9 @@ class Forwarder:
         return submitted
 
     def refused(self, answer: Answer, error: JobRefused) -> None:
-        """Cancel a refused job's request, unless its token expired: then the job may run in FTS already."""
+        """Cancel a refused job's request, unless the job may be in FTS, or is only set aside."""
         logs.event(logger, "job refused", request_id=answer.request_id, reason=error.reason, error=str(error))
-        if answer.request_id is not None and not isinstance(error, TooLate):
+        if answer.request_id is not None and not isinstance(error, TooLate | Broken):
             self._minter.cancel(uuid.UUID(answer.request_id))
 
     def _service(self, bearer: TokenAnswer) -> FTSClient:
@@ -290,8 +364,10 @@ class JobConsumer:
             try:
                 self._settle(message, answer, done)
             except Unavailable as error:
-                logger.warning("request %s: %s; trying again in %.0f s", answer.request_id, error, delay)
-                self._count("retried")
+                blocked = isinstance(error, Blocked)
+                say = logger.error if blocked else logger.warning
+                say("request %s: %s; trying again in %.0f s", answer.request_id, error, delay)
+                self._count("blocked" if blocked else "retried")
                 delay = _wait(delay)
             else:
                 return
@@ -304,7 +380,7 @@ class JobConsumer:
                 submitted = self._forwarder.forward(answer, done)
             except JobRefused as error:
                 self._forwarder.refused(answer, error)
-                self._count("refused")
+                self._count("set_aside" if isinstance(error, Broken) else "refused")
                 message.reject()  # dead-lettered: operators may inspect or resend the message
                 return
         except Unavailable:

@@ -24,6 +24,7 @@ from minter.fts.events import FTSEvent, read_event
 from minter.metrics import EVENTS, LAST_EVENT, new_counter, new_gauge, serve_process
 from minter.service import Service, load_settings
 from minter.settings import FTSEventsSettings
+from minter.storages.urls import host_of
 from minter.tasks.lifecycle import Lifecycle
 
 logger = logging.getLogger("minter.events")
@@ -34,6 +35,8 @@ PREFETCH = 2 * TOGETHER
 CONNECT_SECONDS = 10.0
 HEARTBEAT_MILLISECONDS = 15_000
 FIRST_DELAY_SECONDS, MAX_DELAY_SECONDS = 1.0, 60.0
+MAX_FOREIGN = 100
+"""Names of foreign VOs that are logged, at most."""
 
 
 class Message(Struct, frozen=True):
@@ -76,12 +79,20 @@ class Source:
     """One broker of one VO's FTS; `run` needs a thread of its own."""
 
     def __init__(
-        self, wanted: FTSEventsSettings, address: str, folder: Path, password: str, queue: "Queue[Message]"
+        self,
+        wanted: FTSEventsSettings,
+        address: str,
+        folder: Path,
+        password: str,
+        queue: "Queue[Message]",
+        issuer: str,
     ) -> None:
         host, colon, port = address.rpartition(":")
         if not colon or not port.isdecimal():
             raise SettingsError(f"fts_events: broker {address!r} is not host:port")
         self.wanted = wanted
+        self.fts_vo = wanted.fts_vo or host_of(issuer)
+        """FTS's name of the VO: the issuer's host, unless FTS or these settings say otherwise."""
         self.address = address
         self.queue = queue
         self._place = (host, int(port))
@@ -147,6 +158,7 @@ class EventConsumer:
         self._last = new_gauge(LAST_EVENT, registry)
         self.queue: Queue[Message] = Queue(4 * PREFETCH)
         self.stopped = Event()
+        self._foreign: set[str] = set()
 
     def run(self) -> None:
         """Record events until `stopped`; while Postgres is down, no message is acknowledged."""
@@ -197,17 +209,20 @@ class EventConsumer:
         by_vo: dict[str, list[FTSEvent]] = {}
         outcomes: list[tuple[str, str, int]] = []
         for message in batch:
-            vo, fts_vo = message.source.wanted.vo, message.source.wanted.fts_vo
+            vo, fts_vo = message.source.wanted.vo, message.source.fts_vo
             try:
                 event = read_event(message.body)
             except InvalidRequest as error:
                 logger.warning("a message of %s is dropped: %s", message.source.address, error)
                 outcomes.append((vo, "broken", 1))
                 continue
-            if event is not None and event.vo == (fts_vo or vo):
+            if event is None:
+                outcomes.append((vo, "nothing", 1))
+            elif event.vo == fts_vo:
                 by_vo.setdefault(vo, []).append(event)
             else:
-                outcomes.append((vo, "nothing", 1))
+                outcomes.append((vo, "foreign", 1))
+                self._tell_foreign(event.vo, vo, fts_vo)
         for vo, events in by_vo.items():
             changed, unknown = self._lifecycle.events(vo, events, self._clock())
             outcomes += [(vo, "noted", len(events) - unknown), (vo, "unknown", unknown)]
@@ -217,6 +232,15 @@ class EventConsumer:
         for message in batch:
             self._last.labels(message.source.address).set_to_current_time()
             _acknowledge(message)
+
+    def _tell_foreign(self, foreign: str, vo: str, fts_vo: str) -> None:
+        """Log a VO that is not ours once: where FTS names ours otherwise, every event is foreign."""
+        if foreign not in self._foreign and len(self._foreign) < MAX_FOREIGN:
+            self._foreign.add(foreign)
+            logger.warning(
+                "events of VO %s are not for VO %s, which FTS is expected to call %s; else set fts_vo",
+                foreign[:100], vo, fts_vo,
+            )  # fmt: skip
 
 
 def _acknowledge(message: Message) -> None:
@@ -233,10 +257,18 @@ def run() -> None:
     service = Service(load_settings())
     registry = CollectorRegistry()
     consumer = EventConsumer(Lifecycle(service.engine, service.store), registry, service.clock)
+    loaded = service.loaded
     sources = [
-        Source(wanted, address, service.loaded.folder, password, consumer.queue)
-        for wanted in service.loaded.settings.fts_events
-        for password in [service.loaded.secret(wanted.password_file) if wanted.password_file else ""]
+        Source(
+            wanted,
+            address,
+            service.loaded.folder,
+            password,
+            consumer.queue,
+            service.loaded.issuers[wanted.vo],
+        )
+        for wanted in loaded.settings.fts_events
+        for password in [loaded.secret(wanted.password_file) if wanted.password_file else ""]
         for address in wanted.brokers
     ]
     if not sources:

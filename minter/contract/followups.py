@@ -10,7 +10,7 @@ from uuid import UUID
 import msgspec
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 
-from minter.contract.messages import MAX_FILES, Name, Seconds, Token, decode
+from minter.contract.messages import MAX_FILES, MAX_SOURCES, Name, Seconds, Token, decode
 from minter.errors import InvalidRequest
 
 FileNumbers = Annotated[tuple[Annotated[int, Meta(ge=0, lt=MAX_FILES)], ...], Meta(max_length=MAX_FILES)]
@@ -69,13 +69,16 @@ class JobReport(Struct, frozen=True, forbid_unknown_fields=True):
     """An FTS job that was submitted with a request's tokens.
 
     `files` has each file's number in the request, in the job's order; `file_ids` has FTS's ids of the
-    same files, if known.
+    same files, if known, and `replica_ids` all ids of each file: FTS gives one to each source of a file.
     """
 
     job_id: UUID
     request_id: UUID
     files: FileNumbers
     file_ids: Annotated[tuple[int, ...], Meta(max_length=MAX_FILES)] = ()
+    replica_ids: Annotated[
+        tuple[Annotated[tuple[int, ...], Meta(max_length=MAX_SOURCES**2)], ...], Meta(max_length=MAX_FILES)
+    ] = ()
 
 
 class ReportRequest(Struct, frozen=True, forbid_unknown_fields=True):
@@ -127,11 +130,12 @@ def decode_report(body: Raw | bytes) -> ReportRequest:
     for number, report in enumerate(wire.files):
         _check_name(report, f"`$.files[{number}]`")
     for number, job in enumerate(wire.jobs):
-        if job.file_ids and len(job.file_ids) != len(job.files):
-            raise InvalidRequest(
-                f"file_ids has {len(job.file_ids)} entries and files {len(job.files)}, expected as many"
-                f" - at `$.jobs[{number}]`"
-            )
+        for name in ("file_ids", "replica_ids"):
+            if (found := len(getattr(job, name))) and found != len(job.files):
+                raise InvalidRequest(
+                    f"{name} has {found} entries and files {len(job.files)}, expected as many"
+                    f" - at `$.jobs[{number}]`"
+                )
     return wire
 
 

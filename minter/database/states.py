@@ -6,7 +6,7 @@ file, or to one use of a shared or managed token; `id` is the id of either.
 
 from collections.abc import Iterable, Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import UUID
 
 import psycopg
@@ -15,6 +15,7 @@ from sqlalchemy.engine import Engine as Pool
 from minter.contract.followups import (
     JobReport,
 )
+from minter.contract.messages import Side
 from minter.database import managed
 from minter.database.connection import floor, one, transaction
 from minter.database.requests import OWN
@@ -29,14 +30,19 @@ def note_jobs(connection: "psycopg.Connection[Any]", client_id: int, jobs: Seque
     """Record a client's FTS jobs; return those whose request is not the client's, as `jobs[n]`."""
     unknown = []
     for number, job in enumerate(jobs):
+        replicas = [(file, id_) for file, ids in zip(job.files, job.replica_ids, strict=False) for id_ in ids]
         noted = connection.execute(
-            "INSERT INTO jobs (job_id, request_id, client_id, files, file_ids)"
-            " SELECT %s, request_id, client_id, %s, %s FROM requests"
+            "INSERT INTO jobs (job_id, request_id, client_id, files, file_ids, replica_files, replica_ids)"
+            " SELECT %s, request_id, client_id, %s, %s, %s, %s FROM requests"
             " WHERE request_id = %s AND client_id = %s"
-            " ON CONFLICT (job_id) DO UPDATE SET file_ids = excluded.file_ids"
-            " WHERE jobs.client_id = excluded.client_id",
-            (job.job_id, list(job.files), list(job.file_ids), job.request_id, client_id),
-        ).rowcount
+            " ON CONFLICT (job_id, client_id) DO UPDATE SET request_id = excluded.request_id,"
+            " files = excluded.files, file_ids = excluded.file_ids,"
+            " replica_files = excluded.replica_files, replica_ids = excluded.replica_ids",
+            (
+                job.job_id, list(job.files), list(job.file_ids), [file for file, _ in replicas],
+                [id_ for _, id_ in replicas], job.request_id, client_id,
+            ),
+        ).rowcount  # fmt: skip
         if not noted:
             unknown.append(f"jobs[{number}]")
     return unknown
@@ -81,10 +87,22 @@ def own_ids(connection: "psycopg.Connection[Any]", client_id: int, jtis: Iterabl
     return [jti for (jti,) in rows]
 
 
-def ids_of_files(
+class FileToken(NamedTuple):
+    """A token or use of one file: its id, and what it is for."""
+
+    id: UUID
+    request_id: UUID
+    file: int
+    side: Side
+    position: int
+    storage: str
+    path_hash: int
+
+
+def tokens_of_requests(
     connection: "psycopg.Connection[Any]", client_ids: Sequence[int], requests: Iterable[UUID]
-) -> list[tuple[tuple[UUID, int], UUID]]:
-    """Return ((request_id, file), id) of all tokens and uses of these requests."""
+) -> list[FileToken]:
+    """Return all tokens and uses of these requests' files; raises InvalidRequest if they are too many."""
     ranges = connection.execute(
         "SELECT request_id, first_jti, tokens FROM requests WHERE request_id = ANY(%s)"
         " AND client_id = ANY(%s)",
@@ -94,13 +112,28 @@ def ids_of_files(
         raise InvalidRequest(
             f"the requests named have more than {MAX_TOKENS} tokens together; report fewer at once"
         )
-    request_of = {UUID(int=first.int + n): request for request, first, count in ranges for n in range(count)}
+    ids = [UUID(int=first.int + n) for _, first, count in ranges for n in range(count)]
     rows = connection.execute(
-        "SELECT jti, file FROM tokens WHERE jti = ANY(%(ids)s) AND file >= 0"
-        " UNION ALL SELECT use_id, file FROM uses WHERE use_id = ANY(%(ids)s)",
-        {"ids": list(request_of)},
+        "SELECT t.jti, t.request_id, t.file, t.side::text, t.position, s.name, t.path_hash FROM tokens t"
+        " JOIN storages s USING (storage_id) WHERE t.jti = ANY(%(ids)s) AND t.file >= 0"
+        " UNION ALL SELECT u.use_id, u.request_id, u.file, u.side::text, u.position, s.name, u.path_hash"
+        " FROM uses u JOIN tokens t USING (jti) JOIN storages s USING (storage_id)"
+        " WHERE u.use_id = ANY(%(ids)s)",
+        {"ids": ids},
     ).fetchall()
-    return [((request_of[id_], file), id_) for id_, file in rows]
+    return [FileToken(*row) for row in rows]
+
+
+def requests_of_external_ids(
+    connection: "psycopg.Connection[Any]", ids: Iterable[UUID]
+) -> dict[UUID, tuple[UUID, int]]:
+    """Return the (request_id, file) of tokens and uses by their ids."""
+    rows = connection.execute(
+        "SELECT jti, request_id, file FROM tokens WHERE jti = ANY(%(ids)s) AND file >= 0"
+        " UNION ALL SELECT use_id, request_id, file FROM uses WHERE use_id = ANY(%(ids)s)",
+        {"ids": list(ids)},
+    ).fetchall()
+    return {id_: (request_id, file) for id_, request_id, file in rows}
 
 
 def files_of_jobs(
@@ -108,12 +141,13 @@ def files_of_jobs(
 ) -> dict[UUID | None, tuple[UUID, dict[int | None, int], dict[int | None, int]]]:
     """Return for each job its request_id, and its files' numbers there by position and by FTS's file_id."""
     rows = connection.execute(
-        "SELECT job_id, request_id, files, file_ids FROM jobs WHERE job_id = ANY(%s) AND client_id = ANY(%s)",
+        "SELECT job_id, request_id, files, file_ids || replica_ids, files[:cardinality(file_ids)] ||"
+        " replica_files FROM jobs WHERE job_id = ANY(%s) AND client_id = ANY(%s)",
         (list(jobs), list(client_ids)),
     ).fetchall()
     return {
-        job: (request, dict(enumerate(files)), dict(zip(ids, files, strict=False)))
-        for job, request, files, ids in rows
+        job: (request, dict(enumerate(files)), dict(zip(ids, files_of_ids, strict=True)))
+        for job, request, files, ids, files_of_ids in rows
     }
 
 

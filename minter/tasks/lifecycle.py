@@ -26,22 +26,24 @@ from minter.contract.messages import Answer, LiveToken
 from minter.database.recording import PostgresStore
 from minter.database.requests import find_operations, read_request
 from minter.database.states import (
+    FileToken,
     by_external_id,
     change_state,
     consumer_of,
     files_of_jobs,
-    ids_of_files,
     live_of,
     note_jobs,
     own_ids,
+    requests_of_external_ids,
+    tokens_of_requests,
 )
-from minter.errors import UnknownRequest
+from minter.errors import RequestError, UnknownRequest
 from minter.fts.events import FTSEvent
 from minter.policy.requests import Request
 from minter.tasks import answers
 from minter.tasks.renewals import renewal
 from minter.tokens.mint import Engine
-from minter.tokens.records import known_client
+from minter.tokens.records import known_client, path_hash
 
 
 class Lifecycle:
@@ -95,23 +97,58 @@ class Lifecycle:
     def events(self, vo: str, found: Sequence[FTSEvent], now: datetime) -> tuple[int, int]:
         """Record FTS events of transfers; return the number of tokens changed, and of unknown events.
 
-        A file is found by the job that was reported, or else by Rucio's request id as `external_id`.
+        A file is found by the job that its client reported. Else it is found by Rucio's request id, and then
+        only if the transfer's URLs are those of its tokens: any user of an FTS may write any request id.
         """
         with self.store.controlled() as (connection, control):
             clients = [c.client_id for c in control.clients.values() if c.vo == vo]
             files_of = files_of_jobs(connection, clients, {event.job_id for event in found})
-            by_file: dict[tuple[UUID, int], list[int]] = defaultdict(list)
+            by_file: dict[int, tuple[UUID, int]] = {}
             by_id: dict[str, list[int]] = defaultdict(list)
             for number, event in enumerate(found):
                 request_id, _, by_file_id = files_of.get(event.job_id, (None, {}, {}))
                 file = by_file_id.get(event.file_id)
                 if request_id is not None and file is not None:
-                    by_file[request_id, file].append(number)
-                elif event.external_id:
+                    by_file[number] = (request_id, file)
+                elif event.external_id and event.source_url and event.destination_url:
                     by_id[event.external_id].append(number)
-            known = list(_known(connection, clients, by_id, by_file, now))
-            changed = _bring(connection, known, found, now)
-        return changed, len(found) - len({number for number, _ in known})
+            claimed = self._claimed(connection, clients, by_id, now)
+            requests = {request_id for request_id, _ in by_file.values()} | {r for _, (r, _) in claimed}
+            tokens: dict[UUID, list[FileToken]] = defaultdict(list)
+            for token in tokens_of_requests(connection, clients, requests):
+                tokens[token.request_id].append(token)
+            named = set(by_file.items())
+            named |= {(n, at) for n, at in claimed if self._is_transfer_of(vo, found[n], at, tokens[at[0]])}
+            ended = {
+                (number, token.id)
+                for number, (request_id, file) in named
+                for token in _concerned(found[number], file, tokens[request_id])
+            }
+            changed = _bring(connection, ended, found, now)
+        return changed, len(found) - len({number for number, _ in named})
+
+    def _claimed(
+        self, connection: Any, clients: Sequence[int], by_id: Mapping[str, Sequence[int]], now: datetime
+    ) -> set[tuple[int, tuple[UUID, int]]]:
+        """Return the (request_id, file) that events claim by their external id, each with its event."""
+        ids = by_external_id(connection, clients, by_id, now) if by_id else []
+        place = requests_of_external_ids(connection, [id_ for _, id_ in ids]) if ids else {}
+        return {(n, place[id_]) for external_id, id_ in ids if id_ in place for n in by_id[external_id]}
+
+    def _is_transfer_of(
+        self, vo: str, event: FTSEvent, at: tuple[UUID, int], tokens: Sequence[FileToken]
+    ) -> bool:
+        """Say whether an event's URLs are those of a source and a destination token of this file."""
+        directory = self.engine.policy.directories[vo]
+        for side, url in (("source", event.source_url), ("destination", event.destination_url)):
+            try:
+                area, path = directory.locate(url)
+            except RequestError:
+                return False
+            here = (at[1], side, area.storage, path_hash(path))
+            if here not in {(t.file, t.side, t.storage, t.path_hash) for t in tokens}:
+                return False
+        return True
 
     def cancel(self, name: str, wire: CancelRequest, now: datetime) -> Answer:
         """Cancel tokens that have not ended; the answer lists those that work until they expire."""
@@ -167,11 +204,22 @@ def _known(
     by_file: Mapping[tuple[UUID, int], Sequence[int]],
     now: datetime,
 ) -> Iterator[tuple[int, UUID]]:
-    """Yield (position of the report, id) for tokens and uses named by external id or by request and file."""
-    for external_id, id_ in by_external_id(connection, client_ids, by_id, now):
+    """Yield the tokens of external ids and of requests' files, each with the numbers of its reports."""
+    for external_id, id_ in by_external_id(connection, client_ids, by_id, now) if by_id else ():
         yield from ((number, id_) for number in by_id[external_id])
-    for where, id_ in ids_of_files(connection, client_ids, {request_id for request_id, _ in by_file}):
-        yield from ((number, id_) for number in by_file.get(where, ()))
+    requests = {request_id for request_id, _ in by_file}
+    for token in tokens_of_requests(connection, client_ids, requests) if requests else ():
+        yield from ((number, token.id) for number in by_file.get((token.request_id, token.file), ()))
+
+
+def _concerned(event: FTSEvent, file: int, tokens: Sequence[FileToken]) -> Iterator[FileToken]:
+    """Yield the tokens that an event of one file is about: its own, and those of a chain's later hops."""
+    own = [t for t in tokens if t.file == file]
+    if event.unless_others and len({t.position for t in own if t.side == "source"}) > 1:
+        return
+    yield from own
+    if event.ends_chain:
+        yield from (t for t in tokens if t.file > file)
 
 
 def _bring(

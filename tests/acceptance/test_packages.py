@@ -51,4 +51,4 @@ def test_the_engine_is_installed_with_its_workers_and_migrations(wheel, tmp_path
         "print(len(list((pathlib.Path(schemas.__file__).parent / 'migrations/versions').glob('*.sql'))))"
     )
     done = run(python, code)
-    assert done.stdout.strip() == "6", done.stderr
+    assert done.stdout.strip() == "7", done.stderr

@@ -13,7 +13,8 @@ from minter.tasks.answers import answer
 from minter.tokens import clock
 from minter.tokens.outcomes import Submission
 from tests.integration.test_mint import OTHER, SE, mint
-from workers.fts_forwarder import Away, Forwarder, FTSClient, JobRefused, TooLate
+from workers import fts_forwarder
+from workers.fts_forwarder import Away, Blocked, Broken, Forwarder, FTSClient, JobRefused, TooLate
 
 
 class Engine:
@@ -48,7 +49,7 @@ def test_a_job_that_is_submitted_is_never_undone(fts, filled):
     with pytest.raises(Unavailable):
         forwarder.forward(filled, done)
     clock[0] += 30 * 86400
-    assert forwarder.forward(filled, done).file_ids == (1000, 1001)
+    assert forwarder.forward(filled, done).replica_ids == ((1000,), (1001,))
     assert (fts.posts, len(engine.reports), engine.cancelled) == (1, 1, [])
     # Another process gets the same message: it cannot know about the job, so it cancels nothing.
     again = Forwarder(engine, FTSClient(fts.url), None, lambda: clock[0])
@@ -61,7 +62,7 @@ def test_a_job_that_is_submitted_is_never_undone(fts, filled):
 def test_only_fts_can_refuse_a_job(fts, filled):
     engine = Engine()
     forwarder = Forwarder(engine, FTSClient(fts.url), None)
-    for fault in ("404", "408", "500", "302", "html", "odd"):
+    for fault in ("404", "408", "502", "503", "302", "html", "odd"):
         fts.faults = [fault]
         with pytest.raises(Away):
             forwarder.forward(filled)
@@ -79,3 +80,65 @@ def test_fts_is_told_the_token_and_keeps_the_jobs_own_params(fts, filled):
     assert job["params"]["sid"] == filled.request_id
     assert fts.bearers == {f"Bearer {filled.bearer.token}"}
     assert json.dumps(job["files"]) == json.dumps(filled.job["files"])
+
+
+def test_a_job_that_breaks_fts_is_set_aside_and_keeps_its_tokens(fts, filled, monkeypatch):
+    monkeypatch.setattr(fts_forwarder, "BROKEN_DELAYS_SECONDS", (0.0, 0.0))
+    engine = Engine()
+    forwarder = Forwarder(engine, FTSClient(fts.url), None)
+    fts.faults = ["500"] * 3
+    with pytest.raises(Broken, match="does not have it") as caught:
+        forwarder.forward(filled)
+    forwarder.refused(filled, caught.value)
+    assert (fts.posts, engine.cancelled) == (3, [])
+    fts.faults = ["500"]  # and one that passes is no trouble
+    assert forwarder.forward(filled)
+
+
+def test_a_job_that_fts_has_although_it_answered_500_is_found(fts, filled, monkeypatch):
+    monkeypatch.setattr(fts_forwarder, "BROKEN_DELAYS_SECONDS", (0.0, 0.0))
+    fts.faults = ["500-kept"]
+    submitted = Forwarder(Engine(), FTSClient(fts.url), None).forward(filled)
+    assert str(submitted.job_id) in fts.jobs
+    assert fts.posts == 1
+
+
+@pytest.mark.parametrize("why", ["Unmanaged tokens are not allowed!", "Unknown token issuer: https://x/"])
+def test_what_is_the_operators_trouble_waits(fts, filled, why):
+    engine = Engine()
+    forwarder = Forwarder(engine, FTSClient(fts.url), None)
+    fts.refuses = why
+    with pytest.raises(Blocked, match="operators"):
+        forwarder.forward(filled)
+    assert engine.cancelled == []
+    fts.refuses = ""
+    assert forwarder.forward(filled)
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_a_job_that_fts_has_already_is_known_by_its_tokens(fts, filled, old):
+    fts.old = old
+    first = Forwarder(Engine(), FTSClient(fts.url), None).forward(filled)
+    assert Forwarder(Engine(), FTSClient(fts.url), None).forward(filled) == first
+    (job,) = fts.jobs.values()
+    for file in job["files"]:
+        if old:
+            file["destinations"] = [file["destinations"][0] + "x"]
+        else:
+            file["source_tokens"] = ["other"]
+    with pytest.raises(JobRefused, match="another job"):
+        Forwarder(Engine(), FTSClient(fts.url), None).forward(filled)
+
+
+def test_every_replica_has_an_id(fts, service):
+    entries = [
+        {"sources": [SE + "a", OTHER + "a2"], "destinations": [OTHER + "a"]},
+        {"sources": [SE + "b"], "destinations": [OTHER + "b"]},
+    ]
+    request = from_fill(FillRequest(request_id=clock.new_uuid7(), job={"files": entries, "params": {}}))
+    (outcome,) = mint(service, Submission(request, "rucio-alpen"))
+    engine = Engine()
+    Forwarder(engine, FTSClient(fts.url), None).forward(answer(outcome, clock.now()))
+    (report,) = engine.reports
+    assert report.replica_ids == ((1000, 1001), (1002,))
+    assert report.file_ids == (1000, 1002)

@@ -21,6 +21,7 @@ from minter.contract.followups import (
 from minter.contract.messages import FileOperation, FileRequest, FillRequest, MintRequest
 from minter.database import connection, control_changes
 from minter.errors import Banned, Expired, InvalidRequest, UnknownClient, UnknownRequest, UnknownStorage
+from minter.fts.events import FTSEvent
 from minter.fts.jobs import from_fill
 from minter.local import stack
 from minter.policy.clients import Ban
@@ -423,3 +424,95 @@ def test_two_processes_agree_on_a_rule(service, dsn):
     mint(service, submission("c"))
     assert rows(service, "SELECT count(*) FROM rules") == [(2,)]
     other.pool.dispose()
+
+
+# ── FTS's events ─────────────────────────────────────────────────────────────────────────────
+
+
+def event(request_id="", job_id=None, file_id=1, state="finished", **more):
+    return FTSEvent(
+        vo="x",
+        job_id=job_id or clock.new_uuid7(),
+        file_id=file_id,
+        external_id=request_id,
+        state=state,
+        **more,
+    )
+
+
+def states_of(service):
+    return {(file, side, state) for file, side, state in rows(
+        service, "SELECT t.file, t.side::text, s.state::text FROM token_states s JOIN tokens t USING (jti)"
+    )}  # fmt: skip
+
+
+def copy_of(service, sources, external_id="rucio-1", **job):
+    files = [
+        {
+            "sources": [SE + s for s in sources],
+            "destinations": [OTHER + "d"],
+            "metadata": {"request_id": external_id},
+        }
+    ]
+    request = from_fill(
+        FillRequest(request_id=clock.new_uuid7(), job={"files": job.pop("files", files), "params": job})
+    )
+    (outcome,) = mint(service, Submission(request, "rucio-alpen"))
+    assert outcome.issued
+    return outcome
+
+
+def test_an_event_ends_only_the_tokens_of_its_own_urls(service, lifecycle):
+    copy_of(service, ["a"])
+    foreign = event("rucio-1", source_url=SE + "other", destination_url=OTHER + "d")
+    assert lifecycle.events("alpen", [foreign, event("rucio-1")], clock.now()) == (0, 2)
+    own = event("rucio-1", source_url=SE + "a", destination_url=OTHER + "d")
+    assert lifecycle.events("alpen", [own], clock.now()) == (2, 0)
+
+
+def test_a_failed_replica_ends_nothing_while_there_are_others(service, lifecycle):
+    copy_of(service, ["a", "b"])
+    urls = {"source_url": SE + "a", "destination_url": OTHER + "d"}
+    assert lifecycle.events("alpen", [event("rucio-1", unless_others=True, **urls)], clock.now()) == (0, 0)
+    assert lifecycle.events("alpen", [event("rucio-1", **urls)], clock.now()) == (3, 0)
+
+
+def test_a_failed_file_of_a_bulk_job_ends_where_it_had_one_source(service, lifecycle):
+    copy_of(service, ["a"])
+    urls = {"source_url": SE + "a", "destination_url": OTHER + "d"}
+    assert lifecycle.events("alpen", [event("rucio-1", unless_others=True, **urls)], clock.now()) == (2, 0)
+
+
+def test_a_failed_hop_ends_the_tokens_of_the_hops_that_never_run(service, lifecycle):
+    hops = [
+        {"sources": [SE + "a"], "destinations": [OTHER + "b"]},
+        {"sources": [OTHER + "b"], "destinations": [SE + "c"]},
+    ]
+    outcome = copy_of(service, [], files=hops, multihop=True)
+    job_id = clock.new_uuid7()
+    request_id = outcome.submission.request.request_id
+    lifecycle.report(
+        "rucio-alpen", ReportRequest(jobs=(JobReport(job_id, request_id, (0, 1), (7, 8)),)), clock.now()
+    )
+    assert lifecycle.events("alpen", [event(job_id=job_id, file_id=7, ends_chain=True)], clock.now()) == (
+        4,
+        0,
+    )
+    assert {file for file, _, _ in states_of(service)} == {0, 1}
+
+
+def test_every_replica_of_a_file_is_known_by_its_own_id(service, lifecycle):
+    outcome = copy_of(service, ["a", "b"])
+    job_id, request_id = clock.new_uuid7(), outcome.submission.request.request_id
+    jobs = (JobReport(job_id, request_id, (0,), (7,), ((7, 8),)),)
+    lifecycle.report("rucio-alpen", ReportRequest(jobs=jobs), clock.now())
+    assert lifecycle.events("alpen", [event(job_id=job_id, file_id=8)], clock.now()) == (3, 0)
+
+
+def test_a_job_belongs_to_each_client_that_reported_it(service, lifecycle):
+    stack.add_client(service, "other", "alpen", "test")
+    first = copy_of(service, ["a"]).submission.request.request_id
+    job_id = clock.new_uuid7()
+    stranger = ReportRequest(jobs=(JobReport(job_id, first, (0,), (7,)),))
+    assert lifecycle.report("other", stranger, clock.now()).unknown == ["jobs[0]"]
+    assert not lifecycle.report("rucio-alpen", stranger, clock.now()).unknown

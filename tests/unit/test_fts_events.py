@@ -32,7 +32,14 @@ COMPLETE = {
         "finished",
     ),
     "hopeless": ({"t_final_transfer_state": "Error", "is_recoverable": False, "retry_max": 3}, "finished"),
-    "another replica": ({"t_final_transfer_state": "Error", "job_state": "ACTIVE"}, None),
+    "another replica": (
+        {"t_final_transfer_state": "Error", "job_state": "ACTIVE", "job_m_replica": True},
+        None,
+    ),
+    "one of a bulk": (
+        {"t_final_transfer_state": "Error", "job_state": "ACTIVE", "job_m_replica": False},
+        "finished",
+    ),
     "a hop": ({"t_final_transfer_state": "Error", "job_state": "FAILED", "job_multihop": True}, "finished"),
     "cancelled": ({"t_final_transfer_state": "Abort"}, "finished"),
 }
@@ -88,3 +95,32 @@ def test_a_file_without_metadata(metadata):
 def test_what_is_no_message(body):
     with pytest.raises(InvalidRequest, match="monitoring message"):
         read_event(body)
+
+
+@pytest.mark.parametrize("state", ["ACTIVE", "SUBMITTED", "READY", "STAGING"])
+def test_a_failed_file_of_a_job_that_goes_on_ends_unless_it_has_other_sources(state):
+    event = read_event(told("state", file_state="FAILED", job_state=state))
+    assert (event.state, event.unless_others) == ("finished", True)
+
+
+@pytest.mark.parametrize("state", ["FAILED", "FINISHED", "FINISHEDDIRTY", "CANCELED"])
+def test_a_failed_file_of_a_job_that_has_ended_ends(state):
+    assert not read_event(told("state", file_state="FAILED", job_state=state)).unless_others
+
+
+def test_a_failed_hop_ends_the_later_ones():
+    assert read_event(
+        told("complete", t_final_transfer_state="Error", job_state="FAILED", job_multihop=True)
+    ).ends_chain
+    assert not read_event(told("complete", job_multihop=True)).ends_chain
+
+
+@pytest.mark.parametrize(
+    ("metadata", "found"),
+    [
+        ('{"request_id": "0f0e0d0c0b0a09080706050403020100", "name": "a"b"}', "0f0e0d0c0b0a09080706050403020100"),
+        ('{"request_id":"x"}', "x"), ("no metadata", ""), ({"request_id": "y"}, "y"),
+    ],
+)  # fmt: skip
+def test_metadata_that_fts_could_not_read(metadata, found):
+    assert read_event(told("complete", file_metadata=metadata)).external_id == found
