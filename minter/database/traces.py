@@ -92,7 +92,7 @@ COLUMNS = """
     coalesce(lpad(to_hex(coalesce(t.fts_token_id, m.fts_token_id)), 16, '0'), ''), coalesce(k.kid, ''),
     t.mode::text, coalesce(d.route, ''), coalesce(d.operations, '{}'), coalesce(d.steps, '[]'), t.expires_at,
     coalesce(l.state, m.state, t.state)::text, l.active_at, l.ended_at,
-    (SELECT j.job_id FROM jobs j WHERE j.request_id = n.request_id AND j.client_id = n.client_id
+    (SELECT j.job_id FROM jobs j WHERE j.request_id = n.request_id AND j.client_id = t.client_id
         AND n.file = ANY (j.files) LIMIT 1),
     t.payload, u.use_id, coalesce(u.path, ''), m.error, u.instead_of
 """

@@ -13,6 +13,7 @@ import pytest
 from minter.client import FileReport, FileRequest, JobReport, MinterClient
 from minter.errors import InvalidClient, InvalidRequest, SettingsError, Unavailable, UnknownRequest
 from minter.tokens import clock, keys
+from minter.tokens.claims import unverified_claims
 from tests.acceptance.served import VO
 from tests.conftest import EXAMPLES
 from tests.integration.test_mint import OTHER, SE
@@ -53,9 +54,11 @@ def test_discovery_in_every_form_that_clients_ask_for(served, path):
 
 def test_the_key_set_verifies_what_is_minted(served, client):
     with served.http() as http:
-        (key,) = http.get(f"/{VO}/jwks.json").json()["keys"]
+        published = {key["kid"]: key for key in http.get(f"/{VO}/jwks.json").json()["keys"]}
+    assert {key["alg"] for key in published.values()} == {"ES256", "RS256"}
     for token in client.mint([COPY]).tokens:
-        keys.verify(token.reveal().encode(), key)
+        header, _ = unverified_claims(token.reveal().encode())
+        keys.verify(token.reveal().encode(), published[header["kid"]])
 
 
 def test_the_files_of_publish_are_the_same_documents(served, tmp_path):

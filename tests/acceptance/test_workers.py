@@ -102,8 +102,8 @@ def test_every_job_of_rucio_is_filled_as_fts_wants_it(client):
     reasons = [r["error"]["reason"] for f in filled for r in f.refused]
     assert (reasons.count("endpoint_takes_no_token"), reasons.count("invalid_path"), len(reasons)) == (
         26,
-        4,
-        30,
+        9,
+        35,
     )
     assert sum(len(f.dropped_sources) for f in filled) == 2
     assert all(f.bearer.scope == "fts" for f in filled if f.job)
