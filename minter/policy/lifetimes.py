@@ -32,9 +32,9 @@ def cap_of(
     cap, rule = route.max_lifetime_seconds, f"route {route.name}"
     why = f"lifetime at most {cap} s"
     if cap > PROFILE_MAX_SECONDS:
-        if area.matching == "prefix":
+        if area.matching != "exact":
             cap, rule = PROFILE_MAX_SECONDS, f"dialect {area.dialect.name}"
-            why = f"at most {cap} s: paths are matched by prefix there, or in an unknown way"
+            why = f"at most {cap} s: paths are matched as strings there, or in an unknown way"
         elif failed := _failed_mitigations(route, via_fts, area, needed, granularity):
             cap, rule = PROFILE_MAX_SECONDS, f"route {route.name}"
             why = f"at most {cap} s: {', '.join(failed)} does not hold for this token"
