@@ -26,14 +26,21 @@
     │   ├── UnauthorizedClient       no exchange rule lets this client use that token
     │   ├── UnsupportedGrantType     the token endpoint does not support this grant_type
     │   ├── ProviderRefused          an external IAM refused this exchange or refresh for good
+    │   │   └── Misconfigured        the IAM refuses us as its client: operators must act
     │   ├── ProviderTokenRejected    an external IAM's token did not match the request: destroyed
+    │   ├── JobRefused               FTS will never take this job
+    │   │   ├── JobBroken            FTS fails on it each time; it is set aside
+    │   │   └── JobTooLate           its token for FTS has expired
     │   ├── RefreshTokenLost         a refresh token is spent, its answer lost, and no other way is left
     │   └── Undeliverable            the message stopped the worker at each delivery: dead-lettered
     ├── Unavailable                  nothing was recorded; the same request may be sent again
     │   ├── NoUsableKey              the issuer has no key that may sign now
     │   ├── ClockSkew                this process and Postgres disagree about the time
     │   ├── TooManyRequests          requests of one client, or of all, come faster than they are served
-    │   └── ProviderAway             an external IAM does not answer, or its answer cannot be used
+    │   ├── ProviderAway             an external IAM does not answer, or its answer cannot be used
+    │   │   └── Lost                 it may have served a request whose answer never came
+    │   └── FTSAway                  FTS does not answer, or cannot serve now
+    │       └── FTSBlocked           it refuses every job until its operators act
     ├── TokenRejected                a finished token failed its check and never leaves the engine
     ├── UnknownKey                   no key has this kid, or the key is revoked
     ├── SettingsError                the settings file cannot be used
@@ -208,6 +215,10 @@ class ProviderRefused(RequestError):
     code = "invalid_grant"
 
 
+class Misconfigured(ProviderRefused):
+    """An external IAM refuses us as its client, or this grant type: operators must repair this."""
+
+
 class ProviderTokenRejected(RequestError):
     """An external IAM's token is wider or shorter than requested, or otherwise wrong; it was destroyed."""
 
@@ -244,6 +255,30 @@ class TooManyRequests(Unavailable):
 
 class ProviderAway(Unavailable):
     """An external IAM does not answer, or its answer cannot be used; `retry_after` is in seconds."""
+
+
+class Lost(ProviderAway):
+    """The request may have reached an external IAM, and its effect there is not known."""
+
+
+class FTSAway(Unavailable):
+    """FTS does not answer, or cannot serve the request now; the job is tried again."""
+
+
+class FTSBlocked(FTSAway):
+    """FTS refuses every job of this VO until its operators change something; the jobs wait."""
+
+
+class JobRefused(RequestError):
+    """FTS will never take this job as it is."""
+
+
+class JobBroken(JobRefused):
+    """FTS fails on this job each time, and does not have it. It is set aside, and its tokens stay."""
+
+
+class JobTooLate(JobRefused):
+    """The token for FTS has expired. An earlier try may have submitted the job, so nothing is undone."""
 
 
 class TokenRejected(MinterError):

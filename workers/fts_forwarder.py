@@ -35,7 +35,18 @@ from minter import logs
 from minter.broker.publisher import connect, trust
 from minter.client import JobReport, MinterClient
 from minter.contract.messages import Answer, TokenAnswer
-from minter.errors import InvalidRequest, MinterError, RequestError, SettingsError, Unavailable
+from minter.errors import (
+    FTSAway,
+    FTSBlocked,
+    InvalidRequest,
+    JobBroken,
+    JobRefused,
+    JobTooLate,
+    MinterError,
+    RequestError,
+    SettingsError,
+    Unavailable,
+)
 from minter.metrics import FTS_JOBS, new_counter, serve
 
 logger = logging.getLogger("minter.fts")
@@ -74,26 +85,6 @@ class _Registry(jwe.JWERegistry):
 _registry = _Registry(algorithms=["ECDH-ES+A256KW", "RSA-OAEP-256", "A256GCM"])
 
 
-class Away(Unavailable):
-    """FTS does not answer, or cannot serve the request now; try again later."""
-
-
-class JobRefused(RequestError):
-    """FTS will never take this job as it is."""
-
-
-class TooLate(JobRefused):
-    """The token for FTS has expired. An earlier try may have submitted the job, so nothing is undone."""
-
-
-class Blocked(Away):
-    """FTS refuses every job of this VO until its operators change something; the jobs wait."""
-
-
-class Broken(JobRefused):
-    """FTS fails on this job each time, and does not have it. It is set aside, and its tokens stay."""
-
-
 class Submitted(Struct, frozen=True):
     """A job that FTS has; `replica_ids` are its ids of each file, in the job's order, empty if unknown."""
 
@@ -110,7 +101,7 @@ class FTSClient:
         self._vo: str | None = None
 
     def submit(self, job: Mapping[str, Any], bearer: TokenAnswer, request_id: str) -> Submitted:
-        """Submit a job, or find it if FTS has it already; raises Away or JobRefused."""
+        """Submit a job, or find it if FTS has it already; raises FTSAway or JobRefused."""
         params = dict(job.get("params") or {})
         if params.get("id_generator") != "deterministic" or not params.get("sid"):
             params |= {"id_generator": "deterministic", "sid": request_id}
@@ -125,7 +116,7 @@ class FTSClient:
                 break
             if delay is None:
                 said = logs.redact(answer.text)[:300]
-                raise Broken(f"FTS answers 500 to this job each time, and does not have it: {said}")
+                raise JobBroken(f"FTS answers 500 to this job each time, and does not have it: {said}")
             time.sleep(delay)
         if answer.status_code in (CONFLICT, FAILED):
             job_id = self._job_id(bearer, str(params["sid"]))
@@ -150,7 +141,7 @@ class FTSClient:
     def _files(self, job_id: uuid.UUID, bearer: TokenAnswer) -> list[dict[str, Any]]:
         files = _json(self._call("GET", f"/jobs/{job_id}/files", bearer))
         if not isinstance(files, list) or not all(isinstance(f, dict) for f in files):
-            raise Away("FTS lists a job's files in an unexpected form")
+            raise FTSAway("FTS lists a job's files in an unexpected form")
         return files
 
     def _is_ours(self, job_id: uuid.UUID, bearer: TokenAnswer, job: Mapping[str, Any]) -> bool:
@@ -189,20 +180,20 @@ class FTSClient:
         body: object | None = None,
         told: Sequence[int] = (),
     ) -> httpx.Response:
-        """Ask FTS; errors other than those `told` are raised: JobRefused for good, Blocked, or Away."""
+        """Ask FTS; errors other than those `told` are raised: JobRefused for good, FTSBlocked, or FTSAway."""
         headers = {"Authorization": f"Bearer {bearer.token}", "Content-Type": "application/json"}
         content = None if body is None else msgspec.json.encode(body)
         try:
             answer = self._http.request(method, path, headers=headers, content=content)
         except httpx.HTTPError as error:
-            raise Away(f"FTS cannot be reached ({type(error).__name__})") from None
+            raise FTSAway(f"FTS cannot be reached ({type(error).__name__})") from None
         if answer.is_success or answer.status_code in told:
             return answer
         if answer.status_code not in _FINAL:
-            raise Away(f"FTS answers {answer.status_code}")
+            raise FTSAway(f"FTS answers {answer.status_code}")
         said = logs.redact(answer.text)[:300]
         if _OPERATORS(said):
-            raise Blocked(f"FTS refuses every job ({answer.status_code}), its operators must act: {said}")
+            raise FTSBlocked(f"FTS refuses every job ({answer.status_code}), its operators must act: {said}")
         raise JobRefused(f"FTS refuses the job ({answer.status_code}): {said}")
 
 
@@ -215,17 +206,17 @@ def _json(answer: httpx.Response) -> Any:
     try:
         return msgspec.json.decode(answer.content)
     except msgspec.DecodeError:
-        raise Away(f"FTS answers {answer.status_code} without valid JSON") from None
+        raise FTSAway(f"FTS answers {answer.status_code} without valid JSON") from None
 
 
 def _said(answer: httpx.Response, *keys: str | int) -> str:
-    """Return one value of a JSON answer as text; raises Away if the answer does not have it."""
+    """Return one value of a JSON answer as text; raises FTSAway if the answer does not have it."""
     value = _json(answer)
     try:
         for key in keys:
             value = value[key]
     except (KeyError, IndexError, TypeError):
-        raise Away(f"FTS answers without {'.'.join(map(str, keys))}") from None
+        raise FTSAway(f"FTS answers without {'.'.join(map(str, keys))}") from None
     return str(value)
 
 
@@ -258,7 +249,7 @@ class Forwarder:
     def forward(self, answer: Answer, done: dict[str, Submitted] | None = None) -> Submitted | None:
         """Submit an answer's job and report it; return None if the answer has no job.
 
-        `done` keeps submitted jobs between attempts. Raises JobRefused if FTS refuses the job, Away while
+        `done` keeps submitted jobs between attempts. Raises JobRefused if FTS refuses the job, FTSAway while
         FTS is down, and Unavailable while the engine is down; after the last two, call this again.
         """
         request_id = answer.request_id
@@ -292,12 +283,12 @@ class Forwarder:
     def refused(self, answer: Answer, error: JobRefused) -> None:
         """Cancel a refused job's request, unless the job may be in FTS, or is only set aside."""
         logs.event(logger, "job refused", request_id=answer.request_id, reason=error.reason, error=str(error))
-        if answer.request_id is not None and not isinstance(error, TooLate | Broken):
+        if answer.request_id is not None and not isinstance(error, JobTooLate | JobBroken):
             self._minter.cancel(uuid.UUID(answer.request_id))
 
     def _service(self, bearer: TokenAnswer) -> FTSClient:
         if bearer.exp <= self._now():
-            raise TooLate("the token for FTS expired on the queue; renew the request")
+            raise JobTooLate("the token for FTS expired on the queue; renew the request")
         if isinstance(self._fts, FTSClient):
             return self._fts
         if bearer.storage not in self._fts:
@@ -364,7 +355,7 @@ class JobConsumer:
             try:
                 self._settle(message, answer, done)
             except Unavailable as error:
-                blocked = isinstance(error, Blocked)
+                blocked = isinstance(error, FTSBlocked)
                 say = logger.error if blocked else logger.warning
                 say("request %s: %s; trying again in %.0f s", answer.request_id, error, delay)
                 self._count("blocked" if blocked else "retried")
@@ -380,7 +371,7 @@ class JobConsumer:
                 submitted = self._forwarder.forward(answer, done)
             except JobRefused as error:
                 self._forwarder.refused(answer, error)
-                self._count("set_aside" if isinstance(error, Broken) else "refused")
+                self._count("set_aside" if isinstance(error, JobBroken) else "refused")
                 message.reject()  # dead-lettered: operators may inspect or resend the message
                 return
         except Unavailable:

@@ -169,7 +169,18 @@ def on_foreign_token(
     sub = f"{subject.provider}:{subject.sub}"
     if not _SUB(sub):
         raise InvalidGrant("the subject token's sub is longer than 255 characters, or not of ASCII")
-    return SubjectAuthority(sub, {"sub": client.sub}, subject.scope, (), left, rule, "", sub, "")
+    act: dict[str, Any] = {"sub": client.sub}
+    if subject.act is not None:
+        act["act"] = _prefixed(subject.act, subject.provider)
+    if act_depth(act) > MAX_ACT_DEPTH:
+        raise InvalidGrant(f"the subject token was exchanged {MAX_ACT_DEPTH} times already")
+    return SubjectAuthority(sub, act, subject.scope, (), left, rule, "", sub, "")
+
+
+def _prefixed(act: Mapping[str, Any], provider: str) -> dict[str, Any]:
+    """Return a provider's actors with the provider's name before each `sub`, as for the subject itself."""
+    below = {"act": _prefixed(act["act"], provider)} if "act" in act else {}
+    return {"sub": f"{provider}:{act['sub']}", **below}
 
 
 def _check_subject(subject: Subject) -> None:

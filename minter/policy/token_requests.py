@@ -26,6 +26,7 @@ class SubjectToken(Struct, frozen=True):
     expires_at: int = 0
     sub: str = ""
     client: str = ""
+    act: dict[str, Any] | None = None
 
     def __repr__(self) -> str:
         """Name the provider without showing the token."""

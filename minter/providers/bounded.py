@@ -10,6 +10,8 @@ from typing import Any
 import urllib3
 
 MAX_ANSWER_BYTES = 256 * 1024
+MAX_INFORMATIONAL = 16
+_INFORMATIONAL, _SWITCHES, _FINAL = 100, 101, 200
 
 
 class _Reader(io.RawIOBase):
@@ -48,6 +50,15 @@ class _Response(http.client.HTTPResponse):
         super().__init__(sock, *arguments, **named)
         self.fp.close()
         self.fp = io.BufferedReader(_Reader(sock, until))
+
+    def begin(self) -> None:
+        """Read the head of the final response: informational ones before it are skipped (RFC 9110 §15.2)."""
+        super().begin()
+        for _ in range(MAX_INFORMATIONAL):
+            if not _INFORMATIONAL <= self.status < _FINAL or self.status == _SWITCHES:
+                return
+            self.headers = self.msg = None  # type: ignore[assignment]
+            super().begin()
 
 
 def pools(seconds: float) -> dict[str, type[urllib3.HTTPConnectionPool]]:

@@ -84,7 +84,9 @@ class Provider(Struct, frozen=True, eq=False, forbid_unknown_fields=True, kw_onl
     whichever is longer. `reuse` overrides the dialect's `reuse` for one installation. With an
     `audience_scope` such as `aud:`, each audience is also requested by a scope with this prefix, which
     Keycloak can be configured to accept. A subject token of the provider must name Minter in `aud`: by the
-    VO's issuer URL, by the `client_id`, or by one of `subject_audiences`.
+    VO's issuer URL, by the `client_id`, or by one of `subject_audiences`. `hosts` lists patterns of further
+    hosts at which its discovery document may place its endpoints and keys. `key_id` is the kid of our key in
+    the key set that is registered there: with it, a new key can be registered beside the old one.
     """
 
     name: Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
@@ -101,6 +103,8 @@ class Provider(Struct, frozen=True, eq=False, forbid_unknown_fields=True, kw_onl
     outage_margin_seconds: Annotated[int, Meta(ge=60, le=86_400)] = 7_200
     reuse: Reuse | None = None
     audience_scope: str = ""
+    hosts: tuple[str, ...] = ()
+    key_id: str = ""
     subject_audiences: tuple[str, ...] = ()
 
     def check(self) -> None:

@@ -7,34 +7,43 @@ followed, and a token with more scope, a longer life or another audience than re
 
 import base64
 import logging
-import re
 import uuid
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import quote_plus, urlencode
+from urllib.parse import quote_plus, urlencode, urlsplit
 
 import jwt
 import msgspec
 import urllib3
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
-from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
-from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from msgspec import Struct
 
 from minter.errors import (
     InvalidGrant,
+    Lost,
     MinterError,
+    Misconfigured,
     ProviderAway,
     ProviderRefused,
     ProviderTokenRejected,
-    SettingsError,
     Unavailable,
 )
 from minter.providers import bounded
 from minter.providers.dialects import Provider, Target
-from minter.scopes import Scope, contains
+from minter.providers.reading import (
+    UNREADABLE,
+    key_for,
+    may_point_at,
+    plain,
+    private_key,
+    reason_of,
+    scope_words,
+    seconds_of,
+    text_of,
+    within,
+)
 from minter.storages.dialects import DEFAULT_MAX_TOKEN_BYTES
 
 logger = logging.getLogger(__name__)
@@ -48,15 +57,11 @@ _GRANT_EXCHANGE = "urn:ietf:params:oauth:grant-type:token-exchange"
 _ASSERTION_TYPE = "urn:ietf:params:oauth:client-assertion-type:jwt-bearer"
 _ASSERTION_SECONDS = 60
 _TRANSIENT_CODES = frozenset({"temporarily_unavailable", "server_error", "slow_down"})
-_OK, _TOO_MANY, _SERVER = 200, 429, 500
+_OK, _UNAUTHORIZED, _NOT_FOUND, _TOO_MANY, _SERVER = 200, 401, 404, 429, 500
+_REDIRECTS = range(300, 400)
 _SECRET_LENGTH = 8
-_TOKEN_LIKE = re.compile(r".*(eyJ|[A-Za-z0-9_=+/~.-]{20,}).*").fullmatch
 MAX_DATE = 2**40
 MAX_JTI = 255
-_UNREADABLE = (
-    jwt.PyJWTError, ValueError, TypeError, KeyError, AttributeError, NotImplementedError, RecursionError,
-)  # fmt: skip
-"""Errors that PyJWT raises for malformed tokens and keys."""
 
 
 Form = list[tuple[str, str]]
@@ -102,14 +107,6 @@ class Obtained(Struct, frozen=True):
         return f"Obtained({self.scope!r}, exp={self.expires_at}, refresh={bool(self.refresh)})"
 
 
-class Misconfigured(ProviderRefused):
-    """The IAM refuses us as its client, or this grant type: its operators or ours must repair this."""
-
-
-class Lost(ProviderAway):
-    """The request may have reached the IAM, and its effect there is not known."""
-
-
 class IAM:
     """A client of one external IAM; may be used by several threads.
 
@@ -127,7 +124,7 @@ class IAM:
     ) -> None:
         self.provider = provider
         self._secret = secret
-        self._key = _private_key(provider, secret) if provider.authentication == "private_key_jwt" else None
+        self._key = private_key(provider, secret) if provider.authentication == "private_key_jwt" else None
         self.documents = documents
         self._clock = clock
         folder = ca is not None and Path(ca).is_dir()
@@ -149,27 +146,56 @@ class IAM:
     def fetch_documents(self) -> Documents:
         """Fetch discovery and JWKS; raises ProviderAway if they are not valid or not of this provider."""
         base = self.provider.issuer.rstrip("/")
-        found = self._get(f"{base}/.well-known/openid-configuration")
-        if str(found.get("issuer", "")).rstrip("/") != base:
+        found = self._discovered(base)
+        named = text_of(found, "issuer")
+        if named.rstrip("/") != base:
             raise ProviderAway(
-                f"provider {self.provider.name}: discovery names another issuer, expected {base}"
+                f"provider {self.provider.name}: discovery names another issuer, {named[:200]!r}, expected "
+                f"{base}"
             )
-        jwks = self._get(self._same_scheme(found, "jwks_uri")).get("keys")
-        if not isinstance(jwks, list) or not jwks or not all(isinstance(key, dict) for key in jwks):
+        jwks = self._get(self._endpoint(found, "jwks_uri")).get("keys")
+        usable = [key for key in jwks if isinstance(key, dict)] if isinstance(jwks, list) else []
+        if not usable:
             raise ProviderAway(f"provider {self.provider.name}: the JWKS has no keys")
         return Documents(
-            str(found["issuer"]),
-            self._same_scheme(found, "token_endpoint"),
-            jwks,
-            str(found.get("introspection_endpoint", "")),
-            str(found.get("revocation_endpoint", "")),
+            named,
+            self._endpoint(found, "token_endpoint"),
+            usable,
+            self._endpoint(found, "introspection_endpoint", needed=False),
+            self._endpoint(found, "revocation_endpoint", needed=False),
         )
 
-    def _same_scheme(self, found: Mapping[str, Any], name: str) -> str:
-        url = str(found.get(name, ""))
-        if not url.startswith(("https://", self.provider.issuer.partition("//")[0] + "//")):
-            raise ProviderAway(f"provider {self.provider.name}: discovery has no {name} that may be used")
-        return url
+    def _discovered(self, base: str) -> dict[str, Any]:
+        """Return the discovery document, from either place that a standard names (RFC 8414 §3.1, OIDC)."""
+        parts = urlsplit(base)
+        inserted = f"{parts.scheme}://{parts.netloc}/.well-known/"
+        urls = dict.fromkeys(
+            (
+                f"{base}/.well-known/openid-configuration",
+                f"{inserted}openid-configuration{parts.path}",
+                f"{inserted}oauth-authorization-server{parts.path}",
+            )
+        )
+        status = 0
+        for url in urls:
+            status, told, _ = self._call("GET", url)
+            if status == _OK and told is not None:
+                return told
+            if status != _NOT_FOUND:
+                break
+        raise ProviderAway(f"provider {self.provider.name} answers {status} for its discovery document")
+
+    def _endpoint(self, found: Mapping[str, Any], name: str, *, needed: bool = True) -> str:
+        """Return an endpoint of the discovery document, if this provider may point at it."""
+        url = text_of(found, name)
+        if may_point_at(url, self.provider.issuer, self.provider.hosts):
+            return url
+        if not needed:
+            return ""
+        raise ProviderAway(
+            f"provider {self.provider.name}: its {name} is {url[:200]!r}, expected a URL at the host of its "
+            "issuer or below it, or at one listed in hosts of [[providers]]"
+        )
 
     def _get(self, url: str) -> dict[str, Any]:
         status, told, _ = self._call("GET", url)
@@ -236,15 +262,15 @@ class IAM:
 
     def _token(self, form: Form, asked: Asked) -> Obtained:
         told = self._post(self.documents().token_endpoint, form)
-        refresh = told.get("refresh_token", "")
-        access = told.get("access_token", "")
-        if not isinstance(access, str) or not isinstance(refresh, str) or not (access or refresh):
+        refresh, access = text_of(told, "refresh_token"), text_of(told, "access_token")
+        if not (access or refresh):
             raise Lost(f"provider {self.provider.name} answers without a token")
         if told.get("issued_token_type") == _TYPE + "refresh_token" and not refresh:
             refresh, access = access, ""  # RFC 8693 §2.2.1: access_token has the issued token
         if not access:
             return Obtained(refresh=refresh)
         try:
+            self._check_type(told.get("token_type"))
             scope, expires_at, jti = self._checked(access, asked)
         except (ProviderTokenRejected, Unavailable) as error:
             return Obtained(refresh=refresh, error=error)
@@ -257,6 +283,11 @@ class IAM:
 
     # ── what came back ───────────────────────────────────────────────────────────────────────
 
+    def _check_type(self, kind: object) -> None:
+        """Raise ProviderTokenRejected unless a token is a bearer token (RFC 6750); an absent type is one."""
+        if kind is not None and str(kind).lower() != "bearer":
+            raise self._rejected(f"its token_type is {str(kind)[:50]!r}, expected Bearer", "token_type")
+
     def _checked(self, token: str, asked: Asked) -> tuple[str, int, str]:
         """Return scope, exp and jti of an access token; raises ProviderTokenRejected if they do not fit.
 
@@ -265,6 +296,8 @@ class IAM:
         if len(token) > DEFAULT_MAX_TOKEN_BYTES:
             raise self._rejected(f"it has {len(token)} bytes, expected at most {DEFAULT_MAX_TOKEN_BYTES}", "")
         claims = self.verified(token)
+        if claims.get("cnf") is not None:
+            raise self._rejected("it is bound to a key that nobody here has", "cnf")
         audience = claims.get("aud", [])
         names = [audience] if isinstance(audience, str) else audience
         if not isinstance(names, list) or {str(name) for name in names} != set(asked.audience):
@@ -276,7 +309,7 @@ class IAM:
         granted = [w for w in words if w not in extra and not (by_scope and w.startswith(by_scope))]
         if not granted:
             raise self._rejected("it grants nothing of what was asked for", "scope")
-        if wider := [w for w in granted if not _within(w, asked.scope)]:
+        if wider := [w for w in granted if not within(w, asked.scope)]:
             raise self._rejected(f"scope {wider[0][:200]!r} was not asked for", "scope")
         left = int(claims["exp"]) - self._clock().timestamp()
         if left > asked.cap_seconds + LEEWAY_SECONDS:
@@ -293,7 +326,7 @@ class IAM:
         documents = self.documents()
         try:
             header = jwt.get_unverified_header(token)
-            key = _key(documents.jwks, header) or _key(self.documents(fresh=True).jwks, header)
+            key = key_for(documents.jwks, header) or key_for(self.documents(fresh=True).jwks, header)
             if key is None:
                 raise self._rejected("no key of the provider has its kid", "")
             claims: dict[str, Any] = jwt.decode(
@@ -307,7 +340,15 @@ class IAM:
                 options={"require": ["exp", "iss"], "verify_aud": audience is not None, "verify_exp": False,
                          "verify_nbf": False, "verify_iat": False},
             )  # fmt: skip
-        except _UNREADABLE as error:
+        except jwt.InvalidIssuerError:  # the signature was good by then
+            told = jwt.decode(token, options={"verify_signature": False}).get("iss")
+            raise self._rejected(
+                f"its iss is {str(told)[:200]!r}, the discovery document says {documents.issuer!r}", "iss"
+            ) from None
+        except jwt.PyJWKError as error:
+            why = f"the provider's key {str(header.get('kid'))[:100]!r} is malformed: {error}"
+            raise self._rejected(why, "") from None
+        except UNREADABLE as error:
             raise self._rejected(f"it does not verify ({type(error).__name__})", "") from None
         now = self._clock().timestamp()
         for name in ("exp", "nbf", "iat"):
@@ -338,19 +379,22 @@ class IAM:
             if url == self.documents().revocation_endpoint:
                 return {}
             raise Lost(f"provider {name} answers with what is no JSON object")
-        code = str((told or {}).get("error", ""))
-        description = str((told or {}).get("error_description", ""))
+        code, description = text_of(told, "error"), text_of(told, "error_description")
         for secret in (self._secret, *(value for _, value in form)):
             description = description.replace(secret, "…") if len(secret) >= _SECRET_LENGTH else description
-        why = f"provider {name} answers {status} {_plain(code)} {_plain(description)}".strip()
+        why = f"provider {name} answers {status} {plain(code)} {plain(description)}".strip()
         if status == _TOO_MANY or (code in _TRANSIENT_CODES and status < _SERVER):
             raise ProviderAway(why, retry_after=retry_after)
+        # A 401 in any shape is about our credentials, unless it names the grant or the token in it.
+        about_us = status == _UNAUTHORIZED and code not in ("invalid_grant", "invalid_token")
+        if about_us or code in ("invalid_client", "unauthorized_client"):
+            raise Misconfigured(f"{why}; are client_id and secret_file of [[providers]] right?")
+        if status in _REDIRECTS:
+            raise Misconfigured(f"{why}: redirects are not followed; is the issuer of [[providers]] right?")
         if status >= _SERVER or told is None or not code:
             # For example, after a gateway's time-out nobody knows whether the IAM served the request.
             raise Lost(why, retry_after=retry_after)
-        if code in ("invalid_client", "unauthorized_client"):
-            raise Misconfigured(f"{why}; are client_id and secret_file of [[providers]] right?")
-        raise ProviderRefused(why, provider=name, provider_error=_plain(code))
+        raise ProviderRefused(why, provider=name, provider_error=plain(code))
 
     def _call(
         self, method: str, url: str, form: Form | None = None
@@ -376,15 +420,15 @@ class IAM:
         except (urllib3.exceptions.HTTPError, TimeoutError) as error:
             if "CERTIFICATE_VERIFY_FAILED" in str(error):
                 raise self._away(error) from None
-            raise Lost(f"provider {self.provider.name}: {_reason(error)}") from None
+            raise Lost(f"provider {self.provider.name}: {reason_of(error)}") from None
         try:
             told = msgspec.json.decode(content)
         except (msgspec.DecodeError, RecursionError):
             told = None
-        return status, told if isinstance(told, dict) else None, float(said) if said.isdecimal() else 0.0
+        return status, told if isinstance(told, dict) else None, seconds_of(said, self._clock())
 
     def _away(self, error: Exception) -> ProviderAway:
-        return ProviderAway(f"provider {self.provider.name} cannot be reached ({_reason(error)})")
+        return ProviderAway(f"provider {self.provider.name} cannot be reached ({reason_of(error)})")
 
     def _authenticated(self, form: Form, headers: dict[str, str]) -> Form:
         """Add our authentication, by the method set for the provider (RFC 6749 §2.3, RFC 7523 §2.2)."""
@@ -401,20 +445,14 @@ class IAM:
             "iat": now, "exp": now + _ASSERTION_SECONDS, "jti": str(uuid.uuid4()),
         }  # fmt: skip
         algorithm = "ES256" if isinstance(self._key, EllipticCurvePrivateKey) else "RS256"
-        assertion = jwt.encode(claims, self._key, algorithm)
+        kid = {"kid": self.provider.key_id} if self.provider.key_id else {}
+        assertion = jwt.encode(claims, self._key, algorithm, headers=kid)
         return [
             *form,
             ("client_id", provider.client_id),
             ("client_assertion_type", _ASSERTION_TYPE),
             ("client_assertion", assertion),
         ]
-
-
-def scope_words(claim: object) -> list[str] | None:
-    """Return the words of a `scope` claim, a text or, from some IAMs, a list; None if it is neither."""
-    if isinstance(claim, list) and all(isinstance(word, str) for word in claim):
-        claim = " ".join(claim)
-    return [word for word in claim.split(" ") if word] if isinstance(claim, str) else None
 
 
 def check_subject(iam: IAM, token: str, audience: tuple[str, ...]) -> dict[str, Any]:
@@ -427,48 +465,3 @@ def check_subject(iam: IAM, token: str, audience: tuple[str, ...]) -> dict[str, 
             f"the subject token is not accepted: {why}; it must be signed by {iam.provider.issuer}, be valid "
             f"now, and name one of {', '.join(audience)} in aud"
         ) from None
-
-
-def _within(word: str, asked: str) -> bool:
-    """Return whether a granted scope is within the requested scopes; one that cannot be parsed is not.
-
-    A scope that is equal to a requested one is always within them.
-    """
-    words = asked.split(" ")
-    if word in words:
-        return True
-    try:
-        return contains({Scope.parse(w) for w in words}, [Scope.parse(word)])
-    except MinterError:
-        return False
-
-
-def _key(jwks: list[dict[str, Any]], header: Mapping[str, Any]) -> jwt.PyJWK | None:
-    """Return the key that a header names, or the only key if it names none; None if not exactly one fits."""
-    kid = header.get("kid")
-    found = [k for k in jwks if (kid is None or k.get("kid") == kid) and k.get("use", "sig") == "sig"]
-    if len(found) != 1:
-        return None
-    return jwt.PyJWK(found[0], algorithm=str(header.get("alg")))
-
-
-def _reason(error: Exception) -> str:
-    return str(error)[:200] if isinstance(error, TimeoutError) else type(error).__name__
-
-
-def _plain(text: str) -> str:
-    """Return a text of an IAM, fit for a log line: printable, short, and without anything like a token."""
-    words = ["".join(c for c in word if c.isprintable()) for word in text.split()]
-    return " ".join(w for w in words if not _TOKEN_LIKE(w))[:200]
-
-
-def _private_key(provider: Provider, pem: str) -> RSAPrivateKey | EllipticCurvePrivateKey:
-    try:
-        key = load_pem_private_key(pem.encode(), None)
-    except (ValueError, TypeError):
-        key = None
-    if not isinstance(key, RSAPrivateKey | EllipticCurvePrivateKey):
-        raise SettingsError(
-            f"provider {provider.name}: secret_file is no PEM private key, RSA or EC"
-        ) from None
-    return key

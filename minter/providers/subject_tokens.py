@@ -1,13 +1,16 @@
 """Subject tokens of external IAMs: who signed them, and whether they are meant for us (RFC 8693 §2.1)."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 import jwt
 from msgspec import structs
 
 from minter.errors import InvalidGrant
+from minter.policy.limits import MAX_ACT_DEPTH
 from minter.policy.token_requests import SubjectToken
-from minter.providers.iam import IAM, check_subject, scope_words
+from minter.providers.iam import IAM, check_subject
+from minter.providers.reading import UNREADABLE, scope_words
 
 
 class Subjects:
@@ -27,7 +30,7 @@ class Subjects:
             self._iams = self._make()
         try:
             unverified = jwt.decode(token, options={"verify_signature": False})
-        except (jwt.PyJWTError, ValueError, RecursionError):
+        except UNREADABLE:
             raise InvalidGrant(
                 "the subject token is no JWT, expected an access token of a provider"
             ) from None
@@ -41,6 +44,13 @@ class Subjects:
             )
         names_us = (self._issuers[vo], iam.provider.client_id, *iam.provider.subject_audiences)
         claims = check_subject(iam, token, names_us)
+        if claims.get("cnf") is not None:
+            raise InvalidGrant(
+                "the subject token is bound to a key (cnf), and no proof is taken here: send a bearer token"
+            )
+        sub, client = claims.get("sub"), claims.get("client_id") or claims.get("azp") or ""
+        if not isinstance(sub, str) or not sub or not isinstance(client, str):
+            raise InvalidGrant("the subject token's sub, client_id or azp is missing or no text")
         words = scope_words(claims.get("scope", ""))
         if words is None:
             raise InvalidGrant("the subject token's scope is no text")
@@ -48,6 +58,27 @@ class Subjects:
             "provider": iam.provider.name,
             "scope": " ".join(words),
             "expires_at": int(claims["exp"]),
-            "sub": str(claims.get("sub", "")),
-            "client": str(claims.get("client_id") or claims.get("azp") or ""),
+            "sub": sub,
+            "client": client,
+            "act": _actors(claims, iam.provider.client_id, names_us),
         }
+
+
+def _actors(claims: Mapping[str, Any], client_id: str, names_us: Collection[str]) -> dict[str, Any] | None:
+    """Return the chain of actors that a subject token names, for whoever acts next (RFC 8693 §4.1, §4.4).
+
+    Raises InvalidGrant if the token may not be acted with by us, or if its chain is malformed or too long.
+    """
+    may = claims.get("may_act")
+    if may is not None and not (isinstance(may, dict) and may.get("sub") in (client_id, *names_us)):
+        raise InvalidGrant("the subject token's may_act names somebody else than this engine")
+    chain, subs = claims.get("act"), list[str]()
+    while chain is not None:
+        if not isinstance(chain, dict) or not isinstance(chain.get("sub"), str) or len(subs) >= MAX_ACT_DEPTH:
+            raise InvalidGrant(f"the subject token's act is malformed, or names over {MAX_ACT_DEPTH} actors")
+        subs.append(chain["sub"])
+        chain = chain.get("act")
+    found: dict[str, Any] | None = None
+    for sub in reversed(subs):
+        found = {"sub": sub} if found is None else {"sub": sub, "act": found}
+    return found

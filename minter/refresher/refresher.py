@@ -32,7 +32,9 @@ from minter.database.fallbacks import lease_for_fallback
 from minter.database.leases import Leased, Result, Taken
 from minter.errors import (
     Banned,
+    Lost,
     MinterError,
+    Misconfigured,
     NoUsableKey,
     ProviderAway,
     ProviderRefused,
@@ -42,7 +44,7 @@ from minter.errors import (
     UnknownClient,
 )
 from minter.providers.budgets import HORIZON, backoff_seconds
-from minter.providers.iam import IAM, Asked, Lost, Misconfigured, Obtained
+from minter.providers.iam import IAM, Asked, Obtained
 from minter.refresher.fallbacks import Fallbacks, failure
 from minter.refresher.notifications import Pushes, Send
 from minter.tasks.lifecycle import Lifecycle

@@ -8,9 +8,9 @@ import jwt
 import pytest
 from msgspec import structs
 
-from minter.errors import InvalidGrant, ProviderRefused
+from minter.errors import InvalidGrant, Misconfigured, ProviderRefused
 from minter.providers.dialects import Provider
-from minter.providers.iam import IAM, Asked, Misconfigured, check_subject
+from minter.providers.iam import IAM, Asked, check_subject
 from tests.conftest import ROOT
 from tests.iam_servers import Fake, Keycloak, OidcProvider
 

@@ -7,14 +7,14 @@ import uuid
 import pytest
 
 from minter.contract.messages import FillRequest
-from minter.errors import Unavailable
+from minter.errors import FTSAway, FTSBlocked, JobBroken, JobRefused, JobTooLate, Unavailable
 from minter.fts.jobs import from_fill
 from minter.tasks.answers import answer
 from minter.tokens import clock
 from minter.tokens.outcomes import Submission
 from tests.integration.test_mint import OTHER, SE, mint
 from workers import fts_forwarder
-from workers.fts_forwarder import Away, Blocked, Broken, Forwarder, FTSClient, JobRefused, TooLate
+from workers.fts_forwarder import Forwarder, FTSClient
 
 
 class Engine:
@@ -53,7 +53,7 @@ def test_a_job_that_is_submitted_is_never_undone(fts, filled):
     assert (fts.posts, len(engine.reports), engine.cancelled) == (1, 1, [])
     # Another process gets the same message: it cannot know about the job, so it cancels nothing.
     again = Forwarder(engine, FTSClient(fts.url), None, lambda: clock[0])
-    with pytest.raises(TooLate) as caught:
+    with pytest.raises(JobTooLate) as caught:
         again.forward(filled)
     again.refused(filled, caught.value)
     assert engine.cancelled == []
@@ -64,7 +64,7 @@ def test_only_fts_can_refuse_a_job(fts, filled):
     forwarder = Forwarder(engine, FTSClient(fts.url), None)
     for fault in ("404", "408", "502", "503", "302", "html", "odd"):
         fts.faults = [fault]
-        with pytest.raises(Away):
+        with pytest.raises(FTSAway):
             forwarder.forward(filled)
     fts.faults = ["400"]
     with pytest.raises(JobRefused, match="refuses the job") as caught:
@@ -87,7 +87,7 @@ def test_a_job_that_breaks_fts_is_set_aside_and_keeps_its_tokens(fts, filled, mo
     engine = Engine()
     forwarder = Forwarder(engine, FTSClient(fts.url), None)
     fts.faults = ["500"] * 3
-    with pytest.raises(Broken, match="does not have it") as caught:
+    with pytest.raises(JobBroken, match="does not have it") as caught:
         forwarder.forward(filled)
     forwarder.refused(filled, caught.value)
     assert (fts.posts, engine.cancelled) == (3, [])
@@ -108,7 +108,7 @@ def test_what_is_the_operators_trouble_waits(fts, filled, why):
     engine = Engine()
     forwarder = Forwarder(engine, FTSClient(fts.url), None)
     fts.refuses = why
-    with pytest.raises(Blocked, match="operators"):
+    with pytest.raises(FTSBlocked, match="operators"):
         forwarder.forward(filled)
     assert engine.cancelled == []
     fts.refuses = ""
