@@ -52,13 +52,13 @@ case, says what is wrong, what was expected and what to do, and never holds a se
 """
 
 import re
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 
 class MinterError(Exception):
     """Root of the tree; `fields` are JSON values that a caller can act on."""
 
-    code: ClassVar[str] = "server_error"
+    code: str = "server_error"
     reason: ClassVar[str] = "minter_error"
 
     def __init__(self, message: str, **fields: Any) -> None:
@@ -68,6 +68,11 @@ class MinterError(Exception):
 
     def __init_subclass__(cls) -> None:
         cls.reason = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", cls.__name__).lower()
+
+    def under(self, code: str) -> Self:
+        """Return this error with another OAuth error code, where the endpoint's standard demands one."""
+        self.code = code
+        return self
 
     def as_dict(self) -> dict[str, Any]:
         """Return the error as it goes over the wire (schemas/error.json)."""

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated
+from urllib.parse import urlsplit
 
 import msgspec
 from msgspec import Meta, Struct
@@ -26,6 +27,7 @@ from minter.providers.dialects import Provider
 from minter.storages.dialects import ALGORITHMS, Algorithm, AudienceForm
 from minter.storages.directory import Directory, Storage
 from minter.storages.from_rucio import RSERule, storages_from_export
+from minter.storages.urls import authority_key
 from minter.tokens.keys import RotationPolicy
 from minter.tokens.keystore import read_private_file
 
@@ -123,9 +125,9 @@ class WorkerSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
 
 class IssuerSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """One VO's issuer; `iss` is its URL and ends in a slash (docs/clients.md)."""
+    """One VO's issuer; `iss` is its URL and ends in a slash."""
 
-    iss: Annotated[str, Meta(pattern=r"^https://[^\s?#]+/$")]
+    iss: Annotated[str, Meta(pattern=r"^https://[A-Za-z0-9._:\[\]-]+/((?!\.{1,2}/)[A-Za-z0-9._~-]+/)*$")]
     algorithms: Annotated[tuple[Algorithm, ...], Meta(min_length=1)] = ALGORITHMS
     master_key_file: str = ""
 
@@ -249,7 +251,8 @@ class Loaded:
     def _check(self) -> None:
         """Check fields against each other; raises SettingsError."""
         settings = self.settings
-        if len({i.iss for i in settings.issuers.values()}) < len(settings.issuers):
+        parts = [urlsplit(i.iss) for i in settings.issuers.values()]
+        if len({(authority_key(p.netloc), p.path) for p in parts}) < len(parts):
             raise SettingsError("two issuers have the same iss, expected one VO for each (§2.1)")
         self._check_providers()
         longest = max(r.max_lifetime_seconds for r in settings.routes)

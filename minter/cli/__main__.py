@@ -31,6 +31,7 @@ from minter.database.connection import synchronous_standbys, transaction
 from minter.database.control import read_control, read_keys
 from minter.errors import InvalidRequest, TokenRejected, Unavailable
 from minter.fts.jobs import from_fill
+from minter.issuer import well_known
 from minter.local import drill, stack
 from minter.policy.explain import explain as explain_decision
 from minter.policy.token_endpoint import ANY
@@ -162,6 +163,10 @@ def check(settings: SettingsPath, as_json: AsJson = False) -> None:
     os.environ["MINTER_SETTINGS"] = str(settings)
     loaded = load_settings()
     warnings = [*loaded.warnings, *checks.doubts(loaded)]
+    warnings += [
+        f"publish leaves out {file}, which would be the folder of another issuer; minter serve has it"
+        for file in well_known.left_out(loaded.issuers.values())
+    ]
     failed = list(checks.failures(loaded))
     warnings += [
         f"{vo}: no master key in the environment or a file"

@@ -9,7 +9,7 @@ import typer
 from minter.cli.tables import AsJson, guarded, open_service, show
 from minter.database.connection import transaction
 from minter.database.control import read_keys
-from minter.errors import Unavailable
+from minter.errors import SettingsError, Unavailable
 from minter.issuer import well_known as files
 from minter.service import Service, load_settings
 
@@ -48,7 +48,7 @@ def publish(
         threading.Event().wait(WATCH_SECONDS)
         try:
             _write(service, folder, as_json, quiet=True)
-        except Unavailable as error:  # the published files stay as they are
+        except (Unavailable, SettingsError) as error:  # what cannot be written stays as it is
             typer.echo(f"minter: {error.reason}: {error}", err=True)
 
 

@@ -82,8 +82,8 @@ def synchronous_standbys(connection: "psycopg.Connection[Any]") -> str:
 
 
 def floor(instant: datetime) -> UUID:
-    """Return the smallest UUIDv7 of an instant (milliseconds, RFC 9562 §5.7)."""
-    return UUID(int=int(instant.timestamp() * 1000) << 80)
+    """Return the smallest UUIDv7 of an instant (milliseconds, RFC 9562 §5.7); 0 for all before 1970."""
+    return UUID(int=max(0, int(instant.timestamp() * 1000)) << 80)
 
 
 def instant(numeric_date: int) -> datetime:

@@ -172,14 +172,20 @@ def change_state(
     return len(changed)
 
 
-def cancel_token(pool: Pool, client_id: int, jti: UUID, now: datetime) -> None:
-    """Cancel a token or handle; it is not changed if it does not belong to the client or has ended."""
+def cancel_token(pool: Pool, client_id: int, jti: UUID, now: datetime) -> bool:
+    """Cancel a token or handle, unless it has ended; return False if it is another client's."""
     with transaction(pool) as connection:
-        change_state(connection, own_ids(connection, client_id, [jti]), "cancelled", now)
+        own = own_ids(connection, client_id, [jti])
+        change_state(connection, own, "cancelled", now)
+        known = connection.execute("SELECT FROM tokens WHERE jti = %s", (jti,)).fetchone() is not None
+        return bool(own) or not known
 
 
-def end_family(pool: Pool, name: str, family_id: UUID) -> None:
-    """Revoke the refresh tokens that descend from one exchange of a client; the revocation is audited."""
+def end_family(pool: Pool, name: str, family_id: UUID) -> bool:
+    """Revoke the refresh tokens that descend from one exchange of a client; the revocation is audited.
+
+    Return False, and change nothing, if another client got them.
+    """
     with transaction(pool) as connection:
         connection.execute(
             "WITH ended AS (UPDATE families f SET revoked_at = now() FROM clients c"
@@ -188,6 +194,11 @@ def end_family(pool: Pool, name: str, family_id: UUID) -> None:
             " SELECT name, 'refresh.revoke', %s FROM ended",
             (family_id, name, str(family_id)),
         )
+        holder = connection.execute(
+            "SELECT c.name FROM families f JOIN clients c USING (client_id) WHERE f.family_id = %s",
+            (family_id,),
+        ).fetchone()
+        return holder is None or holder == (name,)
 
 
 def consumer_of(connection: "psycopg.Connection[Any]", uses: Sequence[UUID]) -> str:

@@ -6,15 +6,15 @@ that a browser could take for a page. Bodies are never logged.
 
 import asyncio
 import logging
+import math
 import re
 import time
 from collections.abc import Mapping
 from datetime import datetime, timedelta
 from typing import Any
-from urllib.parse import urlsplit
 
 import msgspec
-from falcon import HTTPError, asgi
+from falcon import HTTPError, HTTPNotFound, asgi
 from falcon.uri import parse_query_string
 
 from minter import logs
@@ -36,6 +36,7 @@ from minter.errors import (
 from minter.issuer import well_known
 from minter.issuer.batches import Batcher
 from minter.issuer.client_authentication import WRONG, Account, Credentials, Presented, presented
+from minter.issuer.hosts import Hosts, endpoint
 from minter.issuer.ratelimits import RateLimit
 from minter.metrics import Metrics
 from minter.policy.token_requests import SubjectToken
@@ -45,14 +46,18 @@ from minter.tokens import keys
 
 logger = logging.getLogger(__name__)
 
+HEALTH, READY = "/health", "/ready"
 MAX_FORM_BYTES = 64 * 1024
 MAX_FORM_FIELDS = 32
 WATCH_SECONDS = 1.0
 """Every process reads changed keys and clients at this interval."""
 REBUILD = timedelta(minutes=1)
 """Documents are built again after this time even without a change: keys also leave the JWKS by time."""
-KEYS_CACHE = "public, max-age=3600"
-"""How long verifiers may cache discovery and keys: the shortest refresh of WLCG 1.3 §4.3.1."""
+KEYS_CACHE = "public, max-age=600"
+"""How long HTTP caches may keep discovery and keys: as long as XRootD keeps them, so `keys revoke` holds."""
+
+SEVERAL = ("audience", "resource")
+"""Parameters that may come more than once (RFC 8693 §2.1, RFC 8707 §2)."""
 
 _STATUS_OF_CLASS: dict[type[MinterError], int] = {
     UnknownRequest: 404, Conflict: 409, Expired: 410, TooManyRequests: 429,
@@ -103,7 +108,7 @@ class Web:
         self.credentials = Credentials(service.pool, service.keystore, service.loaded.issuers, service.clock)
         self._subjects = Subjects(service.loaded.issuers, service.iams)
         self.ring: list[keys.Key] = []
-        self.documents: Mapping[str, bytes] = {}
+        self.documents: Mapping[well_known.Place, bytes] = {}
         self._built: tuple[int, datetime] | None = None
         self._ready_at = float("-inf")
         self._limit = RateLimit(self.settings.requests_per_second)
@@ -167,10 +172,17 @@ class Web:
         return bytes(body)
 
     async def form(self, req: asgi.Request) -> dict[str, str]:
-        """Read a form (RFC 6749 §3.2) without empty parameters; raises InvalidRequest for repeated ones."""
+        """Read a form (RFC 6749 §3.2) without empty parameters; raises InvalidRequest for repeated ones.
+
+        Values of the parameters in `SEVERAL`, which may be repeated, are joined by a space.
+        """
         body = await self.body(req, MAX_FORM_BYTES, "application/x-www-form-urlencoded")
         found = parse_query_string(body.decode(errors="replace"))
-        form = {name: value for name, value in found.items() if isinstance(value, str)}
+        form = {
+            name: value if isinstance(value, str) else " ".join(value)
+            for name, value in found.items()
+            if isinstance(value, str) or name in SEVERAL
+        }
         # Bytes that are not UTF-8, percent-encoded or not, were decoded to replacement characters.
         if body.count(b"&") >= MAX_FORM_FIELDS or "\ufffd" in "".join([*form, *form.values()]):
             raise InvalidRequest(f"the body is not a form in UTF-8 of at most {MAX_FORM_FIELDS} fields")
@@ -212,6 +224,7 @@ class _Shell:
 
     def __init__(self, web: Web) -> None:
         self._web = web
+        self._hosts = Hosts(web.service.loaded.issuers.values())
         self._watch: asyncio.Task[None] | None = None
 
     async def process_startup(self, _scope: object, _event: object) -> None:
@@ -223,24 +236,27 @@ class _Shell:
 
     async def process_request(self, req: asgi.Request, resp: asgi.Response) -> None:
         resp.set_headers(_HEADERS)
-        if "//" in req.path:  # ftstokenrefresherd asks for //.well-known/openid-configuration
-            req.path = re.sub("/{2,}", "/", req.path)
+        # ftstokenrefresherd asks for //.well-known/openid-configuration.
+        path = re.sub("/{2,}", "/", req.path)
+        if path.startswith("/@"):
+            raise HTTPNotFound
+        req.path = path if path in (HEALTH, READY) else self._hosts.place(req.get_header("Host"), path)
 
     async def process_response(
         self, req: asgi.Request, resp: asgi.Response, _resource: object, _succeeded: bool
     ) -> None:
-        self._web.metrics.http(req.uri_template or "", int(resp.status_code))
+        self._web.metrics.http(endpoint(req.uri_template), int(resp.status_code))
 
 
 class _Document:
     """Endpoint of a public document, JWKS or discovery, as built last."""
 
-    def __init__(self, web: Web, name: str) -> None:
+    def __init__(self, web: Web, place: well_known.Place) -> None:
         self._web = web
-        self._name = name
+        self._place = place
 
     async def on_get(self, _req: asgi.Request, resp: asgi.Response, **_: str) -> None:
-        document = self._web.documents.get(self._name)
+        document = self._web.documents.get(self._place)
         if document is None:
             raise Unavailable("this issuer has published no key yet")
         send(resp, document)
@@ -260,9 +276,13 @@ class _Health:
     async def on_get(self, _req: asgi.Request, resp: asgi.Response) -> None:
         send(resp, {"status": "alive"})
 
+    on_head = on_get
+
     async def on_get_ready(self, _req: asgi.Request, resp: asgi.Response) -> None:
         await self._web.batcher.call(self._web.ready)
         send(resp, {"status": "ready"})
+
+    on_head_ready = on_get_ready
 
 
 async def _refuse(req: asgi.Request, resp: asgi.Response, error: MinterError, _params: object) -> None:
@@ -272,33 +292,28 @@ async def _refuse(req: asgi.Request, resp: asgi.Response, error: MinterError, _p
     """
     status = status_of(error)
     if not isinstance(error, RequestError | Unavailable):
-        logger.error("%s failed", req.uri_template, exc_info=error)
+        logger.error("%s failed", endpoint(req.uri_template), exc_info=error)
     told = shown(error)
     send(resp, {"error": told} if getattr(req.context, "answers", False) else told, status)
     if status == _STATUS_OF_CODE["invalid_client"]:
         resp.set_header("WWW-Authenticate", 'Basic realm="minter"')
     if isinstance(error, Unavailable):
-        resp.set_header("Retry-After", str(error.fields.get("retry_after", 5)))
+        resp.set_header("Retry-After", str(max(1, math.ceil(error.fields.get("retry_after", 5)))))
     if not getattr(req.context, "noted", False):
-        logs.event(logs.requests_logger, "refused", task=req.uri_template, reason=error.reason)
+        logs.event(logs.requests_logger, "refused", task=endpoint(req.uri_template), reason=error.reason)
 
 
 async def _fail(req: asgi.Request, resp: asgi.Response, error: Exception, _params: object) -> None:
     """Answer an unexpected exception with an opaque server_error, and log it with its cause."""
-    logger.error("%s failed", req.uri_template, exc_info=error)
+    logger.error("%s failed", endpoint(req.uri_template), exc_info=error)
     send(resp, shown(ServerError("")), 500)
 
 
 async def _http_error(_req: asgi.Request, resp: asgi.Response, error: HTTPError, _params: object) -> None:
     """Answer a request that falcon refuses, such as one for an unknown path or method."""
-    send(resp, {"error": "invalid_request", "error_description": error.title}, error.status_code)
+    send(resp, InvalidRequest(error.title or "").as_dict(), error.status_code)
     for name, value in dict(error.headers or {}).items():
         resp.set_header(name, value)
-
-
-def base_path(issuer: str) -> str:
-    """Return the base path of an issuer's endpoints, which ends in a slash."""
-    return urlsplit(issuer).path
 
 
 def application(web: Web) -> "asgi.App[Any, Any]":
@@ -307,9 +322,8 @@ def application(web: Web) -> "asgi.App[Any, Any]":
     app.add_error_handler(Exception, _fail)
     app.add_error_handler(HTTPError, _http_error)
     app.add_error_handler(MinterError, _refuse)
-    app.add_route("/health", _Health(web))
-    app.add_route("/ready", _Health(web), suffix="ready")
-    for issuer in web.service.loaded.issuers.values():
-        for name in well_known.names(issuer):
-            app.add_route(f"/{name}", _Document(web, name))
+    app.add_route(HEALTH, _Health(web))
+    app.add_route(READY, _Health(web), suffix="ready")
+    for host, path in well_known.places(web.service.loaded.issuers.values()):
+        app.add_route(f"/@{host}/{path}", _Document(web, (host, path)))
     return app

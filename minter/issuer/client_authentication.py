@@ -22,17 +22,29 @@ from minter.database.client_secrets import SecretRow, read_secrets, use_assertio
 from minter.database.connection import transaction
 from minter.database.control import read_version
 from minter.errors import InvalidClient, InvalidRequest, NoUsableKey
+from minter.jws import UNREADABLE, is_compact
 from minter.tokens.keystore import Keystore
 
 logger = logging.getLogger(__name__)
 
 ASSERTION = "urn:ietf:params:oauth:client-assertion-type:jwt-bearer"
-ASSERTION_MAX_SECONDS = 600
+ASSERTION_MAX_SECONDS = 3600
 """Longest remaining life of an assertion; its id is remembered until it expires."""
 LEEWAY_SECONDS = 30
 FRESH_SECONDS = 0.2
 """Shortest time between two reads of the control tables' version."""
 _ID = re.compile(r"[!-~]{1,255}").fullmatch
+_AFTER_SIGNATURE = (
+    jwt.ExpiredSignatureError,
+    jwt.ImmatureSignatureError,
+    jwt.InvalidAudienceError,
+    jwt.InvalidIssuedAtError,
+    jwt.InvalidIssuerError,
+    jwt.exceptions.InvalidJTIError,
+    jwt.exceptions.InvalidSubjectError,
+    jwt.MissingRequiredClaimError,
+)
+"""Errors that PyJWT raises for the claims of a token whose signature is right."""
 WRONG = "client authentication failed; the client's name and secret, or a fresh signed assertion, are needed"
 
 
@@ -92,8 +104,10 @@ def _basic(header: str) -> Presented:
 
 def _issuer(assertion: str) -> str:
     try:
+        if not is_compact(assertion):
+            raise ValueError
         claims = jwt.decode(assertion, options={"verify_signature": False})
-    except jwt.InvalidTokenError:
+    except UNREADABLE:
         raise InvalidClient(WRONG) from None
     return str(claims.get("iss", ""))
 
@@ -156,7 +170,10 @@ class Credentials:
         return account if pepper and who.secret and any(matches) else None
 
     def by_assertion(self, who: Presented, vo: str, audience: list[str]) -> Account | None:
-        """Return the account whose key signed a valid, unused assertion (RFC 7523 §3), or None."""
+        """Return the account whose key signed an assertion (RFC 7523 §3), or None.
+
+        Raises InvalidClient, with what is wrong, once the signature was verified.
+        """
         account = self._accounts.get(who.name)
         if account is None or account.vo != vo or account.auth_key is None:
             return None
@@ -171,15 +188,20 @@ class Credentials:
                 leeway=LEEWAY_SECONDS,
                 options={"require": ["iss", "sub", "aud", "exp", "jti"]},
             )
-        except jwt.InvalidTokenError:
+            exp, jti = float(claims["exp"]), claims["jti"]
+        except _AFTER_SIGNATURE as error:
+            raise InvalidClient(f"the client's assertion cannot be taken: {error}") from None
+        except UNREADABLE:
             return None
-        exp, jti = claims["exp"], claims["jti"]
-        if not isinstance(exp, int) or exp > self._clock().timestamp() + ASSERTION_MAX_SECONDS:
-            return None
-        if not isinstance(jti, str) or not _ID(jti):
-            return None
-        fresh = use_assertion(self._pool, account.client_id, jti, exp + LEEWAY_SECONDS)
-        return account if fresh else None
+        if exp > self._clock().timestamp() + ASSERTION_MAX_SECONDS:
+            raise InvalidClient(
+                f"the client's assertion lives too long, expected at most {ASSERTION_MAX_SECONDS} s"
+            )
+        if not _ID(jti):
+            raise InvalidClient("the client's assertion has a bad jti, expected 1 to 255 visible characters")
+        if not use_assertion(self._pool, account.client_id, jti, exp + LEEWAY_SECONDS):
+            raise InvalidClient("the client's assertion was used before: sign one for each request")
+        return account
 
 
 def _account(row: SecretRow) -> Account:

@@ -9,6 +9,7 @@ import json
 import re
 from datetime import datetime
 from hashlib import sha256
+from itertools import chain
 from typing import Any
 from uuid import UUID
 
@@ -26,11 +27,14 @@ from minter.errors import (
     MinterError,
     RequestError,
     TokenRejected,
+    UnauthorizedClient,
     UnsupportedGrantType,
 )
-from minter.issuer.app import Web, base_path, send
+from minter.issuer.app import SEVERAL, Web, send
 from minter.issuer.client_authentication import Account
+from minter.issuer.hosts import mounted
 from minter.issuer.well_known import EXCHANGE
+from minter.jws import UNREADABLE, is_compact
 from minter.policy.limits import MAX_CLAIM_CHARACTERS
 from minter.policy.requests import Request
 from minter.policy.token_requests import Family, SubjectToken, TokenRequest, present
@@ -41,6 +45,7 @@ ACCESS_TOKEN = "urn:ietf:params:oauth:token-type:access_token"  # noqa: S105 - a
 JWT_TOKEN = "urn:ietf:params:oauth:token-type:jwt"  # noqa: S105
 REFRESH_TOKEN = "urn:ietf:params:oauth:token-type:refresh_token"  # noqa: S105
 REFRESH_TYPE = "rt+jwt"
+NOT_ITS_OWN = "the token was issued to another client: nothing was revoked"
 _WORDS = re.compile(r"[\x20\x21\x23-\x5b\x5d-\x7e]*").fullmatch
 _KIND = {"client_credentials": "token", "refresh_token": "refresh", EXCHANGE: "exchange"}
 
@@ -50,7 +55,7 @@ def add_routes(app: "asgi.App[Any, Any]", web: Web) -> None:
     for vo, issuer in web.service.loaded.issuers.items():
         one = Issuer(web, vo, issuer)
         for path, endpoint in (("token", _Token), ("introspect", _Introspect), ("revoke", _Revoke)):
-            app.add_route(f"{base_path(issuer)}{path}", endpoint(one))
+            app.add_route(f"{mounted(issuer)}{path}", endpoint(one))
 
 
 class Issuer:
@@ -80,6 +85,8 @@ class Issuer:
 
     def read_refresh_token(self, token: str) -> tuple[UUID, int] | None:
         """Return the family and generation of this issuer's refresh token, or None for any other token."""
+        if not is_compact(token):
+            return None
         for key in self.web.service.keystore.refresh_keys(self.vo):
             try:
                 claims = jwt.decode(
@@ -90,7 +97,7 @@ class Issuer:
                     issuer=self.iss,
                     options={"verify_exp": False, "verify_iat": False},  # the family's row says when it ends
                 )
-            except jwt.InvalidTokenError:
+            except UNREADABLE:
                 continue
             family, _, generation = str(claims["jti"]).partition(".")
             return UUID(family), int(generation)
@@ -101,6 +108,8 @@ class Issuer:
     def read_access_token(self, token: str) -> tuple[UUID, str]:
         """Return jti and payload of this issuer's valid access token; raises InvalidGrant for any other."""
         try:
+            if not is_compact(token):
+                raise ValueError
             header = jwt.get_unverified_header(token)
             key = next(k for k in self.web.ring if k.vo == self.vo and k.kid == header.get("kid"))
             if key.state == "revoked":
@@ -108,7 +117,7 @@ class Issuer:
             keys.verify(token.encode(), key.public_jwk)
             payload = jwt.utils.base64url_decode(token.split(".")[1].encode()).decode()
             return UUID(json.loads(payload)["jti"]), payload
-        except (jwt.InvalidTokenError, StopIteration, TokenRejected, UnicodeError, KeyError, ValueError):
+        except (*UNREADABLE, StopIteration, TokenRejected):
             raise InvalidGrant(f"not an access token of {self.iss} that verifies") from None
 
     async def foreign(self, form: dict[str, str]) -> SubjectToken | None:
@@ -118,7 +127,7 @@ class Issuer:
             return None
         try:
             issuer = jwt.decode(token, options={"verify_signature": False}).get("iss")
-        except (jwt.PyJWTError, ValueError, RecursionError):
+        except UNREADABLE:
             return None
         if issuer == self.iss:
             return None
@@ -151,13 +160,12 @@ def token_request_of(
 
     Raises InvalidRequest, InvalidGrant or UnsupportedGrantType.
     """
-    grant_type = form.get("grant_type", "")
+    grant_type = _needed(form, "grant_type")
     if grant_type not in _KIND:
         raise UnsupportedGrantType(f"grant_type is not one of {', '.join(_KIND)}")
     scope = _words(form, "scope", InvalidScope)
-    if "audience" in form and "resource" in form and form["audience"] != form["resource"]:
-        raise InvalidRequest("audience and resource differ; send one of them")
-    audience = _words(form, "audience", InvalidTarget) or _words(form, "resource", InvalidTarget)
+    named = [_words(form, name, InvalidTarget) for name in SEVERAL]
+    audience = tuple(dict.fromkeys(chain(*named)))
     if grant_type == "client_credentials":
         return TokenRequest(scope=scope, audience=audience)
     if grant_type == "refresh_token":
@@ -165,11 +173,11 @@ def token_request_of(
         if refresh is None:
             raise InvalidGrant("not a refresh token of this issuer")
         return TokenRequest(scope=scope, audience=audience, offline=True, refresh=refresh)
-    if form.get("subject_token_type", ACCESS_TOKEN) not in (ACCESS_TOKEN, JWT_TOKEN):
+    if _needed(form, "subject_token_type") not in (ACCESS_TOKEN, JWT_TOKEN):
         raise InvalidRequest(f"subject_token_type is not {ACCESS_TOKEN}")
     if form.get("requested_token_type", ACCESS_TOKEN) not in (ACCESS_TOKEN, JWT_TOKEN, REFRESH_TOKEN):
         raise InvalidRequest(f"requested_token_type is neither {ACCESS_TOKEN} nor {REFRESH_TOKEN}")
-    if "actor_token" in form:
+    if {"actor_token", "actor_token_type"} & form.keys():
         raise InvalidRequest("actor_token is not accepted: the authenticated client is the actor")
     offline = form.get("requested_token_type") == REFRESH_TOKEN or "offline_access" in scope
     if foreign is not None:
@@ -227,6 +235,9 @@ class _Token(_Endpoint):
             told = issuer.answer(outcome, exchanged=bool(token_request.subject or token_request.foreign))
         except MinterError as error:
             self._note(req, account, form, error)
+            if form.get("grant_type") == EXCHANGE and isinstance(error, InvalidGrant | UnauthorizedClient):
+                # RFC 8693 §2.2.2: a subject token that is invalid or may not be used is invalid_request.
+                raise error.under("invalid_request") from None
             raise
         self._note(req, account, form, None)
         send(resp, told)
@@ -305,7 +316,10 @@ def _family_state(
 
 
 class _Revoke(_Endpoint):
-    """`/revoke` (RFC 7009): ends a refresh token's family, or cancels an access token."""
+    """`/revoke` (RFC 7009): ends a refresh token's family, or cancels an access token.
+
+    Another client's token is refused (§2.1); an unknown, expired or revoked token counts as revoked (§2.2).
+    """
 
     async def on_post(self, req: asgi.Request, resp: asgi.Response) -> None:
         form, account = await self._read(req)
@@ -316,10 +330,12 @@ class _Revoke(_Endpoint):
         issuer, service = self._issuer, self._issuer.web.service
         refresh = issuer.read_refresh_token(token)
         if refresh is not None:
-            states.end_family(service.pool, account.name, refresh[0])
+            if not states.end_family(service.pool, account.name, refresh[0]):
+                raise InvalidGrant(NOT_ITS_OWN)
             return
         try:
             jti, _ = issuer.read_access_token(token)
         except RequestError:
             return  # RFC 7009 §2.2: an invalid token counts as revoked
-        states.cancel_token(service.pool, account.client_id, jti, service.clock())
+        if not states.cancel_token(service.pool, account.client_id, jti, service.clock()):
+            raise InvalidGrant(NOT_ITS_OWN)

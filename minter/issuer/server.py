@@ -1,10 +1,10 @@
 """The program behind `minter serve`: `run` starts the processes, and each of them calls `create`."""
 
 import logging
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-from falcon import asgi
 from granian import Granian
 from granian.constants import HTTPModes, Interfaces, Loops, SSLProtocols
 from granian.http import HTTP1Settings
@@ -21,8 +21,11 @@ MAX_HEADER_BYTES = 64 * 1024
 CONNECTIONS = 4_096
 
 
-def create() -> "asgi.App[Any, Any]":
-    """Return the application of one process, with the settings that MINTER_SETTINGS names."""
+def create() -> Callable[..., Awaitable[None]]:
+    """Return the application of one process, with the settings that MINTER_SETTINGS names.
+
+    Falcon refuses HTTP/1.0, which HAProxy's health checks and `ab` speak; granian closes such connections.
+    """
     logs.configure(logging.INFO)
     loaded = load_settings()
     metrics = Metrics()
@@ -35,7 +38,13 @@ def create() -> "asgi.App[Any, Any]":
     oauth.add_routes(app, made)
     tune_gc()
     serve_process(metrics.registry, loaded.settings.metrics)
-    return app
+
+    async def served(scope: dict[str, Any], receive: Any, sent: Any) -> None:
+        if scope.get("http_version") in ("1", "1.0"):
+            scope = {**scope, "http_version": "1.1"}
+        await app(scope, receive, sent)
+
+    return served
 
 
 def run(loaded: Loaded) -> None:

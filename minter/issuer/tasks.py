@@ -16,9 +16,11 @@ from minter.contract import names
 from minter.contract.messages import MAX_BODY_BYTES, Answer, unix_time
 from minter.database import traces
 from minter.errors import InvalidRequest, ReplyNotAllowed, from_dict
-from minter.issuer.app import Web, base_path, send, status_of
+from minter.issuer.app import Web, send, status_of
 from minter.issuer.client_authentication import Account
+from minter.issuer.hosts import mounted
 from minter.issuer.openapi import document
+from minter.policy.limits import MAX_DATE
 from minter.tasks import answers, dispatch
 from minter.tasks.lifecycle import Lifecycle
 from minter.tokens.outcomes import Outcome, Submission
@@ -32,9 +34,9 @@ def add_routes(app: "asgi.App[Any, Any]", web: Web) -> None:
     lifecycle = Lifecycle(web.service.engine, web.service.store)
     for vo, issuer in web.service.loaded.issuers.items():
         for task in names.PUBLIC_TASKS:
-            app.add_route(f"{base_path(issuer)}v1/{names.endpoint(task)}", _Task(web, lifecycle, vo, task))
-        app.add_route(f"{base_path(issuer)}v1/trace", _Trace(web, vo))
-        app.add_route(f"{base_path(issuer)}openapi.json", _OpenAPI(issuer))
+            app.add_route(f"{mounted(issuer)}v1/{names.endpoint(task)}", _Task(web, lifecycle, vo, task))
+        app.add_route(f"{mounted(issuer)}v1/trace", _Trace(web, vo))
+        app.add_route(f"{mounted(issuer)}openapi.json", _OpenAPI(issuer))
 
 
 class _Task:
@@ -133,4 +135,6 @@ def _uuid(by: str, value: str) -> UUID:
         found = None
     if found is None or found.version != 7:  # noqa: PLR2004 - all of Minter's ids are UUIDv7
         raise InvalidRequest(f"{by} is not a UUIDv7")
+    if unix_time(found) > MAX_DATE:
+        raise InvalidRequest(f"{by} is of no date before the year 10000")
     return found

@@ -34,3 +34,6 @@ MAX_CLOCK_SKEW_SECONDS = 5.0
 """Largest difference from Postgres's clock, in seconds, at which a process still signs."""
 COVER_SECONDS = 300
 """A recorded token with less life left than this no longer covers any need."""
+
+MAX_DATE = 253_402_300_799
+"""The last second of the year 9999: no date that Python and Postgres both can hold is later."""

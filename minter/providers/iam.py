@@ -30,10 +30,11 @@ from minter.errors import (
     ProviderTokenRejected,
     Unavailable,
 )
+from minter.jws import UNREADABLE, is_compact
+from minter.policy.limits import MAX_DATE
 from minter.providers import bounded
 from minter.providers.dialects import Provider, Target
 from minter.providers.reading import (
-    UNREADABLE,
     key_for,
     may_point_at,
     plain,
@@ -60,7 +61,6 @@ _TRANSIENT_CODES = frozenset({"temporarily_unavailable", "server_error", "slow_d
 _OK, _UNAUTHORIZED, _NOT_FOUND, _TOO_MANY, _SERVER = 200, 401, 404, 429, 500
 _REDIRECTS = range(300, 400)
 _SECRET_LENGTH = 8
-MAX_DATE = 2**40
 MAX_JTI = 255
 
 
@@ -325,6 +325,8 @@ class IAM:
         """
         documents = self.documents()
         try:
+            if not is_compact(token):
+                raise ValueError
             header = jwt.get_unverified_header(token)
             key = key_for(documents.jwks, header) or key_for(self.documents(fresh=True).jwks, header)
             if key is None:

@@ -23,17 +23,6 @@ from minter.storages.urls import host_key
 
 _TOKEN_LIKE = re.compile(r".*(eyJ|[A-Za-z0-9_=+/~.-]{20,}).*").fullmatch
 MAX_RETRY_AFTER_SECONDS = 3600.0
-UNREADABLE = (
-    jwt.PyJWTError,
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    NotImplementedError,
-    RecursionError,
-    TypeError,
-    ValueError,
-)
-"""Errors that PyJWT raises for malformed tokens and keys."""
 
 
 def scope_words(claim: object) -> list[str] | None:

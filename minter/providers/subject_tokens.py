@@ -7,10 +7,11 @@ import jwt
 from msgspec import structs
 
 from minter.errors import InvalidGrant
+from minter.jws import UNREADABLE, is_compact
 from minter.policy.limits import MAX_ACT_DEPTH
 from minter.policy.token_requests import SubjectToken
 from minter.providers.iam import IAM, check_subject
-from minter.providers.reading import UNREADABLE, scope_words
+from minter.providers.reading import scope_words
 
 
 class Subjects:
@@ -29,6 +30,8 @@ class Subjects:
         if self._iams is None:
             self._iams = self._make()
         try:
+            if not is_compact(token):
+                raise ValueError
             unverified = jwt.decode(token, options={"verify_signature": False})
         except UNREADABLE:
             raise InvalidGrant(

@@ -138,3 +138,13 @@ def check_fts_url(url: str) -> None:
 def _scheme_lower(url: str) -> str:
     scheme, separator, rest = url.partition("://")
     return f"{scheme.lower()}{separator}{rest}"
+
+
+def authority_key(authority: str, default_port: int = 443) -> str:
+    """Return one spelling for each host and port of a URL or Host header (RFC 9110 §4.2.3); "" for none."""
+    try:
+        parts = urlsplit(f"//{authority}")
+        host, port = host_key(parts.hostname or ""), parts.port
+    except ValueError:
+        return ""
+    return host if port in (None, default_port) else f"{host}:{port}"

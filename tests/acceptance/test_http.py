@@ -38,13 +38,15 @@ def client(served):
         f"/{VO}//.well-known/openid-configuration",
         f"//{VO}/.well-known/openid-configuration",
         f"/.well-known/openid-configuration/{VO}",
+        f"/{VO}/.well-known/oauth-authorization-server",
+        f"/.well-known/oauth-authorization-server/{VO}",
     ],
 )
 def test_discovery_in_every_form_that_clients_ask_for(served, path):
     with served.http() as http:
         answer = http.get(served.host + path)
     assert answer.status_code == 200
-    assert answer.headers["cache-control"] == "public, max-age=3600"
+    assert answer.headers["cache-control"] == "public, max-age=600"
     found = answer.json()
     assert found["issuer"] == served.iss
     assert {found[f"{e}_endpoint"] for e in ("token", "introspection", "revocation")} == {
@@ -66,6 +68,26 @@ def test_the_files_of_publish_are_the_same_documents(served, tmp_path):
     with served.http() as http:
         for path in (f"{VO}/jwks.json", f"{VO}/.well-known/openid-configuration"):
             assert http.get(f"/{path}").json() == json.loads((tmp_path / path).read_text())
+
+
+@pytest.mark.parametrize("request_line", [b"GET /ready HTTP/1.0", b"HEAD /health HTTP/1.0"])
+def test_http_1_0_is_served_as_haproxys_checks_speak_it(served, request_line):
+    context = ssl.create_default_context(cafile=served.folder / "ca.pem")
+    with (
+        socket.create_connection(("localhost", served.port), timeout=10) as plain,
+        context.wrap_socket(plain, server_hostname="localhost") as connection,
+    ):
+        connection.sendall(request_line + b"\r\n\r\n")
+        assert connection.recv(1024).startswith((b"HTTP/1.0 200 OK", b"HTTP/1.1 200 OK"))
+
+
+@pytest.mark.parametrize("host", ["evil.example", "localhost", "127.0.0.1:1"])
+def test_an_issuer_at_a_path_of_its_own_is_found_under_every_host(served, host):
+    with served.http() as http:
+        told = http.get(f"/{VO}/.well-known/openid-configuration", headers={"Host": host}).json()
+        assert told["issuer"] == served.iss
+        for path in ("/@/jwks.json", f"/@localhost:{served.port}/{VO}/jwks.json", f"//@evil/{VO}/jwks.json"):
+            assert http.get(served.host + path).status_code == 404
 
 
 def test_health_and_readiness(served):
@@ -230,7 +252,10 @@ def test_odd_requests_are_the_callers_fault(served):
         assert http.post(f"/{VO}/v1/mint", content=b"{}", headers=headers).status_code == 401
         assert http.head(f"/{VO}/jwks.json").status_code == 200
     with served.http("rucio") as http:
-        for by, value in (("jti", "f" * 32), ("jti", "0" * 32), ("request_id", "x")):
+        earliest = "00000000-0000-7000-8000-000000000000"
+        assert http.get(f"/{VO}/v1/trace", params={"jti": earliest}).json() == {"tokens": []}
+        latest = "ffffffff-ffff-7fff-bfff-ffffffffffff"
+        for by, value in (("jti", "f" * 32), ("jti", "0" * 32), ("request_id", "x"), ("jti", latest)):
             assert http.get(f"/{VO}/v1/trace", params={by: value}).status_code == 400
         assert http.get(f"/{VO}/v1/trace?external_id=a%00b").json() == {"tokens": []}
         for query in ("", "path=/a&jti=x", "path=/a&path=/b", "path=/a&since=1", "external_id=&=null"):

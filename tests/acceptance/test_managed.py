@@ -239,7 +239,7 @@ def test_a_visitors_token_at_the_token_endpoint(kept):
     assert claims["sub"] == "iam:rucio"
     assert claims["act"]["sub"]
     cases = {
-        "invalid_grant": {"subject_token": kept.iam.subject(f"storage.read:{TOP}", "rucio")},
+        "invalid_request": {"subject_token": kept.iam.subject(f"storage.read:{TOP}", "rucio")},
         "invalid_scope": {"subject_token": subject, "scope": "storage.read:/atlas/elsewhere"},
         "invalid_target": {"subject_token": subject, "audience": "nobody.example.org"},
     }
@@ -248,11 +248,12 @@ def test_a_visitors_token_at_the_token_endpoint(kept):
         assert refused.status_code == 400, refused.text
         assert refused.json()["error"] == error
     refused = kept.token("consumer", **exchange, subject_token=subject).json()
-    assert refused["error"] == "unauthorized_client"
+    assert refused["error"] == "invalid_request"
+    assert refused["reason"] == "unauthorized_client"
     refused = kept.token(
         "rucio", **exchange, subject_token=subject, scope=f"storage.read:{TOP} offline_access"
     ).json()
-    assert refused["error"] == "invalid_grant"
+    assert refused["error"] == "invalid_request"
 
 
 def test_nothing_secret_in_logs_or_rows(kept):

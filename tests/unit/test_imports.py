@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 FLOORS = [
-    {"errors", "logs"},
+    {"errors", "jws", "logs"},
     {"scopes"},
     {"contract"},
     {"broker"},

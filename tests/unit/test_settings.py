@@ -24,6 +24,12 @@ def load(tmp_path, text, **environ):
         ('[issuers.vo]\niss = "https://t.example.org/vo"\n', "issuers"),
         ('[issuers.vo]\niss = "http://t.example.org/vo/"\n', "issuers"),
         (BASE + '[issuers.two]\niss = "https://t.example.org/vo/"\n', "same iss"),
+        (BASE + '[issuers.two]\niss = "https://T.example.org:443/vo/"\n', "same iss"),
+        *(
+            (f'[issuers.vo]\niss = "https://t.example.org/{path}/"\n', "issuers")
+            for path in ("/a", "a//b", "..", "a/./b", "a/../b", "a%41", "a b", "a@b", "{vo}")
+        ),
+        ('[issuers.vo]\niss = "https://user@t.example.org/vo/"\n', "issuers"),
         (BASE + '[[storages]]\nvo = "other"\nname = "S"\nendpoints = []\n', "has no [issuers.*]"),
         (BASE + '[[storages]]\nvo = "vo"\nname = "S"\nendpoints = [{host = "h"}]\ndialect = "xrotd"\n', "such as 'xrootd"),
         (BASE + '[[storages]]\nvo = "vo"\nname = "S"\nendpoints = [{host = "h", prefix = "/a2"}]\nbase_path = "/a"\n', "outside its base_path"),

@@ -1,0 +1,20 @@
+"""What every reader of a JWT from outside checks: its form, and the errors that a malformed one causes."""
+
+import re
+
+import jwt
+
+is_compact = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+").fullmatch
+"""Matches a JWS in compact serialization (RFC 7515 §3.1): base64url without padding, in three parts."""
+
+UNREADABLE = (
+    jwt.PyJWTError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    NotImplementedError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+"""Errors that PyJWT raises for malformed tokens and keys."""
