@@ -15,6 +15,7 @@ from hashlib import sha256
 from typing import Any
 
 import msgspec
+from joserfc.errors import JoseError
 from msgspec import Raw, Struct
 
 from minter import logs
@@ -33,6 +34,7 @@ from minter.errors import (
     Undeliverable,
     UnknownClient,
 )
+from minter.jws import UNREADABLE
 from minter.tasks import answers, dispatch
 from minter.tasks.lifecycle import Lifecycle
 from minter.tokens.mint import Engine
@@ -45,6 +47,10 @@ MAX_TRIES = 3
 """Deliveries of a message that may end with a dead worker; at the next one it is dead-lettered."""
 FIRST_DELAY_SECONDS = 0.1
 MAX_DELAY_SECONDS = 10.0
+REFUSED_SECONDS = (1.0, 2.0, 4.0, 8.0, 16.0)
+"""After these delays an answer is offered again to a durable queue that refused it, because it is full."""
+MAX_REFUSED = 16
+"""Answers of one client that wait for its full queue, at most: they hold places of the prefetch."""
 MAX_EXTENSIONS = 16
 """How often the time of a batch may be extended while messages keep arriving."""
 
@@ -52,13 +58,17 @@ _arguments = msgspec.json.Decoder(tuple[list[Raw], dict[str, Raw], Raw])
 
 
 class PendingMessage(Struct, eq=False):
-    """A message that waits to be served; `client` is the sender that the broker names."""
+    """A message that waits to be served; `client` is the sender that the broker names.
+
+    `refusals` counts how often the client's durable queue refused the answer.
+    """
 
     message: Any
     task: str
     client: str | None
     redelivered: bool = False
     tries: int = 0
+    refusals: int = 0
     queued: list[Outgoing] = []
 
     @property
@@ -126,6 +136,7 @@ class MessageBatcher:
         self._bytes = 0
         self._armed = False
         self._retrying = False
+        self._refused: list[PendingMessage] = []
         self._delay = FIRST_DELAY_SECONDS
 
     def client_of(self, message: Any) -> str | None:
@@ -260,8 +271,8 @@ class MessageBatcher:
                 client, queue = outcome.client, outcome.submission.request.reply_queue
                 denied = isinstance(outcome.error, ReplyNotAllowed)
                 if queue and client and queue in client.reply_queues and not denied:
-                    pending.queued = replies.queued(answer, queue, pending.correlation_id, client.jwe_key)
-                    answer = Answer(request_id=answer.request_id, error=answer.error)
+                    pending.queued, failed = _queued(pending, answer, queue, client.jwe_key)
+                    answer = Answer(request_id=answer.request_id, error=failed or answer.error)
                 done.append((pending, answer))
         return done
 
@@ -314,31 +325,80 @@ class MessageBatcher:
         self, done: Sequence[tuple[PendingMessage, Answer]], dead: dict[int, MinterError] | None = None
     ) -> None:
         """Publish the answers, wait for the confirms, then acknowledge the messages."""
-        outgoing: list[Outgoing] = []
-        for pending, answer in done:
-            why = (dead or {}).get(id(pending))
-            properties = pending.message.properties
-            outgoing += pending.queued
-            try:
-                reply_to = replies.check_reply_to(properties.get("reply_to"), pending.client)
-            except RequestError as error:
-                why = why or (None if pending.queued else error)
-            else:
-                outgoing += replies.messages(answer, reply_to, pending.correlation_id)
-            if why is not None:
-                outgoing.append(replies.dead_letter(pending.body, pending.headers, pending.client, why))
+        outgoing = [message for pending, answer in done for message in _outgoing(pending, answer, dead or {})]
         try:
-            gone = self.publisher.publish(outgoing, lambda: self.on_stage("half_replied"))
+            lost = self.publisher.publish(outgoing, lambda: self.on_stage("half_replied"))
         except self.publisher.errors as error:
             self.publisher.close()
             # Celery reconnects on connection errors only, so a broken channel is raised as one.
             raise ConnectionError(f"answers could not be published: {type(error).__name__}") from error
-        if lost := [m for m in gone if m.persistent]:
-            raise ServerError(f"queue {lost[0].routing_key} does not exist; run: minter broker setup")
-        if gone:
-            logger.info("%d answers were not delivered: the callers' reply queues are gone", len(gone))
+        if missing := [m for m in lost.gone if m.persistent]:
+            raise ServerError(f"queue {missing[0].routing_key} does not exist; run: minter broker setup")
+        if lost:
+            logger.info(
+                "%d answers were not delivered: the callers' reply queues are gone, %d: they refuse",
+                len(lost.gone), len(lost.refused),
+            )  # fmt: skip
+        refused = {id(m) for m in lost.refused}
+        again = [pending for pending, _ in done if refused & {id(m) for m in pending.queued}]
+        if any(m.routing_key == names.DEAD_LETTER_QUEUE for m in lost.refused):
+            raise ServerError(f"queue {names.DEAD_LETTER_QUEUE} refuses: is it full?")
         self.on_stage("confirmed")
-        acknowledge([pending.message for pending, _ in done], self.publisher.errors)
+        if served := [pending.message for pending, _ in done if pending not in again]:
+            acknowledge(served, self.publisher.errors)
+        for pending in again:
+            self._offer_again(pending)
+
+    def _offer_again(self, pending: PendingMessage) -> None:
+        """Serve a message again later, from the record: its client's durable queue refused the answer."""
+        waiting = sum(other.client == pending.client for other in self._refused)
+        if pending.refusals >= len(REFUSED_SECONDS) or waiting >= MAX_REFUSED:
+            queue = pending.queued[0].routing_key
+            logs.event(logger, "answer refused", queue=queue, client=pending.client)
+            why = Undeliverable(f"queue {queue} refuses the answer: is it full? The tokens can be fetched")
+            self._dead_letter(pending, why)
+            return
+        self._refused.append(pending)
+        self._timer.call_after(REFUSED_SECONDS[pending.refusals], self._return, (pending,))
+        pending.refusals += 1
+
+    def _return(self, pending: PendingMessage) -> None:
+        if pending not in self._refused:
+            return  # a new connection: the broker delivers the message again
+        self._refused.remove(pending)
+        self._waiting.append(pending)
+        self._bytes += len(pending.body)
+        if not self._retrying:
+            self.serve()
+
+
+def _outgoing(pending: PendingMessage, answer: Answer, dead: dict[int, MinterError]) -> list[Outgoing]:
+    """Return everything to publish for one message: its answers, and itself if it is dead-lettered."""
+    why = dead.get(id(pending))
+    outgoing = [*pending.queued]
+    try:
+        reply_to = replies.check_reply_to(pending.message.properties.get("reply_to"), pending.client)
+    except RequestError as error:
+        why = why or (None if pending.queued else error)
+    else:
+        outgoing += replies.messages(answer, reply_to, pending.correlation_id)
+    if why is not None:
+        outgoing.append(replies.dead_letter(pending.body, pending.headers, pending.client, why))
+    return outgoing
+
+
+def _queued(
+    pending: PendingMessage, answer: Answer, queue: str, key: dict[str, str] | None
+) -> tuple[list[Outgoing], dict[str, Any] | None]:
+    """Return the messages for a client's durable queue, or the error if its key cannot be encrypted to."""
+    try:
+        return replies.queued(answer, queue, pending.correlation_id, key), None
+    except (*UNREADABLE, JoseError):
+        logger.exception("answers for client %s cannot be encrypted to its jwe_key", pending.client)
+        why = (
+            "the answer cannot be encrypted to the client's jwe_key; register another, then fetch the tokens"
+        )
+        return [], InvalidRequest(why).as_dict()
 
 
 def _take(waiting: Sequence[PendingMessage], most: int) -> list[PendingMessage]:

@@ -5,9 +5,12 @@ import signal
 from collections.abc import Sequence
 from typing import Any
 
+from joserfc.errors import JoseError
+
 from minter import logs
-from minter.broker.publisher import Publisher, connect
+from minter.broker.publisher import Outgoing, Publisher, connect
 from minter.errors import SettingsError, Unavailable
+from minter.jws import UNREADABLE
 from minter.metrics import Metrics, serve_process
 from minter.refresher.notifications import Push
 from minter.refresher.refresher import Refresher
@@ -25,25 +28,30 @@ class Sender:
     def __init__(self, loaded: Loaded) -> None:
         self._publisher = Publisher(connect(loaded.broker_url, loaded.broker_ca))
 
-    def __call__(self, pushes: Sequence[Push]) -> None:
-        """Publish and wait for the confirms; raises Unavailable if the broker is down.
+    def __call__(self, pushes: Sequence[Push]) -> set[str]:
+        """Publish, wait for the confirms, and return the queues that refused; raises Unavailable.
 
-        A queue that does not exist gets nothing; its client can fetch the tokens instead.
+        A queue that does not exist gets nothing, nor does a client whose key cannot be encrypted to: the
+        client can fetch the tokens instead.
         """
-        messages = [
-            message
-            for push in pushes
-            for message in replies.queued(
-                push.answer, push.queue, str(push.answer.request_id), push.client.jwe_key
-            )
-        ]
+        messages = [message for push in pushes for message in _messages(push)]
         try:
-            gone = self._publisher.publish(messages)
+            lost = self._publisher.publish(messages)
         except self._publisher.errors as error:
             self._publisher.close()
             raise Unavailable(f"tokens could not be pushed ({type(error).__name__})") from error
-        for queue in {message.routing_key for message in gone}:
+        for queue in {message.routing_key for message in lost.gone}:
             logger.error("queue %s does not exist; run: minter broker setup", queue)
+        return {message.routing_key for message in lost.refused}
+
+
+def _messages(push: Push) -> list[Outgoing]:
+    key = push.client.jwe_key
+    try:
+        return replies.queued(push.answer, push.queue, str(push.answer.request_id), key)
+    except (*UNREADABLE, JoseError):
+        logger.exception("nothing is pushed to client %s: is its jwe_key on its curve?", push.client.name)
+        return []
 
 
 def run() -> None:

@@ -7,13 +7,13 @@ itself: Celery's result backend acknowledges a request even if the reply failed,
 from typing import Any
 
 import msgspec
-from joserfc import jwe, jwk
 
 from minter.broker.publisher import Outgoing
 from minter.contract.messages import Answer
 from minter.contract.names import DEAD_LETTER_QUEUE, DIRECT_REPLY, REPLY_PREFIX, reply_prefix
 from minter.errors import InvalidRequest, MinterError, ReplyNotAllowed
 from minter.tasks.answers import MAX_FILLED_BYTES, failure, parts
+from minter.tokens.jwe import encrypted
 
 MAX_DEAD_LETTER_HEADER = 500
 MAX_ENCRYPTED_BYTES = MAX_FILLED_BYTES * 3 // 4
@@ -62,7 +62,7 @@ def queued(answer: Answer, queue: str, correlation_id: str, key: dict[str, str] 
         bodies = parts(failure(answer.request_id, too_large))
     return [
         Outgoing(
-            body if key is None else _encrypted(body, key),
+            body if key is None else encrypted(body, key),
             queue,
             properties={"correlation_id": correlation_id},
             headers={"minter-client-key": str(key.get("kid", "")) if key else ""},
@@ -71,13 +71,6 @@ def queued(answer: Answer, queue: str, correlation_id: str, key: dict[str, str] 
         )
         for body in bodies
     ]
-
-
-def _encrypted(body: bytes, key: dict[str, str]) -> bytes:
-    algorithm = "ECDH-ES+A256KW" if key["kty"] == "EC" else "RSA-OAEP-256"
-    header = {"alg": algorithm, "enc": "A256GCM", "cty": "application/json"}
-    public = jwk.import_key(dict(key))
-    return jwe.encrypt_compact(header, body, public, algorithms=[algorithm, "A256GCM"]).encode()
 
 
 def dead_letter(body: bytes, headers: dict[str, Any], client: str | None, why: MinterError) -> Outgoing:

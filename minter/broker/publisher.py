@@ -1,8 +1,8 @@
 """Queues, and publishing with overlapping confirms, on RabbitMQ and on the embedded broker.
 
-RabbitMQ confirms even a message to a queue that no longer exists, but returns it if it is `mandatory`.
-`publish` therefore returns the messages that no queue took. A broker without confirms has taken a
-message when the call returns.
+RabbitMQ confirms even a message to a queue that no longer exists, but returns it if it is `mandatory`, and
+it refuses a message (nack) that a full queue does not take. `publish` returns both, each by itself, so
+one queue's trouble stays its own. A broker without confirms has taken a message when the call returns.
 """
 
 import logging
@@ -103,6 +103,17 @@ class Outgoing(Struct, eq=False):
         return f"Outgoing({self.exchange!r}, {self.routing_key!r}, {len(self.body)} bytes)"
 
 
+class Undelivered(Struct, frozen=True):
+    """Messages that did not arrive: no queue took those in `gone`, and a queue refused each of `refused`."""
+
+    gone: list[Outgoing] = []
+    refused: list[Outgoing] = []
+
+    def __bool__(self) -> bool:
+        """Whether any message did not arrive."""
+        return bool(self.gone or self.refused)
+
+
 class Publisher:
     """Publishes on a channel of its own; the caller must try again after a broken connection."""
 
@@ -124,14 +135,11 @@ class Publisher:
         """Say whether the broker confirms messages and keeps them until they are acknowledged."""
         return hasattr(self._open(), "confirm_select")
 
-    def publish(
-        self, messages: Iterable[Outgoing], halfway: Callable[[], None] | None = None
-    ) -> list[Outgoing]:
+    def publish(self, messages: Iterable[Outgoing], halfway: Callable[[], None] | None = None) -> Undelivered:
         """Publish all messages, wait for every confirm, and return the messages that no queue took.
 
         `halfway` is called when half of the messages are sent. Raises one of `errors` if the broker
-        disconnects or refuses a message: then any message may or may not have arrived, and all should
-        be sent again.
+        disconnects: then any message may or may not have arrived, and all should be sent again.
         """
         messages = list(messages)
         channel = self._open()
@@ -140,7 +148,7 @@ class Publisher:
             self._publish_confirmed(channel, messages, halfway)
         else:
             self._publish_batch(channel, messages, halfway)
-        return self._returned
+        return Undelivered(self._returned, self._refused)
 
     def close(self) -> None:
         """Drop the connection; the next `publish` makes a new one."""
@@ -181,9 +189,6 @@ class Publisher:
             if len(self._waiting) >= MAX_UNCONFIRMED:
                 self._wait(MAX_UNCONFIRMED // 2)
         self._wait(0)
-        if self._refused:
-            self.close()
-            raise ConnectionError(f"the broker refused {len(self._refused)} messages (nack)")
 
     def _publish_batch(
         self, channel: Any, messages: Sequence[Outgoing], halfway: Callable[[], None] | None

@@ -93,13 +93,11 @@ class AmqpTransport:
                     ]
                     self._expected.update(str(m.properties["correlation_id"]) for m in fresh)
                     waiting |= {str(m.properties["correlation_id"]): m for m in fresh}
-                    if fresh and (lost := self._publisher.publish(fresh)):
-                        raise Unavailable(
-                            f"the broker has no queue behind {lost[0].exchange}; is the engine set up?"
-                        )
+                    if fresh:
+                        self._publish(fresh)
                     if not self._publisher.confirms and time.monotonic() - last_news > resend_after:
                         resend_after *= 2
-                        self._publisher.publish(waiting.values())
+                        self._publish(list(waiting.values()))
                     before = len(self._answers)
                     if correlation_id not in self._answers:
                         self._connection.drain_events(timeout=1.0)
@@ -141,7 +139,16 @@ class AmqpTransport:
         for message in again:
             message.properties = {**message.properties, "reply_to": self._reply_to}
         if again:
-            self._publisher.publish(again)
+            self._publish(again)
+
+    def _publish(self, messages: Sequence[Outgoing]) -> None:
+        lost = self._publisher.publish(messages)
+        if lost.gone:
+            raise Unavailable(
+                f"the broker has no queue behind {lost.gone[0].exchange}; is the engine set up?"
+            )
+        if lost.refused:
+            raise ConnectionError("the broker refused requests (nack): its queue is full or has no leader")
 
     def _message(self, task: str, correlation_id: str, request: Struct) -> Outgoing:
         properties = {"reply_to": self._reply_to, "correlation_id": correlation_id}

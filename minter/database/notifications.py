@@ -1,6 +1,6 @@
 """Notifications: managed tokens whose last change was not yet pushed to a durable queue of their client."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 from uuid import UUID
@@ -49,8 +49,11 @@ _UNPUSHED = ", ".join(
 PUSH_SECONDS = 30
 
 
-def unpushed(pool: Pool, now: datetime, most: int) -> list[Unpushed]:
-    """Reserve at most `most` changed tokens for PUSH_SECONDS; return one row for each use with a queue."""
+def unpushed(pool: Pool, now: datetime, most: int, refusing: Sequence[str] = ()) -> list[Unpushed]:
+    """Reserve at most `most` changed tokens for PUSH_SECONDS; return one row for each use with a queue.
+
+    Tokens with a use for a queue in `refusing` are left for later.
+    """
     with transaction(pool) as connection:
         rows = connection.execute(
             f"""
@@ -59,13 +62,15 @@ def unpushed(pool: Pool, now: datetime, most: int) -> list[Unpushed]:
                 WHERE jti IN (
                     SELECT jti FROM managed WHERE pushes AND fts_token_id IS DISTINCT FROM pushed_id
                         AND (pushing_until IS NULL OR pushing_until <= %(now)s)
+                        AND (%(refusing)s::text[] = '{{}}' OR NOT EXISTS (
+                            SELECT FROM uses r WHERE r.jti = managed.jti AND r.queue = ANY(%(refusing)s)))
                     LIMIT %(most)s FOR UPDATE SKIP LOCKED)
                 RETURNING *)
             SELECT {_UNPUSHED} FROM m JOIN clients c USING (client_id)
             LEFT JOIN uses u ON u.jti = m.jti AND u.queue <> '' AND NOT EXISTS (
                 SELECT FROM token_states l WHERE l.jti = u.use_id AND l.ended_at IS NOT NULL)
             """,
-            {"now": now, "most": most},
+            {"now": now, "most": most, "refusing": list(refusing)},
         ).fetchall()
     return [Unpushed(*row) for row in rows]
 

@@ -30,6 +30,8 @@ MOST = 200
 """Managed tokens pushed at once, at most."""
 AWAY_SECONDS = 10.0
 """How long, in seconds, nothing is pushed after the broker was unavailable."""
+REFUSED_SECONDS = 60.0
+"""How long, in seconds, nothing is pushed to a queue that refused a push, because it is full."""
 
 
 class Push(Struct, frozen=True):
@@ -40,13 +42,14 @@ class Push(Struct, frozen=True):
     answer: Answer
 
 
-Send = Callable[[Sequence[Push]], None]
+Send = Callable[[Sequence[Push]], set[str]]
+"""Sends pushes and returns the queues that refused theirs; raises Unavailable if the broker is away."""
 Told = tuple[str, str, UUID, TokenAnswer | RefusedNeed]
 """The message for one use: client, queue and request_id, and the token or the refusal."""
 
 
 class Pushes:
-    """Pushes changed managed tokens; `send` publishes them, or raises Unavailable for the broker."""
+    """Pushes changed managed tokens; a queue that refuses a push gets none for REFUSED_SECONDS."""
 
     def __init__(
         self,
@@ -62,31 +65,37 @@ class Pushes:
         self._control = control
         self._send = send
         self._away_until = float("-inf")
+        self._refused_until: dict[str, float] = {}
 
     def run_once(self, now: datetime) -> None:
         """Push the tokens that changed; pushes that were not confirmed are repeated later."""
         if time.monotonic() < self._away_until:
             return
-        changed = unpushed(self._pool, now, MOST)
+        changed = unpushed(self._pool, now, MOST, self._refusing())
         if not changed:
             return
         control = self._control()
         told = [told for one in changed if (told := self._told(one, control, now)) is not None]
         try:
-            self.send(told)
+            refusing = self.send(told)
         except Unavailable as error:
             self._away_until = time.monotonic() + AWAY_SECONDS
             logger.warning("not pushed: %s", error)
             return
-        pushed(self._pool, {one.jti: one.fts_token_id for one in changed})
+        pushed(self._pool, {one.jti: one.fts_token_id for one in changed if one.queue not in refusing})
 
-    def send(self, told: Iterable[Told]) -> None:
-        """Send one answer for each request and queue; raises Unavailable."""
+    def _refusing(self) -> list[str]:
+        now = time.monotonic()
+        self._refused_until = {queue: until for queue, until in self._refused_until.items() if until > now}
+        return list(self._refused_until)
+
+    def send(self, told: Iterable[Told]) -> set[str]:
+        """Send an answer for each request and queue, return the queues that refused; raises Unavailable."""
         answers: dict[tuple[str, str, UUID], list[TokenAnswer | RefusedNeed]] = {}
         for client, queue, request_id, one in told:
             answers.setdefault((client, queue, request_id), []).append(one)
         if not answers:
-            return
+            return set()
         clients = self._control().clients
         pushes = [
             Push(
@@ -101,8 +110,12 @@ class Pushes:
             for (client, queue, request_id), given in answers.items()
             if queue in clients[client].reply_queues
         ]
-        self._send(pushes)
-        logs.event(logger, "pushed", answers=len(pushes))
+        refusing = self._send(pushes)
+        for queue in refusing:
+            self._refused_until[queue] = time.monotonic() + REFUSED_SECONDS
+            logger.warning("queue %s refuses pushes: is it full?", queue)
+        logs.event(logger, "pushed", answers=sum(push.queue not in refusing for push in pushes))
+        return refusing
 
     def _told(self, one: Unpushed, control: Control, now: datetime) -> Told | None:
         """Return the message for a use: a token, a refusal, or None if there is nothing to send."""

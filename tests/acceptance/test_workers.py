@@ -34,6 +34,7 @@ from minter.errors import (
 from minter.tokens import clock
 from tests.acceptance.conftest import Raw
 from tests.conftest import EXAMPLES
+from workers.batching import MAX_REFUSED
 
 SE = "davs://se01.boreas.example.org:443/atlas/atlasdatadisk/rucio/data/"
 OTHER = "davs://webdav1.fjord.example.org/data/atlas/datadisk/rucio/data/"
@@ -461,6 +462,49 @@ def test_answers_for_a_durable_queue_are_encrypted_to_its_client(running, consum
     assert "eyJhbGciOiJFUzI1NiI" not in str(message.body)
     answer = json.loads(jwe.decrypt_compact(message.body, key).plaintext)
     assert answer["job"]["files"][0]["source_tokens"][0].count(".") == 2
+    raw.connection.release()
+
+
+def test_a_full_queue_is_the_trouble_of_its_client_only(running, consumer, client):
+    name, _ = consumer
+    if not running.on_rabbitmq:
+        pytest.skip("the embedded broker has no limits for queues")
+    limit = '{"max-length":1,"overflow":"reject-publish"}'
+    subprocess.run(
+        [running.broker.ctl, "set_policy", f"full-{name}", f"^{name}", limit, "--apply-to", "queues"],
+        check=True,
+        capture_output=True,
+    )
+    raw = Raw(running, name)
+    queue = f"{name}.jobs"
+
+    def ask():
+        job = {"files": [{"sources": [SE + uuid.uuid4().hex], "destinations": [OTHER + "q"]}]}
+        return raw.ask(
+            {"request_id": str(new_request_id()), "job": job, "reply_queue": queue}, task=names.FILL_JOB
+        )
+
+    channel = raw.connection.channel()
+    for _ in range(2):
+        assert "error" not in ask()  # the second answer finds the queue full
+    assert client.mint([FileRequest(sources=(SE + "f",))]).tokens
+    for _ in range(2):
+        message, deadline = None, time.monotonic() + 20
+        while message is None and time.monotonic() < deadline:
+            message = channel.basic_get(queue, no_ack=True)
+            time.sleep(0.1)
+        assert message is not None
+    for _ in range(MAX_REFUSED + 2):
+        ask()
+    assert client.mint([FileRequest(sources=(SE + "f",))]).tokens
+    told = []
+    with kombu.Connection(running.broker.url) as operators:
+        while (dead := operators.channel().basic_get(names.DEAD_LETTER_QUEUE, no_ack=True)) is not None:
+            if dead.headers["minter-client"] == name:
+                told.append((dead.headers["minter-reason"], dead.headers["minter-description"]))
+    assert {reason for reason, _ in told} == {"undeliverable"}
+    assert all(queue in why for _, why in told)
+    subprocess.run([running.broker.ctl, "clear_policy", f"full-{name}"], check=True, capture_output=True)
     raw.connection.release()
 
 

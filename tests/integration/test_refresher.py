@@ -780,7 +780,12 @@ def test_a_use_that_joins_while_a_stand_in_is_made(service, iam, monkeypatch):
 def test_nothing_is_pushed_to_whom_it_may_not_go(service, iam):
     from minter.refresher.notifications import Pushes
 
-    sent = []
+    sent, refusing = [], set()
+
+    def send(pushes):
+        sent.extend(pushes)
+        return refusing
+
     control_changes.change_client(
         service.pool, ME, {"reply_queues": ["mine"], "jwe_key": {"kty": "EC"}}, "test"
     )
@@ -794,7 +799,7 @@ def test_nothing_is_pushed_to_whom_it_may_not_go(service, iam):
         service.pool,
         service.keystore,
         bench.refresher._current,
-        sent.extend,
+        send,
         service.loaded.policy.matching_of,
     )
     pushes.run_once(bench.clock())
@@ -808,6 +813,41 @@ def test_nothing_is_pushed_to_whom_it_may_not_go(service, iam):
     assert push.answer.tokens[0].handle
     pushes.run_once(bench.clock())
     assert len(sent) == 1
+
+
+def test_a_queue_that_refuses_is_left_alone_and_others_are_served(service, iam, monkeypatch):
+    from minter.refresher import notifications
+
+    issued = "SELECT count(*) FROM managed WHERE state = 'issued'"
+    sent, refusing, elapsed = [], {"full"}, [0.0]
+
+    def send(pushes):
+        sent.extend(push.queue for push in pushes)
+        return refusing & {push.queue for push in pushes}
+
+    queues = {"reply_queues": ["full", "good"], "jwe_key": {"kty": "EC"}}
+    control_changes.change_client(service.pool, ME, queues, "test")
+    monkeypatch.setattr(notifications.time, "monotonic", lambda: elapsed[0])
+    bench = Bench(service, iam, own())
+    bench.ask("a", reply_queue="full")
+    bench.ask("b", reply_queue="good")
+    bench.run_once(until=lambda: rows(service, issued) == [(2,)])
+    pushes = notifications.Pushes(
+        service.pool,
+        service.keystore,
+        bench.refresher._current,
+        send,
+        service.loaded.policy.matching_of,
+    )
+    pushes.run_once(bench.clock())
+    assert sorted(sent) == ["full", "good"]
+    bench.forward(minutes=1)
+    pushes.run_once(bench.clock())
+    assert len(sent) == 2
+    elapsed[0], refusing = notifications.REFUSED_SECONDS, set()
+    pushes.run_once(bench.clock())
+    pushes.run_once(bench.clock())
+    assert sent[2:] == ["full"]
 
 
 def test_equal_wishes_of_different_limits_are_not_shared(service, iam):

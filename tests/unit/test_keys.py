@@ -1,13 +1,17 @@
 """Keys: thumbprints, RFC 6979, and rotation as a state machine (I6)."""
 
+import json
 from datetime import UTC, datetime, timedelta
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from jwt.algorithms import ECAlgorithm, RSAAlgorithm
+from jwt.utils import base64url_encode
 
-from minter.errors import NoUsableKey
+from minter.errors import InvalidRequest, NoUsableKey
 from minter.policy.limits import HARD_MAX_SECONDS
 from minter.tokens import keys
 from minter.tokens.keys import Key, RotationPolicy
@@ -176,3 +180,38 @@ def test_an_issuer_gets_the_key_of_another_algorithm_without_a_gap():
     active = keys.active(ring, "vo")
     assert keys.signing_key(active, {"RS256"}).kid == "c"
     assert keys.signing_key(active, {"ES256", "RS256"}).kid == "a"
+
+
+def _point(**changes):
+    key = json.loads(ECAlgorithm.to_jwk(ec.generate_private_key(ec.SECP256R1()).public_key()))
+    return {name: value for name, value in (key | changes).items() if value is not None}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"x": "AAAA"},
+        {"x": base64url_encode(bytes(32)).decode(), "y": base64url_encode(bytes(32)).decode()},
+        {"x": base64url_encode(b"\xff" * 32).decode()},
+        {"x": None},
+        {"y": None},
+        {"x": 5},
+        {"crv": "P-384"},
+        {"kty": ["EC"]},
+        {"d": base64url_encode(b"\x01" * 32).decode()},
+    ],
+)
+def test_a_key_that_nothing_can_be_encrypted_to_is_refused(changes):
+    assert keys.check_jwe_key(_point())
+    with pytest.raises(InvalidRequest, match="EC P-256 or RSA"):
+        keys.check_jwe_key(_point(**changes))
+
+
+def test_a_weak_or_broken_rsa_key_is_refused():
+    good = json.loads(RSAAlgorithm.to_jwk(rsa.generate_private_key(65537, 2048).public_key()))
+    assert keys.check_jwe_key(good)
+    weak = json.loads(RSAAlgorithm.to_jwk(rsa.generate_private_key(65537, 1024).public_key()))
+    even = good | {"n": base64url_encode((1 << 2047).to_bytes(256, "big")).decode()}
+    for key in (weak, even, good | {"n": None}, good | {"e": "AA"}):
+        with pytest.raises(InvalidRequest):
+            keys.check_jwe_key(key)
