@@ -494,13 +494,17 @@ def test_a_full_queue_is_the_trouble_of_its_client_only(running, consumer, clien
             message = channel.basic_get(queue, no_ack=True)
             time.sleep(0.1)
         assert message is not None
-    for _ in range(MAX_REFUSED + 2):
+    for _ in range(2 * MAX_REFUSED + 3):  # there are two workers
         ask()
     assert client.mint([FileRequest(sources=(SE + "f",))]).tokens
-    told = []
+    told, deadline = [], time.monotonic() + 20
     with kombu.Connection(running.broker.url) as operators:
-        while (dead := operators.channel().basic_get(names.DEAD_LETTER_QUEUE, no_ack=True)) is not None:
-            if dead.headers["minter-client"] == name:
+        channel = operators.channel()
+        while not told and time.monotonic() < deadline:
+            dead = channel.basic_get(names.DEAD_LETTER_QUEUE, no_ack=True)
+            if dead is None:
+                time.sleep(0.1)
+            elif dead.headers["minter-client"] == name:
                 told.append((dead.headers["minter-reason"], dead.headers["minter-description"]))
     assert {reason for reason, _ in told} == {"undeliverable"}
     assert all(queue in why for _, why in told)
