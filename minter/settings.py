@@ -23,13 +23,13 @@ from minter.policy.exchanges import Exchange
 from minter.policy.plans import SEVERAL_STORAGES
 from minter.policy.routes import SHIPPED_ROUTES, FTSInstance, Route
 from minter.policy.transfers import Policy
+from minter.private_files import read_private_file
 from minter.providers.dialects import Provider
 from minter.storages.dialects import ALGORITHMS, Algorithm, AudienceForm
 from minter.storages.directory import Directory, Storage
 from minter.storages.from_rucio import RSERule, storages_from_export
 from minter.storages.urls import authority_key
 from minter.tokens.keys import RotationPolicy
-from minter.tokens.keystore import read_private_file
 
 Positive = Annotated[int, Meta(gt=0)]
 

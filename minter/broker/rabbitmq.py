@@ -1,7 +1,6 @@
 """RabbitMQ users and permissions: one user for each client, who can only send requests and read replies."""
 
 import json
-import os
 import re
 import secrets
 import subprocess
@@ -9,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from minter.contract.names import REQUEST_EXCHANGE, reply_prefix
+from minter.contract.names import DEAD_LETTER_QUEUE, REQUEST_EXCHANGE, reply_prefix
 from minter.errors import SettingsError, Unavailable
+from minter.private_files import write_private_file
 
 COMMAND_SECONDS = 60
 
@@ -27,6 +27,9 @@ def permissions(client: str, queues: Sequence[str] = ()) -> tuple[str, str, str]
     return own, f"^{re.escape(REQUEST_EXCHANGE)}$", read
 
 
+_DEAD_LETTER_LIMIT = '{"max-length-bytes":1073741824,"overflow":"drop-head"}'
+
+
 def setup_users(
     clients: Mapping[str, Sequence[str]], broker_url: str, rabbitmqctl: str, passwords: Path | None
 ) -> list[str]:
@@ -34,8 +37,10 @@ def setup_users(
 
     `clients` gives the durable queues listed for each client.
 
-    New passwords are written to the file `passwords` (mode 600, a JSON object), never to the terminal.
-    Raises SettingsError if the file is needed but not named, Unavailable with the error of rabbitmqctl.
+    New passwords are written to the new file `passwords` (mode 600, a JSON object), never to the terminal.
+    Dead letters are bounded: the oldest give way, so that nobody's broken messages can fill the disk.
+    Raises InvalidRequest if that file exists, SettingsError if it is needed but not named, Unavailable with
+    the error of rabbitmqctl.
     """
     vhost = unquote(urlsplit(broker_url).path[1:]) or "/"
     listed = json.loads(_call(rabbitmqctl, "list_users", "--formatter", "json"))
@@ -46,8 +51,11 @@ def setup_users(
             f"{len(new)} users must be created ({', '.join(new)}); name a file with --passwords"
         )
     if new and passwords is not None:  # before add_user: a lost password would lock the user out
-        with os.fdopen(os.open(passwords, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-            json.dump(new, file, indent=1)
+        write_private_file(passwords, json.dumps(new, indent=1))
+    _call(
+        rabbitmqctl, "set_policy", "-p", vhost, DEAD_LETTER_QUEUE,
+        f"^{re.escape(DEAD_LETTER_QUEUE)}$", _DEAD_LETTER_LIMIT, "--apply-to", "queues",
+    )  # fmt: skip
     for name, password in new.items():
         _call(rabbitmqctl, "add_user", name, stdin=password)
     for name, queues in clients.items():

@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import uuid
+from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated
@@ -32,13 +33,20 @@ from minter.database.control import read_control, read_keys
 from minter.errors import InvalidRequest, TokenRejected, Unavailable
 from minter.fts.jobs import from_fill
 from minter.issuer import well_known
+from minter.jws import is_compact
 from minter.local import drill, stack
 from minter.policy.explain import explain as explain_decision
 from minter.policy.token_endpoint import ANY
+from minter.private_files import new_private_file
 from minter.service import Service, load_settings
 from minter.tokens import claims, keys
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,  # a traceback with local variables would show secrets
+    help=__doc__,
+)
 db_app = typer.Typer(no_args_is_help=True, help="Manage the database.")
 broker_app = typer.Typer(no_args_is_help=True, help="Manage the message broker.")
 for name, group in (("db", db_app), ("broker", broker_app)):
@@ -243,11 +251,19 @@ def mint_command(
     """Fill an FTS job with tokens through the broker. Tokens are written only to --output."""
     loaded = load_settings()
     name = client or loaded.settings.broker.local_client or None
-    with MinterClient(loaded.broker_url, name, timeout_seconds=timeout, ca=loaded.broker_ca) as minter:
-        filled = minter.fill_job(read_object(job, "job"), request_id=request_id, fts=fts)
-    if output is not None and filled.job is not None:
-        with os.fdopen(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-            json.dump(filled.job, file)
+    content = read_object(job, "job")
+    with ExitStack() as stack:
+        file = stack.enter_context(new_private_file(output)) if output is not None else None
+        minter = stack.enter_context(
+            MinterClient(loaded.broker_url, name, timeout_seconds=timeout, ca=loaded.broker_ca)
+        )
+        try:
+            filled = minter.fill_job(content, request_id=request_id, fts=fts)
+            if file is not None and filled.job is not None:
+                json.dump(filled.job, file)
+        finally:
+            if output is not None and file is not None and not file.tell():
+                output.unlink()
     facts = {
         "request_id": str(filled.request_id),
         "files": len(filled.job["files"]) if filled.job else 0,
@@ -294,12 +310,12 @@ def explain(
 @app.command()
 @guarded
 def verify(
-    token: Annotated[str, typer.Argument(help="The token, or - to read it from standard input.")],
+    file: Annotated[Path, typer.Argument(help="File with the token; - is standard input.")] = Path("-"),
     as_json: AsJson = False,
 ) -> None:
     """Verify a token's signature, key, expiry and database row, and print its claims."""
+    text = _token_in(file)
     service = open_service()
-    text = (sys.stdin.read() if token == "-" else token).strip()  # noqa: S105 - not a secret
     header, unverified = claims.unverified_claims(text.encode())
     with transaction(service.pool) as connection:
         ring = read_keys(connection)
@@ -322,6 +338,18 @@ def verify(
     show(as_json, facts, lambda: json.dumps(facts, indent=2))
     if problems:
         raise typer.Exit(1)
+
+
+def _token_in(file: Path) -> str:
+    if "eyJ" in str(file):
+        raise InvalidRequest("others can see a command's arguments: give the token on standard input")
+    try:
+        text = sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")
+    except (OSError, UnicodeError) as error:
+        raise InvalidRequest(f"{file} cannot be read: {error}") from None
+    if not is_compact(text.strip()):
+        raise TokenRejected("not a token, expected a JWT in compact form (RFC 7515 §3.1)")
+    return text.strip()
 
 
 # ── database, broker ─────────────────────────────────────────────────────────────────────────

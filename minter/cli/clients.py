@@ -1,7 +1,6 @@
 """Commands that register, change and disable clients at run time; every change is audited (I8)."""
 
 import json
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,6 +29,7 @@ from minter.database.control import read_control
 from minter.errors import InvalidRequest, UnknownClient
 from minter.policy.clients import Ban, Client
 from minter.policy.token_requests import SubjectToken
+from minter.private_files import write_private_file
 from minter.providers.subject_tokens import Subjects
 from minter.scopes import check_path
 from minter.service import Service
@@ -95,13 +95,7 @@ def _private_file(path: Path | None, text: str) -> Iterator[None]:
     if path is None:
         yield
         return
-    try:
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write(text)
-    except FileExistsError:
-        raise InvalidRequest(f"{path} exists already; name a new file") from None
-    except OSError as error:
-        raise InvalidRequest(f"{path} cannot be written: {error.strerror}") from error
+    write_private_file(path, text)
     try:
         yield
     except BaseException:

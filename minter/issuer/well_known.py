@@ -138,7 +138,8 @@ def write(folder: Path, found: Mapping[Place, bytes]) -> list[Path]:
                 continue
             path.parent.mkdir(parents=True, exist_ok=True)
             partial = path.with_name(f".{path.name}.partial")
-            with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), "wb") as file:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
+            with os.fdopen(os.open(partial, flags, 0o644), "wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())

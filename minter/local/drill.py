@@ -29,6 +29,7 @@ from minter.database import control_changes, drill_transfers
 from minter.errors import ProviderAway, SettingsError
 from minter.local.fake_iam import Behaviour, Fault
 from minter.local.stack import Stack
+from minter.private_files import write_private_file
 
 Mode = Literal["mint", "exchange", "mixed"]
 CLIENT, PROVIDER = "drill", "iam"
@@ -162,8 +163,7 @@ class Drill:
 
     def _settings(self) -> Path:
         secret = self.folder / "iam.secret"
-        secret.touch(mode=0o600)
-        secret.write_text("minter-secret")
+        write_private_file(secret, "minter-secret")
         path = self.folder / "settings.toml"
         path.write_text(
             _SETTINGS.format(

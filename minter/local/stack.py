@@ -22,6 +22,7 @@ from minter.database.connection import transaction
 from minter.database.control import read_control
 from minter.local.servers import PRIVATE_UMASK, Postgres, Valkey, make_private_folder
 from minter.policy.clients import Client
+from minter.private_files import write_private_file
 from minter.service import Service
 from minter.tokens import clock
 from minter.tokens.keystore import new_master_key
@@ -85,8 +86,7 @@ class Stack:
         """Create the VO's master key in the state folder, unless it exists."""
         path = self.folder / f"master-{vo}.key"
         if not path.exists():
-            path.touch(mode=0o600)
-            path.write_text(new_master_key())
+            write_private_file(path, new_master_key())
         variable = settings.master_key_variable(vo)
         self.environ.setdefault(variable, path.read_text())
 

@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from minter.errors import NoUsableKey, SettingsError
+from minter.private_files import read_private_file
 from minter.tokens import keys
 
 MASTER_KEY_BYTES = 32
@@ -85,16 +86,6 @@ def new_master_key() -> str:
 def new_secret() -> str:
     """Return a fresh client secret (256 bits, unreserved characters)."""
     return secrets.token_urlsafe(32)
-
-
-def read_private_file(what: str, path: Path) -> str:
-    """Return the text of a file; raises SettingsError if others than its owner have access, or on errors."""
-    try:
-        if path.stat().st_mode & 0o077:
-            raise SettingsError(f"{what} {path} is open to others; chmod 600 it")
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise SettingsError(f"{what} {path} cannot be read: {error.strerror}") from error
 
 
 def read_master_key(vo: str, *, text: str | None, path: Path | None) -> MasterKey:

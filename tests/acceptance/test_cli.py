@@ -54,18 +54,28 @@ def test_mint_explain_verify_trace(environ, tmp_path):
     token = json.loads(out.read_text())["files"][0]["destination_tokens"][0]
     assert token.split(".")[2] not in done.stdout + done.stderr
 
-    again = json.loads(
-        minter(
-            environ, "mint", "--job", JOB, "--request-id", facts["request_id"], "--output", out, "--json"
-        ).stdout
-    )
+    second = tmp_path / "again.json"
+    repeat = ("mint", "--job", JOB, "--request-id", facts["request_id"], "--json", "--output")
+    again = json.loads(minter(environ, *repeat, second).stdout)
     assert again["request_id"] == facts["request_id"]
-    assert json.loads(out.read_text())["files"][0]["destination_tokens"][0] == token
+    assert json.loads(second.read_text())["files"][0]["destination_tokens"][0] == token
+    link = tmp_path / "link.json"
+    link.symlink_to(tmp_path / "target.json")
+    for taken in (out, link):
+        assert "name a new file" in minter(environ, *repeat, taken).stderr
+    assert not (tmp_path / "target.json").exists()
 
     verified = json.loads(minter(environ, "verify", "-", "--json", stdin=token).stdout)
     assert verified["valid"] is True
     jti = verified["claims"]["jti"]
     assert minter(environ, "verify", "-", stdin=token[:-4] + "AAAA").returncode == 1
+    assert "not a token" in minter(environ, "verify", stdin=token + "==").stderr
+    shown = minter(environ, "verify", token)
+    assert "arguments" in shown.stderr
+    assert token not in shown.stderr
+    file = tmp_path / "token"
+    file.write_text(token + "\n")
+    assert minter(environ, "verify", file).returncode == 0
 
     for option, value in (
         ("--jti", jti),

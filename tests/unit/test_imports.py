@@ -10,6 +10,7 @@ ROOT = Path(__file__).parents[2]
 
 FLOORS = [
     {"errors", "jws", "logs"},
+    {"private_files"},
     {"scopes"},
     {"contract"},
     {"broker"},
@@ -31,7 +32,7 @@ FLOORS = [
 """From the ground up: a package imports only itself and packages on floors below its own."""
 FLOOR = {package: number for number, packages in enumerate(FLOORS) for package in packages}
 PURE = {"errors", "scopes", "contract", "policy"}
-CLIENT_NEEDS = {"errors", "scopes", "contract", "broker", "client"}
+CLIENT_NEEDS = {"errors", "private_files", "scopes", "contract", "broker", "client"}
 FORBIDDEN = {"sqlalchemy", "celery", "kombu", "httpx", "prometheus_client", "psycopg", "os", "time"}
 
 FILES = [*(ROOT / "minter").rglob("*.py"), *(ROOT / "workers").glob("*.py")]
