@@ -72,7 +72,8 @@ class HttpSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     """The HTTP service (`minter serve`): where it listens, and what protects it from its callers.
 
     `certificate` and `key` are PEM files; without them the service speaks plain HTTP, for a proxy on the
-    same machine. Each process allows a client `requests_per_second`, and a burst of the same number.
+    same machine. Each process allows a client `requests_per_second`, and a burst of the same number; every
+    20 tokens that a request needs count as one request more. A quarter of `waiting_requests` is one client's.
     """
 
     listen: str = "127.0.0.1"

@@ -180,7 +180,7 @@ class MessageBatcher:
         waiting, self._waiting, self._bytes = self._waiting, [], 0
         try:
             while waiting := [p for p in waiting if not p.message.acknowledged]:
-                batch = _take(waiting, self.batch_messages)
+                batch = _take(waiting, self.batch_messages, self.batch_bytes)
                 self._serve_batch(batch)
                 waiting = waiting[len(batch) :]
         except Unavailable as error:
@@ -401,12 +401,19 @@ def _queued(
         return [], InvalidRequest(why).as_dict()
 
 
-def _take(waiting: Sequence[PendingMessage], most: int) -> list[PendingMessage]:
-    """Return the next batch: one redelivered message, or the messages before the next redelivered one."""
-    if waiting[0].redelivered:
-        return [waiting[0]]
-    end = next((i for i, p in enumerate(waiting) if p.redelivered), len(waiting))
-    return list(waiting[: min(end, most)])
+def _take(waiting: Sequence[PendingMessage], most: int, most_bytes: int) -> list[PendingMessage]:
+    """Return the next batch: one redelivered message, or the messages before the next redelivered one.
+
+    After an outage many messages wait; a batch has `most`, and is full with `most_bytes`.
+    """
+    batch = [waiting[0]]
+    size = len(waiting[0].body)
+    for pending in waiting[1:most]:
+        if batch[0].redelivered or pending.redelivered or size >= most_bytes:
+            break
+        batch.append(pending)
+        size += len(pending.body)
+    return batch
 
 
 class _Identified(Struct):

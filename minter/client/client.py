@@ -13,7 +13,6 @@ request refused as a whole raises its error.
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import islice
 from typing import Any, Protocol, Self
 
 import uuid_utils
@@ -41,6 +40,7 @@ from minter.contract.followups import (
 )
 from minter.contract.messages import (
     MAX_FILES,
+    MAX_NEEDS,
     Answer,
     FileOperation,
     FileRequest,
@@ -350,6 +350,15 @@ def _transport(url: str, client: str | None, secret: str | None, **options: Any)
 
 
 def _chunks(files: Iterable[FileRequest], size: int) -> Iterator[tuple[FileRequest, ...]]:
-    remaining = iter(files)
-    while group := tuple(islice(remaining, size)):
-        yield group
+    """Yield groups of at most `size` files and MAX_NEEDS sources, destinations and operations."""
+    group: list[FileRequest] = []
+    needs = 0
+    for file in files:
+        own = len(file.sources) + len(file.destinations) + len(file.operations)
+        if group and (len(group) == size or needs + own > MAX_NEEDS):
+            yield tuple(group)
+            group, needs = [], 0
+        group.append(file)
+        needs += own
+    if group:
+        yield tuple(group)

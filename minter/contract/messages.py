@@ -13,6 +13,8 @@ from minter.contract.operations import Operation
 from minter.errors import InvalidRequest
 
 MAX_FILES = 2_000
+MAX_NEEDS = 8_000
+"""Sources, destinations and operations of one request, at most: each may need a token."""
 """Most files in one request; the client library splits larger requests."""
 MAX_BODY_BYTES = 8 * 1024 * 1024
 """Largest message that is decoded, in bytes; larger answers are sent in parts of about this size."""

@@ -56,6 +56,8 @@ REBUILD = timedelta(minutes=1)
 KEYS_CACHE = "public, max-age=600"
 """How long HTTP caches may keep discovery and keys: as long as XRootD keeps them, so `keys revoke` holds."""
 
+NEEDS_OF_A_CALL = 20
+"""So many tokens cost as much as one request."""
 SEVERAL = ("audience", "resource")
 """Parameters that may come more than once (RFC 8693 §2.1, RFC 8707 §2)."""
 
@@ -207,6 +209,10 @@ class Web:
                 retry_after=max(1, round(wait)),
             )
         return account
+
+    def charge(self, account: Account, needs: int) -> None:
+        """Count the needs of a request in its client's rate, beside the request itself."""
+        self._limit.charge(account.name, time.monotonic(), needs / NEEDS_OF_A_CALL)
 
     async def _known(self, req: asgi.Request, who: Presented, vo: str) -> Account | None:
         if not who.assertion:

@@ -2,10 +2,12 @@
 
 One thread of each process calls the engine, so the engine's caches need no locks. Requests that arrive
 while the thread is busy form the next batch. There is no timer: a single request is served at once.
+Clients take turns: one that sends more than the engine serves delays itself only.
 """
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
@@ -20,8 +22,12 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 MOST_REQUESTS = 128
-MOST_FILES = 2_000
-"""Limits of one batch, which has at least one request, however many files the request has."""
+MOST_NEEDS = 4_000
+"""Limits of one batch, which has at least one request, however many tokens the request needs."""
+SHARE = 4
+"""One client's requests may be this part of those that wait, a quarter."""
+
+Waiting = tuple[Submission, asyncio.Future[Outcome]]
 
 
 class Batcher:
@@ -32,17 +38,21 @@ class Batcher:
         self._clock = clock
         self._limit = waiting_requests
         self._thread = ThreadPoolExecutor(1, "engine")
-        self._waiting: list[tuple[Submission, asyncio.Future[Outcome]]] = []
+        self._waiting: dict[str, deque[Waiting]] = {}
         self._serving: asyncio.Task[None] | None = None
 
     async def mint(self, submission: Submission) -> Outcome:
         """Return the outcome; raises Unavailable, TooManyRequests, or ServerError for an internal fault."""
-        if len(self._waiting) >= self._limit:
+        own = self._waiting.get(submission.client, ())
+        share = max(1, self._limit // SHARE)
+        if len(own) >= share or sum(map(len, self._waiting.values())) >= self._limit:
             raise TooManyRequests(
-                f"{self._limit} requests wait already; send the same request again later", retry_after=1
+                f"{len(own)} requests of this client wait already, of {share}, or {self._limit} of all; "
+                "send the same request again later",
+                retry_after=1,
             )
         future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-        self._waiting.append((submission, future))
+        self._waiting.setdefault(submission.client, deque()).append((submission, future))
         if self._serving is None:
             self._serving = asyncio.create_task(self._serve())
         return await future
@@ -61,17 +71,23 @@ class Batcher:
         finally:
             self._serving = None
 
-    def _take(self) -> list[tuple[Submission, "asyncio.Future[Outcome]"]]:
-        files, count = 0, 0
-        for submission, _ in self._waiting[:MOST_REQUESTS]:
-            files += len(submission.request.files)
-            if count and files > MOST_FILES:
+    def _take(self) -> list[Waiting]:
+        """Return the next batch, one request of each client in turn."""
+        batch: list[Waiting] = []
+        needs = 0
+        while self._waiting and len(batch) < MOST_REQUESTS:
+            client = next(iter(self._waiting))
+            queue = self._waiting.pop(client)
+            needs += queue[0][0].request.weight
+            if batch and needs > MOST_NEEDS:
+                self._waiting = {client: queue, **self._waiting}  # its turn comes first in the next batch
                 break
-            count += 1
-        batch, self._waiting = self._waiting[:count], self._waiting[count:]
+            batch.append(queue.popleft())
+            if queue:
+                self._waiting[client] = queue  # at the end of the line
         return batch
 
-    async def _serve_batch(self, batch: list[tuple[Submission, "asyncio.Future[Outcome]"]]) -> None:
+    async def _serve_batch(self, batch: list[Waiting]) -> None:
         try:
             outcomes = await self.call(self._mint, [submission for submission, _ in batch])
         except Unavailable as error:
@@ -94,7 +110,7 @@ class Batcher:
         return self._engine.mint_many(submissions, self._clock())
 
 
-def _fail(batch: list[tuple[Submission, "asyncio.Future[Outcome]"]], error: MinterError) -> None:
+def _fail(batch: list[Waiting], error: MinterError) -> None:
     for _, future in batch:
         if not future.done():
             future.set_exception(error)

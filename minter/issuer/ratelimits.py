@@ -14,11 +14,15 @@ class RateLimit:
 
     def wait(self, name: str, now: float) -> float:
         """Count one call at `now`; return 0, or the seconds to wait if it comes too early."""
-        due = max(self._due.get(name, now), now) + self._interval
-        if due - now > 1 + self._interval:
-            return due - now - 1
-        self._due[name] = due
+        early = self._due.get(name, now) - now - 1
+        if early > 0:
+            return early
+        self.charge(name, now)
+        return 0.0
+
+    def charge(self, name: str, now: float, calls: float = 1.0) -> None:
+        """Count work that is already accepted: the caller's next calls pay for it."""
+        self._due[name] = max(self._due.get(name, now), now) + calls * self._interval
         self._due.move_to_end(name)
         if len(self._due) > MOST_CALLERS:
             self._due.popitem(last=False)
-        return 0.0

@@ -1,6 +1,7 @@
 """The program behind `minter serve`: `run` starts the processes, and each of them calls `create`."""
 
 import logging
+import socket
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,12 @@ from granian.http import HTTP1Settings
 from granian.log import LogLevels
 
 from minter import logs
+from minter.errors import SettingsError
 from minter.issuer import app as web
 from minter.issuer import oauth, tasks
 from minter.metrics import Metrics, serve_process
 from minter.service import Service, load_settings, tune_gc
-from minter.settings import Loaded
+from minter.settings import HttpSettings, Loaded
 
 MAX_HEADER_BYTES = 64 * 1024
 CONNECTIONS = 4_096
@@ -47,9 +49,23 @@ def create() -> Callable[..., Awaitable[None]]:
     return served
 
 
+def _check_port(http: HttpSettings) -> None:
+    """Raise SettingsError if another program has the port: with SO_REUSEPORT, it would get half the calls."""
+    try:
+        (family, kind, *_, address), *_ = socket.getaddrinfo(
+            http.listen, http.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise SettingsError(f"[http] cannot listen at {http.listen}:{http.port}: {error.strerror}") from None
+
+
 def run(loaded: Loaded) -> None:
-    """Serve until SIGTERM or SIGINT; a process that dies is replaced."""
+    """Serve until SIGTERM or SIGINT; a process that dies is replaced. Raises SettingsError."""
     http = loaded.settings.http
+    _check_port(http)
 
     def file(name: str) -> Path | None:
         return loaded.folder / name if name else None

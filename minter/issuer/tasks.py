@@ -61,6 +61,8 @@ class _Task:
         made = await batcher.call(
             dispatch.submission, self._lifecycle, self._task, account.name, body, private=True
         )
+        if made is not None:
+            self._web.charge(account, made.request.weight)
         if made is not None and made.request.subject is not None:
             subject = await self._web.verify_subject(self._vo, made.request.subject)
             made = Submission(structs.replace(made.request, subject=subject), made.client)

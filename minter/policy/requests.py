@@ -87,6 +87,11 @@ class Request(Struct, frozen=True):
     notes: tuple[str, ...] = ()
 
     @property
+    def weight(self) -> int:
+        """How many tokens may be needed: what a request costs to decide, sign and record."""
+        return sum(len(file.needs) for file in self.files) or 1
+
+    @property
     def unix_time(self) -> float:
         """Seconds since the epoch, as the client wrote them into the request_id."""
         return unix_time(self.request_id)

@@ -6,7 +6,7 @@ from datetime import datetime
 from msgspec import Raw
 
 from minter.contract import followups, names
-from minter.contract.messages import Answer
+from minter.contract.messages import MAX_NEEDS, Answer
 from minter.errors import InvalidRequest
 from minter.fts.jobs import decode_fill
 from minter.policy.requests import Request, decode_mint
@@ -34,6 +34,11 @@ def submission(
         request = lifecycle.renewal(client, followups.decode_renew(argument))
     else:
         return None
+    if request.weight > MAX_NEEDS:
+        raise InvalidRequest(
+            f"request names {request.weight} sources, destinations and operations, expected at most "
+            f"{MAX_NEEDS}; split it"
+        )
     if request.subject is not None and not private:
         raise InvalidRequest(
             "a subject_token is accepted over HTTP only; or store one for the client, with: minter clients "

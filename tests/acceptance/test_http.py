@@ -10,7 +10,7 @@ import uuid
 import httpx
 import pytest
 
-from minter.client import FileReport, FileRequest, JobReport, MinterClient
+from minter.client import FileReport, FileRequest, JobReport, MinterClient, new_request_id
 from minter.errors import InvalidClient, InvalidRequest, SettingsError, Unavailable, UnknownRequest
 from minter.tokens import clock, keys
 from minter.tokens.claims import unverified_claims
@@ -88,6 +88,21 @@ def test_an_issuer_at_a_path_of_its_own_is_found_under_every_host(served, host):
         assert told["issuer"] == served.iss
         for path in ("/@/jwks.json", f"/@localhost:{served.port}/{VO}/jwks.json", f"//@evil/{VO}/jwks.json"):
             assert http.get(served.host + path).status_code == 404
+
+
+def test_a_second_service_on_the_same_port_is_refused(served):
+    second = served.minter("serve", check=False)
+    assert second.returncode != 0
+    assert f":{served.port}: Address already in use" in second.stderr
+
+
+def test_a_request_that_needs_too_many_tokens_is_refused(served):
+    urls = [f"davs://se01.boreas.example.org:443/atlas/{n}" for n in range(64)]
+    files = [{"sources": urls, "destinations": urls} for _ in range(63)]
+    with served.http("rucio") as http:
+        told = http.post(f"/{VO}/v1/mint", json={"request_id": str(new_request_id()), "files": files})
+    assert told.status_code == 400
+    assert "at most 8000; split it" in told.json()["error"]["error_description"]
 
 
 def test_health_and_readiness(served):

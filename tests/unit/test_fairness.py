@@ -1,0 +1,77 @@
+"""Shares of the HTTP service: nobody's requests keep another's waiting."""
+
+import asyncio
+import threading
+import uuid
+from datetime import UTC, datetime
+
+import pytest
+
+from minter.errors import TooManyRequests
+from minter.issuer.batches import MOST_NEEDS, MOST_REQUESTS, SHARE, Batcher
+from minter.issuer.ratelimits import RateLimit
+from minter.policy.requests import File, Need, Request
+from minter.tokens.outcomes import Submission
+
+
+class SlowEngine:
+    """Records who is in each batch, and returns when it is told to."""
+
+    def __init__(self):
+        self.batches = []
+        self.free = threading.Event()
+
+    def mint_many(self, submissions, _now):
+        self.batches.append([s.client for s in submissions])
+        self.free.wait(10)
+        return submissions
+
+
+def submission(client, needs=1):
+    files = (File(tuple(Need(0, "source", n, "davs://h/f", ("read",)) for n in range(needs))),)
+    return Submission(Request(uuid.uuid4(), "mint", b"", files), client)
+
+
+def served(submissions, waiting=10_000):
+    engine = SlowEngine()
+    batcher = Batcher(engine, lambda: datetime.now(UTC), waiting)
+
+    async def run():
+        first = asyncio.create_task(batcher.mint(submission("first")))
+        await asyncio.sleep(0.05)  # the engine has it, and the others wait
+        others = [asyncio.create_task(batcher.mint(s)) for s in submissions]
+        await asyncio.sleep(0)
+        engine.free.set()
+        return await asyncio.gather(first, *others, return_exceptions=True)
+
+    _, *answers = asyncio.run(run())
+    return engine.batches[1:], answers
+
+
+def test_clients_take_turns():
+    greedy = [submission("greedy") for _ in range(3 * MOST_REQUESTS)]
+    batches, _ = served([*greedy, submission("honest"), submission("honest")])
+    assert batches[0][:4] == ["greedy", "honest", "greedy", "honest"]
+    assert sum(map(len, batches)) == len(greedy) + 2
+
+
+def test_a_batch_is_bounded_by_the_tokens_it_needs():
+    batches, _ = served([submission("a", MOST_NEEDS), submission("b", MOST_NEEDS), submission("c")])
+    assert batches == [["a"], ["b"], ["c"]]
+
+
+def test_one_client_fills_its_share_of_the_waiting_only():
+    _, answers = served([submission("greedy") for _ in range(20)] + [submission("honest")], waiting=40)
+    refused = [isinstance(a, TooManyRequests) for a in answers]
+    assert refused == [False] * (40 // SHARE) + [True] * 10 + [False]
+
+
+@pytest.mark.parametrize("calls", [1, 5, 500])
+def test_work_is_paid_for_by_the_next_calls(calls):
+    limit = RateLimit(10)
+    assert limit.wait("a", 0.0) == 0
+    limit.charge("a", 0.0, calls)
+    wait = limit.wait("a", 0.0)
+    assert wait == pytest.approx(max(0, (calls + 1) / 10 - 1))
+    assert limit.wait("a", wait) == 0
+    assert limit.wait("b", 0.0) == 0
