@@ -5,8 +5,10 @@ request; the engine records and signs its token like every other. Refresh tokens
 derived from the VO's master key and absent from every JWKS: DIRAC reads their `exp`, no storage accepts one.
 """
 
+import asyncio
 import json
 import re
+import time
 from datetime import datetime
 from hashlib import sha256
 from itertools import chain
@@ -28,6 +30,7 @@ from minter.errors import (
     RequestError,
     TokenRejected,
     UnauthorizedClient,
+    Unavailable,
     UnsupportedGrantType,
 )
 from minter.issuer.app import SEVERAL, Web, send
@@ -46,7 +49,10 @@ JWT_TOKEN = "urn:ietf:params:oauth:token-type:jwt"  # noqa: S105
 REFRESH_TOKEN = "urn:ietf:params:oauth:token-type:refresh_token"  # noqa: S105
 REFRESH_TYPE = "rt+jwt"
 NOT_ITS_OWN = "the token was issued to another client: nothing was revoked"
-_WORDS = re.compile(r"[\x20\x21\x23-\x5b\x5d-\x7e]*").fullmatch
+_WORDS = re.compile(r'[^\x00-\x1f"\\\x7f-\x9f]*').fullmatch
+"""Matches RFC 6749 §3.3, and characters beyond ASCII, to which FTS's scopes may have been decoded."""
+HOLD_SECONDS, AGAIN_SECONDS = 20.0, 0.5
+"""How long, and how often, a token request is tried while Postgres is away: FTS fails a file at once."""
 _KIND = {"client_credentials": "token", "refresh_token": "refresh", EXCHANGE: "exchange"}
 
 
@@ -187,13 +193,13 @@ def token_request_of(
 
 
 def _words(form: dict[str, str], name: str, wrong: type[RequestError]) -> tuple[str, ...]:
-    """Return the words of a parameter, each once; raises `wrong` if it is too long or has bad characters."""
+    """Return the words of a parameter; raises `wrong` if it is too long or has bad characters."""
     text = form.get(name, "")
     if len(text) > MAX_CLAIM_CHARACTERS or not _WORDS(text):
         raise wrong(
             f"{name} has more than {MAX_CLAIM_CHARACTERS} characters, or some that RFC 6749 §3.3 forbids"
         )
-    return tuple(dict.fromkeys(text.split()))
+    return tuple(text.split())
 
 
 def _needed(form: dict[str, str], name: str) -> str:
@@ -231,7 +237,7 @@ class _Token(_Endpoint):
                 (),
                 token_request=token_request,
             )
-            outcome = await issuer.web.batcher.mint(Submission(request, account.name))
+            outcome = await self._mint(Submission(request, account.name))
             told = issuer.answer(outcome, exchanged=bool(token_request.subject or token_request.foreign))
         except MinterError as error:
             self._note(req, account, form, error)
@@ -241,6 +247,17 @@ class _Token(_Endpoint):
             raise
         self._note(req, account, form, None)
         send(resp, told)
+
+    async def _mint(self, submission: Submission) -> Outcome:
+        """Mint by the same request_id until Postgres answers; raises Unavailable after HOLD_SECONDS."""
+        deadline = time.monotonic() + HOLD_SECONDS
+        while True:
+            try:
+                return await self._issuer.web.batcher.mint(submission)
+            except Unavailable as error:
+                if type(error) is not Unavailable or time.monotonic() > deadline:
+                    raise
+                await asyncio.sleep(AGAIN_SECONDS)
 
     def _note(
         self, req: asgi.Request, account: Account, form: dict[str, str], error: MinterError | None

@@ -39,7 +39,7 @@ from minter.policy.subject_tokens import (
     on_refresh_token,
     on_subject_token,
 )
-from minter.policy.token_requests import Family, Subject, TokenRequest
+from minter.policy.token_requests import Family, Subject, TokenRequest, as_held
 from minter.policy.transfers import Policy
 from minter.scopes import STORAGE_SCOPES, Scope, intersect, parse_scopes, path_contains
 from minter.storages.dialects import BOTH, DIALECTS, RSA_ONLY, Matching, Needed, scopes_needed
@@ -156,7 +156,8 @@ class _Decider:
         self.authority = authority
         self.holder = holder
         """The client whose token the subject token is, None if there is none here."""
-        self.wanted = dict.fromkeys(token_request.scope or (authority.scope.split(" ") if authority else ()))
+        held = authority.scope if authority else ""
+        self.wanted = dict.fromkeys(as_held(token_request.scope, held) or held.split())
         self.audience = self._audience(tuple(dict.fromkeys(token_request.audience)))
         self.is_any = any(a in ANY for a in self.audience)
         self.all_at_storages = True
@@ -176,6 +177,8 @@ class _Decider:
         groups: list[str] = []
         words: dict[str, None] = {}
         for word in self.wanted:
+            if not word.isascii():
+                raise InvalidScope("the scope has characters that RFC 6749 §3.3 forbids; percent-encode them")
             scope = Scope.parse(word)
             if scope.name in STORAGE_SCOPES:
                 granted = self._on_storage(word, scope)

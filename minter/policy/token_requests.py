@@ -5,8 +5,10 @@ begins with one exchange. `present` is the rule of WLCG 1.3 §4.3.2: the newest 
 the one before it until the newest was used, for a day at most.
 """
 
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
+from urllib.parse import unquote_plus
 from uuid import UUID
 
 from msgspec import Struct, structs
@@ -101,6 +103,21 @@ def present(family: Family, generation: int, now: datetime) -> Family | None:
     if generation == family.generation - 1 and now < family.rotated_at + GRACE:
         return family
     return None
+
+
+def as_held(asked: Sequence[str], held: str) -> tuple[str, ...]:
+    """Return requested scopes, with those that FTS sent unescaped replaced by the held scope that they mean.
+
+    FTS puts the scopes of a token into a form as they are, so `+`, `&`, `%20` and UTF-8 arrive decoded once
+    more. The replacement is a held scope, so it never widens the request.
+    """
+    words = held.split(" ")
+    text = f" {' '.join(asked)} "
+    for word in sorted(words, key=len, reverse=True):
+        arrived = " ".join(unquote_plus(word.partition("&")[0]).split())
+        if word not in asked and arrived not in words:
+            text = text.replace(f" {arrived} ", f" {word} ")
+    return tuple(text.split())
 
 
 def act_depth(act: dict[str, Any] | None) -> int:

@@ -15,6 +15,7 @@ from minter.errors import InvalidClient, InvalidRequest, SettingsError, Unavaila
 from minter.tokens import clock, keys
 from minter.tokens.claims import unverified_claims
 from tests.acceptance.served import VO
+from tests.acceptance.test_token import HOST, TOP
 from tests.conftest import EXAMPLES
 from tests.integration.test_mint import OTHER, SE
 from tests.servers import free_ports
@@ -386,7 +387,13 @@ def test_postgres_away_is_not_ready_and_nothing_is_refused_for_good(postgres_dsn
             id_ = clock.new_uuid7()
             with pytest.raises(Unavailable):
                 one.mint([COPY], request_id=id_)
-            _admin(postgres_dsn, f"ALTER DATABASE {served.database} ALLOW_CONNECTIONS true")
+            form = {"grant_type": "client_credentials", "scope": f"storage.read:{TOP}/f", "audience": HOST}
+            with concurrent.futures.ThreadPoolExecutor() as threads, served.http("rucio") as rucio:
+                held = threads.submit(rucio.post, f"/{VO}/token", data=form)
+                with pytest.raises(concurrent.futures.TimeoutError):
+                    held.result(2)
+                _admin(postgres_dsn, f"ALTER DATABASE {served.database} ALLOW_CONNECTIONS true")
+                assert held.result().status_code == 200
             assert one.mint([COPY], request_id=id_).tokens
     finally:
         served.close()
