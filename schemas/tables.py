@@ -358,6 +358,19 @@ families = Table(
     Index("families_ends_at_idx", "ends_at"),
 )
 
+# The access tokens that came with the refresh tokens of a family: they end with it (RFC 7009 §2.1).
+family_tokens = Table(
+    "family_tokens",
+    metadata,
+    Column(
+        "family_id",
+        UUID(as_uuid=True),
+        ForeignKey("families.family_id", ondelete="CASCADE"),
+        primary_key=True,
+    ),
+    Column("jti", UUID(as_uuid=True), primary_key=True),
+)
+
 # The ids of the assertions that clients authenticated with (RFC 7523 §3), until they expire.
 assertions = Table(
     "assertions",

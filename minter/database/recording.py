@@ -21,6 +21,7 @@ from minter.database import managed
 from minter.database.connection import CONTROL_LOCK, floor, instant, json_text, one, plain_text, transaction
 from minter.database.control import read_control
 from minter.database.requests import REQUEST_COLUMNS, TOKEN_COLUMNS, USE_COLUMNS, request_row, tokens_of
+from minter.database.states import end_family_tokens
 from minter.policy.limits import HARD_MAX_SECONDS
 from minter.policy.plans import Plan
 from minter.policy.token_requests import Family, Subject
@@ -324,8 +325,13 @@ class PostgresRecording:
         found = [Family(**dict(zip(names, row, strict=True))) for row in rows]
         return {f.family_id: structs.replace(f, audience=tuple(f.audience)) for f in found}
 
-    def save_families(self, families: Sequence[Family]) -> None:
-        """Add refresh families, or update their generation; the revocation of a family is audited."""
+    def save_families(
+        self, families: Sequence[Family], tokens: Sequence[tuple[UUID, UUID]], now: datetime
+    ) -> None:
+        """Add refresh families, or update their generation; `tokens` are (family_id, jti) of access tokens.
+
+        The revocation of a family is audited, and ends its access tokens.
+        """
         if not families:
             return
         names = Family.__struct_fields__
@@ -344,6 +350,8 @@ class PostgresRecording:
                 " jsonb_build_object('subject_jti', %s::text) FROM clients WHERE client_id = %s",
                 [(str(f.family_id), str(f.subject_jti), f.client_id) for f in families if f.revoked_at],
             )
+            cursor.executemany("INSERT INTO family_tokens (family_id, jti) VALUES (%s, %s)", tokens)
+        end_family_tokens(self._connection, [f.family_id for f in families if f.revoked_at], now)
 
     def recorded(
         self, ids: Sequence[tuple[UUID, int]]

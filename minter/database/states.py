@@ -181,8 +181,24 @@ def cancel_token(pool: Pool, client_id: int, jti: UUID, now: datetime) -> bool:
         return bool(own) or not known
 
 
-def end_family(pool: Pool, name: str, family_id: UUID) -> bool:
-    """Revoke the refresh tokens that descend from one exchange of a client; the revocation is audited.
+def end_family_tokens(
+    connection: "psycopg.Connection[Any]", family_ids: Sequence[UUID], now: datetime
+) -> None:
+    """Cancel the access tokens of refresh families that are still valid."""
+    if not family_ids:
+        return
+    alive = connection.execute(
+        "SELECT f.jti FROM family_tokens f JOIN tokens t USING (jti)"
+        " WHERE f.family_id = ANY(%s) AND t.expires_at > %s",
+        (list(family_ids), now),
+    ).fetchall()
+    change_state(connection, [jti for (jti,) in alive], "cancelled", now)
+
+
+def end_family(pool: Pool, name: str, family_id: UUID, now: datetime) -> bool:
+    """Revoke the refresh tokens that descend from one exchange of a client, and end their access tokens.
+
+    The revocation is audited.
 
     Return False, and change nothing, if another client got them.
     """
@@ -198,6 +214,8 @@ def end_family(pool: Pool, name: str, family_id: UUID) -> bool:
             "SELECT c.name FROM families f JOIN clients c USING (client_id) WHERE f.family_id = %s",
             (family_id,),
         ).fetchone()
+        if holder == (name,):
+            end_family_tokens(connection, [family_id], now)
         return holder is None or holder == (name,)
 
 

@@ -347,7 +347,7 @@ class _Revoke(_Endpoint):
         issuer, service = self._issuer, self._issuer.web.service
         refresh = issuer.read_refresh_token(token)
         if refresh is not None:
-            if not states.end_family(service.pool, account.name, refresh[0]):
+            if not states.end_family(service.pool, account.name, refresh[0], service.clock()):
                 raise InvalidGrant(NOT_ITS_OWN)
             return
         try:

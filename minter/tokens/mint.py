@@ -163,7 +163,16 @@ class Engine:
         signing.find_shared(tx, fresh)
         tx.copy_tokens(row for one in fresh for row in signing.sign(one))
         tx.copy_uses([use for one in fresh for use in one.uses])
-        tx.save_families(list({f.family_id: f for one in fresh if (f := one.outcome.family)}.values()))
+        of_families = [(one, family) for one in fresh if (family := one.outcome.family)]
+        tx.save_families(
+            list({family.family_id: family for _, family in of_families}.values()),
+            [
+                (family.family_id, one.jtis.first)
+                for one, family in of_families
+                if one.decision.planned_tokens
+            ],
+            now,
+        )
         self._observe("copied", outcomes, now)
         return signing.shared, read_repeats(tx, [one.key for one in pending if one.key not in new])
 

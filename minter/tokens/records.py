@@ -199,8 +199,13 @@ class Recording(Protocol):
         """Read refresh families, and lock them until the transaction ends."""
         ...
 
-    def save_families(self, families: Sequence[Family]) -> None:
-        """Add refresh families, or update their generation; the revocation of a family is audited."""
+    def save_families(
+        self, families: Sequence[Family], tokens: Sequence[tuple[UUID, UUID]], now: datetime
+    ) -> None:
+        """Add refresh families, or update their generation; `tokens` are (family_id, jti) of access tokens.
+
+        The revocation of a family is audited, and ends its access tokens.
+        """
         ...
 
     def used(self, handles: Sequence[UUID]) -> list[tuple[str, str, TokenRow]]:

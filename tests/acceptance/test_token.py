@@ -360,6 +360,9 @@ def test_the_old_refresh_token_works_until_the_new_one_was_used_then_ends_the_fa
     assert refresh(ask, "fts", zero) == (400, "invalid_grant")
     for token in (two, one, zero):
         assert refresh(ask, "fts", token) == (400, "invalid_grant")
+    states = rows(served.service, "SELECT s.state::text FROM family_tokens f LEFT JOIN token_states s"
+                  " USING (jti) WHERE f.family_id = %s", family)  # fmt: skip
+    assert states == [("cancelled",)] * 4
     assert rows(served.service, "SELECT actor, action FROM audit WHERE subject = %s", family) == [
         ("fts", "refresh.reused")
     ]
@@ -540,6 +543,11 @@ def test_revoking_a_refresh_token_ends_its_family_and_only_its_client_can(served
     renewed = refresh(ask, "fts", told["refresh_token"])
     assert revoke("fts", renewed["refresh_token"]) == 200
     assert refresh(ask, "fts", renewed["refresh_token"]) == (400, "invalid_grant")
+    for access in (told, renewed):  # RFC 7009 §2.1
+        with served.http("rucio") as http:
+            form = {"token": access["access_token"]}
+            assert http.post(f"/{VO}/introspect", data=form).json() == {"active": False}
+        assert exchange(ask, "third", access) == (400, "invalid_request")
     assert revoke("fts", "nonsense") == 200
 
 
