@@ -56,6 +56,8 @@ REBUILD = timedelta(minutes=1)
 KEYS_CACHE = "public, max-age=600"
 """How long HTTP caches may keep discovery and keys: as long as XRootD keeps them, so `keys revoke` holds."""
 
+FAILURES_PER_SECOND = 20
+"""So many failed authentications a second, and a burst of as many, are answered to each peer."""
 NEEDS_OF_A_CALL = 20
 """So many tokens cost as much as one request."""
 SEVERAL = ("audience", "resource")
@@ -99,6 +101,17 @@ def send(resp: asgi.Response, content: object, status: int = 200) -> None:
     resp.data = content if isinstance(content, bytes) else encode(content)
 
 
+def peer_of(req: asgi.Request) -> str:
+    """Return the address that a request comes from, empty if a proxy on this machine does not tell it.
+
+    A peer elsewhere may write anything into X-Forwarded-For, so only the proxy's own last entry counts.
+    """
+    peer = req.remote_addr
+    if peer not in ("127.0.0.1", "::1"):
+        return peer
+    return (req.get_header("X-Forwarded-For") or "").rpartition(",")[2].strip()
+
+
 class Web:
     """State and helpers that the endpoints of one process share."""
 
@@ -114,6 +127,7 @@ class Web:
         self._built: tuple[int, datetime] | None = None
         self._ready_at = float("-inf")
         self._limit = RateLimit(self.settings.requests_per_second)
+        self._failures = RateLimit(FAILURES_PER_SECOND)
 
     async def verify_subject(self, vo: str, subject: SubjectToken) -> SubjectToken:
         """Verify a provider's token outside the engine's thread, because the provider may be slow."""
@@ -195,6 +209,9 @@ class Web:
     async def authenticate(self, req: asgi.Request, vo: str, form: Mapping[str, str]) -> Account:
         """Return the authenticated client; raises InvalidClient, TooManyRequests, InvalidRequest."""
         arrived = time.monotonic()
+        peer = peer_of(req)
+        if wait := self._failures.early(peer, arrived) if peer else 0:
+            raise TooManyRequests("too many failed authentications", retry_after=max(1, round(wait)))
         who = presented(req.get_header("Authorization"), form)
         account = await self._known(req, who, vo)
         if account is None:
@@ -202,6 +219,7 @@ class Web:
             await self.batcher.call(self.credentials.refresh, arrived)
             account = await self._known(req, who, vo)
         if account is None or form.get("client_id", account.name) != account.name:
+            self._failures.charge(peer, arrived)
             raise InvalidClient(WRONG)
         if wait := self._limit.wait(account.name, time.monotonic()):
             raise TooManyRequests(

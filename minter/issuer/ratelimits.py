@@ -14,11 +14,14 @@ class RateLimit:
 
     def wait(self, name: str, now: float) -> float:
         """Count one call at `now`; return 0, or the seconds to wait if it comes too early."""
-        early = self._due.get(name, now) - now - 1
-        if early > 0:
-            return early
-        self.charge(name, now)
-        return 0.0
+        early = self.early(name, now)
+        if not early:
+            self.charge(name, now)
+        return early
+
+    def early(self, name: str, now: float) -> float:
+        """Return 0, or the seconds to wait if a call at `now` comes too early."""
+        return max(0.0, self._due.get(name, now) - now - 1)
 
     def charge(self, name: str, now: float, calls: float = 1.0) -> None:
         """Count work that is already accepted: the caller's next calls pay for it."""

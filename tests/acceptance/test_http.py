@@ -91,6 +91,20 @@ def test_an_issuer_at_a_path_of_its_own_is_found_under_every_host(served, host):
             assert http.get(served.host + path).status_code == 404
 
 
+def test_whoever_guesses_secrets_is_slowed_down_alone(served):
+    def guess(peer):
+        return http.post(
+            f"/{VO}/token", data={"x": "y"}, auth=("rucio", "wrong"), headers={"X-Forwarded-For": peer}
+        ).status_code
+
+    with served.http() as http, concurrent.futures.ThreadPoolExecutor(50) as threads:
+        statuses = set(threads.map(guess, ["192.0.2.1, 192.0.2.7"] * 400))
+        assert statuses == {401, 429}
+        assert guess("192.0.2.8") == 401
+    with served.http("rucio") as http:
+        assert http.get(f"/{VO}/v1/trace", params={"path": "/x"}).status_code == 200
+
+
 def test_a_second_service_on_the_same_port_is_refused(served):
     second = served.minter("serve", check=False)
     assert second.returncode != 0
