@@ -55,9 +55,15 @@ def test_clients_take_turns():
     assert sum(map(len, batches)) == len(greedy) + 2
 
 
+def test_small_requests_do_not_wait_for_all_large_ones():
+    large = [submission(f"large{n}", MOST_NEEDS) for n in range(3)]
+    batches, _ = served([*large, submission("small"), submission("small")])
+    assert ["small", "small"] in batches[:2]
+
+
 def test_a_batch_is_bounded_by_the_tokens_it_needs():
-    batches, _ = served([submission("a", MOST_NEEDS), submission("b", MOST_NEEDS), submission("c")])
-    assert batches == [["a"], ["b"], ["c"]]
+    batches, _ = served([submission("a", MOST_NEEDS - 100), submission("b", 100), submission("c", 100)])
+    assert batches == [["a", "b"], ["c"]]
 
 
 def test_one_client_fills_its_share_of_the_waiting_only():
