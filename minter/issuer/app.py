@@ -143,7 +143,7 @@ class Web:
         if version != self.credentials.version or now - at > REBUILD:
             with transaction(self.service.pool) as connection:
                 self.ring = read_keys(connection)
-            self.documents = well_known.documents(self.ring, self.service.loaded.issuers, now)
+            self.documents = well_known.by_place(self.ring, self.service.loaded.issuers, now)
             self._built = self.credentials.version, now
 
     async def watch(self) -> None:

@@ -30,7 +30,12 @@ Place: TypeAlias = tuple[str, str]
 """The host and path of a document."""
 
 
-def documents(ring: Iterable[Key], issuers: Mapping[str, str], now: datetime) -> dict[Place, bytes]:
+def documents(ring: Iterable[Key], issuers: Mapping[str, str], now: datetime) -> dict[str, bytes]:
+    """Return every issuer's documents as files, as `by_place` and `as_files` make them."""
+    return as_files(by_place(ring, issuers, now))
+
+
+def by_place(ring: Iterable[Key], issuers: Mapping[str, str], now: datetime) -> dict[Place, bytes]:
     """Return every issuer's documents, JWKS before discovery.
 
     An issuer with a sub-path has its discovery documents in both forms (RFC 8414 §3.1). An issuer without a
@@ -125,13 +130,13 @@ def _openid(issuer: str) -> dict[str, object]:
     }
 
 
-def write(folder: Path, found: Mapping[Place, bytes]) -> list[Path]:
-    """Write the documents into a folder, each whole or not at all; return the paths that changed.
+def write(folder: Path, files: Mapping[str, bytes]) -> list[Path]:
+    """Write files into a folder, each whole or not at all; return the paths that changed.
 
     Raises SettingsError if one cannot be written, after the others.
     """
     changed, wrong = [], list[SettingsError]()
-    for name, content in as_files(found).items():
+    for name, content in files.items():
         path = folder / name
         try:
             if path.is_file() and path.read_bytes() == content:

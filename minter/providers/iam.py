@@ -347,7 +347,7 @@ class IAM:
             raise self._rejected(
                 f"its iss is {str(told)[:200]!r}, the discovery document says {documents.issuer!r}", "iss"
             ) from None
-        except jwt.PyJWKError as error:
+        except (jwt.PyJWKError, jwt.InvalidKeyError) as error:
             why = f"the provider's key {str(header.get('kid'))[:100]!r} is malformed: {error}"
             raise self._rejected(why, "") from None
         except UNREADABLE as error:

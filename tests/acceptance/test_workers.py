@@ -18,6 +18,7 @@ from minter.broker.publisher import declare
 from minter.cli.demo import fts_objections, read_jobs
 from minter.client import FileOperation, FileRequest, FilledJob, MinterClient, new_request_id
 from minter.contract import names
+from minter.contract.messages import MAX_NEEDS
 from minter.database import control_changes
 from minter.database.connection import transaction
 from minter.errors import (
@@ -86,13 +87,13 @@ def test_mint_many_in_chunks_with_progress(client):
 def test_an_answer_beyond_eight_mebibytes_arrives_whole(client):
     wide = [
         FileRequest(
-            sources=tuple(f"{SE}{'d' * 100}/{n}-{i}" for i in range(8)), destinations=(f"{OTHER}{n}",)
+            sources=tuple(f"{SE}{'d' * 200}/{n}-{i}" for i in range(8)), destinations=(f"{OTHER}{n}",)
         )
-        for n in range(2000)
+        for n in range(MAX_NEEDS // 9)
     ]
     result = client.mint(wide)
-    assert len(result.tokens) == 18_000
-    assert len({t.jti for t in result.tokens}) == 18_000
+    assert sum(len(t.reveal()) for t in result.tokens) > 8 * 1024 * 1024
+    assert len({t.jti for t in result.tokens}) == MAX_NEEDS // 9 * 9
 
 
 def test_every_job_of_rucio_is_filled_as_fts_wants_it(client):
