@@ -87,7 +87,7 @@ def test_mint_many_in_chunks_with_progress(client):
 def test_an_answer_beyond_eight_mebibytes_arrives_whole(client):
     wide = [
         FileRequest(
-            sources=tuple(f"{SE}{'d' * 200}/{n}-{i}" for i in range(8)), destinations=(f"{OTHER}{n}",)
+            sources=tuple(f"{SE}{'d' * 450}/{n}-{i}" for i in range(8)), destinations=(f"{OTHER}{n}",)
         )
         for n in range(MAX_NEEDS // 9)
     ]
