@@ -2,8 +2,10 @@
 
 import uuid
 from datetime import UTC, datetime, timedelta
+from itertools import product
 from pathlib import Path
 from typing import Annotated
+from urllib.parse import unquote
 
 import typer
 
@@ -11,7 +13,9 @@ from minter.cli.tables import AsJson, as_table, guarded, open_service, show, tra
 from minter.contract.messages import unix_time
 from minter.database import archive as archives
 from minter.database import traces
-from minter.errors import InvalidRequest, SettingsError
+from minter.errors import InvalidRequest, RequestError, SettingsError
+from minter.policy.plans import SEVERAL_STORAGES
+from minter.service import Service
 
 _FTS_ID_BYTES = 8
 Folder = Annotated[
@@ -28,7 +32,10 @@ def register(app: typer.Typer) -> None:
 @guarded
 def trace(
     jti: Annotated[uuid.UUID | None, typer.Option(help="jti of a token.")] = None,
-    path: Annotated[str | None, typer.Option(help="Path of a file, below the VO's area.")] = None,
+    path: Annotated[
+        str | None,
+        typer.Option(help="Path of a file below the VO's area, or its URL as FTS or a storage logs it."),
+    ] = None,
     external_id: Annotated[str | None, typer.Option(help="Submitter's id of a file (external_id).")] = None,
     request: Annotated[uuid.UUID | None, typer.Option(help="request_id of a request.")] = None,
     fts_token_id: Annotated[str | None, typer.Option(help="Token id in FTS, 16 hex digits.")] = None,
@@ -66,14 +73,35 @@ def trace(
             found, archived = archives.find_request(folder, value, until)
             refusals = refusals or archived
     else:
-        found = traces.find(service.pool, by, value, since, until, limit)
+        values, at = _files_of(service, path) if path is not None and "://" in path else ({value}, None)
+        found = [t for v in values for t in traces.find(service.pool, by, v, since, until, limit)]
         if folder is not None and len(found) < limit:
-            found = traces.newest(found + archives.find(folder, by, value, since, until, limit), limit)
+            found += [t for v in values for t in archives.find(folder, by, v, since, until, limit)]
+        found = traces.newest([t for t in found if at is None or t.storage in at], limit)
     show(as_json, {"tokens": found, "refusals": refusals}, lambda: trace_table(found))
     if refusals and not as_json:
         show(False, None, lambda: _refusals_table(refusals))
     if not found and not refusals:
         raise typer.Exit(1)
+
+
+def _files_of(service: Service, url: str) -> tuple[set[object], set[str]]:
+    """Return the VO-relative paths and the storages that a URL names, as it is or percent-encoded.
+
+    Raises the error of `Directory.locate` if it names a file of no VO.
+    """
+    paths, storages = set[object](), set[str]()
+    for directory, spelling in product(service.loaded.policy.directories.values(), (url, unquote(url))):
+        try:
+            area, found = directory.locate(spelling)
+        except RequestError as error:
+            wrong = error
+            continue
+        paths.add(found)
+        storages |= {area.storage, SEVERAL_STORAGES}
+    if not paths:
+        raise wrong
+    return paths, storages
 
 
 def _refusals_table(refusals: list[traces.Refusals]) -> object:

@@ -77,10 +77,14 @@ def test_mint_explain_verify_trace(environ, tmp_path):
     file.write_text(token + "\n")
     assert minter(environ, "verify", file).returncode == 0
 
+    url = json.loads(out.read_text())["files"][0]["destinations"][0]
+    assert "is not known" in minter(environ, "trace", "--path", "x://h/f").stderr
     for option, value in (
         ("--jti", jti),
         ("--request", facts["request_id"]),
         ("--path", verified["claims"]["scope"].split(":")[1]),
+        ("--path", url),
+        ("--path", url.replace("DAOD", "%44AOD")),
     ):
         found = json.loads(minter(environ, "trace", option, value, "--json").stdout)["tokens"]
         assert jti in [f["jti"] for f in found]
