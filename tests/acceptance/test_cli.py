@@ -84,7 +84,7 @@ def test_mint_explain_verify_trace(environ, tmp_path):
         ("--request", facts["request_id"]),
         ("--path", verified["claims"]["scope"].split(":")[1]),
         ("--path", url),
-        ("--path", url.replace("DAOD", "%44AOD")),
+        ("--path", url.replace("rucio", "%72ucio")),
     ):
         found = json.loads(minter(environ, "trace", option, value, "--json").stdout)["tokens"]
         assert jti in [f["jti"] for f in found]

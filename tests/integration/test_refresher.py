@@ -18,7 +18,7 @@ from minter.database.connection import transaction
 from minter.database.control import read_private_key
 from minter.database.fallbacks import fall_back, live_uses
 from minter.errors import InvalidGrant
-from minter.local.fake_iam import Behaviour, FakeIAM
+from minter.local.fake_iam import Behaviour, FakeIAM, OAuthRefusal
 from minter.policy.clients import Ban
 from minter.policy.requests import from_mint
 from minter.policy.routes import Route
@@ -813,6 +813,24 @@ def test_nothing_is_pushed_to_whom_it_may_not_go(service, iam):
     assert push.answer.tokens[0].handle
     pushes.run_once(bench.clock())
     assert len(sent) == 1
+
+
+@pytest.mark.parametrize("code", ["invalid_client", "unauthorized", "access_denied"])
+def test_a_401_is_about_our_credentials_and_waited_for(service, iam, monkeypatch, code):
+    """Spring's Basic filter, proxies and others name a wrong secret in words of their own."""
+    bench = Bench(service, iam, own())
+    with monkeypatch.context() as patch:
+
+        def refuse(*_):
+            raise OAuthRefusal(code, "Bad credentials", 401)
+
+        patch.setattr(iam, "answer", refuse)
+        outcome = bench.ask("a")
+        bench.run_once(until=lambda: len(bench.asked) >= 2)
+        assert {o for _, o in bench.asked} == {"misconfigured"}
+    bench.forward(minutes=5)
+    bench.run_once(until=lambda: bench.row()["state"] == "issued")
+    assert bench.fetch(outcome).tokens
 
 
 def test_a_queue_that_refuses_is_left_alone_and_others_are_served(service, iam, monkeypatch):
