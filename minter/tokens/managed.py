@@ -14,14 +14,14 @@ from uuid import UUID
 import msgspec
 from msgspec import Struct, structs
 
-from minter.errors import Banned, MinterError, UnknownClient
+from minter.errors import Banned, MinterError, OperationNotAllowed, PathNotAllowed, UnknownClient
 from minter.policy.clients import Bans, Client
 from minter.policy.limits import BACKDATE_SECONDS, FTS_QUEUE_SECONDS, HARD_MAX_SECONDS
 from minter.policy.plans import PlannedToken
 from minter.policy.requests import SEVERAL, Request
 from minter.policy.routes import Mode
 from minter.providers.dialects import PATIENCE_SECONDS, Provider, lead_of
-from minter.scopes import parse_scopes
+from minter.scopes import Scope, parse_scopes
 from minter.storages.dialects import Matching
 
 LEAST_SECONDS = 120
@@ -142,6 +142,10 @@ def wanted(
     )
 
 
+_WRITING = frozenset({"write", "overwrite", "retry", "delete", "make_parents"})
+"""Operations for which a token may write."""
+
+
 class Whose(Protocol):
     """The owner and the purpose of a managed token, to which bans apply."""
 
@@ -182,7 +186,10 @@ def forbidden(
     bans: Bans,
     matching_of: Callable[[str, str], Matching],
 ) -> MinterError | None:
-    """Return the error that forbids to keep or hand out a token, None if it is allowed (I9)."""
+    """Return the error that forbids to keep or hand out a token, None if it is allowed (I9).
+
+    Besides bans, the client's present limits apply: its prefixes, and whether it may write at all.
+    """
     client = clients.get(token.client)
     if client is None or client.disabled:
         return UnknownClient(f"client {token.client!r} is disabled")
@@ -191,16 +198,26 @@ def forbidden(
             token.vo, vo=token.vo, client=token.client, on_behalf_of=token.on_behalf_of,
             activity=token.activity, storage=token.storage,
         )  # fmt: skip
+        matching = matching_of(token.vo, token.storage)
         for scope in parse_scopes(token.scope):
             if scope.path is not None:
-                bans.check_path(token.vo, scope.path, matching_of(token.vo, token.storage))
-    except Banned as error:
+                bans.check_path(token.vo, scope.path, matching)
+                _check_limits(client, scope, matching)
+    except (Banned, OperationNotAllowed, PathNotAllowed) as error:
         return error
     if token.activity == SEVERAL and bans.has("activity", token.vo):
         return Banned(
             "an activity of this VO is banned, and the request has several activities", kind="activity"
         )
     return None
+
+
+def _check_limits(client: Client, scope: Scope, matching: Matching) -> None:
+    if not client.may_reach(scope.path or "/", matching):
+        raise PathNotAllowed(f"path {scope.path!r} is outside the prefixes of client {client.name!r} by now")
+    writes = scope.name in ("storage.create", "storage.modify")
+    if writes and client.operations and client.operations.isdisjoint(_WRITING):
+        raise OperationNotAllowed(f"client {client.name!r} may not write by now")
 
 
 def next_need(

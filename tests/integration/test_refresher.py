@@ -75,9 +75,9 @@ class Bench:
             lambda *asked: self.asked.append(asked[1:3]), jitter=lambda bound: bound / 100, checks_clock=False,
         )  # fmt: skip
 
-    def ask(self, *names, subject=None, client=ME, **options):
+    def ask(self, *names, subject=None, client=ME, operation="download", **options):
         files = tuple(
-            FileRequest(operations=(FileOperation("download", SE + n),), external_id=n) for n in names
+            FileRequest(operations=(FileOperation(operation, SE + n),), external_id=n) for n in names
         )
         request = from_mint(
             MintRequest(
@@ -831,6 +831,26 @@ def test_a_401_is_about_our_credentials_and_waited_for(service, iam, monkeypatch
     bench.forward(minutes=5)
     bench.run_once(until=lambda: bench.row()["state"] == "issued")
     assert bench.fetch(outcome).tokens
+
+
+@pytest.mark.parametrize(
+    ("limits", "reason"),
+    [
+        ({"paths": ["/elsewhere"]}, "path_not_allowed"),
+        ({"operations": ["write"]}, None),
+        ({"operations": ["read"]}, "operation_not_allowed"),
+        ({"paths": ["/"]}, None),
+    ],
+)
+def test_a_client_that_is_narrowed_keeps_no_wider_token(service, iam, limits, reason):
+    bench = Bench(service, iam, own(), outage_margin_seconds=300)
+    bench.ask("a", operation="upload")
+    bench.run_once()
+    control_changes.change_client(service.pool, ME, limits, "test")
+    bench.forward(minutes=45)
+    bench.run_once()
+    assert len(bench.asked) == (1 if reason else 2)
+    assert (bench.row()["error"] or {}).get("reason") == reason
 
 
 def test_a_queue_that_refuses_is_left_alone_and_others_are_served(service, iam, monkeypatch):
