@@ -242,5 +242,5 @@ def wheel(tmp_path_factory):
     subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", folder, ROOT], check=True
     )
-    (path,) = folder.glob("minter-*.whl")
+    (path,) = folder.glob("gridminter-*.whl")
     return path

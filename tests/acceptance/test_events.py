@@ -92,6 +92,11 @@ def issue(service, name, external_id):
     return request.request_id
 
 
+def of(name, kind, **changes):
+    """Return FTS's message about the file that `issue` named."""
+    return told(kind, src_url=SE + name, dst_url=SE + name + "2", **changes)
+
+
 def states(service):
     return sorted(s for (s,) in rows(service, "SELECT state::text FROM token_states"))
 
@@ -113,15 +118,16 @@ def test_tokens_follow_their_transfers(service, events, send):
     Lifecycle(service.engine, service.store).report(
         ME, ReportRequest(jobs=(JobReport(job, by_job, (0,), (77,)),)), clock.now()
     )
-    send(told("start", file_metadata={"request_id": external_id}) + b" ")
+    send(of("a", "start", file_metadata={"request_id": external_id}) + b" ")
     until(lambda: states(service) == ["active", "active"])
     send(b"not a message \x04")
     send(told("complete", vo="another", file_metadata={"request_id": external_id}))
     send(told("complete", file_metadata={"request_id": "nobody's"}))
-    send(told("complete", job_id=str(job), file_id=77, file_metadata=None) + b"\x04")
+    send(of("b", "complete", job_id=str(job), file_id=77, file_metadata=None) + b"\x04")
     until(lambda: states(service) == ["active", "active", "finished", "finished"])
-    send(told("complete", file_metadata={"request_id": external_id}))
-    send(told("complete", file_metadata={"request_id": external_id}))  # messages may come twice
+    send(told("complete", file_metadata={"request_id": external_id}))  # other URLs: another user's file
+    send(of("a", "complete", file_metadata={"request_id": external_id}))
+    send(of("a", "complete", file_metadata={"request_id": external_id}))  # messages may come twice
     until(lambda: states(service) == ["finished"] * 4)
     text = events.log.read_text()
     assert "guest" not in text
@@ -134,7 +140,7 @@ def test_what_was_not_noted_comes_again(service, events, send, node):
     issue(service, "d", second)
     until(lambda: "listening" in events.log.read_text())
     events.stop(signal.SIGKILL)
-    send(told("complete", file_metadata={"request_id": first}))
+    send(of("c", "complete", file_metadata={"request_id": first}))
     events.start()
     until(lambda: states(service) == ["finished", "finished"])
     node.kill()
@@ -142,7 +148,7 @@ def test_what_was_not_noted_comes_again(service, events, send, node):
     connection = stomp.Connection12([("127.0.0.1", node.stomp_port)], vhost="/")
     connection.connect("guest", "guest", wait=True)
     connection.send(
-        QUEUE, told("complete", file_metadata={"request_id": second}), headers={"persistent": "true"}
+        QUEUE, of("d", "complete", file_metadata={"request_id": second}), headers={"persistent": "true"}
     )
     until(lambda: states(service) == ["finished"] * 4, 60)
     connection.disconnect()
