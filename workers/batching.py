@@ -15,7 +15,6 @@ from hashlib import sha256
 from typing import Any
 
 import msgspec
-from joserfc.errors import JoseError
 from msgspec import Raw, Struct
 
 from minter import logs
@@ -34,9 +33,9 @@ from minter.errors import (
     Undeliverable,
     UnknownClient,
 )
-from minter.jws import UNREADABLE
 from minter.tasks import answers, dispatch
 from minter.tasks.lifecycle import Lifecycle
+from minter.tokens.jwe import CANNOT_ENCRYPT
 from minter.tokens.mint import Engine
 from minter.tokens.outcomes import Outcome, Submission
 from workers import replies
@@ -393,7 +392,7 @@ def _queued(
     """Return the messages for a client's durable queue, or the error if its key cannot be encrypted to."""
     try:
         return replies.queued(answer, queue, pending.correlation_id, key), None
-    except (*UNREADABLE, JoseError):
+    except CANNOT_ENCRYPT:
         logger.exception("answers for client %s cannot be encrypted to its jwe_key", pending.client)
         why = (
             "the answer cannot be encrypted to the client's jwe_key; register another, then fetch the tokens"

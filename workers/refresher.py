@@ -5,18 +5,16 @@ import signal
 from collections.abc import Sequence
 from typing import Any
 
-from joserfc.errors import JoseError
-
 from minter import logs
 from minter.broker.publisher import Outgoing, Publisher, connect
 from minter.errors import SettingsError, Unavailable
-from minter.jws import UNREADABLE
 from minter.metrics import Metrics, serve_process
 from minter.refresher.notifications import Push
 from minter.refresher.refresher import Refresher
 from minter.service import Service, load_settings
 from minter.settings import Loaded
 from minter.tasks.lifecycle import Lifecycle
+from minter.tokens.jwe import CANNOT_ENCRYPT
 from workers import replies
 
 logger = logging.getLogger("minter.refresher")
@@ -49,7 +47,7 @@ def _messages(push: Push) -> list[Outgoing]:
     key = push.client.jwe_key
     try:
         return replies.queued(push.answer, push.queue, str(push.answer.request_id), key)
-    except (*UNREADABLE, JoseError):
+    except CANNOT_ENCRYPT:
         logger.exception("nothing is pushed to client %s: is its jwe_key on its curve?", push.client.name)
         return []
 

@@ -81,7 +81,7 @@ _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _WITH_UNIT = re.compile(r"-?\d+[smhd]", re.IGNORECASE).fullmatch
 
 
-class _Reader:
+class _JobReader:
     """Reads the values of a job's params; `notes` collects what their writer should know."""
 
     def __init__(self, params: Mapping[str, Any]) -> None:
@@ -141,7 +141,7 @@ def _wrong(name: str, value: object, expected: str) -> InvalidRequest:
 
 
 def _params(given: Mapping[str, Any]) -> JobParams:
-    read = _Reader(given)
+    read = _JobReader(given)
     multihop = read.truth("multihop")
     archiving = read.seconds("archive_timeout")
     staging = read.seconds("bring_online")

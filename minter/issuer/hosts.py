@@ -14,8 +14,7 @@ from minter.storages.urls import authority_key
 
 def mounted(issuer: str) -> str:
     """Return the path below which an issuer's endpoints are mounted, which ends in a slash."""
-    parts = urlsplit(issuer)
-    return f"/@{authority_key(parts.netloc)}{parts.path}"
+    return f"/@{well_known.issuer_host(issuer)}{urlsplit(issuer).path}"
 
 
 def endpoint(template: str | None) -> str:
@@ -27,12 +26,9 @@ class Hosts:
     """Finds the issuer that a request means."""
 
     def __init__(self, issuers: Iterable[str]) -> None:
-        self._prefixes: list[tuple[str, str]] = []
-        for issuer in issuers:
-            parts = urlsplit(issuer)
-            authority = authority_key(parts.netloc)
-            paths = (parts.path, *(f"/{name}" for name in well_known.names(issuer)))
-            self._prefixes += [(path, authority) for path in paths]
+        issuers = tuple(issuers)
+        self._prefixes = [(urlsplit(issuer).path, well_known.issuer_host(issuer)) for issuer in issuers]
+        self._prefixes += [(f"/{path}", host) for host, path in well_known.places(issuers)]
         self._known = {authority for _, authority in self._prefixes}
 
     def place(self, host: str | None, path: str) -> str:

@@ -50,7 +50,7 @@ def by_place(ring: Iterable[Key], issuers: Mapping[str, str], now: datetime) -> 
         discovery = {DISCOVERY: _encode(_openid(issuer)), RFC8414: _encode(_metadata(issuer))}
         for path in names(issuer):
             form = next((form for form in discovery if form in path), None)
-            found[_host(issuer), path] = _encode(public) if form is None else discovery[form]
+            found[issuer_host(issuer), path] = _encode(public) if form is None else discovery[form]
     if not found:
         raise NoUsableKey("no issuer has a public key; run: minter keys create --vo VO")
     return found
@@ -68,7 +68,7 @@ def names(issuer: str) -> list[str]:
 
 def places(issuers: Iterable[str]) -> list[Place]:
     """Return where the documents of issuers are."""
-    return [(_host(issuer), path) for issuer in issuers for path in names(issuer)]
+    return [(issuer_host(issuer), path) for issuer in issuers for path in names(issuer)]
 
 
 def as_files(found: Mapping[Place, bytes]) -> dict[str, bytes]:
@@ -102,7 +102,8 @@ def _inserted(file: str) -> bool:
     return any(f"{form}/" in file for form in (DISCOVERY, RFC8414))
 
 
-def _host(issuer: str) -> str:
+def issuer_host(issuer: str) -> str:
+    """Return the host and port of an issuer in one spelling."""
     return authority_key(urlsplit(issuer).netloc)
 
 

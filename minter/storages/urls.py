@@ -140,11 +140,11 @@ def _scheme_lower(url: str) -> str:
     return f"{scheme.lower()}{separator}{rest}"
 
 
-def authority_key(authority: str, default_port: int = 443) -> str:
-    """Return one spelling for each host and port of a URL or Host header (RFC 9110 §4.2.3); "" for none."""
+def authority_key(authority: str) -> str:
+    """Return the one spelling of the host and port of an https URL (RFC 9110 §4.2.3); empty for none."""
     try:
         parts = urlsplit(f"//{authority}")
         host, port = host_key(parts.hostname or ""), parts.port
     except ValueError:
         return ""
-    return host if port in (None, default_port) else f"{host}:{port}"
+    return host if port in (None, DEFAULT_PORTS["https"]) else f"{host}:{port}"

@@ -3,6 +3,12 @@
 from collections.abc import Mapping
 
 from joserfc import jwe, jwk
+from joserfc.errors import JoseError
+
+from minter.jws import UNREADABLE
+
+CANNOT_ENCRYPT = (*UNREADABLE, JoseError)
+"""Errors of `encrypted` for a key that is malformed or off its curve."""
 
 _PUBLIC = ("kty", "crv", "x", "y", "n", "e")
 """The members that make a public key; its use and operations, which libraries fill in, do not matter here."""

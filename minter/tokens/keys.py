@@ -16,16 +16,14 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes, PublicKeyTypes
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
-from joserfc.errors import JoseError
 from jwt.algorithms import ECAlgorithm, RSAAlgorithm
 from jwt.utils import base64url_encode
 from msgspec import Struct, structs
 
 from minter.errors import InvalidRequest, NoUsableKey, TokenRejected, UnknownKey
-from minter.jws import UNREADABLE
 from minter.policy.limits import HARD_MAX_SECONDS
 from minter.storages.dialects import ALGORITHMS, Algorithm
-from minter.tokens.jwe import encrypted
+from minter.tokens.jwe import CANNOT_ENCRYPT, encrypted
 
 KeyState = Literal["prepared", "active", "old", "revoked"]
 
@@ -148,7 +146,7 @@ def check_jwe_key(key: dict[str, Any]) -> dict[str, Any]:
             strong = jwt.PyJWK({**key, "alg": "RS256"}).key.key_size >= RSA_BITS
         if strong and not private:
             encrypted(b"probe", key)
-    except (*UNREADABLE, JoseError):
+    except CANNOT_ENCRYPT:
         strong = False
     if private or not strong:
         raise InvalidRequest(
