@@ -161,6 +161,8 @@ class XRootD(Server):
         assert server
         (self.folder / "scitokens.cfg").write_text(tokens)
         lines = server.partition("\n")[2].replace("/etc/xrootd/scitokens.cfg", f"{self.folder}/scitokens.cfg")
+        lines = lines.replace("/etc/pki/tls/certs/ca-bundle.crt", str(self.ca))
+        assert f"xrd.tlsca certfile {self.ca}\n" in lines
         pki = self.ca.parent
         for name in ("host.pem", "host.key"):
             (self.folder / name).write_bytes((pki / name).read_bytes())
@@ -170,7 +172,7 @@ class XRootD(Server):
         (self.folder / "xrootd.cfg").write_text(
             f"all.adminpath {self.folder}/run\nall.pidpath {self.folder}/run\nall.export /\n"
             f"oss.localroot {self.files}\nxrd.port {self.port}\n"
-            f"xrd.tls {self.folder}/host.pem {self.folder}/host.key\nxrd.tlsca certfile {self.ca}\n"
+            f"xrd.tls {self.folder}/host.pem {self.folder}/host.key\n"
             f"xrd.protocol http:{self.port} libXrdHttp.so\nhttp.exthandler xrdtpc libXrdHttpTPC.so\n"
             f"http.desthttps yes\ntpc.allow local\nxrootd.chksum max 2 adler32 md5\nscitokens.trace all\n{lines}"
         )

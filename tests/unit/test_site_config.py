@@ -7,6 +7,7 @@ import pytest
 
 from minter.cli.storages import settings_text
 from minter.errors import SettingsError
+from minter.storages.dialects import DIALECTS
 from minter.storages.directory import Directory, Endpoint, Storage
 from minter.storages.from_dirac import storages_from_cfg
 from minter.storages.from_rucio import RSERule
@@ -131,9 +132,23 @@ def fragment(dialect, **more):
             "xrootd",
             ['audience_json = ["https://se.example.org:1094"]', f"issuer = {ISSUER}", "base_path = /data"],
         ),
-        ("xrootd-5.5", ["ofs.authlib libXrdAccSciTokens.so config=/etc/xrootd/scitokens.cfg"]),
+        (
+            "xrootd-5.5",
+            [
+                "ofs.authlib libXrdAccSciTokens.so config=/etc/xrootd/scitokens.cfg",
+                "xrd.tlsca certfile /etc/pki/tls/certs/ca-bundle.crt",
+            ],
+        ),
         ("dcache", [f"gplazma.oidc.provider!vo = {ISSUER} -profile=wlcg -prefix=/data"]),
-        ("storm", [f"orgs={ISSUER}", "wlcgScopeAuthzEnabled=true", f"      issuer: {ISSUER}"]),
+        (
+            "storm",
+            [
+                f"orgs={ISSUER}",
+                "wlcgScopeAuthzEnabled=true",
+                f"      issuer: {ISSUER}",
+                "      enforceAudienceChecks: true",
+            ],
+        ),
         ("eos", [f"issuer = {ISSUER}", "base_path = /data", "default_user = vo"]),
         ("profile", [f"# issuer:    {ISSUER}"]),
     ],
@@ -144,3 +159,24 @@ def test_a_fragment_says_issuer_audience_and_base_path(dialect, lines):
     assert "se.example.org" in text
     tried = dialect.startswith("xrootd")
     assert ("not tried" in text.splitlines()[0]) == (not tried and dialect != "profile")
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_a_fragment_says_what_the_dialect_says(dialect):
+    text = " ".join(line.removeprefix("#").strip() for line in fragment(dialect).splitlines())
+    row = DIALECTS[dialect]
+    told = [row.software, *row.algorithms, *(q.meaning for q in row.quirks), *row.unable.values()]
+    assert [words for words in told if words not in text] == []
+
+
+def test_endpoints_with_base_paths_of_their_own_get_a_fragment_each():
+    storage = Storage(
+        vo="vo", name="SE", dialect="xrootd", base_path="/data",
+        endpoints=(Endpoint("a.example.org", 1094, "/data/vo"), Endpoint("b.example.org", 1094, "/pool/vo", "/pool")),
+    )  # fmt: skip
+    text = site_config(storage, Directory([storage]).areas(), ISSUER)
+    first, second = text.split("# ── for the servers with audience https://b.example.org:1094")
+    assert 'audience_json = ["https://a.example.org:1094"]' in first
+    assert "base_path = /data\n" in first
+    assert 'audience_json = ["https://b.example.org:1094"]' in second
+    assert "base_path = /pool\n" in second
