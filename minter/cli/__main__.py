@@ -8,9 +8,6 @@ import os
 import signal
 import sys
 import threading
-import uuid
-from contextlib import ExitStack
-from datetime import timedelta
 from pathlib import Path
 from typing import Annotated
 
@@ -23,23 +20,16 @@ from minter.broker import rabbitmq
 from minter.broker.publisher import connect, declare
 from minter.cli import clients as cli_clients
 from minter.cli import control as cli_control
-from minter.cli import demo, processes, publish, storages, trace
-from minter.cli.tables import AsJson, SettingsPath, console, guarded, open_service, read_object, show
-from minter.client import MinterClient, new_request_id
-from minter.contract.messages import FillRequest
-from minter.database import migrations, partitions, traces
+from minter.cli import demo, processes, publish, storages, tokens, trace
+from minter.cli.tables import AsJson, SettingsPath, console, guarded, open_service, show
+from minter.database import migrations, partitions
 from minter.database.connection import synchronous_standbys, transaction
 from minter.database.control import read_control, read_keys
-from minter.errors import InvalidRequest, TokenRejected, Unavailable
-from minter.fts.jobs import from_fill
+from minter.errors import Unavailable
 from minter.issuer import well_known
-from minter.jws import is_compact
 from minter.local import drill, stack
-from minter.policy.explain import explain as explain_decision
 from minter.policy.token_endpoint import ANY
-from minter.private_files import new_private_file
 from minter.service import Service, load_settings
-from minter.tokens import claims, keys
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -55,10 +45,9 @@ cli_clients.register(app)
 cli_control.register(app)
 publish.register(app)
 storages.register(app)
+tokens.register(app)
 trace.register(app)
 processes.register(app)
-
-JobFile = Annotated[Path, typer.Option("--job", help="File with an FTS job as JSON; - reads standard input.")]
 
 
 # ── running ──────────────────────────────────────────────────────────────────────────────────
@@ -232,124 +221,6 @@ def _check_database(service: Service) -> list[str]:
     if ahead < partitions.DAYS_AHEAD // 2:
         warnings.append(f"partitions exist for only {ahead} days ahead; is beat running?")
     return warnings
-
-
-# ── tokens ───────────────────────────────────────────────────────────────────────────────────
-
-
-@app.command("mint")
-@guarded
-def mint_command(
-    job: JobFile,
-    client: Annotated[str | None, typer.Option(help="Client name, if the broker URL has no user.")] = None,
-    fts: Annotated[str | None, typer.Option(help="URL of the FTS that the job goes to.")] = None,
-    request_id: Annotated[uuid.UUID | None, typer.Option(help="request_id of a request to repeat.")] = None,
-    output: Annotated[Path | None, typer.Option(help="File for the filled job (mode 600).")] = None,
-    timeout: Annotated[float, typer.Option(help="Seconds to wait for the answer.")] = 60.0,
-    as_json: AsJson = False,
-) -> None:
-    """Fill an FTS job with tokens through the broker. Tokens are written only to --output."""
-    loaded = load_settings()
-    name = client or loaded.settings.broker.local_client or None
-    content = read_object(job, "job")
-    with ExitStack() as stack:
-        file = stack.enter_context(new_private_file(output)) if output is not None else None
-        minter = stack.enter_context(
-            MinterClient(loaded.broker_url, name, timeout_seconds=timeout, ca=loaded.broker_ca)
-        )
-        try:
-            filled = minter.fill_job(content, request_id=request_id, fts=fts)
-            if file is not None and filled.job is not None:
-                json.dump(filled.job, file)
-        finally:
-            if output is not None and file is not None and not file.tell():
-                output.unlink()
-    facts = {
-        "request_id": str(filled.request_id),
-        "files": len(filled.job["files"]) if filled.job else 0,
-        "max_time_in_queue": filled.job["params"]["max_time_in_queue"] if filled.job else None,
-        "refused": filled.refused,
-        "dropped_sources": filled.dropped_sources,
-        "output": str(output) if output and filled.job else None,
-    }
-    show(
-        as_json,
-        facts,
-        lambda: (
-            f"request {filled.request_id}: {facts['files']} files filled, "
-            f"{len(filled.refused)} refused"
-            + "".join(f"\n  file {r['index']}: {r['error']['error_description']}" for r in filled.refused)
-        ),
-    )
-    if filled.refused:
-        raise typer.Exit(1)
-
-
-@app.command()
-@guarded
-def explain(
-    job: JobFile,
-    client: Annotated[str | None, typer.Option(help="Registered client that the decision is for.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Show every step of the decision on an FTS job without minting tokens."""
-    service = open_service()
-    request = from_fill(FillRequest(request_id=new_request_id(), job=read_object(job, "job")))
-    with transaction(service.pool) as connection:
-        control = read_control(connection)
-    name = client or service.loaded.settings.broker.local_client
-    if name not in control.clients:
-        raise InvalidRequest(f"client {name!r} is not registered, expected one of {sorted(control.clients)}")
-    decision = service.loaded.policy.decide(request, control.clients[name], control.bans)
-    lines = explain_decision(decision, request.notes)
-    show(as_json, lines, lambda: "\n".join(lines))
-    if decision.refused:
-        raise typer.Exit(1)
-
-
-@app.command()
-@guarded
-def verify(
-    file: Annotated[Path, typer.Argument(help="File with the token; - is standard input.")] = Path("-"),
-    as_json: AsJson = False,
-) -> None:
-    """Verify a token's signature, key, expiry and database row, and print its claims."""
-    text = _token_in(file)
-    service = open_service()
-    header, unverified = claims.unverified_claims(text.encode())
-    with transaction(service.pool) as connection:
-        ring = read_keys(connection)
-    key = next((k for k in ring if k.kid == header.get("kid")), None)
-    if key is None:
-        raise TokenRejected(f"no key of this engine has the kid {header.get('kid')!r}")
-    keys.verify(text.encode(), key.public_jwk)
-    now = service.clock()
-    problems = []
-    if not keys.is_public(key, now):
-        problems.append(f"the token's key is {key.state} and not in the JWKS")
-    if int(str(unverified["exp"])) <= now.timestamp():
-        problems.append("the token has expired")
-    found = traces.find(
-        service.pool, "jti", uuid.UUID(str(unverified["jti"])), service.since(400), now + timedelta(days=1)
-    )
-    if not found or json.loads(found[0].payload) != unverified:
-        problems.append("no database row records this token")
-    facts = {"valid": not problems, "problems": problems, "header": header, "claims": unverified}
-    show(as_json, facts, lambda: json.dumps(facts, indent=2))
-    if problems:
-        raise typer.Exit(1)
-
-
-def _token_in(file: Path) -> str:
-    if "eyJ" in str(file):
-        raise InvalidRequest("others can see a command's arguments: give the token on standard input")
-    try:
-        text = sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")
-    except (OSError, UnicodeError) as error:
-        raise InvalidRequest(f"{file} cannot be read: {error}") from None
-    if not is_compact(text.strip()):
-        raise TokenRejected("not a token, expected a JWT in compact form (RFC 7515 §3.1)")
-    return text.strip()
 
 
 # ── database, broker ─────────────────────────────────────────────────────────────────────────

@@ -95,6 +95,14 @@ def test_mint_explain_verify_trace(environ, tmp_path):
 
     explained = minter(environ, "explain", "--job", JOB)
     assert "route: fts-transfer: overwrite" in explained.stdout
+    for spelling in (url, url.replace("davs", "https"), url.replace("rucio", "%72ucio")):
+        told = minter(environ, "explain", "--url", spelling, "--operation", "delete")
+        assert "file 0 operation[0]: granted" in told.stdout
+        assert "  scope: storage.modify:" in told.stdout
+    assert minter(environ, "explain", "--url", "https://elsewhere.example.org/x").returncode == 1
+    for wrong in (("--url", url, "--operation", "paint"), ("--url", url, "--job", JOB), ()):
+        refused = minter(environ, "explain", *wrong, "--json")
+        assert (refused.returncode, json.loads(refused.stderr)["reason"]) == (1, "invalid_request")
 
 
 def test_a_job_with_refusals_exits_with_1_and_says_why(environ):

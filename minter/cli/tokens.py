@@ -1,0 +1,176 @@
+"""The commands `mint` (fill a job), `explain` (show a decision) and `verify` (look at a token)."""
+
+import json
+import sys
+import uuid
+from contextlib import ExitStack
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated
+from urllib.parse import unquote
+
+import msgspec
+import typer
+
+from minter.cli.tables import AsJson, guarded, open_service, read_object, show
+from minter.client import MinterClient, new_request_id
+from minter.contract.messages import FileOperation, FileRequest, FillRequest, MintRequest
+from minter.contract.operations import OPERATIONS
+from minter.database import traces
+from minter.database.connection import transaction
+from minter.database.control import read_control, read_keys
+from minter.errors import InvalidRequest, TokenRejected
+from minter.fts.jobs import from_fill
+from minter.jws import is_compact
+from minter.policy.explain import explain as explain_decision
+from minter.policy.requests import Request, from_mint
+from minter.private_files import new_private_file
+from minter.service import load_settings
+from minter.tokens import claims, keys
+
+JobFile = Annotated[Path, typer.Option("--job", help="File with an FTS job as JSON; - reads standard input.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add these commands to `app`."""
+    app.command("mint")(mint)
+    app.command("explain")(explain)
+    app.command("verify")(verify)
+
+
+@guarded
+def mint(
+    job: JobFile,
+    client: Annotated[str | None, typer.Option(help="Client name, if the broker URL has no user.")] = None,
+    fts: Annotated[str | None, typer.Option(help="URL of the FTS that the job goes to.")] = None,
+    request_id: Annotated[uuid.UUID | None, typer.Option(help="request_id of a request to repeat.")] = None,
+    output: Annotated[Path | None, typer.Option(help="File for the filled job (mode 600).")] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds to wait for the answer.")] = 60.0,
+    as_json: AsJson = False,
+) -> None:
+    """Fill an FTS job with tokens through the broker. Tokens are written only to --output."""
+    loaded = load_settings()
+    name = client or loaded.settings.broker.local_client or None
+    content = read_object(job, "job")
+    with ExitStack() as stack:
+        file = stack.enter_context(new_private_file(output)) if output is not None else None
+        minter = stack.enter_context(
+            MinterClient(loaded.broker_url, name, timeout_seconds=timeout, ca=loaded.broker_ca)
+        )
+        try:
+            filled = minter.fill_job(content, request_id=request_id, fts=fts)
+            if file is not None and filled.job is not None:
+                json.dump(filled.job, file)
+        finally:
+            if output is not None and file is not None and not file.tell():
+                output.unlink()
+    facts = {
+        "request_id": str(filled.request_id),
+        "files": len(filled.job["files"]) if filled.job else 0,
+        "max_time_in_queue": filled.job["params"]["max_time_in_queue"] if filled.job else None,
+        "refused": filled.refused,
+        "dropped_sources": filled.dropped_sources,
+        "output": str(output) if output and filled.job else None,
+    }
+    show(
+        as_json,
+        facts,
+        lambda: (
+            f"request {filled.request_id}: {facts['files']} files filled, "
+            f"{len(filled.refused)} refused"
+            + "".join(f"\n  file {r['index']}: {r['error']['error_description']}" for r in filled.refused)
+        ),
+    )
+    if filled.refused:
+        raise typer.Exit(1)
+
+
+@guarded
+def explain(
+    job: Annotated[
+        Path | None, typer.Option(help="File with an FTS job as JSON; - reads standard input.")
+    ] = None,
+    url: Annotated[
+        str | None, typer.Option(help="URL of a file, as a client, FTS or a storage's log writes it.")
+    ] = None,
+    operation: Annotated[str, typer.Option(help="Operation on the file of --url.")] = "read",
+    client: Annotated[str | None, typer.Option(help="Registered client that the decision is for.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show every step of the decision on an FTS job, or on one file, without minting tokens.
+
+    A log may have the URL percent-encoded. If both readings of --url name files of the VO, both are explained.
+    """
+    if (job is None) == (url is None):
+        raise InvalidRequest("expected exactly one of --job and --url")
+    service = open_service()
+    with transaction(service.pool) as connection:
+        control = read_control(connection)
+    name = client or service.loaded.settings.broker.local_client
+    if name not in control.clients:
+        raise InvalidRequest(f"client {name!r} is not registered, expected one of {sorted(control.clients)}")
+    if job is not None:
+        requests = [from_fill(FillRequest(request_id=new_request_id(), job=read_object(job, "job")))]
+    else:
+        requests = [
+            _request_for(reading, operation) for reading in dict.fromkeys((url or "", unquote(url or "")))
+        ]
+    decisions = [(r, service.loaded.policy.decide(r, control.clients[name], control.bans)) for r in requests]
+    granted = [one for one in decisions if not one[1].refused]
+    lines = [line for r, decided in granted or decisions[:1] for line in explain_decision(decided, r.notes)]
+    show(as_json, lines, lambda: "\n".join(lines))
+    if not granted:
+        raise typer.Exit(1)
+
+
+def _request_for(url: str, operation: str) -> Request:
+    """Return the request of one operation on one file; raises InvalidRequest for an unknown operation."""
+    try:
+        wanted = msgspec.convert({"operation": operation, "url": url}, FileOperation)
+    except msgspec.ValidationError as error:
+        raise InvalidRequest(f"{error}; an operation is one of {', '.join(OPERATIONS)}") from None
+    return from_mint(MintRequest(request_id=new_request_id(), files=(FileRequest(operations=(wanted,)),)))
+
+
+@guarded
+def verify(
+    file: Annotated[Path, typer.Argument(help="File with the token; - is standard input.")] = Path("-"),
+    as_json: AsJson = False,
+) -> None:
+    """Verify a token's signature, key, expiry and database row, and print its claims."""
+    text = _token_in(file)
+    service = open_service()
+    header, unverified = claims.unverified_claims(text.encode())
+    with transaction(service.pool) as connection:
+        ring = read_keys(connection)
+    key = next((k for k in ring if k.kid == header.get("kid")), None)
+    if key is None:
+        raise TokenRejected(f"no key of this engine has the kid {header.get('kid')!r}")
+    keys.verify(text.encode(), key.public_jwk)
+    now = service.clock()
+    problems = []
+    if not keys.is_public(key, now):
+        problems.append(f"the token's key is {key.state} and not in the JWKS")
+    if int(str(unverified["exp"])) <= now.timestamp():
+        problems.append("the token has expired")
+    found = traces.find(
+        service.pool, "jti", uuid.UUID(str(unverified["jti"])), service.since(400), now + timedelta(days=1)
+    )
+    if not found or json.loads(found[0].payload) != unverified:
+        problems.append("no database row records this token")
+    facts = {"valid": not problems, "problems": problems, "header": header, "claims": unverified}
+    show(as_json, facts, lambda: json.dumps(facts, indent=2))
+    if problems:
+        raise typer.Exit(1)
+
+
+def _token_in(file: Path) -> str:
+    if "eyJ" in str(file):
+        raise InvalidRequest("others can see a command's arguments: give the token on standard input")
+    try:
+        text = sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")
+    except (OSError, UnicodeError) as error:
+        raise InvalidRequest(f"{file} cannot be read: {error}") from None
+    if not is_compact(text.strip()):
+        raise TokenRejected("not a token, expected a JWT in compact form (RFC 7515 §3.1)")
+    return text.strip()
