@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 
+from minter.policy.exchanges import Exchange
 from minter.policy.routes import SHIPPED_RISK_ASSESSMENT, Route
 from minter.providers.dialects import Provider
 from minter.settings import DrillSettings, Loaded
@@ -48,7 +49,9 @@ def _doubts_of_storage(storage: Storage) -> Iterator[str]:
 
 
 def failures(loaded: Loaded) -> Iterator[str]:
-    """Yield what cannot work: a storage that can verify no key of its issuer."""
+    """Yield what cannot work: a storage that verifies no key of its issuer, a rule that never applies."""
+    for rule in loaded.settings.exchanges:
+        yield from _failures_of(rule)
     for storage in loaded.storages:
         algorithms = loaded.settings.issuers[storage.vo].algorithms
         verifiable = DIALECTS[storage.dialect].algorithms
@@ -56,6 +59,18 @@ def failures(loaded: Loaded) -> Iterator[str]:
             yield (
                 f"{storage.name}: dialect {storage.dialect} verifies {', '.join(verifiable)} only, and "
                 f"issuers.{storage.vo}.algorithms has {', '.join(algorithms)}; add one that it verifies"
+            )
+
+
+def _failures_of(rule: Exchange) -> Iterator[str]:
+    if not rule.offline_access or rule.providers:
+        return
+    for name in rule.clients:
+        if name in rule.subject_clients and not set("*?[") & set(name):
+            yield (
+                f"exchange rule {rule.name}: client {name} gets no refresh tokens for its own tokens, as "
+                "it can request new ones at any time; take the name out of clients or subject_clients, or set "
+                "offline_access = false"
             )
 
 

@@ -110,6 +110,24 @@ def test_the_examples_are_what_production_would_use():
     assert "dsn" not in text.lower().replace("minter_dsn", "").replace("the dsn", "")
 
 
+def test_an_exchange_of_a_clients_own_token_that_a_rule_names_fails_the_check(tmp_path):
+    """Such a rule loads, and would never allow an exchange for refresh tokens."""
+    text = (
+        BASE
+        + """
+[[exchanges]]
+name = "own"
+clients = ["dirac", "fts*"]
+subject_clients = ["rucio", "dirac", "fts*"]
+offline_access = true
+"""
+    )
+    (failed,) = checks.failures(load(tmp_path, text))
+    assert failed.startswith("exchange rule own: client dirac gets no refresh tokens for its own tokens")
+    assert not list(checks.failures(load(tmp_path, text.replace("true", "false"))))
+    assert not list(checks.failures(load(tmp_path, text.replace('"rucio", "dirac"', '"rucio"'))))
+
+
 def test_a_storage_that_verifies_no_key_of_its_issuer_fails_the_check(tmp_path):
     text = (
         BASE.replace("[issuers.vo]\n", '[issuers.vo]\nalgorithms = ["ES256"]\n')
