@@ -356,6 +356,7 @@ families = Table(
     Column("revoked_at", Instant),
     CheckConstraint("generation > 0", name="generation"),
     Index("families_ends_at_idx", "ends_at"),
+    Index("families_subject_jti_idx", "subject_jti"),
 )
 
 # The access tokens that came with the refresh tokens of a family: they end with it (RFC 7009 §2.1).

@@ -316,11 +316,27 @@ class PostgresRecording:
 
     def families(self, ids: Sequence[UUID]) -> dict[UUID, Family]:
         """Read refresh families and lock their rows, in a fixed order to avoid deadlocks."""
+        return self._families("family_id = ANY(%s)", list(ids))
+
+    def families_on(self, subjects: Sequence[UUID], since: datetime) -> dict[UUID, Family]:
+        """Read the unused families that exchanges of these subject tokens started after `since`.
+
+        Subject tokens are locked before any family is, in a fixed order to avoid deadlocks.
+        """
+        self._connection.execute(
+            "SELECT pg_advisory_xact_lock(hashtextextended(jti::text, 0))"
+            " FROM (SELECT DISTINCT unnest(%s::uuid[]) AS jti ORDER BY jti) AS w",
+            (list(subjects),),
+        )
+        return self._families(
+            "subject_jti = ANY(%s) AND generation = 1 AND revoked_at IS NULL AND rotated_at > %s",
+            list(subjects), since,
+        )  # fmt: skip
+
+    def _families(self, which: str, *values: object) -> dict[UUID, Family]:
         names = Family.__struct_fields__
         rows = self._connection.execute(
-            f"SELECT {', '.join(names)} FROM families WHERE family_id = ANY(%s)"
-            " ORDER BY family_id FOR UPDATE",
-            (list(ids),),
+            f"SELECT {', '.join(names)} FROM families WHERE {which} ORDER BY family_id FOR UPDATE", values
         ).fetchall()
         found = [Family(**dict(zip(names, row, strict=True))) for row in rows]
         return {f.family_id: structs.replace(f, audience=tuple(f.audience)) for f in found}

@@ -9,6 +9,7 @@ nothing beyond the token that it presents.
 import uuid
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from types import MappingProxyType
 from typing import NamedTuple
 
 from msgspec import structs
@@ -79,8 +80,12 @@ def decide(
     now: datetime,
     subjects: Mapping[uuid.UUID, Subject],
     families: Mapping[uuid.UUID, Family],
+    exchanged: Mapping[uuid.UUID, Sequence[Family]] = MappingProxyType({}),
 ) -> EndpointDecision:
-    """Decide one request of the token endpoint. Refusals are returned, not raised."""
+    """Decide one request of the token endpoint. Refusals are returned, not raised.
+
+    `exchanged` has the unused families of the last minutes by their subject token.
+    """
     token_request = request.token_request
     assert token_request is not None
     try:
@@ -106,6 +111,8 @@ def decide(
         return EndpointDecision(Decision([], [Refused(None, error)], error))
     if family is not None and token_request.refresh is None:
         family = structs.replace(family, scope=planned.scope, audience=planned.audience)
+        # The answer to the first exchange may have been lost: its family serves the second one, too.
+        family = next((f for f in exchanged.get(family.subject_jti, ()) if f.repeated_by(family)), family)
     return EndpointDecision(Decision([planned], []), family, authority.on_behalf_of, authority.activity)
 
 

@@ -90,6 +90,14 @@ class Family(Struct, frozen=True, kw_only=True):
     rotated_at: datetime
     revoked_at: datetime | None = None
 
+    def repeated_by(self, later: "Family") -> bool:
+        """Say whether the exchange that starts `later` asks again for what this unused family gives."""
+        return (
+            self.generation == 1
+            and self.revoked_at is None
+            and (self.client_id, self.scope, self.audience) == (later.client_id, later.scope, later.audience)
+        )
+
 
 def present(family: Family, generation: int, now: datetime) -> Family | None:
     """Return the family after one of its refresh tokens was presented; None if that token was spent.

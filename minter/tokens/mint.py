@@ -26,7 +26,9 @@ from msgspec import structs
 from minter.errors import ClientMismatch, ClockSkew, NoUsableKey, RequestError
 from minter.policy import token_endpoint
 from minter.policy.clients import Client
+from minter.policy.limits import EXCHANGE_REPEAT
 from minter.policy.requests import SEVERAL, Request, check_request_id
+from minter.policy.token_requests import Family
 from minter.policy.transfers import Policy
 from minter.tokens import keys
 from minter.tokens.clock import check_clock
@@ -98,7 +100,7 @@ class Engine:
         ordered = sorted(outcomes, key=lambda o: (o.submission.request.request_id, o.submission.client))
         pending: dict[tuple[UUID, str], PendingRequest] = {}
         duplicates: list[tuple[Outcome, PendingRequest]] = []
-        lookups = _Lookups(tx, ordered)
+        lookups = _Lookups(tx, ordered, now)
         for outcome in ordered:
             key = (outcome.submission.request.request_id, outcome.submission.client)
             if key in pending:
@@ -134,10 +136,11 @@ class Engine:
         else:
             decision, outcome.family, on_behalf_of, activity = token_endpoint.decide(
                 self.policy, request, client, control.clients, control.bans, now,
-                lookups.subjects, lookups.families,
+                lookups.subjects, lookups.families, lookups.exchanged,
             )  # fmt: skip
             if outcome.family is not None:
                 lookups.families[outcome.family.family_id] = outcome.family
+                lookups.exchanged.setdefault(outcome.family.subject_jti, []).append(outcome.family)
         outcome.client, outcome.decision, outcome.error = client, decision, decision.error
         outcome.refusals = [structs.asdict(r.record()) for r in decision.refused]
         return PendingRequest(outcome, client, decision, on_behalf_of, activity)
@@ -224,8 +227,13 @@ class Engine:
 class _Lookups:
     """The subject tokens and refresh families that this batch's token requests refer to."""
 
-    def __init__(self, tx: Recording, outcomes: Sequence[Outcome]) -> None:
+    def __init__(self, tx: Recording, outcomes: Sequence[Outcome], now: datetime) -> None:
         token_requests = [w for o in outcomes if (w := o.submission.request.token_request) is not None]
+        offline = [w.subject[0] for w in token_requests if w.subject and w.offline]
+        self.exchanged: dict[UUID, list[Family]] = {}
+        """Unused families by subject token; an exchange that is asked again gets its family again."""
+        for family in (tx.families_on(offline, now - EXCHANGE_REPEAT) if offline else {}).values():
+            self.exchanged.setdefault(family.subject_jti, []).append(family)
         subjects = [w.subject[0] for w in token_requests if w.subject]
         families = [w.refresh[0] for w in token_requests if w.refresh]
         self.families = tx.families(families) if families else {}

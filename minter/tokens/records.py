@@ -199,6 +199,13 @@ class Recording(Protocol):
         """Read refresh families, and lock them until the transaction ends."""
         ...
 
+    def families_on(self, subjects: Sequence[UUID], since: datetime) -> dict[UUID, Family]:
+        """Read the unused families that exchanges of these subject tokens started after `since`.
+
+        No other transaction starts a family on them until this one ends.
+        """
+        ...
+
     def save_families(
         self, families: Sequence[Family], tokens: Sequence[tuple[UUID, UUID]], now: datetime
     ) -> None:

@@ -4,6 +4,7 @@ import base64
 import json
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 
 import jwt
 import pytest
@@ -33,7 +34,6 @@ name = "self"
 clients = ["rucio"]
 subject_clients = ["rucio"]
 scopes = ["storage.read"]
-offline_access = true
 
 [[exchanges]]
 name = "third"
@@ -366,6 +366,25 @@ def test_the_old_refresh_token_works_until_the_new_one_was_used_then_ends_the_fa
     assert rows(served.service, "SELECT actor, action FROM audit WHERE subject = %s", family) == [
         ("fts", "refresh.reused")
     ]
+
+
+def test_an_exchange_that_is_asked_again_makes_no_second_family(served, ask, subject):
+    """Its answer was lost: FTS asks again, here also at the same time, and gets the same refresh token."""
+    scope = "offline_access " + subject["scope"]
+    with ThreadPoolExecutor(4) as threads:
+        told = list(threads.map(lambda _: exchange(ask, "fts", subject, scope=scope), range(8)))
+    told.append(exchange(ask, "fts", subject, scope=scope))
+    assert len({answer["refresh_token"] for answer in told}) == 1
+    assert len({answer["access_token"] for answer in told}) == len(told)
+    jti = jwt.decode(subject["access_token"], options={"verify_signature": False})["jti"]
+    families = "SELECT count(*) FROM families WHERE subject_jti = %s"
+    assert rows(served.service, families, jti) == [(1,)]
+    refresh(ask, "fts", told[0]["refresh_token"])
+    later = exchange(ask, "fts", subject, scope=scope)["refresh_token"]  # the first one is in use
+    assert later != told[0]["refresh_token"]
+    assert rows(served.service, families, jti) == [(2,)]
+    narrow = exchange(ask, "fts", subject, scope=f"offline_access storage.read:{TOP}/d/f")["refresh_token"]
+    assert narrow not in (later, told[0]["refresh_token"])
 
 
 def test_an_exchange_needs_a_rule_and_only_narrows(ask, subject):

@@ -1,0 +1,1 @@
+CREATE INDEX families_subject_jti_idx ON families (subject_jti);
