@@ -69,7 +69,7 @@ def _failures_of(rule: Exchange) -> Iterator[str]:
         if name in rule.subject_clients and not set("*?[") & set(name):
             yield (
                 f"exchange rule {rule.name}: client {name} gets no refresh tokens for its own tokens, as "
-                "it can request new ones at any time; take the name out of clients or subject_clients, or set "
+                "it can request new ones at any time; take it out of clients or subject_clients, or set "
                 "offline_access = false"
             )
 

@@ -8,9 +8,12 @@ import os
 import subprocess
 from pathlib import Path
 
+import jwt
 import pytest
 
 from minter.client import FileOperation, FileRequest
+from minter.database import control_changes
+from minter.policy.clients import Ban
 from tests.acceptance.served import Served
 from tests.servers import XRootD, free_ports
 
@@ -24,6 +27,24 @@ dialect = "xrootd-5.5"
 base_path = "/grid"
 endpoints = [{{ host = "localhost", port = {port}, prefix = "/grid/vo" }}]
 """
+NEIGHBOURS = """
+[[storages]]
+vo = "alpen"
+name = "A-RSA"
+dialect = "profile"
+audience = ["https://localhost:{port}"]
+base_path = "/grid"
+endpoints = [{{ host = "localhost", port = {port}, prefix = "/grid/rsa" }}]
+
+[[storages]]
+vo = "alpen"
+name = "A-SCRATCH"
+dialect = "xrootd-5.5"
+base_path = "/grid"
+endpoints = [{{ host = "localhost", port = {port}, prefix = "/grid/vo-scratch" }}]
+"""
+"""At the server of A: a storage whose software is unknown, so that RS256 signs for it, and one whose prefix
+begins with that of A, which the server's prefix matching cannot tell from A."""
 
 
 @pytest.fixture(scope="module")
@@ -35,15 +56,17 @@ def site(postgres_dsn, tmp_path_factory):
     folder = tmp_path_factory.mktemp("site")
     ports = free_ports(2)
     text = "".join(STORAGE.format(name=n, port=p) for n, p in zip(("A", "B"), ports, strict=True))
+    text += NEIGHBOURS.format(port=ports[0])
     served = Served(folder, postgres_dsn, text)
     served.add_client("rucio")
     storages = [XRootD(folder / name, port, served.ca) for name, port in zip("ab", ports, strict=True)]
     try:
         for name, storage in zip(("A", "B"), storages, strict=True):
             storage.configure(served.minter("storages", "site-config", "--storage", name).stdout)
-            (storage.files / "grid/vo/dir").mkdir(parents=True)
-            for file in ("file1", "file2", "file10", "odd+=:,@name"):
-                (storage.files / "grid/vo/dir" / file).write_text(file)
+            for folder_name in ("vo/dir", "rsa/dir", "vo-scratch/dir", "vo/user/bob", "vo/user/bobby"):
+                (storage.files / "grid" / folder_name).mkdir(parents=True)
+                for file in ("file1", "file2", "file10", "odd+=:,@name"):
+                    (storage.files / "grid" / folder_name / file).write_text(file)
             storage.start()
         yield served, *storages
     finally:
@@ -52,19 +75,27 @@ def site(postgres_dsn, tmp_path_factory):
         served.close()
 
 
-def token(served, storage, operation, path):
+def token(served, storage, operation, path, owner="rucio", area="vo"):
     """Mint a token for one operation on one file of a storage."""
-    url = f"davs://localhost:{storage.port}/grid/vo/{path}"
-    with served.client() as client:
+    url = f"davs://localhost:{storage.port}/grid/{area}/{path}"
+    with served.client(owner) as client:
         (made,) = client.mint([FileRequest(operations=(FileOperation(operation, url),))]).tokens
     return made.reveal()
 
 
-def curl(storage, bearer, method, path, *options):
-    """Return the status of a request; the path is below the VO's area."""
+def refusal(served, storage, operation, path, client="rucio"):
+    """Return the reason why no token is minted for one operation on one file."""
+    url = f"davs://localhost:{storage.port}/grid/vo/{path}"
+    with served.client(client) as minter:
+        (refused,) = minter.mint([FileRequest(operations=(FileOperation(operation, url),))]).refusals
+    return refused.error.reason
+
+
+def curl(storage, bearer, method, path, *options, area="vo"):
+    """Return the status of a request; the path is below an area."""
     done = subprocess.run(
         ["curl", "-s", "-o", "/dev/null", "-w", "%{http_code}", "--cacert", storage.ca, "-X", method, "--path-as-is",
-         *(["-H", f"Authorization: Bearer {bearer}"] if bearer else []), *options, f"{storage.url}/grid/vo/{path}"],
+         *(["-H", f"Authorization: Bearer {bearer}"] if bearer else []), *options, f"{storage.url}/grid/{area}/{path}"],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     return int(done.stdout)
@@ -121,6 +152,58 @@ def test_an_overwriting_and_a_deleting_token(site):
 def test_names_as_the_dialect_writes_them(site):
     served, a, _ = site
     assert curl(a, token(served, a, "download", "dir/odd+=:,@name"), "GET", "dir/odd+=:,@name") == 200
+
+
+@pytest.mark.parametrize(("area", "algorithm"), [("vo", "ES256"), ("rsa", "RS256")])
+def test_both_algorithms_open_what_they_name_and_nothing_else(site, area, algorithm):
+    served, a, b = site
+    read = token(served, a, "download", "dir/file2", area=area)
+    assert jwt.get_unverified_header(read)["alg"] == algorithm
+    assert curl(a, read, "GET", "dir/file2", area=area) == 200
+    assert curl(a, read, "GET", "dir/file1", area=area) == 403
+    assert curl(a, read, "GET", "dir/file2", area="rsa" if area == "vo" else "vo") == 403
+    assert curl(b, read, "GET", "dir/file2", area=area) == 403
+    write = token(served, a, "upload", f"dir/by-{algorithm}", area=area)
+    assert curl(
+        a, write, "PUT", f"dir/by-{algorithm}", "-H", "Expect:", "--data-binary", "new", area=area
+    ) in (200, 201)
+    assert curl(a, write, "DELETE", f"dir/by-{algorithm}", area=area) == 403
+    header, payload, signature = read.split(".")
+    forged = f"{header}.{payload}.{signature[:-8]}{'A' if signature[-8] != 'A' else 'B'}{signature[-7:]}"
+    assert curl(a, forged, "GET", "dir/file2", area=area) == 403
+
+
+def test_no_token_opens_a_neighbour_whose_name_begins_alike(site):
+    """The server compares paths as strings (dialect xrootd-5.5), so Minter must not sign what it misreads."""
+    served, a, _ = site
+    served.add_client("bob", paths=["/vo/user/bob"], operations=["read", "write", "overwrite", "delete"])
+    mine = token(served, a, "download", "user/bob/file1", owner="bob")
+    assert curl(a, mine, "GET", "user/bob/file1") == 200
+    assert curl(a, mine, "GET", "user/bobby/file1") == 403
+    assert curl(a, mine, "GET", "dir/file1", area="vo-scratch") == 403
+    assert refusal(served, a, "delete", "user/bob", client="bob") == "path_not_allowed"
+    served.add_client("area", paths=["/vo"])
+    for client, path in (("bob", "/vo/user/bob"), ("bob", "/vo/user"), ("area", "/vo")):
+        told = served.token(client, grant_type="client_credentials", scope=f"storage.modify:{path}",
+                            audience=f"https://localhost:{a.port}")  # fmt: skip
+        assert (told.status_code, told.json()["reason"]) == (400, "invalid_scope")
+
+
+def test_a_ban_on_a_file_holds_for_the_names_that_open_it(site):
+    """A token for file1 opens file10 here, so a ban on file10 refuses tokens for file1, too."""
+    served, a, _ = site
+    control_changes.add_ban(served.service.pool, Ban("path", "/vo/dir/file10"), "leak", "tests")
+    try:
+        for name in ("file1", "file10"):
+            assert refusal(served, a, "download", f"dir/{name}") == "banned"
+        assert curl(a, token(served, a, "download", "dir/file2"), "GET", "dir/file10") == 403
+    finally:
+        control_changes.lift_ban(served.service.pool, Ban("path", "/vo/dir/file10"), "tests")
+
+
+def test_check_names_the_neighbours_that_begin_alike(site):
+    served, _, _ = site
+    assert "the prefix of A-SCRATCH begins with that of A" in served.minter("check").stdout.replace("\n", " ")
 
 
 def test_tokens_of_the_token_endpoint(site):
