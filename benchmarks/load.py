@@ -27,10 +27,16 @@ class _Envelope(msgspec.Struct):
     result: Answer
 
 
-def body(files: int, number: int, storages: int) -> tuple[str, bytes]:
-    """Return the id and the message body of a new request to copy `files` files."""
+def body(files: int, number: int, storages: int, algorithm: str = "") -> tuple[str, bytes]:
+    """Return the id and the message body of a new request to copy `files` files.
+
+    Storages with odd numbers verify ES256, those with even numbers RS256 only (see `settings_text`). Without
+    an `algorithm` each file has a token of both.
+    """
     request_id = str(uuid_utils.uuid7())
     a, b = number % storages, (number * 7 + 1) % storages
+    if algorithm:
+        a, b = (n // 2 * 2 + (algorithm == "ES256") for n in (a, b))
     request = {
         "request_id": request_id,
         "activity": "Production Output",
@@ -80,7 +86,10 @@ class Load:
             if self.tokens % 100 == 0:
                 kid = jwt.get_unverified_header(token.token)["kid"]
                 jwt.decode(
-                    token.token, self.keys[kid].key, algorithms=["ES256"], options={"verify_aud": False}
+                    token.token,
+                    self.keys[kid].key,
+                    algorithms=["ES256", "RS256"],
+                    options={"verify_aud": False},
                 )
                 self.verified += 1
 
