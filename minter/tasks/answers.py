@@ -2,11 +2,20 @@
 
 from collections.abc import Iterable
 from datetime import datetime
+from typing import Any
 
 import msgspec
 from msgspec import structs
 
-from minter.contract.messages import MAX_BODY_BYTES, Answer, Note, PendingToken, RefusedNeed, TokenAnswer
+from minter.contract.messages import (
+    MAX_BODY_BYTES,
+    MAX_FILES,
+    Answer,
+    Note,
+    PendingToken,
+    RefusedNeed,
+    TokenAnswer,
+)
 from minter.errors import Expired, InvalidRequest, MinterError, RequestError, ServerError, Unavailable
 from minter.fts.jobs import fill_job
 from minter.policy.limits import BACKDATE_SECONDS, FTS_QUEUE_SECONDS
@@ -142,17 +151,24 @@ def parts(whole: Answer, max_bytes: int = MAX_BODY_BYTES) -> list[bytes]:
     body = encode(whole)
     if len(body) <= max_bytes or len(whole.tokens) + len(whole.pending) + len(whole.refusals) < 2:  # noqa: PLR2004
         return [body]
-    count = len(body) // max_bytes + 1
+    pieces = _packed(whole, max_bytes)
     return [
-        encode(
-            structs.replace(
-                whole,
-                tokens=whole.tokens[number::count],
-                pending=whole.pending[number::count],
-                refusals=whole.refusals[number::count],
-                part=number,
-                parts=count,
-            )
-        )
-        for number in range(count)
+        encode(structs.replace(whole, **lists, part=number, parts=len(pieces)))
+        for number, lists in enumerate(pieces)
     ]
+
+
+def _packed(whole: Answer, max_bytes: int) -> list[dict[str, list[Any]]]:
+    """Divide the lists of an answer so that each part has at most `max_bytes`, or a single item."""
+    empty: dict[str, list[Any]] = {"tokens": [], "pending": [], "refusals": []}
+    fixed = len(encode(structs.replace(whole, **empty, part=MAX_FILES, parts=MAX_FILES)))
+    pieces, room = [{name: list[Any]() for name in empty}], max_bytes - fixed
+    for name in empty:
+        for item in getattr(whole, name):
+            size = len(encode(item)) + len(name) + len('"":[],')
+            if size > room and any(pieces[-1].values()):
+                pieces.append({name: [] for name in empty})
+                room = max_bytes - fixed
+            pieces[-1][name].append(item)
+            room -= size
+    return pieces

@@ -13,6 +13,7 @@ from minter.contract.messages import (
     FileRequest,
     FillRequest,
     MintRequest,
+    RefusedNeed,
     TokenAnswer,
 )
 from minter.errors import BY_REASON, Banned, InvalidRequest, ServerError, from_dict
@@ -244,7 +245,25 @@ def test_a_large_answer_comes_in_parts_and_is_whole_again():
     assert len(pieces) > 1
     assert {p.parts for p in pieces} == {len(pieces)}
     assert sorted(t.file for p in pieces for t in p.tokens) == list(range(100))
-    assert all(len(p) < 8_000 for p in parts(whole, 5_000))
+    assert all(len(p) <= 5_000 for p in parts(whole, 5_000))
+
+
+def test_no_part_of_an_answer_is_larger_than_allowed_however_its_items_lie():
+    """Large and small items in turn: equal counts of items would give parts of very different sizes."""
+    tokens = [
+        TokenAnswer(n, "source", 0, "SE", "s", "j", 1, "t" * (2_000 if n % 3 == 0 else 9)) for n in range(60)
+    ]
+    refusals = [
+        RefusedNeed(n, "source", 0, {"reason": "banned", "error_description": "x" * 700})
+        for n in range(60, 90)
+    ]
+    whole = Answer(request_id=ID, tokens=tokens, refusals=refusals)
+    pieces = parts(whole, 4_000)
+    assert max(map(len, pieces)) <= 4_000
+    answers = [msgspec.json.decode(p, type=Answer) for p in pieces]
+    assert [a.part for a in answers] == list(range(len(pieces)))
+    assert [t.file for a in answers for t in a.tokens] == list(range(60))
+    assert [r.file for a in answers for r in a.refusals] == list(range(60, 90))
 
 
 def test_tokens_are_hidden_in_repr():
