@@ -26,7 +26,7 @@ from minter.service import Service, load_settings, tune_gc
 from minter.settings import Loaded
 from minter.tasks.lifecycle import Lifecycle
 from minter.tokens.outcomes import Observed
-from workers.batching import MessageBatcher, RedeliveryCounts
+from workers.batching import Intake, MessageBatcher, RedeliveryCounts
 
 logger = logging.getLogger("minter.app")
 
@@ -47,12 +47,18 @@ class RequestConsumer(Consumer):
 
     def update_strategies(self) -> None:
         """Install the batching strategy; called at each new connection."""
-        app.batcher.reset(self.timer)
+        app.batcher.reset(self.timer, Intake(self._stop_intake, self._resume_intake))
         self.strategies = {
             name: task.start_strategy(self.app, self)
             for name, task in self.app.tasks.items()
             if name.startswith("minter.")
         }
+
+    def _stop_intake(self) -> None:
+        self.task_consumer.cancel()
+
+    def _resume_intake(self) -> None:
+        self.task_consumer.consume()
 
     def create_task_handler(self, *_: Any, **__: Any) -> Callable[[Any], None]:
         """Return the message handler, which serves or answers each message, whatever its headers hold."""

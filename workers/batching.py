@@ -50,6 +50,8 @@ REFUSED_SECONDS = (1.0, 2.0, 4.0, 8.0, 16.0)
 """After these delays an answer is offered again to a durable queue that refused it, because it is full."""
 MAX_REFUSED = 16
 """Answers of one client that wait for its full queue, at most: they hold places of the prefetch."""
+MAX_HELD_BYTES = 64 * 1024 * 1024
+"""Bodies of messages that one worker holds while Postgres is away, at most; the broker keeps the others."""
 MAX_EXTENSIONS = 16
 """How often the time of a batch may be extended while messages keep arriving."""
 
@@ -97,6 +99,16 @@ class RedeliveryCounts(Struct, eq=False):
     clear: Callable[[bytes], None]
 
 
+class Intake(Struct, eq=False):
+    """Functions that stop and resume the broker's deliveries to this worker."""
+
+    stop: Callable[[], None]
+    resume: Callable[[], None]
+
+
+NO_INTAKE = Intake(lambda: None, lambda: None)
+
+
 class MessageBatcher:
     """Collects messages and serves them in batches; runs in the consumer's thread."""
 
@@ -128,9 +140,11 @@ class MessageBatcher:
         self.local_client = local_client
         self.reset(None)
 
-    def reset(self, timer: Any) -> None:
+    def reset(self, timer: Any, intake: Intake = NO_INTAKE) -> None:
         """Drop all waiting messages for a new connection: the broker delivers them again."""
         self._timer = timer
+        self._intake = intake
+        self._stopped = False
         self._waiting: list[PendingMessage] = []
         self._bytes = 0
         self._armed = False
@@ -145,6 +159,9 @@ class MessageBatcher:
     def add(self, message: Any, task: str) -> None:
         """Add a message to the batch; serve the batch at once when it is full."""
         pending = PendingMessage(message, task, self.client_of(message))
+        if self._retrying and self._bytes + len(pending.body) > MAX_HELD_BYTES and self._waiting:
+            self._leave(message)
+            return
         pending.redelivered = bool(
             (message.delivery_info or {}).get("redelivered") or pending.headers.get("x-delivery-count")
         )
@@ -156,6 +173,14 @@ class MessageBatcher:
             self.serve()
         elif not self._armed:
             self._arm(self.batch_seconds, self._still_coming, len(self._waiting), MAX_EXTENSIONS)
+
+    def _leave(self, message: Any) -> None:
+        """Give a message back to the broker, and take no others until Postgres answers."""
+        if not self._stopped:
+            self._stopped = True
+            logger.warning("%d bytes of requests wait here, leaving others to the broker", self._bytes)
+            self._intake.stop()
+        message.requeue()
 
     def reject(self, message: Any, error: MinterError) -> None:
         """Answer a message that is not of a public task with an error, and dead-letter it."""
@@ -184,12 +209,16 @@ class MessageBatcher:
                 waiting = waiting[len(batch) :]
         except Unavailable as error:
             self._waiting = [p for p in waiting if not p.message.acknowledged] + self._waiting
+            self._bytes = sum(len(p.body) for p in self._waiting)
             self._retrying = True
             logger.warning("requests cannot be recorded, trying again in %.1f s: %s", self._delay, error)
             self._arm(self._delay * random.uniform(0.5, 1.5), self.serve)  # noqa: S311 - jitter
             self._delay = min(2 * self._delay, MAX_DELAY_SECONDS)
         else:
             self._retrying, self._delay = False, FIRST_DELAY_SECONDS
+            if self._stopped:
+                self._stopped = False
+                self._intake.resume()
 
     def _serve_batch(self, batch: Sequence[PendingMessage]) -> None:
         try:
@@ -382,8 +411,21 @@ def _outgoing(pending: PendingMessage, answer: Answer, dead: dict[int, MinterErr
     else:
         outgoing += replies.messages(answer, reply_to, pending.correlation_id)
     if why is not None:
-        outgoing.append(replies.dead_letter(pending.body, pending.headers, pending.client, why))
+        unknown = (answer.error or {}).get("reason") == UnknownClient.reason
+        body = pending.body if _is_request(pending) and not unknown else replies.NO_REQUEST
+        outgoing.append(replies.dead_letter(body, pending.headers, pending.client, why))
     return outgoing
+
+
+def _is_request(pending: PendingMessage) -> bool:
+    """Say whether a message is a client's request, which operators may want to see and to serve again."""
+    if pending.task not in names.PUBLIC_TASKS or pending.client is None or len(pending.body) > MAX_BODY_BYTES:
+        return False
+    try:
+        args, kwargs, _ = _arguments.decode(pending.body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return False
+    return len(args) + len(kwargs) == 1
 
 
 def _queued(

@@ -16,6 +16,8 @@ from minter.tasks.answers import MAX_FILLED_BYTES, failure, parts
 from minter.tokens.jwe import encrypted
 
 MAX_DEAD_LETTER_HEADER = 500
+NO_REQUEST = b'"removed: it was no request of a client"'
+"""Body of a dead letter for a message that anyone may have sent: only its headers are kept."""
 MAX_ENCRYPTED_BYTES = MAX_FILLED_BYTES * 3 // 4
 """Limit of a body before encryption: a JWE is a third longer (base64url), and a job cannot be split."""
 

@@ -23,6 +23,7 @@ from tests.acceptance.conftest import Running
 from tests.acceptance.test_workers import OTHER, SE
 from tests.conftest import EXAMPLES, prepare
 from tests.servers import RabbitMQ, installed
+from workers.batching import MAX_HELD_BYTES
 
 pytestmark = pytest.mark.slow
 
@@ -288,3 +289,33 @@ def test_a_full_disk_only_delays(tmp_path, servers):
         postgres.stop()
         subprocess.run(["umount", "-l", mount], check=False)
         shutil.rmtree(mount, ignore_errors=True)
+
+
+def test_a_worker_holds_bounded_bytes_while_postgres_is_away(engine, servers):
+    """Requests of 4 MB each, 320 MB in all, come while Postgres is away: the broker keeps most of them."""
+    postgres, *_ = servers
+    engine.start_worker()
+    with engine.client() as client:
+        assert client.mint([FileRequest(sources=(SE + "x",))]).tokens
+    files = tuple(FileRequest(sources=(f"davs://nowhere.example.org/{'x' * 1900}{n}",)) for n in range(2000))
+    asked = [MintRequest(request_id=new_request_id(), files=files) for _ in range(80)]
+    driver = Driver(engine, asked)
+    status = Path(f"/proc/{engine.workers[-1].pid}/status")
+    before = memory(status)
+    kill_postgres(postgres)
+    driver.start()
+    deadline, peak = time.monotonic() + 15, 0
+    while time.monotonic() < deadline:
+        peak = max(peak, memory(status))
+        time.sleep(0.2)
+    postgres.start()
+    finish(engine, driver)
+    assert len(driver.answers) == len(asked)
+    assert {len(answer.refusals) for _, answer in driver.answers} == {2000}
+    assert peak - before < 4 * MAX_HELD_BYTES
+
+
+def memory(status):
+    """Return the resident bytes of a process."""
+    (line,) = (text for text in status.read_text().splitlines() if text.startswith("VmRSS"))
+    return int(line.split()[1]) * 1024
