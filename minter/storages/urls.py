@@ -127,7 +127,11 @@ def check_fts_url(url: str) -> None:
             "the file without FTS, or rename it",
             url=shown(url),
         ) from None
-    if urlparse(url.strip()).geturl() != _scheme_lower(url):
+    try:
+        kept = urlparse(url.strip()).geturl()
+    except ValueError:
+        raise UnknownStorage(f"cannot read the host of {shown(url)!r}", url=shown(url)) from None
+    if kept != _scheme_lower(url):
         raise InvalidPath(
             f"{shown(url)!r} is changed by FTS, which cuts white space at both ends, line breaks, tabs and "
             "an ending ? or #: the token would be for another file; correct the URL or rename the file",

@@ -8,7 +8,7 @@ from minter.scopes import parse_scopes, path_contains
 from minter.storages.dialects import DIALECTS, audience, scopes_needed
 from minter.storages.directory import Directory, Endpoint, Storage
 from minter.storages.from_rucio import RSERule, storages_from_export
-from minter.storages.urls import split_url
+from minter.storages.urls import check_fts_url, split_url
 from tests.conftest import EXAMPLES
 
 DISK = Storage(vo="vo", name="DISK", base_path="/eos/vo",
@@ -196,3 +196,9 @@ def test_port_zero_means_none():
     }
     (storage,), _ = storages_from_export({"rses": {"X": rse}}, "vo")
     assert storage.endpoints == (Endpoint("h", 443, "/"),)
+
+
+@pytest.mark.parametrize("url", ["https://[::1", "davs://[x]/a", "davs://se.example.org]/a", "davs://a[b/c"])
+def test_a_url_that_ftss_parser_cannot_read_is_refused(url):
+    with pytest.raises(UnknownStorage, match="cannot read the host"):
+        check_fts_url(url)
