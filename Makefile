@@ -4,7 +4,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-all lint schemas dist docs clean
+.PHONY: demo test test-all fuzz lint schemas dist docs clean
 
 demo: $(STAMP)
 	$(RUN)/minter demo
@@ -14,6 +14,11 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	$(RUN)/pytest
+
+# 100 000 odd inputs at every entrance; prints its seed.
+fuzz: $(STAMP)
+	$(RUN)/pip install --quiet --disable-pip-version-check --editable '.[dev,fuzz]'
+	$(RUN)/pytest -m fuzz tests/fuzz -s
 
 lint: $(STAMP)
 	$(RUN)/ruff check .

@@ -1,0 +1,255 @@
+"""Odd input at every entrance: no internal error, no traceback, no dead process, an answer to each.
+
+`make fuzz` runs 100 000 cases and prints the seed; MINTER_FUZZ_SEED repeats a run, MINTER_FUZZ_CASES sets the count.
+"""
+
+import asyncio
+import json
+import random
+import ssl
+import time
+import uuid
+from datetime import UTC, datetime
+
+import httpx
+import jwt
+import pytest
+import schemathesis
+from cryptography.hazmat.primitives.asymmetric import ec
+from hypothesis import HealthCheck, given, settings
+from jwt.algorithms import ECAlgorithm
+
+from minter.client import new_request_id
+from minter.contract import names
+from minter.errors import MinterError
+from minter.providers.dialects import Provider
+from minter.providers.iam import IAM, Asked, Documents
+from tests.acceptance.conftest import Raw
+from tests.acceptance.served import VO, Served
+from tests.acceptance.test_token import HOST, TOP
+from tests.acceptance.test_workers import OTHER, SE
+from tests.fuzz import mutations
+from tests.fuzz.mutations import CASES, SEED
+
+pytestmark = pytest.mark.fuzz
+print(f"MINTER_FUZZ_SEED={SEED} MINTER_FUZZ_CASES={CASES}")
+AT_ONCE = 200
+
+
+def mint():
+    return {
+        "request_id": str(new_request_id()), "activity": "Production", "on_behalf_of": "root",
+        "files": [{"sources": [SE + uuid.uuid4().hex], "destinations": [OTHER + "d"], "size": 10**9, "external_id": "e"}],
+    }  # fmt: skip
+
+
+def job():
+    files = [
+        {
+            "sources": [SE + uuid.uuid4().hex],
+            "destinations": [OTHER + "d"],
+            "metadata": {"a": 1},
+            "filesize": 5,
+        }
+    ]
+    params = {
+        "overwrite": True,
+        "retry": 1,
+        "max_time_in_queue": 24,
+        "bring_online": None,
+        "job_metadata": {"x": "y"},
+    }
+    return {"request_id": str(new_request_id()), "job": {"files": files, "params": params}}
+
+
+MESSAGES = {
+    names.MINT: mint,
+    names.FILL_JOB: job,
+    names.FETCH: lambda: {"request_id": str(new_request_id())},
+    names.RENEW: lambda: {"request_id": str(new_request_id()), "renews": str(new_request_id()), "files": [0]},
+    names.REPORT: lambda: {"reports": [{"external_id": "e", "state": "finished"}]},
+    names.CANCEL: lambda: {"request_id": str(new_request_id()), "files": [0], "reason": "test"},
+}
+
+
+def sane(answer, body):
+    """Check that the answer to a body is no internal error."""
+    error = (answer.get("error") if isinstance(answer.get("error"), dict) else answer) or {}
+    assert error.get("reason") not in ("server_error", "undeliverable"), (answer, body[:3000])
+
+
+def test_odd_messages_on_the_broker_get_typed_answers(running):
+    rng, left = random.Random(SEED), CASES * 3 // 10
+    raw = Raw(running)
+    while left > 0:
+        sent = {}
+        for _ in range(AT_ONCE):
+            task = rng.choice(list(MESSAGES))
+            body = mutations.body(rng, [[MESSAGES[task]()], {}, {}])
+            sent[raw.send(body, task=task)] = body
+        deadline = time.monotonic() + 60
+        while sent and time.monotonic() < deadline:
+            try:
+                raw.connection.drain_events(timeout=1)
+            except TimeoutError:
+                continue
+            while raw.replies:
+                reply = raw.replies.pop()
+                told = reply.body if isinstance(reply.body, bytes) else reply.body.encode()
+                body = sent.pop(reply.properties.get("correlation_id"), None)
+                if body is not None:
+                    sane(json.loads(told)["result"], body)
+        assert not sent, f"no answer to {list(sent.values())[:3]}"
+        left -= AT_ONCE
+    raw.connection.release()
+    assert [p.poll() for p in running.workers] == [None] * len(running.workers)
+    assert "Traceback" not in running.logs()
+
+
+@pytest.fixture(scope="module")
+def fuzzed(postgres_dsn, tmp_path_factory):
+    """The HTTP service with bounds that a fuzz run does not reach."""
+    made = Served(tmp_path_factory.mktemp("fuzzed"), postgres_dsn, http="requests_per_second = 100000")
+    made.add_client("rucio")
+    yield made
+    log, alive = made.log(), made.process.poll() is None
+    made.close()
+    assert alive
+    assert "Traceback" not in log
+
+
+async def post_all(fuzzed, cases):
+    """POST (path, body, content type) cases, 16 at once; check that no answer is an internal error."""
+    context = ssl.create_default_context(cafile=str(fuzzed.ca))
+    auth = ("rucio", fuzzed.secrets["rucio"])
+    async with httpx.AsyncClient(base_url=fuzzed.host, verify=context, auth=auth, timeout=60) as http:
+
+        async def work():
+            for path, body, kind in cases:
+                answer = await http.post(path, content=body, headers={"Content-Type": kind})
+                assert answer.status_code < 500, (path, body[:2000], answer.text)
+                assert answer.status_code != 429, answer.text
+                assert answer.headers["content-type"] == "application/json"
+                sane(answer.json(), body)
+
+        await asyncio.gather(*(work() for _ in range(16)))
+
+
+def test_odd_bodies_of_tasks_over_http(fuzzed):
+    rng = random.Random(SEED + 1)
+    tasks = list(MESSAGES)
+
+    def cases():
+        for _ in range(CASES * 2 // 10):
+            task = rng.choice(tasks)
+            yield (
+                f"/{VO}/v1/{names.endpoint(task)}",
+                mutations.body(rng, MESSAGES[task]()),
+                "application/json",
+            )
+
+    asyncio.run(post_all(fuzzed, cases()))
+
+
+def test_odd_forms_at_the_token_endpoints(fuzzed):
+    rng = random.Random(SEED + 2)
+    told = fuzzed.token(
+        "rucio", grant_type="client_credentials", scope=f"storage.read:{TOP}", audience=HOST
+    ).json()
+    exchange = "urn:ietf:params:oauth:grant-type:token-exchange"
+    kind = "urn:ietf:params:oauth:token-type:access_token"
+    forms = [
+        ("token", {"grant_type": "client_credentials", "scope": f"storage.read:{TOP}/a%20b", "audience": HOST}),
+        ("token", {"grant_type": exchange, "subject_token": told["access_token"], "subject_token_type": kind,
+                   "scope": f"storage.read:{TOP}/d offline_access", "audience": HOST}),
+        ("token", {"grant_type": "refresh_token", "refresh_token": told["access_token"], "scope": "storage.read:/"}),
+        ("introspect", {"token": told["access_token"], "token_type_hint": "access_token"}),
+        ("revoke", {"token": "x" + told["access_token"], "token_type_hint": "refresh_token"}),
+    ]  # fmt: skip
+
+    def cases():
+        for _ in range(CASES * 3 // 10):
+            path, fields = rng.choice(forms)
+            yield f"/{VO}/{path}", mutations.form(rng, fields), "application/x-www-form-urlencoded"
+
+    asyncio.run(post_all(fuzzed, cases()))
+
+
+class OddIAM(IAM):
+    """An IAM whose answers are given."""
+
+    answer: tuple = (200, {}, 0.0)
+
+    def _call(self, *_):
+        return self.answer
+
+
+def test_odd_answers_of_a_provider_are_typed_errors_or_tokens():
+    rng, now = random.Random(SEED + 3), datetime.now(UTC)
+    issuer = "https://iam.example.org/"
+    key = ec.generate_private_key(ec.SECP256R1())
+    provider = Provider(name="iam", issuer=issuer, client_id="minter")
+    documents = {
+        "issuer": issuer, "token_endpoint": issuer + "token", "jwks_uri": issuer + "jwk",
+        "introspection_endpoint": issuer + "introspect", "revocation_endpoint": issuer + "revoke",
+    }  # fmt: skip
+    public = ECAlgorithm.to_jwk(key.public_key(), as_dict=True)
+    claims = {
+        "iss": issuer, "sub": "s", "aud": ["https://se.example.org"], "exp": int(now.timestamp()) + 1000, "jti": "j",
+        "iat": int(now.timestamp()), "nbf": int(now.timestamp()), "scope": "storage.read:/a", "client_id": "minter",
+    }  # fmt: skip
+    asked = Asked("storage.read:/a", ("https://se.example.org",), 3600, 60)
+    found = Documents(
+        issuer, issuer + "token", [{**public, "kid": "k"}], issuer + "introspect", issuer + "revoke"
+    )
+    iam = OddIAM(provider, "secret", lambda **_: found, lambda: now)
+    outcomes = set()
+    for _ in range(CASES * 2 // 10):
+        odd = mutations.mutated(rng, claims) if rng.random() < 0.5 else claims
+        token = jwt.PyJWS().encode(json.dumps(odd).encode(), key, "ES256", headers={"kid": "k"})
+        told = {
+            "access_token": token,
+            "token_type": "Bearer",
+            "refresh_token": "r",
+            "expires_in": 1000,
+            "scope": "storage.read:/a",
+        }
+        told = mutations.mutated(
+            rng, rng.choice([told, documents, {"keys": [public]}, {"error": "invalid_grant"}])
+        )
+        status = rng.choice([200, 200, 200, 201, 204, 301, 400, 401, 403, 404, 429, 500, 503])
+        iam.answer = (status, told if isinstance(told, dict) else None, float(rng.choice([0, 5, 1e9])))
+        ask = rng.choice([
+            lambda: iam.client_credentials(asked), lambda: iam.exchange(asked, "s"), lambda: iam.refresh(asked, "r"),
+            lambda: iam.introspect("t", "access_token"), lambda: iam.revoke("r"), iam.fetch_documents,
+        ])  # fmt: skip
+        try:
+            ask()
+            outcomes.add("answer")
+        except MinterError as error:
+            outcomes.add(error.reason)
+    assert {"answer", "provider_away", "provider_refused"} <= outcomes
+
+
+# ── what the OpenAPI document promises ───────────────────────────────────────────────────────
+
+
+def test_what_openapi_promises_is_kept(fuzzed):
+    with fuzzed.http() as http:
+        document = http.get(f"/{VO}/openapi.json").json()
+    schema = schemathesis.openapi.from_dict(document)
+    count = 0
+    for operation in schema.get_all_operations():
+
+        @given(case=operation.ok().as_strategy())
+        @settings(
+            max_examples=CASES // 1000, deadline=None, database=None, suppress_health_check=list(HealthCheck)
+        )
+        def check(case):
+            nonlocal count
+            count += 1
+            auth = ("rucio", fuzzed.secrets["rucio"])
+            case.call_and_validate(base_url=fuzzed.host, verify=str(fuzzed.ca), auth=auth)
+
+        check()
+    assert count
