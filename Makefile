@@ -4,7 +4,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-all fuzz lint schemas dist docs clean
+.PHONY: demo test test-all test-lowest fuzz lint schemas dist docs clean
 
 demo: $(STAMP)
 	$(RUN)/minter demo
@@ -14,6 +14,13 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	$(RUN)/pytest
+
+# The tests of `make test` with the lowest versions that pyproject.toml allows.
+test-lowest: $(STAMP)
+	$(PYTHON) -m venv --clear $(VENV)/lowest
+	$(RUN)/python -m tests.lowest > $(VENV)/lowest/constraints.txt
+	$(VENV)/lowest/bin/pip install --quiet --disable-pip-version-check --constraint $(VENV)/lowest/constraints.txt --editable '.[dev]'
+	$(VENV)/lowest/bin/pytest -m "not slow and not rabbitmq"
 
 # 100 000 odd inputs at every entrance; prints its seed.
 fuzz: $(STAMP)
