@@ -1,4 +1,4 @@
-"""Print pip constraints with the lowest versions that pyproject.toml allows: `python -m tests.lowest`.
+"""Print pip constraints with the lowest versions that users may install: `python -m tests.lowest`.
 
 A package that several extras name gets the highest of their lower bounds.
 """
@@ -8,7 +8,7 @@ import tomllib
 
 from tests.conftest import ROOT
 
-GROUPS = ("amqp", "server", "embedded", "dev")
+GROUPS = ("amqp", "server", "embedded")
 _BOUND = re.compile(r"([A-Za-z0-9._-]+)(?:\[[^\]]*\])?>=([\d.]+)").match
 
 
