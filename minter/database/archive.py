@@ -22,7 +22,7 @@ import psycopg
 from sqlalchemy.engine import Engine as Pool
 
 from minter.contract.messages import unix_time
-from minter.database.connection import one, transaction
+from minter.database.connection import LONG_SECONDS, one, transaction
 from minter.database.partitions import bounds, day_of
 from minter.database.traces import AROUND, COLUMNS, USES, Refusals, TraceRecord, matches, story, wanted
 from minter.errors import SettingsError, Unavailable
@@ -79,7 +79,7 @@ def _archive(pool: Pool, path: Path, kind: Kind, day: date) -> int:
     present = {table: attached for table, that, attached in _partitions(pool) if that == day}
     held = sum(1 for _ in _lines(path)) if path.exists() else 0
     if kind in present and all(present.get(table, True) for table in TABLES[kind]):
-        with transaction(pool) as connection:
+        with transaction(pool, LONG_SECONDS) as connection:
             (there,) = one(connection.execute(_COUNTS[kind], bounds(day)))
         if held > there > 0:
             raise Unavailable(f"archive {path} has {held} lines and the database {there}; move the file away")
@@ -91,7 +91,7 @@ def _archive(pool: Pool, path: Path, kind: Kind, day: date) -> int:
     else:
         count = held
     if kind == "requests":
-        with transaction(pool) as connection:
+        with transaction(pool, LONG_SECONDS) as connection:
             connection.execute(
                 "DELETE FROM jobs WHERE reported_at < %s", (datetime.combine(day, time(), UTC),)
             )
@@ -171,7 +171,7 @@ def _kinds(table: str) -> list[Kind]:
 
 def _partitions(pool: Pool) -> list[tuple[str, date, bool]]:
     """Return the daily partitions, attached or not, as (table, day, attached)."""
-    with transaction(pool) as connection:
+    with transaction(pool, LONG_SECONDS) as connection:
         rows = connection.execute(
             "SELECT c.relname, EXISTS (SELECT FROM pg_inherits i"
             " WHERE i.inhrelid = c.oid AND NOT i.inhdetachpending)"
@@ -189,7 +189,7 @@ def _write(pool: Pool, path: Path, kind: Kind, day: date) -> int:
         with (
             os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o640), "wb") as file,
             gzip.GzipFile(fileobj=file, mode="wb", mtime=0) as packed,
-            transaction(pool) as connection,
+            transaction(pool, LONG_SECONDS) as connection,
         ):
             # One snapshot: a report made meanwhile is wholly in the file or wholly missing from it.
             connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
@@ -237,7 +237,7 @@ _COUNTS: dict[Kind, str] = {
 
 def _remove(pool: Pool, table: str, partition: str, *, attached: bool) -> None:
     """Detach a partition without blocking queries, then drop it; raises Unavailable if it stays in use."""
-    with transaction(pool) as connection:
+    with transaction(pool, LONG_SECONDS) as connection:
         connection.autocommit = True  # DETACH CONCURRENTLY is not allowed in a transaction
         pending = connection.execute(
             "SELECT FROM pg_inherits WHERE inhrelid = %s::regclass AND inhdetachpending", (partition,)

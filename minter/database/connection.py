@@ -1,10 +1,13 @@
 """Connection pool, transactions, and conversion of values for Postgres.
 
 The module knows nothing about the contents of tokens. A temporary failure of Postgres is raised as
-`Unavailable`, and the transaction leaves nothing behind.
+`Unavailable`, and the transaction leaves nothing behind. Every wait for Postgres has a deadline. A commit
+that no synchronous standby confirms in time is `Unavailable`, too: Postgres has then committed it locally,
+so a repeated request finds its record, and reading a record waits for the standby again.
 """
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
@@ -14,12 +17,82 @@ import msgspec
 import psycopg
 from sqlalchemy import create_engine
 from sqlalchemy.engine import Engine as Pool
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from minter.errors import Unavailable
 
 CONTROL_LOCK = 0x6D696E74  # "mint"; recording holds the lock shared, changes of control tables exclusively
 
+QUICK_SECONDS = 6.0
+"""Longest wait for one answer of Postgres while a caller waits; a commit gives up before (COMMIT_SECONDS)."""
+PATIENCE_SECONDS = 60.0
+"""Longest wait for one answer of Postgres elsewhere; work on many rows asks for LONG_SECONDS."""
+LONG_SECONDS = 3_600.0
+COMMIT_SECONDS = 5.0
+"""How long a commit may wait for the synchronous standby; shorter than any wait for its answer."""
+SLOW_SECONDS = 3.0
+"""A command says what it waits for after this time."""
+_WARNING = "01000"
+"""SQLSTATE of the warning that a commit did not wait for its standby; others have their own."""
+
 _PASSING = (psycopg.OperationalError, psycopg.InterfaceError, psycopg.errors.ReadOnlySqlTransaction)
+
+
+class BoundedConnection(psycopg.Connection[Any]):
+    """A connection whose waits for Postgres end after `patience` seconds, with an OperationalError."""
+
+    patience = LONG_SECONDS
+    committing = False
+    warned = ""
+    on_slow: Callable[[str], None] = staticmethod(lambda _: None)
+    """Called with what is waited for when a wait takes SLOW_SECONDS; commands print it."""
+
+    def wait(self, gen: Generator[Any, Any, Any], *arguments: Any, **named: Any) -> Any:
+        """Drive an exchange with the server; raises OperationalError after `patience` seconds."""
+        return super().wait(self._bounded(gen), *arguments, **named)
+
+    def _bounded(self, gen: Generator[Any, Any, Any]) -> Generator[Any, Any, Any]:
+        started, told = time.monotonic(), False
+        try:
+            state = next(gen)
+            while True:
+                ready = yield state
+                if not ready:
+                    waited = time.monotonic() - started
+                    if self.committing and waited > COMMIT_SECONDS:
+                        self.committing = False
+                        self.cancel_safe(timeout=1.0)
+                    if waited > self.patience:
+                        raise psycopg.OperationalError(f"no answer within {self.patience:g} s")
+                    if waited > SLOW_SECONDS and not told:
+                        told = True
+                        self.on_slow(f"Postgres at {self.info.host}:{self.info.port}")
+                state = gen.send(ready)
+        except StopIteration as done:
+            return done.value
+
+    def commit_bounded(self) -> None:
+        """Commit; raises Unavailable if no synchronous standby confirms within COMMIT_SECONDS.
+
+        `statement_timeout` does not cover a commit. A cancel request ends its wait for the standby with a
+        warning, not with an error.
+        """
+        self.warned, self.committing = "", True
+        try:
+            self.commit()
+        finally:
+            self.committing = False
+        if self.warned:
+            raise Unavailable(
+                f"Postgres waited {COMMIT_SECONDS:g} s for its synchronous standby in vain; nothing was "
+                "handed out. Is the standby away? Requests are served again when it is back",
+                retry_after=COMMIT_SECONDS,
+            )
+
+    def note(self, notice: "psycopg.errors.Diagnostic") -> None:
+        """Remember the warning that a commit did not wait for its standby."""
+        if notice.sqlstate == _WARNING:
+            self.warned = notice.message_primary or "warning"
 
 
 def open_pool(dsn: str, size: int = 2) -> Pool:
@@ -27,29 +100,42 @@ def open_pool(dsn: str, size: int = 2) -> Pool:
 
     synchronous_commit is set for each recording transaction (`PostgresStore.recording`), not per session.
     """
-    return create_engine(
-        "postgresql+psycopg://",
-        creator=lambda: psycopg.connect(dsn, prepare_threshold=None, connect_timeout=5),
-        pool_size=size,
-        max_overflow=size,
-    )
+
+    def connect() -> BoundedConnection:
+        made = BoundedConnection.connect(dsn, prepare_threshold=None, connect_timeout=5)
+        made.add_notice_handler(made.note)
+        return made
+
+    return create_engine("postgresql+psycopg://", creator=connect, pool_size=size, max_overflow=size)
+
+
+def why(error: Exception) -> str:
+    """Return the cause of a failed connection, as libpq tells it: no secret is in it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:300]
 
 
 @contextmanager
-def transaction(pool: Pool) -> Iterator["psycopg.Connection[Any]"]:
-    """Yield a driver connection in a transaction; raises Unavailable for temporary failures."""
+def transaction(pool: Pool, patience: float = PATIENCE_SECONDS) -> Iterator["psycopg.Connection[Any]"]:
+    """Yield a driver connection in a transaction; raises Unavailable for temporary failures.
+
+    `patience` is the longest wait for one answer of Postgres, in seconds.
+    """
     try:
         pooled = pool.raw_connection()
     except _PASSING as error:
-        raise Unavailable(f"Postgres cannot be reached ({type(error).__name__})") from error
-    driver: psycopg.Connection[Any] = pooled.driver_connection  # type: ignore[assignment]
+        raise Unavailable(f"no connection to Postgres: {why(error)}") from error
+    except PoolTimeout as error:
+        raise Unavailable("all connections to Postgres are in use; they wait for it") from error
+    driver: BoundedConnection = pooled.driver_connection  # type: ignore[assignment]
+    driver.patience = patience
     try:
         yield driver
-        driver.commit()
+        driver.commit_bounded()
     except _PASSING as error:
         pooled.invalidate()
         raise Unavailable(
-            f"Postgres failed during the transaction ({type(error).__name__}); nothing was handed out"
+            f"Postgres failed during the transaction ({why(error)}); nothing was handed out"
         ) from error
     except psycopg.errors.CheckViolation as error:
         driver.rollback()
@@ -59,12 +145,15 @@ def transaction(pool: Pool) -> Iterator["psycopg.Connection[Any]"]:
             ) from error
         raise
     except BaseException:
-        if not driver.closed:
+        if driver.warned:  # a late cancel request must not meet the next statement
+            pooled.invalidate()
+        elif not driver.closed:
             driver.rollback()
         raise
     finally:
         if not driver.closed:
             driver.autocommit = False
+            driver.patience = LONG_SECONDS
         pooled.close()
 
 

@@ -5,7 +5,7 @@ from datetime import datetime
 
 from sqlalchemy.engine import Engine as Pool
 
-from minter.database.connection import one, transaction
+from minter.database.connection import LONG_SECONDS, one, transaction
 from minter.providers.dialects import LEADS
 
 # Marks running transfers whose handle gives no token that is valid now.
@@ -31,7 +31,7 @@ _STATE = """
 
 def create(pool: Pool) -> None:
     """Create the table `drill_transfers` and its index."""
-    with transaction(pool) as connection:
+    with transaction(pool, LONG_SECONDS) as connection:
         connection.execute(
             "CREATE TABLE drill_transfers (handle uuid, expires_at timestamptz, starts_at timestamptz,"
             " ends_at timestamptz, failed boolean NOT NULL DEFAULT false)"
@@ -41,7 +41,7 @@ def create(pool: Pool) -> None:
 
 def add(pool: Pool, rows: Sequence[tuple[str | None, datetime | None, datetime, datetime]]) -> None:
     """Add transfers as (handle or None, expiry of the token or None, start and end of the copy)."""
-    with transaction(pool) as connection:
+    with transaction(pool, LONG_SECONDS) as connection:
         connection.cursor().executemany(
             "INSERT INTO drill_transfers (handle, expires_at, starts_at, ends_at) VALUES (%s, %s, %s, %s)",
             rows,
@@ -54,7 +54,7 @@ def sample(pool: Pool, now: datetime, risk_seconds: int) -> tuple[int, int, int,
     The counts are the managed tokens at risk (due to be refreshed within `risk_seconds`), the overdue
     managed tokens, the running transfers, and the failed transfers.
     """
-    with transaction(pool) as connection:
+    with transaction(pool, LONG_SECONDS) as connection:
         connection.execute(_FAILED, {"now": now})
         connection.execute(_FAILED_MINTED, {"now": now})
         at_risk, overdue, running, failed = one(
@@ -65,7 +65,7 @@ def sample(pool: Pool, now: datetime, risk_seconds: int) -> tuple[int, int, int,
 
 def totals(pool: Pool) -> tuple[int, int]:
     """Return how many transfers there were, and how many of them failed."""
-    with transaction(pool) as connection:
+    with transaction(pool, LONG_SECONDS) as connection:
         total, failed = one(
             connection.execute("SELECT count(*), count(*) FILTER (WHERE failed) FROM drill_transfers")
         )

@@ -14,7 +14,7 @@ from msgspec import structs
 from psycopg.types.json import Jsonb
 from sqlalchemy.engine import Engine as Pool
 
-from minter.database.connection import transaction
+from minter.database.connection import LONG_SECONDS, transaction
 from minter.database.control import read_keys
 from minter.database.control_changes import controlling
 from minter.storages.dialects import Algorithm
@@ -76,7 +76,7 @@ def revoke(pool: Pool, kid: str, now: datetime, policy: RotationPolicy, actor: s
 
 def destroy_spent(pool: Pool, now: datetime, policy: RotationPolicy, actor: str) -> list[str]:
     """Destroy the private halves of old keys that may no longer re-sign tokens; return their kids."""
-    with transaction(pool) as connection:
+    with transaction(pool, LONG_SECONDS) as connection:
         held = connection.execute("SELECT kid FROM signing_keys WHERE private_key IS NOT NULL").fetchall()
         spent = {k.kid for k in keys.spent(read_keys(connection), now, policy)} & {kid for (kid,) in held}
     for kid in sorted(spent):

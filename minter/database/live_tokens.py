@@ -11,7 +11,7 @@ from datetime import datetime, timedelta
 from msgspec import Struct
 from sqlalchemy.engine import Engine as Pool
 
-from minter.database.connection import floor, one, transaction
+from minter.database.connection import LONG_SECONDS, floor, one, transaction
 from minter.errors import InvalidRequest
 from minter.policy.clients import Ban, Bans
 from minter.policy.limits import HARD_MAX_SECONDS, LAST_EXPIRY
@@ -81,7 +81,7 @@ def under(
         "first": first, "now": now, "vo": vo, "value": value, "kind": kind,
         "raw": f":{start}", "encoded": f":{encode_path(start)}",
     }  # fmt: skip
-    with transaction(pool) as connection, connection.cursor("alive") as cursor:
+    with transaction(pool, LONG_SECONDS) as connection, connection.cursor("alive") as cursor:
         subs = connection.execute("SELECT sub FROM clients WHERE name = %s", (value,)).fetchall()
         values["sub"] = f'"sub":{json.dumps(subs[0][0])}' if subs else "\x01"
         cursor.itersize = FETCH_ROWS
@@ -102,7 +102,7 @@ _LARGE_ROWS = 1_000_000
 
 def count_live(pool: Pool, now: datetime, soon: timedelta) -> dict[str, tuple[int, int]]:
     """Return, by VO, how many tokens have not expired, and how many of them expire within `soon`."""
-    with transaction(pool) as connection:
+    with transaction(pool, LONG_SECONDS) as connection:
         (size,) = one(
             connection.execute(
                 "SELECT coalesce(sum(c.reltuples), 0) FROM pg_inherits i"

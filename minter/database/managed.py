@@ -11,7 +11,7 @@ from uuid import UUID
 import psycopg
 from sqlalchemy.engine import Engine as Pool
 
-from minter.database.connection import json_text, plain_text, transaction
+from minter.database.connection import LONG_SECONDS, json_text, plain_text, transaction
 from minter.tokens.managed import ManagedToken, Wanted
 
 Seal = Callable[[int, UUID, str, str], bytes]
@@ -145,7 +145,7 @@ def end_overdue(pool: Pool, now: datetime) -> int:
 
     One call finishes at most BULK_ROWS tokens.
     """
-    with transaction(pool) as connection:
+    with transaction(pool, LONG_SECONDS) as connection:
         return connection.execute(
             f"UPDATE managed SET {FINISHED} WHERE jti IN (SELECT jti FROM managed WHERE deadline <= %s"
             f" AND {_UNFINISHED} LIMIT %s FOR UPDATE SKIP LOCKED)",
@@ -158,7 +158,7 @@ def forget(pool: Pool, before: datetime) -> int:
 
     Their rows in `tokens` and `uses` stay.
     """
-    with transaction(pool) as connection:
+    with transaction(pool, LONG_SECONDS) as connection:
         return connection.execute(
             "DELETE FROM managed WHERE jti IN (SELECT jti FROM managed WHERE deadline <= %s LIMIT %s"
             " FOR UPDATE SKIP LOCKED)",

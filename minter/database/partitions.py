@@ -7,7 +7,7 @@ from uuid import UUID
 from sqlalchemy.engine import Engine as Pool
 
 from minter.database import managed
-from minter.database.connection import floor, one, transaction
+from minter.database.connection import LONG_SECONDS, floor, one, transaction
 
 DAYS_AHEAD = 7
 GRACE_DAYS = 7
@@ -21,7 +21,7 @@ def make_partitions(pool: Pool, today: date, retention_days: int) -> list[str]:
     Returns the names of the new partitions.
     """
     made = []
-    with transaction(pool) as connection:
+    with transaction(pool, LONG_SECONDS) as connection:
         connection.execute("SET LOCAL lock_timeout TO '5s'")  # better late partitions than late requests
         connection.execute("SELECT pg_advisory_xact_lock(%s)", (_PARTITION_LOCK,))
         known = {
@@ -72,7 +72,7 @@ def _days(table: str, today: date, retention_days: int, known: Collection[str]) 
 
 def partitions_ahead(pool: Pool, today: date) -> int:
     """Return the number of days after `today` for which `tokens` has a partition."""
-    with transaction(pool) as connection:
+    with transaction(pool, LONG_SECONDS) as connection:
         rows = connection.execute(
             "SELECT c.relname FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid"
             " JOIN pg_class p ON p.oid = i.inhparent WHERE p.relname = 'tokens'"
@@ -87,7 +87,7 @@ def partitions_ahead(pool: Pool, today: date) -> int:
 
 def count_redelivery(pool: Pool, digest: bytes) -> int:
     """Increment and return a message's redelivery count; this is committed before the message is tried."""
-    with transaction(pool) as connection:
+    with transaction(pool, LONG_SECONDS) as connection:
         row = one(
             connection.execute(
                 "INSERT INTO suspects (digest, attempts) VALUES (%s, 1) ON CONFLICT (digest)"
@@ -101,13 +101,13 @@ def count_redelivery(pool: Pool, digest: bytes) -> int:
 
 def clear_redelivery(pool: Pool, digest: bytes) -> None:
     """Delete the redelivery count of a message that was served or dead-lettered."""
-    with transaction(pool) as connection:
+    with transaction(pool, LONG_SECONDS) as connection:
         connection.execute("DELETE FROM suspects WHERE digest = %s", (digest,))
 
 
 def prune_ended(pool: Pool, retention_days: int) -> int:
     """Delete expired assertions, and refresh families that ended `retention_days` ago; return how many."""
-    with transaction(pool) as connection:
+    with transaction(pool, LONG_SECONDS) as connection:
         assertions = connection.execute("DELETE FROM assertions WHERE expires_at < now()").rowcount
         families = connection.execute(
             "DELETE FROM families WHERE ends_at < now() - make_interval(days => %s)", (retention_days,)
@@ -128,5 +128,5 @@ def prune_managed(pool: Pool, retention_days: int, now: datetime) -> int:
 
 def prune_suspects(pool: Pool) -> int:
     """Delete the redelivery counts of messages not seen for a day; return how many."""
-    with transaction(pool) as connection:
+    with transaction(pool, LONG_SECONDS) as connection:
         return connection.execute("DELETE FROM suspects WHERE seen_at < now() - interval '1 day'").rowcount

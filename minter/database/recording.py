@@ -18,7 +18,16 @@ from psycopg.types.json import Jsonb
 from sqlalchemy.engine import Engine as Pool
 
 from minter.database import managed
-from minter.database.connection import CONTROL_LOCK, floor, instant, json_text, one, plain_text, transaction
+from minter.database.connection import (
+    CONTROL_LOCK,
+    QUICK_SECONDS,
+    floor,
+    instant,
+    json_text,
+    one,
+    plain_text,
+    transaction,
+)
 from minter.database.control import read_control
 from minter.database.requests import REQUEST_COLUMNS, TOKEN_COLUMNS, USE_COLUMNS, request_row, tokens_of
 from minter.database.states import end_family_tokens
@@ -37,7 +46,8 @@ NULL = "\\N"
 
 # Each statement of the string takes its own snapshot, so `version` is read under the lock.
 _BEGIN_RECORDING = sql.SQL(
-    "BEGIN; SET LOCAL synchronous_commit TO on; SELECT pg_advisory_xact_lock_shared({});"
+    "BEGIN; SET LOCAL synchronous_commit TO on; SET LOCAL lock_timeout TO '4s';"
+    " SET LOCAL idle_in_transaction_session_timeout TO '60s'; SELECT pg_advisory_xact_lock_shared({});"
     " SELECT version, clock_timestamp() FROM control"
 ).format(CONTROL_LOCK)
 
@@ -66,7 +76,7 @@ class PostgresStore:
     @contextmanager
     def recording(self) -> Iterator["PostgresRecording"]:
         """Open the recording transaction; leaving it without an error commits it durably."""
-        with transaction(self.pool) as connection:
+        with transaction(self.pool, QUICK_SECONDS) as connection:
             recording = PostgresRecording(self, connection)
             yield recording
         self._rules |= recording.new_rules  # after the commit, when later transactions find them
@@ -74,7 +84,7 @@ class PostgresStore:
     @contextmanager
     def controlled(self) -> Iterator[tuple["psycopg.Connection[Any]", Control]]:
         """Open a transaction that changes no control table; yield its connection and the control tables."""
-        with transaction(self.pool) as connection:
+        with transaction(self.pool, QUICK_SECONDS) as connection:
             control, _skew = self.control(connection)
             yield connection, control
 
@@ -372,7 +382,11 @@ class PostgresRecording:
     def recorded(
         self, ids: Sequence[tuple[UUID, int]]
     ) -> dict[tuple[UUID, int], tuple[RequestRow, list[TokenRow]]]:
-        """Read requests by (request_id, client_id), with their tokens in order of jti."""
+        """Read requests by (request_id, client_id), with their tokens in order of jti.
+
+        The first commit may have waited for the standby in vain, so this one writes a mark, and waits again.
+        """
+        self._connection.execute("SELECT pg_logical_emit_message(true, 'minter', '')")
         found = self._connection.execute(
             f"""
             SELECT {REQUEST_COLUMNS} FROM unnest(%s::uuid[], %s::int[]) AS w (id, client)

@@ -13,7 +13,7 @@ from msgspec import Struct, json
 from sqlalchemy.engine import Engine as Pool
 
 from minter.contract.messages import unix_time
-from minter.database.connection import floor, transaction
+from minter.database.connection import LONG_SECONDS, floor, transaction
 from minter.database.requests import OWN
 from minter.policy.limits import HARD_MAX_SECONDS
 from minter.tokens.records import path_hash
@@ -198,7 +198,7 @@ def find(
     A search by jti also accepts the handle of a managed token.
     """
     values = bounds(since, until) | {"value": wanted(by, value), "limit": limit, "asker": asker}
-    with transaction(pool) as connection:
+    with transaction(pool, LONG_SECONDS) as connection:
         rows = [row for query in queries(by) for row in connection.execute(query, values).fetchall()]
         handles = connection.execute(_OF_IDS, {"ids": [value]}).fetchall() if by == "jti" else []
     of_handles = (
@@ -217,7 +217,7 @@ def bounds(since: datetime, until: datetime) -> dict[str, UUID]:
 
 def find_request(pool: Pool, request_id: UUID) -> tuple[list[TraceRecord], list[Refusals]]:
     """Find the tokens and the refusals of the requests with this request_id, of any client."""
-    with transaction(pool) as connection:
+    with transaction(pool, LONG_SECONDS) as connection:
         requests = connection.execute(
             "SELECT r.first_jti, r.tokens, r.request_id, c.name, r.received_at, r.error,"
             " coalesce(r.refusals, '[]') FROM requests r JOIN clients c USING (client_id)"

@@ -18,7 +18,7 @@ from falcon import HTTPError, HTTPNotFound, asgi
 from falcon.uri import parse_query_string
 
 from minter import logs
-from minter.database.connection import transaction
+from minter.database.connection import QUICK_SECONDS, transaction
 from minter.database.control import read_keys
 from minter.errors import (
     Conflict,
@@ -141,7 +141,7 @@ class Web:
         self.credentials.refresh(time.monotonic())
         version, at = self._built or (-1, now)
         if version != self.credentials.version or now - at > REBUILD:
-            with transaction(self.service.pool) as connection:
+            with transaction(self.service.pool, QUICK_SECONDS) as connection:
                 self.ring = read_keys(connection)
             self.documents = well_known.by_place(self.ring, self.service.loaded.issuers, now)
             self._built = self.credentials.version, now

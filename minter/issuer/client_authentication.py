@@ -19,7 +19,7 @@ from msgspec import Struct
 from sqlalchemy.engine import Engine as Pool
 
 from minter.database.client_secrets import SecretRow, read_secrets, use_assertion
-from minter.database.connection import transaction
+from minter.database.connection import QUICK_SECONDS, transaction
 from minter.database.control import read_version
 from minter.errors import InvalidClient, InvalidRequest, NoUsableKey
 from minter.jws import UNREADABLE, is_compact
@@ -139,7 +139,7 @@ class Credentials:
         if self._asked >= since:
             return
         self._asked = time.monotonic()
-        with transaction(self._pool) as connection:
+        with transaction(self._pool, QUICK_SECONDS) as connection:
             version, _ = read_version(connection)
             if version != self.version:
                 sealed, rows = read_secrets(connection, self._vos)
