@@ -82,9 +82,9 @@ def tls(broker_url: str, ca: str | None = None) -> dict[str, Any] | bool:
     }
 
 
-def connect(broker_url: str, ca: str | None = None) -> kombu.Connection:
-    """Return a connection to the broker, which opens at first use."""
-    return kombu.Connection(broker_url, ssl=tls(broker_url, ca), connect_timeout=5)
+def connect(broker_url: str, ca: str | None = None, seconds: float = 5.0) -> kombu.Connection:
+    """Return a connection to the broker, which opens at first use, within `seconds`."""
+    return kombu.Connection(broker_url, ssl=tls(broker_url, ca), connect_timeout=seconds)
 
 
 class Outgoing(Struct, eq=False):
@@ -117,8 +117,9 @@ class Undelivered(Struct, frozen=True):
 class Publisher:
     """Publishes on a channel of its own; the caller must try again after a broken connection."""
 
-    def __init__(self, connection: kombu.Connection) -> None:
+    def __init__(self, connection: kombu.Connection, confirm_seconds: float = CONFIRM_SECONDS) -> None:
         self.connection = connection
+        self._confirm_seconds = confirm_seconds
         self._channel: Any = None
         self._tag = 0
         self._waiting: dict[int, Outgoing] = {}
@@ -212,12 +213,14 @@ class Publisher:
             batch.close()
 
     def _wait(self, most: int) -> None:
-        deadline = time.monotonic() + CONFIRM_SECONDS
+        deadline = time.monotonic() + self._confirm_seconds
         while len(self._waiting) > most:
             left = deadline - time.monotonic()
             if left <= 0:
                 self.close()
-                raise ConnectionError(f"no confirm from the broker within {CONFIRM_SECONDS:.0f} s")
+                raise ConnectionError(
+                    f"no confirm from the broker within {self._confirm_seconds:g} s: is it blocked?"
+                )
             self.connection.drain_events(timeout=left)
 
     def _settle(self, tag: int, multiple: bool) -> list[Outgoing]:

@@ -16,11 +16,12 @@ import kombu
 import msgspec
 from msgspec import Struct, structs
 
-from minter.broker.publisher import Outgoing, Publisher, connect
+from minter.broker.publisher import CONFIRM_SECONDS, Outgoing, Publisher, connect
 from minter.contract.messages import Answer
 from minter.contract.names import REQUEST_EXCHANGE, REQUEST_QUEUE, reply_prefix
 from minter.errors import InvalidRequest, Unavailable
 
+CONNECT_SECONDS = 5.0
 RECONNECT_SECONDS = 0.5
 FIRST_RESEND_SECONDS = 5.0
 """Time until an unanswered request is sent again on the embedded broker; it doubles at each repetition.
@@ -50,8 +51,8 @@ class AmqpTransport:
         self.timeout_seconds = timeout_seconds
         self.window = window
         self._user_id = user or None
-        self._connection = connect(broker_url, ca)
-        self._publisher = Publisher(self._connection)
+        self._connection = connect(broker_url, ca, min(CONNECT_SECONDS, timeout_seconds))
+        self._publisher = Publisher(self._connection, min(CONFIRM_SECONDS, timeout_seconds))
         self._consumer: kombu.Consumer | None = None
         self._reply_to = ""
         self._parts: dict[str, dict[int, Answer]] = {}
@@ -110,7 +111,7 @@ class AmqpTransport:
                     self._consumer = None
                     self._publisher.close()
                     self._check_time(last_news, error)
-                    time.sleep(RECONNECT_SECONDS)
+                    time.sleep(min(RECONNECT_SECONDS, self.timeout_seconds))
                 self._check_time(last_news, None)
                 for answered in [c for c in waiting if c in self._answers]:
                     del waiting[answered]

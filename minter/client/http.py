@@ -100,27 +100,30 @@ class HttpTransport:
         """Repeat a request until its answer is final; return the answer's status and body."""
         started, delay = time.monotonic(), FIRST_DELAY_SECONDS
         headers = {**self._pool.headers, "Content-Type": "application/json"}
+        said_last = ""
         while True:
             left = self.timeout_seconds - (time.monotonic() - started)
             cause: Exception
             wait = delay * random.uniform(0.5, 1.5)  # noqa: S311 - jitter
             try:
                 response = self._pool.request(
-                    method, self._base + path, body=body, headers=headers, timeout=max(left, 0.1)
-                )
+                    method, self._base + path, body=body, headers=headers,
+                    timeout=urllib3.Timeout(total=max(left, 0.1)),
+                )  # fmt: skip
                 if response.status not in PASSING:
                     return response.status, response.data
                 said = response.headers.get("Retry-After", "")
                 wait = max(wait, float(said)) if said.isdecimal() else wait
-                cause = _refusal(response.status, response.data)
+                cause = refused = _refusal(response.status, response.data)
+                said_last = f"; the service said: {refused.message}"
             except urllib3.exceptions.HTTPError as error:
                 if "CERTIFICATE_VERIFY_FAILED" in str(error):
                     raise SettingsError(f"the engine's certificate is not trusted: {error}"[:300]) from None
                 cause = error
             if left <= wait:
                 raise Unavailable(
-                    f"no answer within {self.timeout_seconds:.0f} s ({type(cause).__name__}); the same "
-                    "request_id may be sent again"
+                    f"no answer within {self.timeout_seconds:g} s ({type(cause).__name__}); the same "
+                    f"request_id may be sent again{said_last}"
                 ) from cause
             time.sleep(wait)
             delay = min(2 * delay, MAX_DELAY_SECONDS)
@@ -132,4 +135,5 @@ def _refusal(status: int, body: bytes) -> MinterError:
         told = msgspec.json.decode(body, type=dict[str, Any])
     except msgspec.DecodeError:
         return ServerError(f"HTTP status {status} without an answer of Minter; is a proxy in between?")
-    return from_dict(told)
+    inner = told.get("error")
+    return from_dict(inner if isinstance(inner, dict) else told)
