@@ -13,6 +13,7 @@ from sqlalchemy import (
     Boolean,
     CheckConstraint,
     Column,
+    Float,
     ForeignKey,
     Identity,
     Index,
@@ -394,6 +395,20 @@ providers = Table(
     Column("probed_until", Instant),
     Column("documents", JSONB),
     Column("documents_at", Instant),
+)
+
+# One row for each running process, written every few seconds; `minter status` reads them.
+processes = Table(
+    "processes",
+    metadata,
+    Column("process_id", UUID(as_uuid=True), primary_key=True),
+    Column("role", Text, nullable=False),
+    Column("host", Text, nullable=False),
+    Column("pid", Integer, nullable=False),
+    Column("version", Text, nullable=False),
+    Column("started_at", Instant, nullable=False),
+    Column("seen_at", Instant, nullable=False),
+    Column("skew_seconds", Float, nullable=False),
 )
 
 # The changing part of a managed token, beside its rows in `tokens` and `uses` (ADR 12). Secrets are encrypted

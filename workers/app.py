@@ -21,6 +21,7 @@ from minter.broker.publisher import Publisher, connect, declare, queues, tls
 from minter.contract import names
 from minter.database import partitions
 from minter.errors import InvalidRequest, MinterError, Unavailable
+from minter.heartbeats import Heartbeat
 from minter.metrics import Metrics, StateCollector, serve_process
 from minter.service import Service, load_settings, tune_gc
 from minter.settings import Loaded
@@ -186,6 +187,7 @@ def _open_engine() -> None:
         local_client=_local_client(app.loaded),
     )
     serve_process(metrics.registry, settings.metrics)
+    Heartbeat("worker", service).start()
 
 
 @beat_init.connect
@@ -204,6 +206,7 @@ def _start_beat(**_: Any) -> None:
         )
     )
     serve_process(registry, app.loaded.settings.metrics)
+    Heartbeat("beat", service).start()
 
 
 def _observe(metrics: Metrics) -> Callable[[Observed], None]:

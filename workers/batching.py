@@ -52,6 +52,8 @@ MAX_REFUSED = 16
 """Answers of one client that wait for its full queue, at most: they hold places of the prefetch."""
 MAX_HELD_BYTES = 64 * 1024 * 1024
 """Bodies of messages that one worker holds while Postgres is away, at most; the broker keeps the others."""
+CLOCK_SECONDS = 5.0
+"""A worker whose clock is off looks at it again after this time."""
 MAX_EXTENSIONS = 16
 """How often the time of a batch may be extended while messages keep arriving."""
 
@@ -159,7 +161,8 @@ class MessageBatcher:
     def add(self, message: Any, task: str) -> None:
         """Add a message to the batch; serve the batch at once when it is full."""
         pending = PendingMessage(message, task, self.client_of(message))
-        if self._retrying and self._bytes + len(pending.body) > MAX_HELD_BYTES and self._waiting:
+        full = self._retrying and self._waiting and self._bytes + len(pending.body) > MAX_HELD_BYTES
+        if full or self._stopped:
             self._leave(message)
             return
         pending.redelivered = bool(
@@ -181,6 +184,27 @@ class MessageBatcher:
             logger.warning("%d bytes of requests wait here, leaving others to the broker", self._bytes)
             self._intake.stop()
         message.requeue()
+
+    def _leave_all(self, waiting: Sequence[PendingMessage], error: ClockSkew) -> None:
+        """Give all messages back to the broker for other workers, until this worker's clock is right."""
+        logger.error("this worker takes no requests: %s", error)
+        self._waiting, self._bytes, self._stopped = [], 0, True
+        self._intake.stop()
+        for pending in waiting:
+            pending.message.requeue()
+        self._arm(CLOCK_SECONDS, self._look_at_clock)
+
+    def _look_at_clock(self) -> None:
+        self._armed = False
+        try:
+            self.engine.check_clock()
+        except Unavailable as error:
+            logger.error("this worker still takes no requests: %s", error)  # noqa: TRY400 - its message says it
+            self._arm(CLOCK_SECONDS, self._look_at_clock)
+            return
+        logger.info("this worker takes requests again")
+        self._stopped = False
+        self._intake.resume()
 
     def reject(self, message: Any, error: MinterError) -> None:
         """Answer a message that is not of a public task with an error, and dead-letter it."""
@@ -207,6 +231,8 @@ class MessageBatcher:
                 batch = _take(waiting, self.batch_messages, self.batch_bytes)
                 self._serve_batch(batch)
                 waiting = waiting[len(batch) :]
+        except ClockSkew as error:
+            self._leave_all([p for p in waiting if not p.message.acknowledged] + self._waiting, error)
         except Unavailable as error:
             self._waiting = [p for p in waiting if not p.message.acknowledged] + self._waiting
             self._bytes = sum(len(p.body) for p in self._waiting)
@@ -279,7 +305,7 @@ class MessageBatcher:
         for pending in batch:
             try:
                 made = self._decode(pending)
-            except (RequestError, NoUsableKey, ClockSkew) as error:
+            except (RequestError, NoUsableKey) as error:
                 done.append((pending, answers.failure(_request_id(pending.body), error)))
                 self._note(pending, done[-1][1])
                 continue
@@ -292,7 +318,9 @@ class MessageBatcher:
             now = self.clock()
             outcomes = self.engine.mint_many([s for _, s in decoded], now)
             for (pending, _), outcome in zip(decoded, outcomes, strict=True):
-                if isinstance(outcome.error, NoUsableKey | ClockSkew):
+                if isinstance(outcome.error, ClockSkew):
+                    raise outcome.error
+                if isinstance(outcome.error, NoUsableKey):
                     logger.error("request not served: %s", outcome.error)
                 answer = answers.answer(outcome, now)
                 self._note(pending, answer, outcome)

@@ -21,6 +21,7 @@ from prometheus_client import CollectorRegistry
 from minter import logs
 from minter.errors import InvalidRequest, SettingsError, Unavailable
 from minter.fts.events import FTSEvent, read_event
+from minter.heartbeats import Heartbeat
 from minter.metrics import EVENTS, LAST_EVENT, new_counter, new_gauge, serve_process
 from minter.service import Service, load_settings
 from minter.settings import FTSEventsSettings
@@ -274,6 +275,7 @@ def run() -> None:
     if not sources:
         raise SettingsError("no [[fts_events]] in the settings: there is nothing to listen to")
     serve_process(registry, service.loaded.settings.metrics)
+    Heartbeat("events", service).start()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: consumer.stopped.set())
     threads = [Thread(target=source.run, args=(consumer.stopped,), daemon=True) for source in sources]

@@ -8,6 +8,7 @@ from typing import Any
 from minter import logs
 from minter.broker.publisher import Outgoing, Publisher, connect
 from minter.errors import SettingsError, Unavailable
+from minter.heartbeats import Heartbeat
 from minter.metrics import Metrics, serve_process
 from minter.refresher.notifications import Push
 from minter.refresher.refresher import Refresher
@@ -62,6 +63,7 @@ def run() -> None:
     if not iams:
         raise SettingsError("no [[providers]] in the settings: there is nothing to refresh")
     serve_process(metrics.registry, service.loaded.settings.metrics)
+    Heartbeat("refresher", service).start()
     lifecycle = Lifecycle(service.engine, service.store)
     send = Sender(service.loaded) if service.loaded.broker_url else None
     scale = service.loaded.settings.drill.time_scale

@@ -7,7 +7,7 @@ from typing import Any
 from celery import Task
 
 from minter.contract import names
-from minter.database import partitions
+from minter.database import partitions, processes
 from minter.errors import InvalidRequest, ServerError
 from workers.app import app
 
@@ -65,6 +65,7 @@ def maintain() -> None:
     """Maintain partitions, redelivery counts, refresh families, managed tokens and keys, once an hour."""
     made = app.service.make_partitions()
     pruned = partitions.prune_suspects(app.service.pool)
+    processes.forget(app.service.pool)
     partitions.prune_ended(app.service.pool, app.loaded.settings.database.retention_days)
     days, now = app.loaded.settings.database.retention_days, app.service.clock()
     partitions.prune_managed(app.service.pool, days, now)

@@ -95,14 +95,14 @@ class BoundedConnection(psycopg.Connection[Any]):
             self.warned = notice.message_primary or "warning"
 
 
-def open_pool(dsn: str, size: int = 2) -> Pool:
+def open_pool(dsn: str, size: int = 2, connect_seconds: int = 5) -> Pool:
     """Return a connection pool; connections keep no session state, so PgBouncer may be used.
 
     synchronous_commit is set for each recording transaction (`PostgresStore.recording`), not per session.
     """
 
     def connect() -> BoundedConnection:
-        made = BoundedConnection.connect(dsn, prepare_threshold=None, connect_timeout=5)
+        made = BoundedConnection.connect(dsn, prepare_threshold=None, connect_timeout=connect_seconds)
         made.add_notice_handler(made.note)
         return made
 

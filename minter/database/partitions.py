@@ -7,7 +7,7 @@ from uuid import UUID
 from sqlalchemy.engine import Engine as Pool
 
 from minter.database import managed
-from minter.database.connection import LONG_SECONDS, floor, one, transaction
+from minter.database.connection import LONG_SECONDS, QUICK_SECONDS, floor, one, transaction
 
 DAYS_AHEAD = 7
 GRACE_DAYS = 7
@@ -87,7 +87,7 @@ def partitions_ahead(pool: Pool, today: date) -> int:
 
 def count_redelivery(pool: Pool, digest: bytes) -> int:
     """Increment and return a message's redelivery count; this is committed before the message is tried."""
-    with transaction(pool, LONG_SECONDS) as connection:
+    with transaction(pool, QUICK_SECONDS) as connection:
         row = one(
             connection.execute(
                 "INSERT INTO suspects (digest, attempts) VALUES (%s, 1) ON CONFLICT (digest)"
@@ -101,7 +101,7 @@ def count_redelivery(pool: Pool, digest: bytes) -> int:
 
 def clear_redelivery(pool: Pool, digest: bytes) -> None:
     """Delete the redelivery count of a message that was served or dead-lettered."""
-    with transaction(pool, LONG_SECONDS) as connection:
+    with transaction(pool, QUICK_SECONDS) as connection:
         connection.execute("DELETE FROM suspects WHERE digest = %s", (digest,))
 
 

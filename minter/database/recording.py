@@ -65,7 +65,7 @@ class PostgresStore:
         seal: Callable[[str, UUID, str, str], bytes] | None = None,
     ) -> None:
         self.pool = pool
-        self._clock = clock
+        self.clock = clock
         self._seal = seal
         self._version = -1
         self._control: Control | None = None
@@ -100,7 +100,7 @@ class PostgresStore:
         while cursor.nextset():
             pass
         version, database_now = one(cursor)
-        skew = (self._clock() - database_now).total_seconds()
+        skew = (self.clock() - database_now).total_seconds()
         if version != self._version or self._control is None:
             self._control = read_control(connection)
             rows = connection.execute("SELECT vo, name, storage_id FROM storages").fetchall()

@@ -33,6 +33,7 @@ from minter.errors import (
     Unavailable,
     UnknownRequest,
 )
+from minter.heartbeats import Heartbeat
 from minter.issuer import well_known
 from minter.issuer.batches import Batcher
 from minter.issuer.client_authentication import WRONG, Account, Credentials, Presented, presented
@@ -51,6 +52,8 @@ MAX_FORM_BYTES = 64 * 1024
 MAX_FORM_FIELDS = 32
 WATCH_SECONDS = 1.0
 """Every process reads changed keys and clients at this interval."""
+READY_SECONDS = 1.5
+"""`/ready` answers within this time, whatever Postgres does."""
 REBUILD = timedelta(minutes=1)
 """Documents are built again after this time even without a change: keys also leave the JWKS by time."""
 KEYS_CACHE = "public, max-age=600"
@@ -126,6 +129,7 @@ class Web:
         self.documents: Mapping[well_known.Place, bytes] = {}
         self._built: tuple[int, datetime] | None = None
         self._ready_at = float("-inf")
+        self.heartbeat = Heartbeat("serve", service)
         self._limit = RateLimit(self.settings.requests_per_second)
         self._failures = RateLimit(FAILURES_PER_SECOND)
 
@@ -157,20 +161,28 @@ class Web:
                 logger.exception("keys and clients could not be read")
             await asyncio.sleep(WATCH_SECONDS)
 
-    def ready(self) -> None:
-        """Check that tokens can be recorded and signed; raises the error if not.
+    async def ready(self) -> None:
+        """Check within READY_SECONDS that rows can be written, that clocks agree, and that keys can sign.
 
-        Call this in the engine's thread. A successful check is not repeated within a second.
+        Raises Unavailable with the cause. A successful check is not repeated within a second.
         """
         if time.monotonic() - self._ready_at < WATCH_SECONDS:
             return
-        engine = self.service.engine
-        with engine.store.recording() as tx:
-            control, _ = tx.control()
-        for vo in self.service.loaded.issuers:
-            for key in keys.active(control.ring, vo).values():
-                engine.unlock(key)
+        try:
+            async with asyncio.timeout(READY_SECONDS):
+                await asyncio.to_thread(self.heartbeat.beat, READY_SECONDS)
+                await self.batcher.call(self._unlock)
+        except TimeoutError:
+            raise self.heartbeat.problem or Unavailable(
+                f"Postgres or the engine gives no answer within {READY_SECONDS} s", retry_after=2
+            ) from None
         self._ready_at = time.monotonic()
+
+    def _unlock(self) -> None:
+        """Unlock every key that signs, in the engine's thread; raises NoUsableKey."""
+        for vo in self.service.loaded.issuers:
+            for key in keys.active(self.ring, vo).values():
+                self.service.engine.unlock(key)
 
     # ── reading requests ─────────────────────────────────────────────────────────────────────
 
@@ -303,7 +315,7 @@ class _Health:
     on_head = on_get
 
     async def on_get_ready(self, _req: asgi.Request, resp: asgi.Response) -> None:
-        await self._web.batcher.call(self._web.ready)
+        await self._web.ready()
         send(resp, {"status": "ready"})
 
     on_head_ready = on_get_ready

@@ -40,6 +40,7 @@ def create() -> Callable[..., Awaitable[None]]:
     oauth.add_routes(app, made)
     tune_gc()
     serve_process(metrics.registry, loaded.settings.metrics)
+    made.heartbeat.start()
 
     async def served(scope: dict[str, Any], receive: Any, sent: Any) -> None:
         if scope.get("http_version") in ("1", "1.0"):

@@ -66,6 +66,12 @@ class Engine:
         self.reissuer = Reissuer(store, unlock, open_token, self.rotation, policy.matching_of)
         self._shared_tokens = SharedTokenCache()
 
+    def check_clock(self) -> None:
+        """Raise ClockSkew if this process's clock and the store's differ too much; may raise Unavailable."""
+        with self.store.recording() as tx:
+            _, skew = tx.control()
+        check_clock(skew)
+
     def mint_many(self, submissions: Sequence[Submission], now: datetime) -> list[Outcome]:
         """Return the outcome of each submission, in their order; equal submissions are served once.
 

@@ -1,7 +1,8 @@
 """The workers' application with a trigger: `celery -A tests.acceptance.fault_app`.
 
 MINTER_FAULT=stage:n kills this process with SIGKILL when it reaches the stage for the n-th time. A message
-body that holds "poison-pill" kills the process at each delivery.
+body that holds "poison-pill" kills the process at each delivery. MINTER_CLOCK_OFF names a file with the seconds
+by which the clock of this process is wrong.
 """
 
 import os
@@ -42,3 +43,16 @@ def decode(self, pending):
 
 module.on_stage = on_stage
 MessageBatcher._decode = decode
+
+if _off := os.environ.get("MINTER_CLOCK_OFF"):  # a file with this process's clock error in seconds
+    from datetime import timedelta
+    from pathlib import Path
+
+    from minter import service
+
+    _now = service.now
+
+    def _wrong():
+        return _now() + timedelta(seconds=float(Path(_off).read_text()))
+
+    service.now = _wrong

@@ -319,3 +319,35 @@ def memory(status):
     """Return the resident bytes of a process."""
     (line,) = (text for text in status.read_text().splitlines() if text.startswith("VmRSS"))
     return int(line.split()[1]) * 1024
+
+
+def test_a_worker_whose_clock_is_off_takes_no_requests_until_it_is_right(engine, tmp_path):
+    """The other worker serves them all; the first one says why, and takes requests again by itself."""
+    off = tmp_path / "off"
+    off.write_text("30")
+    engine.start_worker(MINTER_CLOCK_OFF=str(off))
+    log = engine.folder / f"worker-{engine.started}.log"
+    driver = Driver(engine, alone := requests(5, twice=False))
+    driver.start()
+    wait_for(lambda: "takes no requests" in log.read_text())
+    assert not driver.answers
+    engine.start_worker()
+    finish(engine, driver)
+    audit(engine, alone, driver.answers)
+    off.write_text("0")
+    wait_for(lambda: "takes requests again" in log.read_text())
+    other = engine.workers.pop()
+    other.kill()
+    other.wait()
+    driver = Driver(engine, again := requests(5, twice=False))
+    driver.start()
+    driver.join(60)
+    audit(engine, again, driver.answers)
+
+
+def wait_for(condition, seconds=30):
+    """Wait until a condition holds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)

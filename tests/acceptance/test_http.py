@@ -2,6 +2,8 @@
 
 import concurrent.futures
 import json
+import os
+import signal
 import socket
 import ssl
 import time
@@ -9,14 +11,17 @@ import uuid
 
 import httpx
 import pytest
+from msgspec import structs
 
 from minter.client import FileReport, FileRequest, JobReport, MinterClient, new_request_id
 from minter.errors import InvalidClient, InvalidRequest, SettingsError, Unavailable, UnknownRequest
+from minter.local.servers import Postgres
 from minter.tokens import clock, keys
 from minter.tokens.claims import unverified_claims
-from tests.acceptance.served import VO
+from tests.acceptance.served import VO, Served
 from tests.acceptance.test_token import HOST, TOP
-from tests.conftest import EXAMPLES
+from tests.conftest import EXAMPLES, rows
+from tests.integration.test_deadlines import children, set_standby
 from tests.integration.test_mint import OTHER, SE
 from tests.servers import free_ports
 
@@ -411,3 +416,56 @@ def test_postgres_away_is_not_ready_and_nothing_is_refused_for_good(postgres_dsn
             assert one.mint([COPY], request_id=id_).tokens
     finally:
         served.close()
+
+
+@pytest.mark.slow
+def test_ready_tells_within_two_seconds_that_nothing_can_be_written(postgres_dsn, tmp_path):
+    """A missing standby hangs commits, a stopped server hangs everything; `/health` goes on."""
+    postgres = Postgres(tmp_path / "postgres")
+    postgres.start()
+    served = Served(tmp_path, postgres.dsn)
+    try:
+        served.add_client("rucio")
+        with served.http() as http, served.client(timeout_seconds=20) as client:
+            assert http.get("/ready").json() == {"status": "ready"}
+            assert client.mint([COPY]).tokens
+            set_standby(postgres, "nobody")
+            time.sleep(1)
+            told = timed(http, "/ready")
+            assert (told.status_code, told.json()["reason"]) == (503, "unavailable")
+            assert told.headers["retry-after"]
+            assert timed(http, "/health").status_code == 200
+            with pytest.raises(Unavailable, match="standby"):
+                client.mint([structs.replace(COPY, external_id="standby")])
+            set_standby(postgres, "")
+            deadline = time.monotonic() + 10
+            while http.get("/ready").status_code != 200:
+                assert time.monotonic() < deadline
+                time.sleep(0.2)
+            family = [postgres.process.pid, *children(postgres.process.pid)]
+            for pid in family:
+                os.kill(pid, signal.SIGSTOP)
+            try:
+                time.sleep(1)
+                assert timed(http, "/ready").status_code == 503
+                assert timed(http, "/health").status_code == 200
+            finally:
+                for pid in family:
+                    os.kill(pid, signal.SIGCONT)
+    finally:
+        set_standby(postgres, "")  # or the database could not be dropped
+        served.close()
+        postgres.stop()
+
+
+def timed(http, path):
+    """Return the answer to a request, which comes within two seconds."""
+    started = time.monotonic()
+    told = http.get(path)
+    assert time.monotonic() - started < 2
+    return told
+
+
+def test_every_process_tells_that_it_runs(served):
+    found = rows(served.service, "SELECT role, host, abs(skew_seconds) < 1 FROM processes")
+    assert found == [("serve", socket.gethostname(), True)] * 2

@@ -23,6 +23,7 @@ FLOORS = [
     {"settings"},
     {"checks", "metrics", "refresher"},
     {"service"},
+    {"heartbeats"},
     {"issuer"},
     {"local"},
     {"cli"},

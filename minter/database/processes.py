@@ -1,0 +1,84 @@
+"""SQL of the running processes: heartbeats, which also show that Postgres can be written to."""
+
+import os
+import socket
+from collections.abc import Callable
+from datetime import datetime
+from uuid import UUID
+
+from msgspec import Struct
+from sqlalchemy.engine import Engine as Pool
+
+from minter import __version__
+from minter.database.connection import one, transaction
+
+BEAT_SECONDS = 5.0
+ALIVE_SECONDS = 20.0
+"""A process whose last heartbeat is older is gone, or cannot reach Postgres."""
+KEPT = "1 day"
+"""How long `minter status` tells of a process that ended without a word."""
+
+
+class Process(Struct, frozen=True, kw_only=True):
+    """One running process, as its last heartbeat left it; the skew is its clock minus Postgres's."""
+
+    process_id: UUID
+    role: str
+    host: str
+    pid: int
+    version: str
+    started_at: datetime
+    seen_at: datetime | None = None
+    skew_seconds: float = 0.0
+
+
+def this_process(role: str, process_id: UUID, now: datetime) -> Process:
+    """Return the description of this process, which starts now."""
+    return Process(
+        process_id=process_id, role=role, host=socket.gethostname(), pid=os.getpid(), version=__version__,
+        started_at=now,
+    )  # fmt: skip
+
+
+def beat(pool: Pool, process: Process, clock: Callable[[], datetime], patience: float) -> float:
+    """Write a process's heartbeat durably; return the skew of its clock in seconds. Raises Unavailable."""
+    with transaction(pool, patience) as connection:
+        database_now = one(connection.execute("SELECT clock_timestamp()"))[0]
+        skew = float((clock() - database_now).total_seconds())
+        connection.execute(
+            "INSERT INTO processes (process_id, role, host, pid, version, started_at, seen_at, skew_seconds)"
+            " VALUES (%s, %s, %s, %s, %s, %s, clock_timestamp(), %s)"
+            " ON CONFLICT (process_id) DO UPDATE SET seen_at = excluded.seen_at,"
+            " skew_seconds = excluded.skew_seconds",
+            (
+                process.process_id, process.role, process.host, process.pid, process.version,
+                process.started_at, skew,
+            ),
+        )  # fmt: skip
+        connection.execute("SET LOCAL synchronous_commit TO on")
+    return skew
+
+
+def leave(pool: Pool, process_id: UUID) -> None:
+    """Delete the row of a process that ends."""
+    with transaction(pool) as connection:
+        connection.execute("DELETE FROM processes WHERE process_id = %s", (process_id,))
+
+
+def forget(pool: Pool) -> None:
+    """Delete the rows of processes that ended long ago without a word."""
+    with transaction(pool) as connection:
+        connection.execute(f"DELETE FROM processes WHERE seen_at < now() - interval '{KEPT}'")
+
+
+def known(pool: Pool) -> list[tuple[Process, float]]:
+    """Return the processes, and how many seconds ago each was seen, by role, host and start."""
+    names = ", ".join(Process.__struct_fields__)
+    with transaction(pool) as connection:
+        rows = connection.execute(
+            f"SELECT {names}, extract(epoch FROM clock_timestamp() - seen_at)::float8 FROM processes"
+            " ORDER BY role, host, started_at"
+        ).fetchall()
+    return [
+        (Process(**dict(zip(Process.__struct_fields__, row, strict=False))), float(row[-1])) for row in rows
+    ]
