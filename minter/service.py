@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from minter import settings
-from minter.database import control_changes, keyring, partitions, recording
+from minter.database import control_changes, keyring, partitions, processes, recording
 from minter.database.connection import open_pool, transaction
 from minter.database.control import read_keys, read_private_key
 from minter.errors import NoUsableKey, SettingsError
@@ -94,6 +94,31 @@ class Service:
     def create_keys(self, vo: str, algorithms: Sequence[Algorithm], actor: str) -> list[Key]:
         """Make a signing key of each algorithm; they are active if the issuer had none, else standbys."""
         return keyring.create(self.pool, self.keystore, vo, algorithms, actor)
+
+    def ensure_standby(self, kid: str, actor: str) -> None:
+        """Make a standby of the same issuer and algorithm for an active key that has none."""
+        with transaction(self.pool) as connection:
+            ring = read_keys(connection)
+        active = next((k for k in ring if k.kid == kid and k.state == "active"), None)
+        if active is None:
+            return
+        alike = [k for k in ring if (k.vo, k.algorithm) == (active.vo, active.algorithm)]
+        if not any(k.state == "prepared" for k in alike):
+            self.create_keys(active.vo, [active.algorithm], actor)
+
+    def maintain(self, actor: str) -> list[str]:
+        """Maintain partitions, redelivery counts, refresh families, managed tokens, processes and keys.
+
+        Return what was done. Beat does this at its start and once an hour.
+        """
+        days, now = self.loaded.settings.database.retention_days, self.clock()
+        done = [f"partition {name} made" for name in self.make_partitions()]
+        if pruned := partitions.prune_suspects(self.pool):
+            done.append(f"{pruned} redelivery counts removed")
+        processes.forget(self.pool)
+        partitions.prune_ended(self.pool, days)
+        partitions.prune_managed(self.pool, days, now)
+        return done + [f"keys: {change}" for change in self.maintain_keys(actor)]
 
     def maintain_keys(self, actor: str) -> list[str]:
         """Make missing standbys, rotate due keys, destroy spent ones; return what was done (I6)."""

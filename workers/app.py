@@ -192,8 +192,18 @@ def _open_engine() -> None:
 
 @beat_init.connect
 def _start_beat(**_: Any) -> None:
-    """Export the gauges of database and queues from beat, of which only one process runs."""
+    """Do the hourly work once, then export the gauges of database and queues; only one beat runs.
+
+    The first hourly task would come after an hour. The process ends if the database cannot be reached.
+    """
     service = Service(app.loaded)
+    try:
+        service.prepare()
+        for change in service.maintain("beat"):
+            logger.info(change)
+    except MinterError as error:
+        logger.error("beat cannot start: %s: %s", error.reason, error)  # noqa: TRY400 - the message says it
+        raise SystemExit(START_FAILED) from error
     registry = CollectorRegistry()
     waiting = (names.REQUEST_QUEUE, names.INTERNAL_QUEUE, names.DEAD_LETTER_QUEUE)
     registry.register(

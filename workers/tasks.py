@@ -7,7 +7,6 @@ from typing import Any
 from celery import Task
 
 from minter.contract import names
-from minter.database import partitions, processes
 from minter.errors import InvalidRequest, ServerError
 from workers.app import app
 
@@ -62,13 +61,6 @@ for _name in names.PUBLIC_TASKS:
 
 @app.task(name="minter.maintain", base=InternalTask)
 def maintain() -> None:
-    """Maintain partitions, redelivery counts, refresh families, managed tokens and keys, once an hour."""
-    made = app.service.make_partitions()
-    pruned = partitions.prune_suspects(app.service.pool)
-    processes.forget(app.service.pool)
-    partitions.prune_ended(app.service.pool, app.loaded.settings.database.retention_days)
-    days, now = app.loaded.settings.database.retention_days, app.service.clock()
-    partitions.prune_managed(app.service.pool, days, now)
-    for change in app.service.maintain_keys("beat"):
-        logger.info("keys: %s", change)
-    logger.info("maintained: %d partitions made, %d redelivery counts removed", len(made), pruned)
+    """Maintain the database and the keys, once an hour."""
+    for change in app.service.maintain("beat"):
+        logger.info(change)

@@ -8,32 +8,38 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import MutableMapping, Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Annotated
 
 import msgspec
 import typer
 from rich.console import Console
 
-from minter import checks
+from minter import __version__, checks, status
 from minter.broker import rabbitmq
 from minter.broker.publisher import connect, declare
 from minter.cli import clients as cli_clients
 from minter.cli import control as cli_control
-from minter.cli import demo, processes, publish, storages, tokens, trace
+from minter.cli import demo, operations, processes, publish, storages, tokens, trace
 from minter.cli.tables import AsJson, SettingsPath, console, guarded, open_service, show
 from minter.database import migrations, partitions
-from minter.database.connection import synchronous_standbys, transaction
-from minter.database.control import read_control, read_keys
-from minter.errors import Unavailable
+from minter.database.connection import BoundedConnection, synchronous_standbys, transaction
+from minter.database.control import read_control
+from minter.errors import SettingsError, Unavailable
 from minter.issuer import well_known
 from minter.local import drill, stack
 from minter.policy.token_endpoint import ANY
 from minter.service import Service, load_settings
 
+ENVIRONMENT = Path("/etc/minter/environment")
+"""Variables of the units in deploy/systemd; commands read them where MINTER_SETTINGS is not set."""
+
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode=None,  # brackets in help texts are TOML's, not markup
     pretty_exceptions_enable=False,  # a traceback with local variables would show secrets
     help=__doc__,
 )
@@ -46,6 +52,7 @@ cli_control.register(app)
 publish.register(app)
 storages.register(app)
 tokens.register(app)
+operations.register(app)
 trace.register(app)
 processes.register(app)
 
@@ -153,9 +160,37 @@ def drill_command(
     raise typer.Exit(1 if report.failed else 0)
 
 
+@app.command("status")
+@guarded
+def status_command(as_json: AsJson = False) -> None:
+    """Show in one screen whether everything is well; exit code 0 (ok), 3 (warning) or 1 (failed)."""
+    found = status.lines(load_settings())
+    show(as_json, {"status": status.worst(found), "lines": found}, lambda: _status_text(found))
+    if code := {"ok": 0, "warning": 3, "failed": 1}[status.worst(found)]:
+        raise typer.Exit(code)
+
+
+def _status_text(found: Sequence[status.Line]) -> str:
+    """Return a line for each part, wrapped to the terminal."""
+    wide = max(len(line.part) for line in found)
+    lines = []
+    for line in found:
+        head = f"{line.level:8}{line.part:{wide}}  "
+        lines.append(
+            fill(line.text, max(60, console.width), initial_indent=head, subsequent_indent=" " * len(head))
+        )
+    return "\n".join(lines)
+
+
 @app.command()
 @guarded
-def check(settings: SettingsPath, as_json: AsJson = False) -> None:
+def check(
+    settings: SettingsPath,
+    deep: Annotated[
+        bool, typer.Option(help="Also ask every part of the running system, as `status` does.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
     """Check the settings; if a DSN is set, also the database's schema, keys, clients and partitions."""
     os.environ["MINTER_SETTINGS"] = str(settings)
     loaded = load_settings()
@@ -171,7 +206,14 @@ def check(settings: SettingsPath, as_json: AsJson = False) -> None:
         if not any(loaded.master_key_source(vo))
     ]
     if loaded.dsn:
-        warnings += _check_database(Service(loaded))
+        try:
+            _check_database(Service(loaded), warnings, failed)
+        except Unavailable as error:
+            failed.append(error.message)
+        if deep:
+            found = status.lines(loaded)
+            failed += [f"{line.part}: {line.text}" for line in found if line.level == "failed"]
+            warnings += [f"{line.part}: {line.text}" for line in found if line.level == "warning"]
     else:
         warnings.append("no DSN is set: the database was not checked")
     facts = {
@@ -194,24 +236,26 @@ def check(settings: SettingsPath, as_json: AsJson = False) -> None:
         raise typer.Exit(1)
 
 
-def _check_database(service: Service) -> list[str]:
-    warnings = []
+def _check_database(service: Service, warnings: list[str], failed: list[str]) -> None:
+    revision, head = migrations.revision(service.pool), migrations.head()
+    if revision != head:
+        failed.append(
+            f"the database has schema {revision}, this release needs {head}; run: minter db upgrade"
+        )
+        return
     with transaction(service.pool) as connection:
-        ring = read_keys(connection)
         standbys = synchronous_standbys(connection)
         clients = read_control(connection).clients.values()
     if not standbys:
         warnings.append("Postgres has no synchronous standby: a lost disk loses the rows of issued tokens")
-    for vo in service.loaded.settings.issuers:
-        for algorithm in service.loaded.settings.issuers[vo].algorithms:
-            states = {k.state for k in ring if (k.vo, k.algorithm) == (vo, algorithm)}
-            if "active" not in states:
-                what = (
-                    "no active signing key" if "prepared" not in states else "signing key not public for long"
-                )
-                warnings.append(f"{vo}: {what} for {algorithm}; run: minter keys create --vo {vo}")
-            elif "prepared" not in states:
-                warnings.append(f"{vo}: no {algorithm} standby key; run: minter keys create --vo {vo}")
+    of_keys = [*status.key_lines(service.pool, service), *status.issuer_lines(service.pool, service.loaded)]
+    opened = {vo for vo in service.loaded.settings.issuers if any(service.loaded.master_key_source(vo))}
+    for line in of_keys:
+        without_master = line.part.partition(" ")[0] not in opened and "does not open" in line.text
+        if line.level != "ok" and not without_master:
+            (failed if line.level == "failed" and "no active" not in line.text else warnings).append(
+                f"{line.part}: {line.text}"
+            )
     warnings += [
         f"client {c.name} may get tokens for the audience any, which every storage of the VO accepts"
         for c in clients
@@ -220,7 +264,6 @@ def _check_database(service: Service) -> list[str]:
     ahead = partitions.partitions_ahead(service.pool, service.clock().date())
     if ahead < partitions.DAYS_AHEAD // 2:
         warnings.append(f"partitions exist for only {ahead} days ahead; is beat running?")
-    return warnings
 
 
 # ── database, broker ─────────────────────────────────────────────────────────────────────────
@@ -269,8 +312,41 @@ def broker_setup(
     show(as_json, {"users": made}, lambda: f"exchanges and queues declared; {len(made)} users made")
 
 
+@app.callback(invoke_without_command=True)
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    """Run and operate the token engine Minter."""
+    if version:
+        typer.echo(f"minter {__version__}")
+        raise typer.Exit
+
+
+def read_environment(path: Path, environ: MutableMapping[str, str]) -> None:
+    """Add the variables of a systemd environment file that are not set; raises SettingsError.
+
+    Units have the file by EnvironmentFile=; with this, an operator's commands find the same settings.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return
+    except (OSError, UnicodeError) as error:
+        raise SettingsError(f"{path} cannot be read: {error}; or set MINTER_SETTINGS") from None
+    for line in text.splitlines():
+        name, separator, value = line.strip().partition("=")
+        if separator and not name.startswith(("#", ";")):
+            environ.setdefault(name.strip(), value.strip().strip("\"'"))
+
+
 def main() -> None:
     """Run the command."""
+    if "MINTER_SETTINGS" not in os.environ:
+        try:
+            read_environment(ENVIRONMENT, os.environ)
+        except SettingsError as error:
+            typer.echo(f"minter: {error}", err=True)
+    BoundedConnection.on_slow = staticmethod(lambda what: typer.echo(f"waiting for {what} …", err=True))
     app()
 
 

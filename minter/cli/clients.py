@@ -16,6 +16,7 @@ from minter.cli.tables import (
     AsJson,
     as_table,
     guarded,
+    not_registered,
     open_service,
     read_object,
     show,
@@ -26,7 +27,7 @@ from minter.contract.operations import OPERATIONS
 from minter.database import control_changes
 from minter.database.connection import instant, transaction
 from minter.database.control import read_control
-from minter.errors import InvalidRequest, UnknownClient
+from minter.errors import InvalidRequest
 from minter.policy.clients import Ban, Client
 from minter.policy.token_requests import SubjectToken
 from minter.private_files import write_private_file
@@ -260,16 +261,17 @@ def clients_rotate(
     keep_hours: Annotated[
         float, typer.Option(help="Hours for which the old secret is still accepted.", min=0, max=720)
     ] = 24,
+    now: Annotated[bool, typer.Option("--now", help="Refuse the old secret at once: it leaked.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Give a client a new secret for HTTP."""
     service = open_service()
     client = _clients(service).get(name)
     if client is None:
-        raise UnknownClient(f"client {name!r} is not registered; run: minter clients list")
+        raise not_registered(name, _clients(service))
     secret = keystore.new_secret()
     with _private_file(secret_file, secret):
-        service.set_secret(client, secret, whoami(), timedelta(hours=keep_hours))
+        service.set_secret(client, secret, whoami(), timedelta(hours=0 if now else keep_hours))
     show(as_json, {"name": name}, lambda: f"client {name} has a new secret, in {secret_file}")
 
 
@@ -283,7 +285,7 @@ def clients_subject_token(name: str, as_json: AsJson = False) -> None:
     service = open_service()
     client = _clients(service).get(name)
     if client is None:
-        raise UnknownClient(f"client {name!r} is not registered")
+        raise not_registered(name, _clients(service))
     subjects = Subjects(service.loaded.issuers, service.iams)
     subject = subjects.verify(client.vo, SubjectToken(sys.stdin.read().strip()))
     columns = {

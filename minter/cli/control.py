@@ -201,7 +201,10 @@ def keys_revoke(
         ),
     ] = False,
     force: Annotated[
-        bool, typer.Option(help="Let a standby key sign even if verifiers may not have fetched it yet.")
+        bool,
+        typer.Option(
+            help="Let a standby key sign, made now if there is none, even if verifiers have not fetched it yet."
+        ),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -215,6 +218,7 @@ def keys_revoke(
         policy = service.engine.rotation
         if force:
             policy = keys.RotationPolicy(0, policy.lifetime_seconds, policy.resign_seconds)
+            service.ensure_standby(kid, whoami())
         keyring.revoke(service.pool, kid, service.clock(), policy, whoami(), reason)
         for problem in service.maintain_keys(whoami()):
             typer.echo(problem, err=True)

@@ -5,7 +5,8 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from difflib import get_close_matches
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,7 +18,7 @@ from rich.table import Table
 
 from minter.database import connection, live_tokens
 from minter.database.traces import TraceRecord
-from minter.errors import InvalidRequest, MinterError, SettingsError, Unavailable
+from minter.errors import InvalidRequest, MinterError, SettingsError, Unavailable, UnknownClient
 from minter.policy.clients import Ban
 from minter.service import Service, load_settings
 
@@ -78,6 +79,13 @@ def as_table(title: str, headings: tuple[str, ...], rows: list[tuple[Any, ...]])
 def open_service() -> Service:
     """Return the engine that MINTER_SETTINGS describes."""
     return Service(load_settings())
+
+
+def not_registered(name: str, known: Iterable[str]) -> UnknownClient:
+    """Return the error for a name that no client has, with the nearest one that a client has."""
+    near = get_close_matches(name, known, 1)
+    hint = f"; did you mean {near[0]!r}?" if near else "; run: minter clients list"
+    return UnknownClient(f"client {name!r} is not registered{hint}")
 
 
 def whoami() -> str:

@@ -12,7 +12,7 @@ from urllib.parse import unquote
 import msgspec
 import typer
 
-from minter.cli.tables import AsJson, guarded, open_service, read_object, show
+from minter.cli.tables import AsJson, guarded, not_registered, open_service, read_object, show
 from minter.client import MinterClient, new_request_id
 from minter.contract.messages import FileOperation, FileRequest, FillRequest, MintRequest
 from minter.contract.operations import OPERATIONS
@@ -108,7 +108,7 @@ def explain(
         control = read_control(connection)
     name = client or service.loaded.settings.broker.local_client
     if name not in control.clients:
-        raise InvalidRequest(f"client {name!r} is not registered, expected one of {sorted(control.clients)}")
+        raise not_registered(name, control.clients)
     if job is not None:
         requests = [from_fill(FillRequest(request_id=new_request_id(), job=read_object(job, "job")))]
     else:

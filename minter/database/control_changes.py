@@ -13,7 +13,7 @@ from psycopg.types.json import Jsonb
 from sqlalchemy.engine import Engine as Pool
 
 from minter.database.connection import CONTROL_LOCK, one, transaction
-from minter.errors import InvalidRequest, Unavailable, UnknownClient, UnknownVO
+from minter.errors import InvalidRequest, SettingsError, UnknownClient, UnknownVO
 from minter.policy.clients import Ban, Client
 
 
@@ -36,7 +36,7 @@ def sync_catalogue(pool: Pool, issuers: Mapping[str, str], wanted: Mapping[tuple
 
     `wanted` maps (VO, name) to the definition of each storage and FTS in the settings, as a JSON value.
 
-    The `iss` of a VO cannot change (§2.1: `sub` is unique within it); raises Unavailable if it differs. A
+    The `iss` of a VO cannot change (§2.1: `sub` is unique within it); raises SettingsError if it differs. A
     storage that left the settings keeps its row, marked as retired, because issued tokens refer to it.
     """
     with transaction(pool) as connection:
@@ -58,7 +58,10 @@ def sync_catalogue(pool: Pool, issuers: Mapping[str, str], wanted: Mapping[tuple
             )
             (recorded,) = one(connection.execute("SELECT iss FROM issuers WHERE vo = %s", (vo,)))
             if recorded != iss:
-                raise Unavailable(f"VO {vo!r} has issued as {recorded!r} before and cannot become {iss!r}")
+                raise SettingsError(
+                    f"VO {vo!r} has issued as {recorded!r} before and cannot become {iss!r}; "
+                    f"correct issuers.{vo}.iss"
+                )
         with connection.cursor() as cursor:
             cursor.executemany(
                 "INSERT INTO storages (vo, name, definition) VALUES (%s, %s, %s)"

@@ -23,7 +23,7 @@ FLOORS = [
     {"settings"},
     {"checks", "metrics", "refresher"},
     {"service"},
-    {"heartbeats"},
+    {"heartbeats", "status"},
     {"issuer"},
     {"local"},
     {"cli"},

@@ -1,0 +1,237 @@
+"""The commands `audit` (who changed what) and `dead` (messages that no worker could serve)."""
+
+from hashlib import sha256
+from typing import Annotated, Any
+
+import msgspec
+import typer
+from msgspec import Raw, Struct
+
+from minter.broker.publisher import connect
+from minter.cli.tables import AsJson, as_table, guarded, open_service, show, whoami
+from minter.contract import names
+from minter.database import audit as audits
+from minter.errors import InvalidRequest, MinterError, Unavailable
+from minter.service import Service
+from minter.tasks import answers, dispatch
+from minter.tasks.lifecycle import Lifecycle
+
+dead_app = typer.Typer(no_args_is_help=True, help="Look at messages that no worker could serve.")
+MOST_DEAD = 1_000
+"""Dead letters that one command looks at."""
+_envelope = msgspec.json.Decoder(tuple[list[Raw], dict[str, Raw], Raw])
+Name = Annotated[str, typer.Argument(help="Id of the dead letter, as `minter dead list` shows it.")]
+Everything = Annotated[bool, typer.Option("--all", help="All dead letters.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add these commands to `app`."""
+    app.command("audit")(audit)
+    app.add_typer(dead_app, name="dead")
+
+
+@guarded
+def audit(
+    days: Annotated[int, typer.Option(help="Days to search back.", min=1, max=4000)] = 7,
+    actor: Annotated[str | None, typer.Option(help="Only changes by this user or client.")] = None,
+    action: Annotated[
+        str | None, typer.Option(help="Only actions that begin so, such as ban or key.")
+    ] = None,
+    subject: Annotated[
+        str | None, typer.Option(help="Only changes of this client, key, ban or family.")
+    ] = None,
+    limit: Annotated[int, typer.Option(help="Largest number of changes to show.", min=1, max=100_000)] = 100,
+    as_json: AsJson = False,
+) -> None:
+    """Show who changed what, the newest change first; times are UTC."""
+    service = open_service()
+    found = audits.changes(service.pool, service.since(days), actor, action, subject, limit)
+    show(
+        as_json,
+        found,
+        lambda: as_table(
+            f"{len(found)} changes",
+            ("when", "who", "what", "of", "details"),
+            [
+                (f"{c.at:%F %T}", c.actor, c.action, c.subject, msgspec.json.encode(c.details).decode())
+                for c in found
+            ],
+        ),
+    )
+
+
+# ── dead letters ─────────────────────────────────────────────────────────────────────────────
+
+
+class DeadLetter(Struct, frozen=True, kw_only=True):
+    """One dead letter; its id is a digest of sender, task and body."""
+
+    id: str
+    client: str
+    task: str
+    reason: str
+    why: str
+    bytes: int
+    body: Raw
+
+
+def _described(message: Any) -> DeadLetter:
+    headers = message.headers if isinstance(message.headers, dict) else {}
+    body = message.body if isinstance(message.body, bytes) else str(message.body).encode()
+    client, task = str(headers.get("minter-client", "")), str(headers.get("task", ""))
+    return DeadLetter(
+        id=sha256(f"{client} {task}".encode() + body).hexdigest()[:12], client=client, task=task,
+        reason=str(headers.get("minter-reason", "rejected")), why=str(headers.get("minter-description", "")),
+        bytes=len(body), body=Raw(body if _is_json(body) else msgspec.json.encode(repr(body[:200]))),
+    )  # fmt: skip
+
+
+def _is_json(body: bytes) -> bool:
+    try:
+        msgspec.json.decode(body, type=Raw)
+    except msgspec.DecodeError:
+        return False
+    return True
+
+
+def _each(service: Service, handle: Any) -> list[DeadLetter]:
+    """Give each dead letter to `handle`, which returns True to take it off the queue; return those taken.
+
+    All others stay, in their order. A letter is acknowledged after it was handled, so a lost connection
+    loses none.
+    """
+    loaded, taken = service.loaded, []
+    connection = connect(loaded.broker_url, loaded.broker_ca)
+    try:
+        channel = connection.channel()
+        for _ in range(MOST_DEAD):
+            message = channel.basic_get(names.DEAD_LETTER_QUEUE)
+            if message is None:
+                break
+            if handle(_described(message)):
+                channel.basic_ack(message.delivery_tag)
+                taken.append(_described(message))
+    except (*connection.connection_errors, *connection.channel_errors) as error:
+        raise Unavailable(f"the broker cannot be asked: {error or type(error).__name__}"[:300]) from error
+    finally:
+        connection.release()  # the broker puts back what was not acknowledged
+    return taken
+
+
+@dead_app.command("list")
+@guarded
+def dead_list(as_json: AsJson = False) -> None:
+    """List dead letters: who sent each, and why no worker could serve it."""
+    found: list[DeadLetter] = []
+    _each(open_service(), found.append)
+    show(
+        as_json,
+        [{**msgspec.structs.asdict(d), "body": None} for d in found],
+        lambda: as_table(
+            f"{len(found)} dead letters",
+            ("id", "client", "task", "reason", "why", "bytes"),
+            [(d.id, d.client, d.task, d.reason, d.why, d.bytes) for d in found],
+        ),
+    )
+
+
+@dead_app.command("show")
+@guarded
+def dead_show(name: Name, as_json: AsJson = False) -> None:
+    """Show one dead letter with its body."""
+    found: list[DeadLetter] = []
+    _each(open_service(), lambda d: found.append(d) if d.id == name else None)
+    if not found:
+        raise InvalidRequest(f"no dead letter has the id {name!r}; run: minter dead list")
+    show(as_json, found[0], lambda: msgspec.json.format(msgspec.json.encode(found[0]), indent=2).decode())
+
+
+@dead_app.command("drop")
+@guarded
+def dead_drop(
+    name: Annotated[str, typer.Argument(help="Id of the dead letter.")] = "",
+    everything: Everything = False,
+    as_json: AsJson = False,
+) -> None:
+    """Remove a dead letter for good; the audit keeps its sender, task and reason."""
+    service = open_service()
+    _chosen(name, everything)
+
+    def drop(letter: DeadLetter) -> bool:
+        if not (everything or letter.id == name):
+            return False
+        _audited(service, "dead.drop", letter)
+        return True
+
+    _told(_each(service, drop), name, "dropped", as_json)
+
+
+@dead_app.command("requeue")
+@guarded
+def dead_requeue(
+    name: Annotated[str, typer.Argument(help="Id of the dead letter.")] = "",
+    everything: Everything = False,
+    as_json: AsJson = False,
+) -> None:
+    """Serve a dead letter now, for its sender, who fetches the tokens by request_id.
+
+    A letter that is refused again stays a dead letter.
+    """
+    service = open_service()
+    _chosen(name, everything)
+    lifecycle = Lifecycle(service.engine, service.store)
+    refused: list[str] = []
+
+    def serve(letter: DeadLetter) -> bool:
+        if not (everything or letter.id == name):
+            return False
+        try:
+            _serve(service, lifecycle, letter)
+        except MinterError as error:
+            refused.append(f"{letter.id}: {error.reason}: {error.message}")
+            return False
+        _audited(service, "dead.requeue", letter)
+        return True
+
+    taken = _each(service, serve)
+    for line in refused:
+        typer.echo(line, err=True)
+    if refused and not taken:
+        raise typer.Exit(1)
+    _told(taken, name, "served", as_json)
+
+
+def _serve(service: Service, lifecycle: Lifecycle, letter: DeadLetter) -> None:
+    """Serve a letter as a worker would; raises the error with which it is refused."""
+    if letter.task not in names.PUBLIC_TASKS or not letter.client:
+        raise InvalidRequest("it was no request of a client")
+    try:
+        args, kwargs, _ = _envelope.decode(bytes(letter.body))
+    except msgspec.DecodeError:
+        raise InvalidRequest("its body is no request any more") from None
+    (argument,) = [*args, *kwargs.values()]
+    made = dispatch.submission(lifecycle, letter.task, letter.client, argument)
+    if made is None:
+        dispatch.follow_up(lifecycle, letter.task, letter.client, argument, service.clock())
+        return
+    now = service.clock()
+    (outcome,) = service.engine.mint_many([made], now)
+    if outcome.error is not None:
+        raise outcome.error
+    answers.answer(outcome, now)
+
+
+def _chosen(name: str, everything: bool) -> None:
+    if bool(name) == everything:
+        raise InvalidRequest("expected either the id of a dead letter or --all")
+
+
+def _audited(service: Service, action: str, letter: DeadLetter) -> None:
+    details = {"client": letter.client, "task": letter.task, "reason": letter.reason}
+    audits.note(service.pool, whoami(), action, letter.id, details)
+
+
+def _told(taken: list[DeadLetter], name: str, done: str, as_json: bool) -> None:
+    if name and not taken:
+        raise InvalidRequest(f"no dead letter has the id {name!r}; run: minter dead list")
+    show(as_json, {done: [d.id for d in taken]}, lambda: f"{len(taken)} dead letters {done}")

@@ -1,0 +1,298 @@
+"""What `minter status` says: one line for each part of the system, each asked for by itself.
+
+Nothing here changes anything. A part that cannot be asked gives a failed line, and the others are asked all
+the same. A line is `ok`, `warning` (look at it today) or `failed` (requests wait, or soon will).
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Literal
+
+import msgspec
+import urllib3
+from cryptography import x509
+from msgspec import Struct
+from sqlalchemy.engine import Engine as Pool
+
+from minter import __version__
+from minter.broker.publisher import connect
+from minter.contract import names
+from minter.database import migrations, overview, partitions, processes
+from minter.database.connection import open_pool, transaction
+from minter.database.control import read_keys
+from minter.errors import MinterError, NoUsableKey, Unavailable
+from minter.service import Service
+from minter.settings import Loaded
+from minter.tokens import keys
+from minter.tokens.clock import check_clock
+
+Level = Literal["ok", "warning", "failed"]
+SECONDS = 3.0
+"""Longest wait for one part."""
+CERTIFICATE_DAYS = 14
+"""A certificate that ends sooner gives a warning."""
+QUEUE_LONG = 10_000
+"""Waiting requests that give a warning."""
+CONNECTIONS_LEFT = 10
+"""Free connections of Postgres below which there is a warning."""
+
+
+class Line(Struct, frozen=True):
+    """The state of one part, and what to do if it is not well."""
+
+    level: Level
+    part: str
+    text: str
+
+
+def ok(part: str, text: str) -> Line:
+    """Return the line of a part that is well."""
+    return Line("ok", part, text)
+
+
+def warning(part: str, text: str) -> Line:
+    """Return the line of a part to look at today."""
+    return Line("warning", part, text)
+
+
+def failed(part: str, text: str) -> Line:
+    """Return the line of a part without which requests wait, or soon will."""
+    return Line("failed", part, text)
+
+
+def lines(loaded: Loaded) -> list[Line]:
+    """Return the state of every part; never raises for a part that is down."""
+    service = Service(loaded)
+    service.pool = pool = open_pool(loaded.dsn, 2, 2)
+    parts: list[tuple[str, Callable[[], Iterator[Line]]]] = [
+        ("postgres", lambda: _postgres(pool, service)),
+        ("processes", lambda: _processes(pool, loaded)),
+        ("broker", lambda: _broker(loaded)),
+        ("keys", lambda: key_lines(pool, service)),
+        ("issuers", lambda: issuer_lines(pool, loaded)),
+        ("published keys", lambda: _published(pool, loaded, service.clock())),
+        ("providers", lambda: _providers(pool, loaded, service.clock())),
+        ("certificates", lambda: _certificates(loaded, service.clock())),
+    ]
+    found: list[Line] = []
+    try:
+        for part, ask in parts:
+            try:
+                found += ask()
+            except MinterError as error:
+                found.append(failed(part, error.message))
+            except (OSError, ValueError) as error:
+                found.append(failed(part, f"{type(error).__name__}: {error}"[:300]))
+    finally:
+        pool.dispose()
+    return found
+
+
+def worst(found: Sequence[Line]) -> Level:
+    """Return the worst level of all lines."""
+    levels = {line.level for line in found}
+    return "failed" if "failed" in levels else "warning" if "warning" in levels else "ok"
+
+
+# ── Postgres ─────────────────────────────────────────────────────────────────────────────────
+
+
+def _postgres(pool: Pool, service: Service) -> Iterator[Line]:
+    found = overview.server(pool, SECONDS)
+    free = found.max_connections - found.connections
+    yield ok("postgres", f"version {found.version}, database {found.size}, {free} connections free")
+    if free < CONNECTIONS_LEFT:
+        yield warning("postgres", f"only {free} connections are free; raise max_connections")
+    if found.read_only:
+        yield failed("postgres", "this server is a standby: nothing can be written; correct the DSN")
+    try:
+        check_clock((service.clock() - found.now).total_seconds())
+        yield ok("clock", "this machine and Postgres agree")
+    except Unavailable as error:
+        yield failed("clock", error.message)
+    in_step = [kind for _, state, kind in found.standbys if state == "streaming" and kind != "async"]
+    told = ", ".join(f"{name} {state} {kind}" for name, state, kind in found.standbys) or "none connected"
+    if not found.wanted_standbys:
+        yield warning("standby", f"commits wait for none ({told}): a lost disk loses rows of issued tokens")
+    elif not in_step:
+        yield failed("standby", f"commits wait for {found.wanted_standbys!r}, and none is in step ({told})")
+    else:
+        yield ok("standby", told)
+    yield from _schema(pool, service)
+
+
+def _schema(pool: Pool, service: Service) -> Iterator[Line]:
+    revision, head = migrations.revision(pool), migrations.head()
+    if revision != head:
+        why = "no schema" if revision is None else f"schema {revision}"
+        yield Line("failed", "schema", f"the database has {why}, expected {head}; run: minter db upgrade")
+        return
+    yield ok("schema", f"revision {revision}")
+    ahead = partitions.partitions_ahead(pool, service.clock().date())
+    level: Level = "ok" if ahead >= partitions.DAYS_AHEAD // 2 else "warning" if ahead else "failed"
+    yield Line(level, "partitions", f"{ahead} days ahead" + ("" if level == "ok" else "; is beat running?"))
+
+
+# ── processes and broker ─────────────────────────────────────────────────────────────────────
+
+
+def _processes(pool: Pool, loaded: Loaded) -> Iterator[Line]:
+    expected = {"worker", "beat", "serve"}
+    expected |= {"refresher"} if loaded.settings.providers else set()
+    expected |= {"events"} if loaded.settings.fts_events else set()
+    alive: Counter[str] = Counter()
+    for process, ago in processes.known(pool):
+        where = f"{process.role} on {process.host}, pid {process.pid}"
+        if ago > processes.ALIVE_SECONDS:
+            yield warning(process.role, f"{where}: no heartbeat for {timedelta(seconds=round(ago))}")
+            continue
+        alive[process.role] += 1
+        try:
+            check_clock(process.skew_seconds)
+        except Unavailable:
+            yield Line("failed", process.role, f"{where}: clock {process.skew_seconds:.0f} s off; repair NTP")
+        if process.version != __version__:
+            yield warning(process.role, f"{where}: version {process.version}, here {__version__}")
+    for role in sorted(expected | alive.keys()):
+        count = alive[role]
+        level: Level = "ok" if count else "failed" if role == "worker" else "warning"
+        if role == "beat" and count > 1:
+            level = "warning"
+        yield Line(level, role, f"{count} running" if count else f"none running; start: minter {role}")
+
+
+def _broker(loaded: Loaded) -> Iterator[Line]:
+    if not loaded.broker_url:
+        yield warning("broker", "no broker URL is set: only HTTP is served")
+        return
+    connection = connect(loaded.broker_url, loaded.broker_ca, SECONDS)
+    try:
+        connection.connect()
+        yield ok("broker", f"{connection.transport.driver_name} at {connection.host}")
+        for queue in (names.REQUEST_QUEUE, names.INTERNAL_QUEUE, names.DEAD_LETTER_QUEUE):
+            yield _queue(connection, queue)
+    except connection.connection_errors as error:
+        raise Unavailable(f"the broker cannot be reached: {error or type(error).__name__}"[:300]) from error
+    finally:
+        connection.release()
+
+
+def _queue(connection: "object", queue: str) -> Line:
+    try:
+        declared = connection.channel().queue_declare(queue, passive=True)  # type: ignore[attr-defined]
+    except connection.channel_errors:  # type: ignore[attr-defined]
+        if "redis" in str(connection.transport.driver_type):  # type: ignore[attr-defined]
+            return ok(queue, "empty")  # Valkey has no empty queues
+        return failed(queue, "does not exist; run: minter broker setup")
+    count = declared.message_count
+    if queue == names.DEAD_LETTER_QUEUE:
+        level: Level = "warning" if count else "ok"
+        return Line(level, queue, f"{count} dead letters" + ("; see: minter dead list" if count else ""))
+    return Line("warning" if count > QUEUE_LONG else "ok", queue, f"{count} waiting")
+
+
+# ── keys ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def key_lines(pool: Pool, service: Service) -> Iterator[Line]:
+    """Yield a line for the active key of each issuer and algorithm: standby, end, and whether it opens."""
+    with transaction(pool, SECONDS) as connection:
+        ring = read_keys(connection)
+    now = service.clock()
+    for vo, issuer in service.loaded.settings.issuers.items():
+        for algorithm in issuer.algorithms:
+            own = [k for k in ring if (k.vo, k.algorithm) == (vo, algorithm)]
+            yield from _of_key(vo, algorithm, own, service, now)
+
+
+def _of_key(
+    vo: str, algorithm: str, own: Sequence[keys.Key], service: Service, now: datetime
+) -> Iterator[Line]:
+    part = f"{vo} {algorithm}"
+    active = next((k for k in own if k.state == "active"), None)
+    standby = [k for k in own if k.state == "prepared"]
+    if active is None:
+        what = "signing key not public for long" if standby else "no active signing key"
+        yield Line("failed" if not standby else "warning", part, f"{what}; run: minter keys create --vo {vo}")
+        return
+    try:
+        service.keystore.unlock(active)
+    except NoUsableKey as error:
+        yield failed(part, f"key {active.kid} does not open: {error.message}")
+        return
+    until = keys.signs_until(active, service.engine.rotation)
+    left = f", signs until {until:%F %H:%M}" if until else ""
+    if until and until < now:
+        yield Line(
+            "warning",
+            part,
+            f"key {active.kid} was due at {until:%F %H:%M}; is beat running?",
+        )
+    elif not standby:
+        yield warning(part, f"key {active.kid}{left}, no standby; run: minter keys create --vo {vo}")
+    else:
+        ready = keys.may_sign_from(standby[0], service.engine.rotation)
+        yield ok(part, f"key {active.kid}{left}; the standby may sign from {ready:%F %H:%M}")
+
+
+def issuer_lines(pool: Pool, loaded: Loaded) -> Iterator[Line]:
+    """Yield a failed line for each VO that has issued under another `iss` before."""
+    recorded = overview.issuers(pool, SECONDS)
+    for vo, iss in loaded.issuers.items():
+        if recorded.get(vo, iss) != iss:
+            yield Line(
+                "failed",
+                vo,
+                f"has issued as {recorded[vo]!r}, not {iss!r}; correct issuers.{vo}.iss",
+            )
+
+
+def _published(pool: Pool, loaded: Loaded, now: datetime) -> Iterator[Line]:
+    with transaction(pool, SECONDS) as connection:
+        ring = read_keys(connection)
+    http = urllib3.PoolManager(retries=False, timeout=urllib3.Timeout(total=SECONDS))
+    for vo, iss in loaded.issuers.items():
+        wanted = {k.kid for k in ring if k.vo == vo and keys.is_public(k, now)}
+        try:
+            answer = http.request("GET", f"{iss}jwks.json", redirect=False)
+            told = msgspec.json.decode(answer.data, type=dict[str, list[dict[str, object]]])
+            seen = {str(key.get("kid")) for key in told.get("keys", [])}
+        except (urllib3.exceptions.HTTPError, msgspec.DecodeError) as error:
+            yield warning(f"{vo} JWKS", f"{iss}jwks.json cannot be read from here: {type(error).__name__}")
+            continue
+        if missing := wanted - seen:
+            yield Line(
+                "failed", f"{vo} JWKS", f"{iss}jwks.json lacks {', '.join(sorted(missing))}; publish again"
+            )
+        else:
+            yield ok(f"{vo} JWKS", f"{len(seen)} keys at {iss}jwks.json")
+
+
+# ── providers and certificates ───────────────────────────────────────────────────────────────
+
+
+def _providers(pool: Pool, loaded: Loaded, now: datetime) -> Iterator[Line]:
+    if not loaded.settings.providers:
+        return
+    for name, open_until, failures, pending, issued in overview.providers(pool, SECONDS):
+        if name not in {p.name for p in loaded.settings.providers}:
+            continue
+        told = f"{pending} tokens pending, {issued} kept fresh"
+        if open_until and open_until > now:
+            yield Line(
+                "failed",
+                f"provider {name}",
+                f"paused until {open_until:%T} after {failures} failures; {told}",
+            )
+        else:
+            yield ok(f"provider {name}", told)
+
+
+def _certificates(loaded: Loaded, now: datetime) -> Iterator[Line]:
+    if file := loaded.settings.http.certificate:
+        chain = x509.load_pem_x509_certificates((loaded.folder / file).read_bytes())
+        end = min(c.not_valid_after_utc for c in chain)
+        left = end - now.astimezone(UTC)
+        level: Level = "failed" if left < timedelta() else "warning" if left.days < CERTIFICATE_DAYS else "ok"
+        yield Line(level, "certificate", f"{file} is valid until {end:%F %H:%M}")

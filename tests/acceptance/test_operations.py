@@ -1,0 +1,188 @@
+"""What operators ask and do: status, check, dead letters, audit, keys and secrets that leaked."""
+
+import json
+import uuid
+
+import kombu
+import pytest
+
+from minter.broker.publisher import Publisher
+from minter.client import FileRequest, new_request_id
+from minter.contract import names
+from minter.database import migrations
+from minter.errors import Undeliverable
+from minter.service import Service
+from minter.tokens.keystore import new_master_key
+from tests.acceptance.test_workers import OTHER, SE
+from tests.conftest import _admin, _dsn, load_settings
+from workers import replies
+
+
+def status(running, **environ):
+    """Return exit code, worst level, and the lines by part."""
+    running = With(running, environ)
+    done = running.minter("status", "--json", check=False)
+    told = json.loads(done.stdout)
+    return done.returncode, told["status"], {line["part"]: line for line in told["lines"]}
+
+
+class With:
+    """The running engine as commands with other environment variables see it."""
+
+    def __init__(self, running, environ):
+        self._running, self._environ = running, environ
+
+    def minter(self, *arguments, check=True):
+        before = self._running.environ
+        self._running.environ = {**before, **self._environ}
+        try:
+            return self._running.minter(*arguments, check=check)
+        finally:
+            self._running.environ = before
+
+
+def test_status_says_what_runs_and_what_does_not(running, client):
+    assert client.mint([FileRequest(sources=(SE + "status",))]).tokens
+    code, worst, parts = status(running)
+    assert (code, worst) == (3, "warning")
+    assert parts["worker"]["text"] == "2 running"
+    assert {parts[p]["level"] for p in ("worker", "postgres", "clock", "schema", "partitions", "broker")} == {
+        "ok"
+    }
+    assert parts["beat"] == {"level": "warning", "part": "beat", "text": "none running; start: minter beat"}
+    assert parts["standby"]["level"] == "warning"
+    text = running.minter("status", check=False).stdout
+    assert max(map(len, text.splitlines())) < 110  # the URL of the key set is longer than a line
+    assert "worker" in text
+
+
+def test_status_goes_on_when_half_is_down(running):
+    code, worst, parts = status(running, MINTER_DSN="host=127.0.0.1 port=1 user=minter dbname=x")
+    assert (code, worst) == (1, "failed")
+    assert "refused" in parts["postgres"]["text"]
+    assert parts["broker"]["level"] == "ok"
+    code, _, parts = status(running, MINTER_BROKER_URL="amqp://guest:guest@127.0.0.1:1//")
+    assert (code, parts["broker"]["level"]) == (1, "failed")
+    assert parts["postgres"]["level"] == "ok"
+    assert "guest:guest" not in json.dumps(parts)
+
+
+def test_a_wrong_master_key_is_told(running):
+    code, _, parts = status(running, MINTER_MASTER_KEY_ALPEN=new_master_key())
+    assert code == 1
+    assert parts["alpen ES256"]["level"] == "failed"
+    assert "does not open" in parts["alpen ES256"]["text"]
+    done = With(running, {"MINTER_MASTER_KEY_ALPEN": new_master_key()}).minter("check", check=False)
+    assert done.returncode == 1
+    assert "does not open" in done.stdout
+
+
+def test_check_finds_a_database_without_schema_and_a_changed_issuer(running, postgres_dsn, tmp_path):
+    name = f"minter_empty_{uuid.uuid4().hex[:8]}"
+    _admin(postgres_dsn, f"CREATE DATABASE {name}")
+    service = Service(load_settings(_dsn(postgres_dsn, name)))
+    try:
+        other = With(running, {"MINTER_DSN": _dsn(postgres_dsn, name)})
+        done = other.minter("check", check=False)
+        assert (done.returncode, "run: minter db upgrade" in done.stdout) == (1, True)
+        migrations.upgrade(service.pool)
+        with service.pool.begin() as tx:
+            tx.exec_driver_sql(
+                "INSERT INTO issuers (vo, iss) VALUES ('alpen', 'https://elsewhere.example.org/')"
+            )
+        done = other.minter("check", check=False)
+        assert (done.returncode, "correct issuers.alpen.iss" in done.stdout) == (1, True)
+    finally:
+        service.pool.dispose()
+        _admin(postgres_dsn, f"DROP DATABASE {name} WITH (FORCE)")
+
+
+# ── dead letters ─────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def bury(running):
+    """Put a request of the client on the queue of dead letters; return its request_id."""
+    with kombu.Connection(running.url()) as connection:
+        publisher = Publisher(kombu.Connection(running.broker.url))
+
+        def put(**more):
+            request_id = new_request_id()
+            file = {"sources": [SE + uuid.uuid4().hex], "destinations": [OTHER + "d"]}
+            request = {"request_id": str(request_id), "files": [file], **more}
+            body = json.dumps([[request], {}, {}]).encode()
+            why = Undeliverable("it stopped a worker")
+            publisher.publish([replies.dead_letter(body, {"task": names.MINT}, "rucio-alpen", why)])
+            return request_id
+
+        yield put
+        publisher.close()
+        del connection
+
+
+def dead(running, *arguments):
+    return json.loads(running.minter("dead", *arguments, "--json").stdout)
+
+
+def test_dead_letters_are_listed_served_and_dropped(running, client, bury):
+    running.minter("dead", "drop", "--all")
+    first, second = bury(), bury()
+    listed = dead(running, "list")
+    assert [(d["client"], d["reason"], d["why"]) for d in listed] == [
+        ("rucio-alpen", "undeliverable", "it stopped a worker")
+    ] * 2
+    assert str(first) in json.dumps(dead(running, "show", listed[0]["id"])["body"])
+    assert dead(running, "requeue", listed[0]["id"]) == {"served": [listed[0]["id"]]}
+    assert len(client.fetch(first).tokens) == 2
+    assert [d["id"] for d in dead(running, "list")] == [listed[1]["id"]]
+    assert dead(running, "drop", listed[1]["id"]) == {"dropped": [listed[1]["id"]]}
+    assert dead(running, "list") == []
+    changes = json.loads(running.minter("audit", "--action", "dead", "--json").stdout)
+    assert [(c["action"], c["subject"]) for c in changes[:2]] == [
+        ("dead.drop", listed[1]["id"]), ("dead.requeue", listed[0]["id"]),
+    ]  # fmt: skip
+    assert running.rows("SELECT count(*) FROM requests WHERE request_id = %s", second) == [(0,)]
+
+
+def test_a_dead_letter_that_is_refused_again_stays(running, bury):
+    running.minter("dead", "drop", "--all")
+    bury(vo="nowhere")
+    (letter,) = dead(running, "list")
+    done = running.minter("dead", "requeue", "--all", check=False)
+    assert (done.returncode, letter["id"] in done.stderr) == (1, True)
+    assert dead(running, "list") == [letter]
+    for wrong in (("drop",), ("drop", "x"), ("requeue", letter["id"], "--all"), ("show", "x")):
+        assert running.minter("dead", *wrong, check=False).returncode == 1
+    running.minter("dead", "drop", "--all")
+
+
+# ── leaks ────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_revoke_force_makes_the_standby_itself(running, client):
+    before = client.mint([FileRequest(sources=(SE + "leak",))]).tokens[0]
+    ring = json.loads(running.minter("keys", "list", "--json").stdout)
+    (active,) = (k for k in ring if (k["state"], k["algorithm"]) == ("active", "ES256"))
+    for standby in (k for k in ring if k["state"] == "prepared"):
+        running.minter("keys", "revoke", standby["kid"], "--reason", "test", "--yes")
+    with running.service.pool.begin() as tx:
+        tx.exec_driver_sql("DELETE FROM signing_keys WHERE state = 'prepared'")
+    assert (
+        running.minter("keys", "revoke", active["kid"], "--reason", "leak", "--yes", check=False).returncode
+        == 3
+    )
+    running.minter("keys", "revoke", active["kid"], "--reason", "leak", "--yes", "--force")
+    after = client.mint([FileRequest(sources=(SE + "leak2",))]).tokens[0]
+    assert before.jti != after.jti
+    ring = json.loads(running.minter("keys", "list", "--json").stdout)
+    assert {k["state"] for k in ring if k["kid"] == active["kid"]} == {"revoked"}
+    assert "leak" in running.minter("audit", "--subject", active["kid"], "--json").stdout
+
+
+def test_a_leaked_secret_is_refused_at_once(running, tmp_path):
+    running.minter("clients", "rotate", "rucio-alpen", "--secret-file", tmp_path / "one")
+    running.minter("clients", "rotate", "rucio-alpen", "--secret-file", tmp_path / "two", "--now")
+    kept = "SELECT count(*) FROM clients WHERE name = 'rucio-alpen' AND old_secret_until > now()"
+    assert running.rows(kept) == [(0,)]
+    wrong = running.minter("clients", "rotate", "rucio-alpn", "--secret-file", tmp_path / "x", check=False)
+    assert "did you mean 'rucio-alpen'?" in wrong.stderr
