@@ -70,23 +70,27 @@ def up(
     workers: Annotated[int, typer.Option(min=1, max=64)] = 2,
     as_json: AsJson = False,
 ) -> None:
-    """Run Minter with an embedded Postgres and broker until Ctrl-C."""
+    """Run Minter with an embedded Postgres and broker until Ctrl-C; a process that dies is started again."""
     stopped = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stopped.set())
     with stack.Stack(settings, state, workers) as running:
         names = ("MINTER_SETTINGS", "MINTER_DSN", "MINTER_BROKER_URL")
         environ = {name: running.environ[name] for name in names}
+        curl = running.serve() if running.service.loaded.settings.broker.local_client else ""
         show(
             as_json,
-            environ,
+            environ | ({"curl": curl} if curl else {}),
             lambda: (
                 "\n".join(f"export {k}='{v}'" for k, v in environ.items())
-                + f"\n{workers} workers and beat are running; Ctrl-C stops them all."
+                + (f"\nA token: {curl}" if curl else "")
+                + f"\n{workers} workers, beat and the HTTP service are running; Ctrl-C stops them all."
             ),
         )
         sys.stdout.flush()
-        stopped.wait()
+        while not stopped.wait(1.0):
+            for told in running.restart_dead():
+                typer.echo(told, err=True)
 
 
 @app.command("demo")

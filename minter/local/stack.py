@@ -5,9 +5,11 @@ Processes and settings file are the same as in production; only the URLs differ.
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -25,9 +27,10 @@ from minter.policy.clients import Client
 from minter.private_files import write_private_file
 from minter.service import Service
 from minter.tokens import clock
-from minter.tokens.keystore import new_master_key
+from minter.tokens.keystore import new_master_key, new_secret
 
 STOP_SECONDS = 30.0
+QUICK_DEATH_SECONDS = 10.0
 MINTER = "minter.cli"
 
 
@@ -43,6 +46,7 @@ class Stack:
             "MINTER_SETTINGS": str(settings_path.resolve()),
         }
         self.processes: list[subprocess.Popen[bytes]] = []
+        self._commands: dict[int, tuple[str, tuple[str, ...], float]] = {}
         self._exit = ExitStack()
 
     def __enter__(self) -> Self:
@@ -117,7 +121,47 @@ class Stack:
                 start_new_session=True, umask=PRIVATE_UMASK,
             )  # fmt: skip
         self.processes.append(process)
+        self._commands[process.pid] = name, arguments, time.monotonic()
         return process
+
+    def restart_dead(self) -> list[str]:
+        """Start processes that died again; return what happened, a line for each.
+
+        A process that lived less than QUICK_DEATH_SECONDS would die again: it stays dead.
+        """
+        told = []
+        for process in [p for p in self.processes if p.poll() is not None]:
+            self.processes.remove(process)
+            name, arguments, started = self._commands.pop(process.pid)
+            log = self.folder / f"{name}.log"
+            if time.monotonic() - started < QUICK_DEATH_SECONDS:
+                told.append(f"{name} ended with code {process.returncode} at its start; see {log}")
+            else:
+                self.spawn(name, *arguments)
+                told.append(f"{name} ended with code {process.returncode}, and was started again; see {log}")
+        return told
+
+    def serve(self) -> str:
+        """Start the HTTP service; return a shell command that gets a token from it."""
+        serving = self.spawn("serve", MINTER, "serve")
+        loaded, local = self.service.loaded, self.service.loaded.settings.broker.local_client
+        with transaction(self.service.pool) as connection:
+            client = read_control(connection).clients[local]
+        path = self.folder / "client-secret"
+        secret = path.read_text() if path.exists() else new_secret()
+        if not path.exists():
+            write_private_file(path, secret)
+        self.service.set_secret(client, secret, "up")
+        area = loaded.policy.directories[client.vo].areas()[0]
+        http = loaded.settings.http
+        deadline = time.monotonic() + STOP_SECONDS
+        while not _listens(http.listen, http.port) and serving.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return (
+            f'curl -u "{local}:$(cat {path.resolve()})" -d grant_type=client_credentials'
+            f" -d audience={area.audience[0]} -d scope=storage.read:{area.root}"
+            f" http{'s' if http.certificate else ''}://{http.listen}:{http.port}/{client.vo}/token"
+        )
 
     def stop_processes(self) -> None:
         """Stop the processes with SIGTERM; kill those that do not stop in time."""
@@ -130,6 +174,12 @@ class Stack:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+
+def _listens(host: str, port: int) -> bool:
+    with socket.socket() as probe:
+        probe.settimeout(1.0)
+        return probe.connect_ex((host, port)) == 0
 
 
 def add_client(service: Service, name: str, vo: str, actor: str) -> Client:
