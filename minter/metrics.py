@@ -25,7 +25,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 from sqlalchemy.engine import Engine as Pool
 
-from minter.database import partitions
+from minter.database import partitions, processes
 from minter.database.connection import transaction
 from minter.database.control import read_keys
 from minter.database.live_tokens import count_live
@@ -96,6 +96,10 @@ AGE = Spec(
     "Age of a request when processing starts, from the time in its request_id: its time in the queue.",
 )  # fmt: skip
 QUEUE = Spec("gauge", "minter_queue_messages", ("queue",), "Messages that wait in a queue (beat).")
+PROCESSES = Spec(
+    "gauge", "minter_processes_alive", ("role",),
+    "Processes with a heartbeat in the last seconds, by role: worker, beat, serve, refresher, events (beat).",
+)  # fmt: skip
 LIVE = Spec(
     "gauge", "minter_tokens_alive", ("vo",),
     "Tokens that have not expired; estimated from a sample where there are many (beat).",
@@ -113,7 +117,7 @@ PARTITIONS = Spec("gauge", "minter_partitions_ahead_days", (), "Days after today
 
 SPECS = (
     TOKENS, REQUESTS, REFUSALS, FOLLOW_UPS, HTTP, FTS_JOBS, EVENTS, LAST_EVENT, PROVIDER,
-    PROVIDER_SECONDS, STAGE, BATCH, AGE, QUEUE, LIVE, EXPIRING, SIGNS_UNTIL, STANDBY, PARTITIONS,
+    PROVIDER_SECONDS, STAGE, BATCH, AGE, QUEUE, PROCESSES, LIVE, EXPIRING, SIGNS_UNTIL, STANDBY, PARTITIONS,
 )  # fmt: skip
 
 _STAGE_BUCKETS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
@@ -248,6 +252,10 @@ class StateCollector(Collector):
         now = self._now()
         with transaction(self._pool) as connection:
             ring = read_keys(connection)
+        running = processes.known(self._pool)
+        alive = Tally(process.role for process, ago in running if ago < processes.ALIVE_SECONDS)
+        roles: dict[tuple[str, ...], float] = {(role,): alive[role] for role in processes.ROLES}
+        yield _gauge(PROCESSES, roles)
         living = count_live(self._pool, now, timedelta(hours=1))
         active = {
             (k.vo, k.algorithm): keys.signs_until(k, self._rotation) for k in ring if k.state == "active"
@@ -256,7 +264,7 @@ class StateCollector(Collector):
         for key in (k for k in ring if k.state == "prepared"):  # the oldest is the next to sign
             ready = keys.may_sign_from(key, self._rotation)
             standby.setdefault((key.vo, key.algorithm), ready)
-        yield _gauge(LIVE, {(vo,): alive for vo, (alive, _) in living.items()})
+        yield _gauge(LIVE, {(vo,): valid for vo, (valid, _) in living.items()})
         yield _gauge(EXPIRING, {(vo,): expiring for vo, (_, expiring) in living.items()})
         yield _gauge(SIGNS_UNTIL, {where: at.timestamp() for where, at in active.items() if at})
         yield _gauge(STANDBY, {where: at.timestamp() for where, at in standby.items()})

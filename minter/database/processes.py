@@ -12,6 +12,7 @@ from sqlalchemy.engine import Engine as Pool
 from minter import __version__
 from minter.database.connection import one, transaction
 
+ROLES = ("worker", "beat", "serve", "refresher", "events")
 BEAT_SECONDS = 5.0
 ALIVE_SECONDS = 20.0
 """A process whose last heartbeat is older is gone, or cannot reach Postgres."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -13,7 +14,7 @@ import pytest
 from minter import metrics
 from tests.acceptance.conftest import Running
 from tests.acceptance.test_workers import files
-from tests.conftest import EXAMPLES
+from tests.conftest import EXAMPLES, ROOT
 from tests.servers import free_ports
 
 pytestmark = pytest.mark.slow
@@ -96,3 +97,16 @@ def test_prometheus_sees_the_rates_of_all_processes(scraped):
             continue  # no refusal, no standby key yet, or a process that does not run here
         suffix = {"counter": "_total", "histogram": "_count", "gauge": ""}[spec.kind]
         assert spec.name + suffix in names
+
+
+def test_every_alert_fires_and_clears():
+    if shutil.which("promtool") is None:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)("promtool is not installed")
+    deploy = ROOT / "deploy"
+    rules = (deploy / "prometheus-rules.yml").read_text()
+    tested = (deploy / "prometheus-rules-test.yml").read_text()
+    for alert in re.findall(r"alert: (\w+)", rules):
+        assert tested.count(f"alertname: {alert}") == 2, f"{alert} is not tested to fire and to clear"
+    for what in (["check", "rules", "prometheus-rules.yml"], ["test", "rules", "prometheus-rules-test.yml"]):
+        done = subprocess.run(["promtool", *what], cwd=deploy, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr

@@ -11,7 +11,7 @@ from msgspec import structs
 
 from minter.contract.messages import FileRequest, FillRequest, MintRequest
 from minter.database import connection, control_changes, recording, traces
-from minter.errors import Unavailable
+from minter.errors import SettingsError, Unavailable
 from minter.fts.jobs import from_fill
 from minter.local import stack
 from minter.policy.requests import from_mint
@@ -432,7 +432,7 @@ def test_a_settings_file_that_lost_a_storage_keeps_its_row(service):
         ("TUNDRA-T3_DATADISK",)
     ]
     assert control_changes.sync_catalogue(service.pool, service.loaded.issuers, storages) == 0
-    with pytest.raises(Unavailable, match="cannot become"):
+    with pytest.raises(SettingsError, match="cannot become"):
         control_changes.sync_catalogue(service.pool, {"alpen": "https://other.example.org/"}, storages)
     assert before == 25  # 22 RSEs, two FTS, and the entry for several storages
 
