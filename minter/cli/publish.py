@@ -10,6 +10,7 @@ from minter.cli.tables import AsJson, guarded, open_service, show
 from minter.database.connection import transaction
 from minter.database.control import read_keys
 from minter.errors import SettingsError, Unavailable
+from minter.issuer import jwks_cache as cache
 from minter.issuer import well_known as files
 from minter.service import Service, load_settings
 
@@ -39,24 +40,32 @@ def publish(
         bool,
         typer.Option(help="Keep running, and update the files within seconds of each change of the keys."),
     ] = False,
+    jwks_cache: Annotated[
+        Path | None,
+        typer.Option(help="Folder for a WLCG JWKS cache, such as /var/cache/jwks; --watch keeps it fresh."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Write every issuer's discovery document and JWKS as files (deploy/nginx.conf serves them)."""
     service = open_service()
-    _write(service, folder, as_json)
+    _write(service, folder, jwks_cache, as_json)
     while watch:
         threading.Event().wait(WATCH_SECONDS)
         try:
-            _write(service, folder, as_json, quiet=True)
+            _write(service, folder, jwks_cache, as_json, quiet=True)
         except (Unavailable, SettingsError) as error:  # what cannot be written stays as it is
             typer.echo(f"minter: {error.reason}: {error}", err=True)
 
 
-def _write(service: Service, folder: Path, as_json: bool, *, quiet: bool = False) -> None:
+def _write(
+    service: Service, folder: Path, jwks_cache: Path | None, as_json: bool, *, quiet: bool = False
+) -> None:
     with transaction(service.pool) as connection:
         ring = read_keys(connection)
-    changed = [
-        str(p) for p in files.write(folder, files.documents(ring, service.loaded.issuers, service.clock()))
-    ]
+    now, issuers = service.clock(), service.loaded.issuers
+    written = files.write(folder, files.documents(ring, issuers, now))
+    if jwks_cache is not None:
+        written += files.write(jwks_cache, cache.entries(ring, issuers, now, jwks_cache))
+    changed = [str(path) for path in written]
     if changed or not quiet:
         show(as_json, {"changed": changed}, lambda: "\n".join(changed) or "nothing has changed")

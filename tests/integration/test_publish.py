@@ -2,6 +2,7 @@
 
 import json
 from datetime import timedelta
+from hashlib import sha256
 
 import pytest
 from joserfc import jwk, jws
@@ -10,7 +11,7 @@ from minter.database import keyring
 from minter.database.connection import transaction
 from minter.database.control import read_keys
 from minter.errors import NoUsableKey, SettingsError
-from minter.issuer import well_known
+from minter.issuer import jwks_cache, well_known
 from minter.tokens import clock
 from tests.conftest import with_one_algorithm
 from tests.integration.test_mint import mint, submission
@@ -147,3 +148,26 @@ def test_a_folder_that_cannot_be_written(service, tmp_path):
     (tmp_path / "alpen").write_text("a file where the folder should be")
     with pytest.raises(SettingsError, match="cannot be written"):
         well_known.write(tmp_path, files(service))
+
+
+def test_the_jwks_cache_is_as_verifiers_look_for_it(service, tmp_path):
+    """A file named by the SHA-256 of the issuer, and one for all; entries stay while they are good."""
+    issuer, now = ISSUERS["alpen"], clock.now()
+
+    def write(at):
+        made = jwks_cache.entries(ring(service), ISSUERS, at, tmp_path)
+        return {path.name for path in well_known.write(tmp_path, made)}
+
+    name = sha256(issuer.encode()).hexdigest()
+    assert write(now) == {name, "cache.json"}
+    entry = json.loads((tmp_path / name).read_bytes())[issuer]
+    assert json.loads((tmp_path / "cache.json").read_bytes()) == {issuer: entry}
+    assert entry["jwks"] == json.loads(files(service)[KEYS])
+    assert now.timestamp() < entry["next_update"] < entry["expiration"] <= now.timestamp() + 86_400
+    assert write(now + timedelta(minutes=4)) == set()
+    assert write(now + timedelta(minutes=6)) == {name, "cache.json"}
+    service.create_keys("alpen", ["ES256"], "tests")
+    assert write(now + timedelta(minutes=7)) == {name, "cache.json"}
+    assert len(json.loads((tmp_path / name).read_bytes())[issuer]["jwks"]["keys"]) == 2
+    (tmp_path / name).write_text("{")
+    assert name in write(now + timedelta(minutes=8))
