@@ -1,10 +1,10 @@
-"""The commands `mint` (fill a job), `explain` (show a decision) and `verify` (look at a token)."""
+"""The commands `mint` (fill a job), `explain` (show a decision), `verify` and `diagnose` (look at a token)."""
 
 import json
 import sys
 import uuid
 from contextlib import ExitStack
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated
 from urllib.parse import unquote
@@ -14,18 +14,20 @@ import typer
 
 from minter.cli.tables import AsJson, guarded, not_registered, open_service, read_object, show
 from minter.client import MinterClient, new_request_id
-from minter.contract.messages import FileOperation, FileRequest, FillRequest, MintRequest
+from minter.contract.messages import FileOperation, FileRequest, FillRequest, MintRequest, unix_time
 from minter.contract.operations import OPERATIONS
 from minter.database import traces
-from minter.database.connection import transaction
+from minter.database.connection import instant, transaction
 from minter.database.control import read_control, read_keys
-from minter.errors import InvalidRequest, TokenRejected
+from minter.errors import InvalidRequest, RequestError, TokenRejected
 from minter.fts.jobs import from_fill
 from minter.jws import is_compact
+from minter.policy.diagnose import Verdict, storage_verdicts
 from minter.policy.explain import explain as explain_decision
 from minter.policy.requests import Request, from_mint
 from minter.private_files import new_private_file
-from minter.service import load_settings
+from minter.service import Service, load_settings
+from minter.storages.directory import Area
 from minter.tokens import claims, keys
 
 JobFile = Annotated[Path, typer.Option("--job", help="File with an FTS job as JSON; - reads standard input.")]
@@ -36,6 +38,7 @@ def register(app: typer.Typer) -> None:
     app.command("mint")(mint)
     app.command("explain")(explain)
     app.command("verify")(verify)
+    app.command("diagnose")(diagnose)
 
 
 @guarded
@@ -162,6 +165,111 @@ def verify(
     show(as_json, facts, lambda: json.dumps(facts, indent=2))
     if problems:
         raise typer.Exit(1)
+
+
+@guarded
+def diagnose(
+    token: Annotated[
+        str, typer.Argument(help="jti of a token, or the file that holds one; - is standard input.")
+    ],
+    url: Annotated[str, typer.Argument(help="URL of a file, as a client, FTS or a storage's log writes it.")],
+    operation: Annotated[str, typer.Option(help="Operation on the file.")] = "read",
+    as_json: AsJson = False,
+) -> None:
+    """Predict how the storage of a URL answers a token, and say what would have to change.
+
+    The prediction rests on the settings and on the storage's dialect; the storage itself is not asked.
+    """
+    service = open_service()
+    now = service.clock()
+    with transaction(service.pool) as connection:
+        ring = read_keys(connection)
+    jti = _uuid(token)
+    if jti is not None:
+        since = min(service.since(400), datetime.fromtimestamp(unix_time(jti), UTC) - timedelta(seconds=1))
+        found = traces.find(service.pool, "jti", jti, since, now + timedelta(days=1))
+        if not found:
+            raise InvalidRequest(f"no token with the jti {jti} is on record")
+        kid, payload = found[0].kid, json.loads(found[0].payload)
+        ended = found[0].state == "cancelled"
+    else:
+        text = _token_in(Path(token))
+        header, payload = claims.unverified_claims(text.encode())
+        kid, ended = str(header.get("kid")), False
+    key = next((k for k in ring if k.kid == kid), None)
+    verdicts = [
+        Verdict(
+            key is not None and keys.is_public(key, now), "key", f"key {kid} must be in the issuer's JWKS"
+        ),
+        Verdict(
+            int(payload["exp"]) > now.timestamp(),
+            "expiry",
+            f"the token ends at {instant(int(payload['exp'])):%F %T} UTC",
+        ),
+        Verdict(
+            int(payload.get("nbf", 0)) <= now.timestamp(),
+            "not before",
+            "the token is not valid yet: are the clocks right?",
+        ),
+        Verdict(
+            not ended,
+            "state",
+            "the token was cancelled; storages take it until it expires, and it is not given again",
+        ),
+    ]
+    if jti is None and key is not None:
+        verdicts.append(Verdict(_signed(text, key), "signature", "the signature must verify with the key"))
+    vo = key.vo if key is not None else next(iter(service.loaded.issuers))
+    if operation not in OPERATIONS:
+        raise InvalidRequest(f"operation {operation!r} is not one of {', '.join(OPERATIONS)}")
+    area, path = _located(service, vo, url)
+    verdicts += storage_verdicts(
+        payload, key.algorithm if key else "none", area, path, operation, service.loaded.issuers[vo]
+    )
+    refused = [v for v in verdicts if not v.passes]
+    facts = {
+        "allowed": not refused,
+        "storage": area.storage,
+        "dialect": area.dialect.name,
+        "verdicts": verdicts,
+    }
+    show(
+        as_json,
+        facts,
+        lambda: (
+            f"{area.storage} ({area.dialect.software}) would {'refuse' if refused else 'allow'} this token to {operation} {path}\n"
+            + "\n".join(
+                f"{'ok     ' if v.passes else 'refused'} {v.check}: {v.text}" for v in refused or verdicts
+            )
+        ),
+    )
+    if refused:
+        raise typer.Exit(1)
+
+
+def _uuid(text: str) -> uuid.UUID | None:
+    try:
+        return uuid.UUID(text)
+    except ValueError:
+        return None
+
+
+def _signed(token: str, key: keys.Key) -> bool:
+    try:
+        keys.verify(token.encode(), key.public_jwk)
+    except TokenRejected:
+        return False
+    return True
+
+
+def _located(service: Service, vo: str, url: str) -> tuple[Area, str]:
+    """Return the area and path of a URL as it is, or percent-encoded; raises the error of `locate`."""
+    try:
+        return service.loaded.policy.directories[vo].locate(url)
+    except RequestError:
+        if unquote(url) == url:
+            raise
+        return service.loaded.policy.directories[vo].locate(unquote(url))
 
 
 def _token_in(file: Path) -> str:

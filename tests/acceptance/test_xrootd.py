@@ -4,6 +4,7 @@ The tests run on Debian's XRootD 5.5.3 with libscitokens 0.7.3 and cover the kno
 compares paths by prefix).
 """
 
+import json
 import os
 import subprocess
 from pathlib import Path
@@ -199,6 +200,29 @@ def test_a_ban_on_a_file_holds_for_the_names_that_open_it(site):
         assert curl(a, token(served, a, "download", "dir/file2"), "GET", "dir/file10") == 403
     finally:
         control_changes.lift_ban(served.service.pool, Ban("path", "/vo/dir/file10"), "tests")
+
+
+@pytest.mark.parametrize(
+    ("operation", "method", "path", "at"),
+    [
+        ("read", "GET", "dir/file1", 0),
+        ("read", "GET", "dir/file10", 0),
+        ("read", "GET", "dir/file2", 0),
+        ("read", "GET", "dir/file1", 1),
+        ("delete", "DELETE", "dir/file1", 0),
+        ("overwrite", "PUT", "dir/file1", 0),
+    ],
+)
+def test_diagnose_predicts_what_the_server_answers(site, operation, method, path, at):
+    served, *storages = site
+    read = token(served, storages[0], "download", "dir/file1")
+    asked = storages[at]
+    answered = curl(asked, read, method, path, *(["-d", "x"] if method == "PUT" else []))
+    url = f"davs://localhost:{asked.port}/grid/vo/{path}"
+    jti = jwt.decode(read, options={"verify_signature": False})["jti"]
+    done = served.minter("diagnose", jti, url, "--operation", operation, "--json", check=False)
+    assert json.loads(done.stdout)["allowed"] == (answered < 300), (answered, done.stdout)
+    assert done.returncode == (0 if answered < 300 else 1)
 
 
 def test_check_names_the_neighbours_that_begin_alike(site):
