@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -39,6 +40,7 @@ def run(served, python, script, *arguments, **environ):
         capture_output=True, text=True, check=False, cwd=served.folder,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-1000:]
+
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -56,32 +58,63 @@ def test_authlib_requests_oauthlib_and_scitokens(served, tmp_path):
 
 @pytest.fixture(scope="module")
 def rucio(tmp_path_factory, wheel):
-    """Rucio 41.5 from pip, with the client of this source tree."""
-    return environment(tmp_path_factory.mktemp("rucio") / "env", "rucio==41.5.1", wheel)
+    """Rucio 41.5 and two VOs' policy packages from pip, with the client of this source tree."""
+    packages = ("atlas-rucio-policy-package", "ctao-bdms-rucio-policy")
+    return environment(tmp_path_factory.mktemp("rucio") / "env", "rucio==41.5.1", *packages, wheel)
 
 
-@pytest.mark.parametrize("tool", ["own", "minter"])
-def test_rucios_submitter_gets_its_tokens(served, rucio, fts, tmp_path, tool):
-    """Unmodified Rucio gets RSE-wide tokens; with examples/rucio, one for each file and storage."""
-    states = run(
-        served, rucio, "rucio_submit.py", fts.url, tmp_path, served.ca, tool,
-        PYTHONPATH=str(ROOT / "examples/rucio"),
-    )  # fmt: skip
-    assert states == ["SUBMITTED"] * 3
+BOTH = "BOREAS-T2_DATADISK,FJORD-T1_DATADISK"
+
+
+@pytest.mark.parametrize(
+    ("tool", "wrapped", "switched"),
+    [
+        ("own", "", ""),
+        ("minter", "", BOTH),
+        ("minter", "atlas_rucio_policy_package", BOTH),
+        ("minter", "bdms_rucio_policy", BOTH),
+        ("minter", "", "BOREAS-T2_DATADISK"),
+        ("minter", "", ""),
+    ],
+)
+def test_rucios_daemons_get_their_tokens(served, rucio, fts, tmp_path, tool, wrapped, switched):
+    """Unmodified Rucio gets RSE-wide tokens. With the policy package, files of switched RSEs get their own."""
+    told = run(served, rucio, "rucio_submit.py", fts.url, tmp_path, served.ca, tool, wrapped, switched, "")
+    assert told["states"] == ["SUBMITTED"] * 3
     files = [file for job in fts.jobs.values() for file in job["files"]]
     assert len(files) == 3
     scopes = {
         side: [claims_of(t)["scope"] for f in files for t in f[f"{side}_tokens"]]
         for side in ("source", "destination")
     }
-    if tool == "own":
-        root = "storage.read:/atlas/atlasdatadisk/rucio"
-        assert set(scopes["source"]) == {f"offline_access {root}"}
-    else:
+    if switched == BOTH:
         assert len(set(scopes["source"])) == len(set(scopes["destination"])) == 3
-        assert all("/mc23/" in s for s in scopes["source"] + scopes["destination"])
+        assert all(re.search(r"/file\d( |$)", s) for s in scopes["source"] + scopes["destination"])
         # Rucio's own transfertool sends its token over https only.
         assert {claims_of(b.removeprefix("Bearer "))["scope"] for b in fts.bearers if b} == {"fts"}
+    else:
+        root = "storage.read:/atlas/atlasdatadisk/rucio"
+        assert set(scopes["source"]) == {f"offline_access {root}"}
+    deleted = {url: claims_of(token)["scope"] for url, token in told["deleted"]}
+    assert len(deleted) == 2
+    for url, scope in deleted.items():
+        own = url.rpartition("/")[2]
+        assert (own in scope) == ("BOREAS" in switched), (url, scope)
+
+
+@pytest.mark.parametrize("away", ["wait", "rucio", "x509"])
+def test_rucio_goes_on_without_minter_as_its_settings_say(served, rucio, fts, tmp_path, away):
+    told = run(served, rucio, "rucio_submit.py", fts.url, tmp_path, served.ca, "minter", "", BOTH, away)
+    files = [file for job in fts.jobs.values() for file in job["files"]]
+    if away == "wait":
+        assert "SUBMITTED" not in told["states"]
+        assert not files
+        assert not told["deleted"]
+        return
+    assert told["states"] == ["SUBMITTED"] * 3
+    assert len(files) == 3
+    assert {"source_tokens" in file for file in files} == {away == "rucio"}
+    assert [token == "None" for _, token in told["deleted"]] == [away == "x509"] * 2
 
 
 def claims_of(token):
