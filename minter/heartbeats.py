@@ -35,8 +35,9 @@ class Heartbeat:
         """End the thread and delete the row, if Postgres answers."""
         if not self._ended.is_set():
             self._ended.set()
-            with suppress(Unavailable):
-                processes.leave(self._pool, self._process.process_id)
+            if self._one.acquire(timeout=processes.LEAVE_SECONDS):  # or a beat would write the row again
+                with suppress(Unavailable):
+                    processes.leave(self._pool, self._process.process_id)
             self._pool.dispose()
 
     def beat(self, patience: float = processes.BEAT_SECONDS) -> None:

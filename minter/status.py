@@ -10,6 +10,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Literal
 
 import msgspec
+import psycopg
 import urllib3
 from cryptography import x509
 from msgspec import Struct
@@ -82,7 +83,7 @@ def lines(loaded: Loaded) -> list[Line]:
                 found += ask()
             except MinterError as error:
                 found.append(failed(part, error.message))
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, psycopg.Error) as error:
                 found.append(failed(part, f"{type(error).__name__}: {error}"[:300]))
     finally:
         pool.dispose()
@@ -115,6 +116,8 @@ def _postgres(pool: Pool, service: Service) -> Iterator[Line]:
     told = ", ".join(f"{name} {state} {kind}" for name, state, kind in found.standbys) or "none connected"
     if not found.wanted_standbys:
         yield warning("standby", f"commits wait for none ({told}): a lost disk loses rows of issued tokens")
+    elif found.standbys and all(state is None for _, state, _ in found.standbys):
+        yield warning("standby", "its state is hidden from this role; run: GRANT pg_read_all_stats TO minter")
     elif not in_step:
         yield failed("standby", f"commits wait for {found.wanted_standbys!r}, and none is in step ({told})")
     else:

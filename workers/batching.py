@@ -146,7 +146,7 @@ class MessageBatcher:
         """Drop all waiting messages for a new connection: the broker delivers them again."""
         self._timer = timer
         self._intake = intake
-        self._stopped = False
+        self._stopped = self._clock_off = False
         self._waiting: list[PendingMessage] = []
         self._bytes = 0
         self._armed = False
@@ -188,22 +188,24 @@ class MessageBatcher:
     def _leave_all(self, waiting: Sequence[PendingMessage], error: ClockSkew) -> None:
         """Give all messages back to the broker for other workers, until this worker's clock is right."""
         logger.error("this worker takes no requests: %s", error)
-        self._waiting, self._bytes, self._stopped = [], 0, True
+        self._waiting, self._bytes, self._stopped, self._clock_off = [], 0, True, True
+        self._retrying, self._delay = False, FIRST_DELAY_SECONDS
         self._intake.stop()
         for pending in waiting:
             pending.message.requeue()
-        self._arm(CLOCK_SECONDS, self._look_at_clock)
+        self._timer.call_after(CLOCK_SECONDS, self._look_at_clock, (self._timer,))
 
-    def _look_at_clock(self) -> None:
-        self._armed = False
+    def _look_at_clock(self, timer: Any) -> None:
+        if timer is not self._timer:
+            return  # a new connection: its own messages show whether the clock is right
         try:
             self.engine.check_clock()
         except Unavailable as error:
             logger.error("this worker still takes no requests: %s", error)  # noqa: TRY400 - its message says it
-            self._arm(CLOCK_SECONDS, self._look_at_clock)
+            self._timer.call_after(CLOCK_SECONDS, self._look_at_clock, (timer,))
             return
         logger.info("this worker takes requests again")
-        self._stopped = False
+        self._stopped = self._clock_off = False
         self._intake.resume()
 
     def reject(self, message: Any, error: MinterError) -> None:
@@ -225,6 +227,8 @@ class MessageBatcher:
     def serve(self) -> None:
         """Serve all waiting messages; on `Unavailable`, keep them and try again later."""
         self._armed = False
+        if self._clock_off:
+            return
         waiting, self._waiting, self._bytes = self._waiting, [], 0
         try:
             while waiting := [p for p in waiting if not p.message.acknowledged]:
@@ -284,6 +288,7 @@ class MessageBatcher:
         """Serve a redelivered message alone; the attempt is counted before it starts."""
         digest = sha256(f"{pending.client} {pending.task}".encode() + pending.body).digest()
         # A delivery counts once; waiting for Postgres does not count as an attempt.
+        self.engine.check_clock()  # a worker whose clock is off did not try
         pending.tries = pending.tries or self.redeliveries.count(digest)
         if pending.tries < MAX_TRIES:
             self._finish(self._mint([pending]))
@@ -422,6 +427,9 @@ class MessageBatcher:
         if pending not in self._refused:
             return  # a new connection: the broker delivers the message again
         self._refused.remove(pending)
+        if self._clock_off:
+            pending.message.requeue()
+            return
         self._waiting.append(pending)
         self._bytes += len(pending.body)
         if not self._retrying:

@@ -340,7 +340,9 @@ def read_environment(path: Path, environ: MutableMapping[str, str]) -> None:
     for line in text.splitlines():
         name, separator, value = line.strip().partition("=")
         if separator and not name.startswith(("#", ";")):
-            environ.setdefault(name.strip(), value.strip().strip("\"'"))
+            value = value.strip()
+            quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "\"'"
+            environ.setdefault(name.strip(), value[1:-1] if quoted else value)
 
 
 def main() -> None:

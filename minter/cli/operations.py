@@ -78,11 +78,17 @@ class DeadLetter(Struct, frozen=True, kw_only=True):
 def _described(message: Any) -> DeadLetter:
     headers = message.headers if isinstance(message.headers, dict) else {}
     body = message.body if isinstance(message.body, bytes) else str(message.body).encode()
-    client, task = str(headers.get("minter-client", "")), str(headers.get("task", ""))
+    client, reason = str(headers.get("minter-client", "")), str(headers.get("minter-reason", ""))
+    why, task = str(headers.get("minter-description", "")), str(headers.get("task", ""))
+    if {"x-death", "x-first-death-reason"} & headers.keys():
+        # The broker put it here by itself: its headers are the sender's, and only user_id was checked.
+        client, reason = str(message.properties.get("user_id") or ""), "rejected"
+        why = f"by the broker: {headers.get('x-first-death-reason', 'see its x-death header')}"
+    safe = b'"removed: it may hold a token"' if b"eyJ" in body else body
     return DeadLetter(
-        id=sha256(f"{client} {task}".encode() + body).hexdigest()[:12], client=client, task=task,
-        reason=str(headers.get("minter-reason", "rejected")), why=str(headers.get("minter-description", "")),
-        bytes=len(body), body=Raw(body if _is_json(body) else msgspec.json.encode(repr(body[:200]))),
+        id=sha256(f"{client} {task}".encode() + body).hexdigest()[:12], client=client, task=task[:255],
+        reason=reason, why=why, bytes=len(body),
+        body=Raw(safe if _is_json(safe) else msgspec.json.encode(repr(safe[:200]))),
     )  # fmt: skip
 
 
@@ -190,6 +196,9 @@ def dead_requeue(
         except MinterError as error:
             refused.append(f"{letter.id}: {error.reason}: {error.message}")
             return False
+        except Exception as error:  # noqa: BLE001 - it failed in a worker, too; the others go on
+            refused.append(f"{letter.id}: failed again: {type(error).__name__}")
+            return False
         _audited(service, "dead.requeue", letter)
         return True
 
@@ -209,7 +218,10 @@ def _serve(service: Service, lifecycle: Lifecycle, letter: DeadLetter) -> None:
         args, kwargs, _ = _envelope.decode(bytes(letter.body))
     except msgspec.DecodeError:
         raise InvalidRequest("its body is no request any more") from None
-    (argument,) = [*args, *kwargs.values()]
+    values = [*args, *kwargs.values()]
+    if len(values) != 1:
+        raise InvalidRequest(f"{letter.task} takes one argument, the request; it has {len(values)}")
+    (argument,) = values
     made = dispatch.submission(lifecycle, letter.task, letter.client, argument)
     if made is None:
         dispatch.follow_up(lifecycle, letter.task, letter.client, argument, service.clock())

@@ -15,6 +15,7 @@ import msgspec
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from minter.database import connection, live_tokens
 from minter.database.traces import TraceRecord
@@ -72,7 +73,7 @@ def as_table(title: str, headings: tuple[str, ...], rows: list[tuple[Any, ...]])
     for heading in headings:
         table.add_column(heading, overflow="fold")
     for row in rows:
-        table.add_row(*("" if v is None else str(v) for v in row))
+        table.add_row(*(Text("" if v is None else str(v)) for v in row))  # text, never rich's markup
     return table
 
 

@@ -8,7 +8,7 @@ so a repeated request finds its record, and reading a record waits for the stand
 
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
@@ -30,6 +30,9 @@ PATIENCE_SECONDS = 60.0
 LONG_SECONDS = 3_600.0
 COMMIT_SECONDS = 5.0
 """How long a commit may wait for the synchronous standby; shorter than any wait for its answer."""
+COMMIT_SHARE = 0.6
+"""A commit gives up after this share of the patience, so that its error can name the standby."""
+CANCEL_SECONDS = 0.5
 SLOW_SECONDS = 3.0
 """A command says what it waits for after this time."""
 _WARNING = "01000"
@@ -59,10 +62,11 @@ class BoundedConnection(psycopg.Connection[Any]):
                 ready = yield state
                 if not ready:
                     waited = time.monotonic() - started
-                    if self.committing and waited > COMMIT_SECONDS:
+                    if self.committing and waited > min(COMMIT_SECONDS, COMMIT_SHARE * self.patience):
                         self.committing = False
-                        self.cancel_safe(timeout=1.0)
+                        self._cancel()
                     if waited > self.patience:
+                        self._cancel()  # a server process does not notice that its client is gone
                         raise psycopg.OperationalError(f"no answer within {self.patience:g} s")
                     if waited > SLOW_SECONDS and not told:
                         told = True
@@ -70,6 +74,11 @@ class BoundedConnection(psycopg.Connection[Any]):
                 state = gen.send(ready)
         except StopIteration as done:
             return done.value
+
+    def _cancel(self) -> None:
+        """Ask the server to end what it does for this connection; a frozen server does not answer."""
+        with suppress(psycopg.Error):
+            self.cancel_safe(timeout=CANCEL_SECONDS)
 
     def commit_bounded(self) -> None:
         """Commit; raises Unavailable if no synchronous standby confirms within COMMIT_SECONDS.
@@ -84,8 +93,8 @@ class BoundedConnection(psycopg.Connection[Any]):
             self.committing = False
         if self.warned:
             raise Unavailable(
-                f"Postgres waited {COMMIT_SECONDS:g} s for its synchronous standby in vain; nothing was "
-                "handed out. Is the standby away? Requests are served again when it is back",
+                "Postgres waited for its synchronous standby in vain; nothing was handed out. Is the "
+                "standby away? Requests are served again when it is back",
                 retry_after=COMMIT_SECONDS,
             )
 

@@ -18,7 +18,7 @@ class Server(Struct, frozen=True, kw_only=True):
     max_connections: int
     read_only: bool
     wanted_standbys: str
-    standbys: list[tuple[str, str, str]]
+    standbys: list[tuple[str | None, str | None, str | None]]
 
 
 def server(pool: Pool, patience: float) -> Server:

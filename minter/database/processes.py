@@ -14,6 +14,8 @@ from minter.database.connection import one, transaction
 
 ROLES = ("worker", "beat", "serve", "refresher", "events")
 BEAT_SECONDS = 5.0
+LEAVE_SECONDS = 2.0
+"""A process that ends waits at most so long for Postgres."""
 ALIVE_SECONDS = 20.0
 """A process whose last heartbeat is older is gone, or cannot reach Postgres."""
 KEPT = "1 day"
@@ -44,6 +46,7 @@ def this_process(role: str, process_id: UUID, now: datetime) -> Process:
 def beat(pool: Pool, process: Process, clock: Callable[[], datetime], patience: float) -> float:
     """Write a process's heartbeat durably; return the skew of its clock in seconds. Raises Unavailable."""
     with transaction(pool, patience) as connection:
+        connection.execute(f"SET LOCAL lock_timeout = {int(patience * 500)}")
         database_now = one(connection.execute("SELECT clock_timestamp()"))[0]
         skew = float((clock() - database_now).total_seconds())
         connection.execute(
@@ -61,8 +64,9 @@ def beat(pool: Pool, process: Process, clock: Callable[[], datetime], patience: 
 
 
 def leave(pool: Pool, process_id: UUID) -> None:
-    """Delete the row of a process that ends."""
-    with transaction(pool) as connection:
+    """Delete the row of a process that ends; raises Unavailable soon if Postgres does not answer."""
+    with transaction(pool, LEAVE_SECONDS) as connection:
+        connection.execute(f"SET LOCAL lock_timeout = {int(LEAVE_SECONDS * 500)}")
         connection.execute("DELETE FROM processes WHERE process_id = %s", (process_id,))
 
 

@@ -328,10 +328,13 @@ class PostgresRecording:
         """Read refresh families and lock their rows, in a fixed order to avoid deadlocks."""
         return self._families("family_id = ANY(%s)", list(ids))
 
-    def families_on(self, subjects: Sequence[UUID], since: datetime) -> dict[UUID, Family]:
-        """Read the unused families that exchanges of these subject tokens started after `since`.
+    def families_on(
+        self, subjects: Sequence[UUID], since: datetime, ids: Sequence[UUID]
+    ) -> dict[UUID, Family]:
+        """Read refresh families by id, and the unused ones of these subject tokens started after `since`.
 
-        Subject tokens are locked before any family is, in a fixed order to avoid deadlocks.
+        Subject tokens are locked before any family is, and all families at once, in a fixed order: batches
+        cannot deadlock.
         """
         self._connection.execute(
             "SELECT pg_advisory_xact_lock(hashtextextended(jti::text, 0))"
@@ -339,8 +342,9 @@ class PostgresRecording:
             (list(subjects),),
         )
         return self._families(
-            "subject_jti = ANY(%s) AND generation = 1 AND revoked_at IS NULL AND rotated_at > %s",
-            list(subjects), since,
+            "family_id = ANY(%s) OR (subject_jti = ANY(%s) AND generation = 1 AND revoked_at IS NULL"
+            " AND rotated_at > %s)",
+            list(ids), list(subjects), since,
         )  # fmt: skip
 
     def _families(self, which: str, *values: object) -> dict[UUID, Family]:

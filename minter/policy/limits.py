@@ -23,7 +23,7 @@ MAX_CLAIM_CHARACTERS = 1_024
 """FTS stores scope and audience in columns of this width."""
 GRACE = timedelta(hours=24)
 """How long a refresh token works after its successor was handed out, if the successor was never used."""
-EXCHANGE_REPEAT = timedelta(minutes=5)
+EXCHANGE_REPEAT = timedelta(minutes=1)
 """How long an equal exchange of a subject token gets the first one's refresh token, if that is unused."""
 MAX_ACT_DEPTH = 2
 """Most actors that may be nested in `act` (RFC 8693 §4.1)."""

@@ -145,8 +145,7 @@ class Engine:
                 lookups.subjects, lookups.families, lookups.exchanged,
             )  # fmt: skip
             if outcome.family is not None:
-                lookups.families[outcome.family.family_id] = outcome.family
-                lookups.exchanged.setdefault(outcome.family.subject_jti, []).append(outcome.family)
+                lookups.note(outcome.family)
         outcome.client, outcome.decision, outcome.error = client, decision, decision.error
         outcome.refusals = [structs.asdict(r.record()) for r in decision.refused]
         return PendingRequest(outcome, client, decision, on_behalf_of, activity)
@@ -235,16 +234,28 @@ class _Lookups:
 
     def __init__(self, tx: Recording, outcomes: Sequence[Outcome], now: datetime) -> None:
         token_requests = [w for o in outcomes if (w := o.submission.request.token_request) is not None]
-        offline = [w.subject[0] for w in token_requests if w.subject and w.offline]
-        self.exchanged: dict[UUID, list[Family]] = {}
-        """Unused families by subject token; an exchange that is asked again gets its family again."""
-        for family in (tx.families_on(offline, now - EXCHANGE_REPEAT) if offline else {}).values():
-            self.exchanged.setdefault(family.subject_jti, []).append(family)
         subjects = [w.subject[0] for w in token_requests if w.subject]
         families = [w.refresh[0] for w in token_requests if w.refresh]
-        self.families = tx.families(families) if families else {}
+        offline = {w.subject[0] for w in token_requests if w.subject and w.offline}
+        since = now - EXCHANGE_REPEAT
+        self.families: dict[UUID, Family] = {}
+        if offline:
+            self.families = tx.families_on(sorted(offline), since, families)
+        elif families:
+            self.families = tx.families(families)
+        self.exchanged: dict[UUID, list[Family]] = {}
+        """Families by subject token; an exchange that is asked again gets its unused family again."""
+        for family in self.families.values():
+            if family.subject_jti in offline and family.rotated_at > since:
+                self.exchanged.setdefault(family.subject_jti, []).append(family)
         subjects += [family.subject_jti for family in self.families.values()]
         self.subjects = tx.subjects(subjects) if subjects else {}
+
+    def note(self, family: Family) -> None:
+        """Remember a family as a request of this batch leaves it, for the requests after it."""
+        self.families[family.family_id] = family
+        others = [f for f in self.exchanged.get(family.subject_jti, ()) if f.family_id != family.family_id]
+        self.exchanged[family.subject_jti] = [*others, family]
 
 
 def _activity(request: Request) -> str:

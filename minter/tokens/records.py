@@ -199,10 +199,13 @@ class Recording(Protocol):
         """Read refresh families, and lock them until the transaction ends."""
         ...
 
-    def families_on(self, subjects: Sequence[UUID], since: datetime) -> dict[UUID, Family]:
-        """Read the unused families that exchanges of these subject tokens started after `since`.
+    def families_on(
+        self, subjects: Sequence[UUID], since: datetime, ids: Sequence[UUID]
+    ) -> dict[UUID, Family]:
+        """Read refresh families, and the unused ones that exchanges of these subject tokens started lately.
 
-        No other transaction starts a family on them until this one ends.
+        Lately is after `since`. No other transaction starts a family on the subject tokens, or changes one of
+        the families, until this one ends.
         """
         ...
 

@@ -10,6 +10,7 @@ import pytest
 
 from minter.database import connection
 from minter.errors import Unavailable
+from minter.heartbeats import Heartbeat
 from minter.local.servers import Postgres
 from minter.service import Service
 from tests.conftest import load_settings, prepare, rows
@@ -99,3 +100,21 @@ def test_what_is_wrong_with_a_connection_is_told_apart(postgres, dsn, said):
     pool = connection.open_pool(dsn.format(socket=f"host={postgres.sockets}"))
     with pytest.raises(Unavailable, match=said), connection.transaction(pool):
         pass
+
+
+def test_a_missing_standby_leaves_no_connection_behind(postgres, service):
+    """`/ready` and heartbeats ask with less patience than a commit has, again and again."""
+    heartbeat = Heartbeat("serve", service)
+    heartbeat.beat()
+    set_standby(postgres, "nobody")
+    try:
+        for _ in range(4):
+            with pytest.raises(Unavailable, match="standby"):
+                heartbeat.beat(1.5)
+        waiting = (
+            "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'SyncRep' OR wait_event_type = 'Lock'"
+        )
+        assert rows(service, waiting) == [(0,)]
+    finally:
+        set_standby(postgres, "")
+        heartbeat.stop()

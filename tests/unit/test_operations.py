@@ -1,0 +1,52 @@
+"""Dead letters as operators see them, and the environment file that commands read."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from minter.cli.__main__ import read_environment
+from minter.cli.operations import _described
+from minter.cli.tables import as_table, console
+from minter.errors import SettingsError
+
+
+def letter(body=b"{}", **headers):
+    return SimpleNamespace(headers=headers, body=body, properties={"user_id": "attacker"})
+
+
+@pytest.mark.parametrize("by_broker", [{"x-death": [{}]}, {"x-first-death-reason": "expired"}])
+def test_a_letter_of_the_broker_is_its_senders_whatever_its_headers_say(by_broker):
+    """A sender may set any header; the broker keeps them when a message expires."""
+    forged = {"minter-client": "victim", "minter-reason": "undeliverable", "task": "minter.mint"}
+    assert _described(letter(**forged)).client == "victim"  # written by a worker
+    found = _described(letter(**forged, **by_broker))
+    assert (found.client, found.reason) == ("attacker", "rejected")
+
+
+def test_no_token_of_a_letter_is_shown():
+    body = json.dumps(
+        [[{"job": {"files": [{"source_tokens": ["eyJhbGciOi.eyJzdWIi.c2ln"]}]}}], {}, {}]
+    ).encode()
+    assert b"eyJ" not in bytes(_described(letter(body)).body)
+
+
+def test_text_in_tables_is_no_markup():
+    with console.capture() as told:
+        console.print(as_table("dead", ("why",), [("[/x] and [args, kwargs]",)]))
+    assert "[/x] and [args, kwargs]" in told.get()
+
+
+def test_the_environment_file_of_the_units_is_read(tmp_path):
+    path = tmp_path / "environment"
+    path.write_text(
+        "# comment\n;x=1\nMINTER_DSN=\"host=db password='my pass'\"\nPLAIN = value \nSINGLE='a b'\nHERE=file\n\nODD\n"
+    )
+    environ = {"HERE": "set"}
+    read_environment(path, environ)
+    assert environ == {
+        "MINTER_DSN": "host=db password='my pass'", "PLAIN": "value", "SINGLE": "a b", "HERE": "set",
+    }  # fmt: skip
+    read_environment(tmp_path / "missing", environ)
+    with pytest.raises(SettingsError, match="cannot be read"):
+        read_environment(tmp_path, environ)
