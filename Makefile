@@ -24,7 +24,6 @@ test-lowest: $(STAMP)
 
 # 100 000 odd inputs at every entrance; prints its seed.
 fuzz: $(STAMP)
-	$(RUN)/pip install --quiet --disable-pip-version-check --editable '.[dev,fuzz]'
 	$(RUN)/pytest -m fuzz tests/fuzz -s
 
 lint: $(STAMP)

@@ -1,6 +1,7 @@
 """Odd input at every entrance: no internal error, no traceback, no dead process, an answer to each.
 
-`make fuzz` runs 100 000 cases and prints the seed; MINTER_FUZZ_SEED repeats a run, MINTER_FUZZ_CASES sets the count.
+What the OpenAPI document promises is checked by Schemathesis (tests/acceptance/test_foreign.py). `make fuzz` runs
+100 000 cases and prints the seed; MINTER_FUZZ_SEED repeats a run, MINTER_FUZZ_CASES sets the count.
 """
 
 import asyncio
@@ -14,9 +15,7 @@ from datetime import UTC, datetime
 import httpx
 import jwt
 import pytest
-import schemathesis
 from cryptography.hazmat.primitives.asymmetric import ec
-from hypothesis import HealthCheck, given, settings
 from jwt.algorithms import ECAlgorithm
 
 from minter.client import new_request_id
@@ -229,27 +228,3 @@ def test_odd_answers_of_a_provider_are_typed_errors_or_tokens():
         except MinterError as error:
             outcomes.add(error.reason)
     assert {"answer", "provider_away", "provider_refused"} <= outcomes
-
-
-# ── what the OpenAPI document promises ───────────────────────────────────────────────────────
-
-
-def test_what_openapi_promises_is_kept(fuzzed):
-    with fuzzed.http() as http:
-        document = http.get(f"/{VO}/openapi.json").json()
-    schema = schemathesis.openapi.from_dict(document)
-    count = 0
-    for operation in schema.get_all_operations():
-
-        @given(case=operation.ok().as_strategy())
-        @settings(
-            max_examples=CASES // 1000, deadline=None, database=None, suppress_health_check=list(HealthCheck)
-        )
-        def check(case):
-            nonlocal count
-            count += 1
-            auth = ("rucio", fuzzed.secrets["rucio"])
-            case.call_and_validate(base_url=fuzzed.host, verify=str(fuzzed.ca), auth=auth)
-
-        check()
-    assert count
