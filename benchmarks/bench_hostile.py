@@ -1,7 +1,8 @@
 """Measure what a greedy client costs honest ones over HTTP: `python -m benchmarks.bench_hostile [--json FILE]`.
 
 Ten honest clients mint one file after the other, first alone, then beside a client with 60 connections that
-sends requests of 500 files without pause. Both phases are of the same run, on the same service.
+sends requests of 500 files without pause. Both phases are of the same run, on the same service. In both,
+an operator bans and lifts a path once a second.
 """
 
 import argparse
@@ -21,7 +22,10 @@ import urllib3
 from benchmarks.bench_http import minter
 from benchmarks.engine import versions
 from minter.client import new_request_id
+from minter.database import control_changes
 from minter.local import stack
+from minter.policy.clients import Ban
+from minter.service import Service
 from minter.tokens.keystore import new_secret
 
 HONEST, GREEDY, GREEDY_FILES = 10, 60, 500
@@ -58,8 +62,26 @@ def ask(
     out.put((name, took, statuses))
 
 
-def phase(url: str, secrets: dict[str, str], seconds: float, *, greedy: bool) -> dict[str, object]:
-    """Return the honest clients' latencies, and the answers that the greedy one got."""
+def bans(service: Service, until: float) -> list[float]:
+    """Ban and lift again a path once a second until `until`; return how many seconds each took to commit.
+
+    A change holds the control lock alone, so every batch after its commit follows it.
+    """
+    took = []
+    while time.monotonic() < until - 1:
+        for change in (control_changes.add_ban, control_changes.lift_ban):
+            reason = ("bench",) if change is control_changes.add_ban else ()
+            started = time.monotonic()
+            change(service.pool, Ban("path", "/vo/banned", "vo"), *reason, "bench")
+            took.append(time.monotonic() - started)
+        time.sleep(0.5)
+    return took
+
+
+def phase(
+    url: str, secrets: dict[str, str], seconds: float, service: Service, *, greedy: bool
+) -> dict[str, object]:
+    """Return the honest clients' latencies, the answers that the greedy one got, and how long bans took."""
     out: Queue[Told] = multiprocessing.Queue()
     until = time.monotonic() + seconds
     who = [(name, 1, 1) for name in secrets if name != "greedy"]
@@ -70,6 +92,7 @@ def phase(url: str, secrets: dict[str, str], seconds: float, *, greedy: bool) ->
     ]
     for process in processes:
         process.start()
+    changes = bans(service, until)
     told = [out.get() for _ in processes]
     for process in processes:
         process.join()
@@ -79,6 +102,8 @@ def phase(url: str, secrets: dict[str, str], seconds: float, *, greedy: bool) ->
         "honest_per_s": round(len(honest) / seconds),
         "honest_p50_ms": round(median(honest) * 1000, 1),
         "honest_p99_ms": round(quantiles(honest, n=100)[98] * 1000, 1),
+        "ban_max_ms": round(max(changes) * 1000, 1),
+        "ban_p50_ms": round(median(changes) * 1000, 1),
         "greedy_answers": {str(status): count for status, count in answers.items()},
     }
 
@@ -95,7 +120,7 @@ def main() -> None:
             service.set_secret(stack.add_client(service, name, "vo", "bench"), secret, "bench")
         time.sleep(2)  # every process of the service reads the new clients once a second
         phases = {
-            name: phase(f"{base}/vo/v1/mint", secrets, options.seconds, greedy=greedy)
+            name: phase(f"{base}/vo/v1/mint", secrets, options.seconds, service, greedy=greedy)
             for name, greedy in (("alone", False), ("beside a greedy client", True))
         }
     found = {"versions": versions(), "phases": phases}

@@ -24,6 +24,11 @@ def doubts(loaded: Loaded) -> Iterator[str]:
     for provider in loaded.settings.providers:
         yield from _doubts_of_provider(provider, loaded.settings.routes)
     yield from _doubts_of_clock(loaded.settings.drill)
+    if loaded.settings.http.listen not in ("127.0.0.1", "::1", "localhost"):
+        yield (
+            f"http.listen is {loaded.settings.http.listen}: nothing there bounds peers that read slowly; "
+            "listen on 127.0.0.1 behind a web server (deploy/nginx.conf)"
+        )
     if not loaded.settings.database.archive_folder:
         yield "no database.archive_folder: past days stay in the database"
     if not loaded.settings.fts:

@@ -110,6 +110,12 @@ def test_the_examples_are_what_production_would_use():
     assert "dsn" not in text.lower().replace("minter_dsn", "").replace("the dsn", "")
 
 
+def test_a_listener_that_is_not_behind_a_web_server_is_doubted(tmp_path):
+    assert not any("http.listen" in d for d in checks.doubts(load(tmp_path, BASE)))
+    told = list(checks.doubts(load(tmp_path, BASE + '\n[http]\nlisten = "0.0.0.0"\n')))
+    assert any("http.listen is 0.0.0.0" in d for d in told)
+
+
 def test_an_exchange_of_a_clients_own_token_that_a_rule_names_fails_the_check(tmp_path):
     """Such a rule loads, and would never allow an exchange for refresh tokens."""
     text = (
