@@ -7,6 +7,7 @@ serve what FTS does. Where FTS reads a value otherwise than its writer can mean 
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Annotated, Any, NamedTuple
 
 import msgspec
@@ -310,16 +311,20 @@ def fill_job(
     tokens: Mapping[Slot, str],
     refused: Iterable[int],
     max_time_in_queue: int,
+    monitored: Mapping[Slot, Mapping[str, str]] = MappingProxyType({}),
 ) -> dict[str, Any] | None:
     """Return the job with `tokens` in their slots; None if no file is left.
 
     The result omits refused files, and sources and destinations without a token. `tokens` replaces all
     tokens that the job had before. `max_time_in_queue` is in hours. Session reuse is switched off: FTS passes
-    no tokens through it.
+    no tokens through it. `monitored` has what the metadata should say of the tokens in their slots: FTS
+    passes metadata on to its messages and dashboards. Metadata that are no object stay as they are.
     """
     left_out = frozenset(refused)
     files = [
-        _fill_file(number, file, tokens) for number, file in enumerate(job["files"]) if number not in left_out
+        _fill_file(number, file, tokens, monitored)
+        for number, file in enumerate(job["files"])
+        if number not in left_out
     ]
     if not files:
         return None
@@ -330,14 +335,25 @@ def fill_job(
         "max_time_in_queue": max_time_in_queue,
         **({"reuse": False} if given.get("reuse") else {}),
     }
+    if monitored and isinstance(given.get("job_metadata") or {}, dict):
+        params["job_metadata"] = {**(given.get("job_metadata") or {}), "auth": "minter"}
     return {**job, "files": files, "params": params}
 
 
-def _fill_file(number: int, file: Mapping[str, Any], tokens: Mapping[Slot, str]) -> dict[str, Any]:
-    filled = dict(file)
+def _fill_file(
+    number: int,
+    file: Mapping[str, Any],
+    tokens: Mapping[Slot, str],
+    monitored: Mapping[Slot, Mapping[str, str]],
+) -> dict[str, Any]:
+    filled, told = dict(file), dict[str, list[Mapping[str, str]]]()
     for side in ("source", "destination"):
         urls: Sequence[str] = file[f"{side}s"]
         kept = [i for i in range(len(urls)) if (number, side, i) in tokens]
         filled[f"{side}s"] = [urls[i] for i in kept]
         filled[f"{side}_tokens"] = [tokens[Slot(number, side, i)] for i in kept]
+        told[side] = [monitored[slot] for i in kept if (slot := Slot(number, side, i)) in monitored]
+    metadata = file.get("metadata") or {}
+    if any(told.values()) and isinstance(metadata, dict):
+        filled["metadata"] = {**metadata, "auth": "minter", "minter": told}
     return filled

@@ -29,6 +29,7 @@ class Route(Struct, frozen=True, eq=False, forbid_unknown_fields=True, kw_only=T
     (`exchange`) or gives a token for Minter's own credentials (`client_credentials`). A provider's token is
     kept fresh as long as the transfer lives. While the provider is not available, the first route named in
     `fallback` that matches and is available is used instead.
+    With `monitoring`, filled FTS jobs tell in their metadata which tokens their transfers have.
     `plaintext_queue` allows unencrypted tokens on a durable queue of a client without a key. A
     `max_lifetime_seconds` above the profile's 6 h needs `mitigations` and a `risk_assessment`.
     """
@@ -55,6 +56,7 @@ class Route(Struct, frozen=True, eq=False, forbid_unknown_fields=True, kw_only=T
     make_parents: bool = False
     poll_area: bool = False
     plaintext_queue: bool = False
+    monitoring: bool = False
     forbid: tuple[str, ...] = ()
     mitigations: tuple[Mitigation, ...] = ()
     risk_assessment: str = ""

@@ -14,6 +14,7 @@ from minter.contract.messages import (
     Note,
     PendingToken,
     RefusedNeed,
+    Slot,
     TokenAnswer,
 )
 from minter.errors import Expired, InvalidRequest, MinterError, RequestError, ServerError, Unavailable
@@ -78,7 +79,7 @@ def _filled(request: Request, outcome: Outcome, refusals: list[RefusedNeed], now
     kept = {slot.file for slot in tokens}
     refused = [f for f in range(len(request.files)) if f not in kept]
     hours = _queue_hours(request, outcome, now) if tokens else 0
-    job = fill_job(request.job or {}, tokens, refused, hours)
+    job = fill_job(request.job or {}, tokens, refused, hours, _monitored(outcome))
     if sum(map(len, tokens.values())) > MAX_FILLED_BYTES - MAX_BODY_BYTES:
         raise InvalidRequest(
             f"the job with its {len(tokens)} tokens exceeds {MAX_FILLED_BYTES} bytes, which brokers do not "
@@ -101,6 +102,17 @@ def _filled(request: Request, outcome: Outcome, refusals: list[RefusedNeed], now
         bearer=_token(bearer) if bearer else None,
         notes=notes,
     )
+
+
+def _monitored(outcome: Outcome) -> dict[Slot, dict[str, str]]:
+    """Return jti and mode of the tokens whose route wants them in FTS's monitoring."""
+    planned_tokens = outcome.decision.planned_tokens if outcome.decision else ()
+    modes = {
+        planned.need.slot: route.mode
+        for planned in planned_tokens
+        if (route := planned.plan.route) is not None and route.monitoring
+    }
+    return {i.slot: {"jti": i.jti, "mode": modes[i.slot]} for i in outcome.issued if i.slot in modes}
 
 
 def _cause(refusals: Iterable[RefusedNeed]) -> dict[str, object]:

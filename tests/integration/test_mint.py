@@ -15,7 +15,9 @@ from minter.errors import SettingsError, Unavailable
 from minter.fts.jobs import from_fill
 from minter.local import stack
 from minter.policy.requests import from_mint
+from minter.policy.transfers import Policy
 from minter.service import Service
+from minter.tasks import answers
 from minter.tokens import clock, keys
 from minter.tokens.keystore import new_master_key
 from minter.tokens.outcomes import Submission
@@ -438,8 +440,6 @@ def test_a_settings_file_that_lost_a_storage_keeps_its_row(service):
 
 
 def test_a_filled_job_is_answered_the_same_way_twice(service):
-    from minter.tasks import answers
-
     job = {
         "files": [{"sources": [SE + "a"], "destinations": [OTHER + "a"], "filesize": 10**9}],
         "params": {"max_time_in_queue": 168},
@@ -455,6 +455,41 @@ def test_a_filled_job_is_answered_the_same_way_twice(service):
     assert twins == [first, first]
     later = now + timedelta(hours=5)
     assert answers.answer(mint(service, asked, now=later)[0], later).job["params"]["max_time_in_queue"] == 163
+
+
+@pytest.mark.parametrize(
+    ("metadata", "kept"),
+    [({"activity": "x", "auth": "old"}, {"activity": "x"}), (None, {}), ("text", None), ([1], None)],
+)
+def test_a_route_may_tell_ftss_monitoring_which_tokens_a_transfer_has(service, metadata, kept):
+    """FTS passes metadata on: `auth`, and jti and mode of each side; a repeat says the same."""
+    routes = [structs.replace(r, monitoring=True) for r in service.loaded.policy.routes]
+    service.engine.policy = Policy(service.loaded.policy.directories, routes, service.loaded.settings.fts)
+    file = {
+        "sources": [SE + "a", SE + "b"],
+        "destinations": [OTHER + "a"],
+        "filesize": 10,
+        "metadata": metadata,
+    }
+    job = {"files": [file], "params": {"job_metadata": {"issuer": "rucio"}}}
+    asked = Submission(from_fill(FillRequest(request_id=clock.new_uuid7(), job=job)), "rucio-alpen")
+    now = clock.now()
+    (outcome,), (again,) = mint(service, asked, now=now), mint(service, asked, now=now)
+    filled = answers.answer(outcome, now).job
+    assert answers.answer(again, now).job == filled
+    assert filled["params"]["job_metadata"] == {"issuer": "rucio", "auth": "minter"}
+    found = filled["files"][0]["metadata"]
+    if kept is None:
+        assert found == metadata
+        return
+    jtis = {tuple(i.slot[1:]): i.jti for i in outcome.issued}
+    assert found == {
+        **kept, "auth": "minter",
+        "minter": {
+            "source": [{"jti": jtis["source", n], "mode": "mint"} for n in (0, 1)],
+            "destination": [{"jti": jtis["destination", 0], "mode": "mint"}],
+        },
+    }  # fmt: skip
 
 
 def test_a_sample_of_the_signatures_is_verified(service, monkeypatch):
