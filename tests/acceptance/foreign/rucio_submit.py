@@ -8,6 +8,7 @@ while Minter is away (empty if Minter is there).
 import json
 import os
 import sys
+import threading
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -106,6 +107,9 @@ with db_session(DatabaseOperationType.WRITE) as session:
     ]
     add_replicas(ids[SOURCE], old, root, session=session)
 run(once=True, rses=[SOURCE], greedy=True, chunk_size=10, sleep_time=60)
+for thread in threading.enumerate():  # `run` waits for its threads three seconds only
+    if thread is not threading.current_thread() and not thread.daemon:
+        thread.join(60)
 deleted = (
     [line.split() for line in (folder / "deleted").read_text().splitlines()]
     if (folder / "deleted").exists()
