@@ -18,7 +18,7 @@ import msgspec
 from msgspec import Raw, Struct
 
 from minter import logs
-from minter.broker.publisher import Outgoing, Publisher, acknowledge
+from minter.broker.publisher import Outgoing, Publisher, Undelivered, acknowledge
 from minter.contract import names
 from minter.contract.messages import MAX_BODY_BYTES, Answer
 from minter.errors import (
@@ -387,13 +387,16 @@ class MessageBatcher:
     ) -> None:
         """Publish the answers, wait for the confirms, then acknowledge the messages."""
         outgoing = [message for pending, answer in done for message in _outgoing(pending, answer, dead or {})]
+        letters = [message for message in outgoing if message.routing_key == names.DEAD_LETTER_QUEUE]
+        replied = [message for message in outgoing if message.routing_key != names.DEAD_LETTER_QUEUE]
         try:
-            lost = self.publisher.publish(outgoing, lambda: self.on_stage("half_replied"))
+            lost = self.publisher.publish(replied, lambda: self.on_stage("half_replied"))
+            buried = self.publisher.publish(letters) if letters else Undelivered()
         except self.publisher.errors as error:
             self.publisher.close()
             # Celery reconnects on connection errors only, so a broken channel is raised as one.
             raise ConnectionError(f"answers could not be published: {type(error).__name__}") from error
-        if missing := [m for m in lost.gone if m.persistent]:
+        if missing := [m for m in (*lost.gone, *buried.gone) if m.persistent]:
             raise ServerError(f"queue {missing[0].routing_key} does not exist; run: minter broker setup")
         if lost:
             logger.info(
@@ -402,7 +405,7 @@ class MessageBatcher:
             )  # fmt: skip
         refused = {id(m) for m in lost.refused}
         again = [pending for pending, _ in done if refused & {id(m) for m in pending.queued}]
-        if any(m.routing_key == names.DEAD_LETTER_QUEUE for m in lost.refused):
+        if buried.refused:
             raise ServerError(f"queue {names.DEAD_LETTER_QUEUE} refuses: is it full?")
         self.on_stage("confirmed")
         if served := [pending.message for pending, _ in done if pending not in again]:
