@@ -15,10 +15,10 @@ from hashlib import sha256
 from typing import Any
 
 import msgspec
-from msgspec import Raw, Struct
+from msgspec import Struct
 
 from minter import logs
-from minter.broker.publisher import Outgoing, Publisher, Undelivered, acknowledge
+from minter.broker.publisher import Publisher, Undelivered, acknowledge
 from minter.contract import names
 from minter.contract.messages import MAX_BODY_BYTES, Answer
 from minter.errors import (
@@ -35,10 +35,10 @@ from minter.errors import (
 )
 from minter.tasks import answers, dispatch
 from minter.tasks.lifecycle import Lifecycle
-from minter.tokens.jwe import CANNOT_ENCRYPT
 from minter.tokens.mint import Engine
 from minter.tokens.outcomes import Outcome, Submission
 from workers import replies
+from workers.messages import PendingMessage, arguments, outgoing, queued, request_id_of
 
 logger = logging.getLogger("minter.batching")
 
@@ -56,42 +56,6 @@ CLOCK_SECONDS = 5.0
 """A worker whose clock is off looks at it again after this time."""
 MAX_EXTENSIONS = 16
 """How often the time of a batch may be extended while messages keep arriving."""
-
-_arguments = msgspec.json.Decoder(tuple[list[Raw], dict[str, Raw], Raw])
-
-
-class PendingMessage(Struct, eq=False):
-    """A message that waits to be served; `client` is the sender that the broker names.
-
-    `refusals` counts how often the client's durable queue refused the answer.
-    """
-
-    message: Any
-    task: str
-    client: str | None
-    redelivered: bool = False
-    tries: int = 0
-    refusals: int = 0
-    queued: list[Outgoing] = []
-
-    @property
-    def headers(self) -> dict[str, Any]:
-        """The headers, or an empty dict if they are not a table."""
-        headers = self.message.headers
-        return headers if isinstance(headers, dict) else {}
-
-    @property
-    def body(self) -> bytes:
-        """The body of the message in bytes."""
-        body = self.message.body
-        # py-amqp may have decoded the body by the sender's charset; bad UTF-8 gets a typed error later.
-        return body if isinstance(body, bytes) else str(body).encode("utf-8", "surrogatepass")
-
-    @property
-    def correlation_id(self) -> str:
-        """The sender's correlation id, cut to the 255 bytes of UTF-8 that AMQP can send back."""
-        text = str(self.message.properties.get("correlation_id") or "")
-        return text.encode("utf-8", "replace")[:255].decode("utf-8", "ignore")
 
 
 class RedeliveryCounts(Struct, eq=False):
@@ -274,7 +238,7 @@ class MessageBatcher:
     def _dead_letter(self, pending: PendingMessage, why: MinterError) -> None:
         """Answer a message with an error, and publish the message to the dead-letter queue."""
         pending.queued = []
-        failed = answers.failure(_request_id(pending.body), why)
+        failed = answers.failure(request_id_of(pending.body), why)
         try:
             self._finish([(pending, failed)], dead={id(pending): why})
         except self.publisher.errors:
@@ -311,7 +275,7 @@ class MessageBatcher:
             try:
                 made = self._decode(pending)
             except (RequestError, NoUsableKey) as error:
-                done.append((pending, answers.failure(_request_id(pending.body), error)))
+                done.append((pending, answers.failure(request_id_of(pending.body), error)))
                 self._note(pending, done[-1][1])
                 continue
             if isinstance(made, Submission):
@@ -332,7 +296,7 @@ class MessageBatcher:
                 client, queue = outcome.client, outcome.submission.request.reply_queue
                 denied = isinstance(outcome.error, ReplyNotAllowed)
                 if queue and client and queue in client.reply_queues and not denied:
-                    pending.queued, failed = _queued(pending, answer, queue, client.jwe_key)
+                    pending.queued, failed = queued(pending, answer, queue, client.jwe_key)
                     answer = Answer(request_id=answer.request_id, error=failed or answer.error)
                 done.append((pending, answer))
         return done
@@ -368,7 +332,7 @@ class MessageBatcher:
                 "the message has no user_id; set it to the AMQP user, which the broker checks"
             )
         try:
-            args, kwargs, _ = _arguments.decode(body)
+            args, kwargs, _ = arguments.decode(body)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise InvalidRequest(
                 f"body is not Celery's [args, kwargs, embed] in JSON: {error}"[:300]
@@ -386,9 +350,9 @@ class MessageBatcher:
         self, done: Sequence[tuple[PendingMessage, Answer]], dead: dict[int, MinterError] | None = None
     ) -> None:
         """Publish the answers, wait for the confirms, then acknowledge the messages."""
-        outgoing = [message for pending, answer in done for message in _outgoing(pending, answer, dead or {})]
-        letters = [message for message in outgoing if message.routing_key == names.DEAD_LETTER_QUEUE]
-        replied = [message for message in outgoing if message.routing_key != names.DEAD_LETTER_QUEUE]
+        everything = [m for pending, answer in done for m in outgoing(pending, answer, dead or {})]
+        letters = [message for message in everything if message.routing_key == names.DEAD_LETTER_QUEUE]
+        replied = [message for message in everything if message.routing_key != names.DEAD_LETTER_QUEUE]
         try:
             lost = self.publisher.publish(replied, lambda: self.on_stage("half_replied"))
             buried = self.publisher.publish(letters) if letters else Undelivered()
@@ -439,48 +403,6 @@ class MessageBatcher:
             self.serve()
 
 
-def _outgoing(pending: PendingMessage, answer: Answer, dead: dict[int, MinterError]) -> list[Outgoing]:
-    """Return everything to publish for one message: its answers, and itself if it is dead-lettered."""
-    why = dead.get(id(pending))
-    outgoing = [*pending.queued]
-    try:
-        reply_to = replies.check_reply_to(pending.message.properties.get("reply_to"), pending.client)
-    except RequestError as error:
-        why = why or (None if pending.queued else error)
-    else:
-        outgoing += replies.messages(answer, reply_to, pending.correlation_id)
-    if why is not None:
-        unknown = (answer.error or {}).get("reason") == UnknownClient.reason
-        body = pending.body if _is_request(pending) and not unknown else replies.NO_REQUEST
-        outgoing.append(replies.dead_letter(body, pending.headers, pending.client, why))
-    return outgoing
-
-
-def _is_request(pending: PendingMessage) -> bool:
-    """Say whether a message is a client's request, which operators may want to see and to serve again."""
-    if pending.task not in names.PUBLIC_TASKS or pending.client is None or len(pending.body) > MAX_BODY_BYTES:
-        return False
-    try:
-        args, kwargs, _ = _arguments.decode(pending.body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return False
-    return len(args) + len(kwargs) == 1
-
-
-def _queued(
-    pending: PendingMessage, answer: Answer, queue: str, key: dict[str, str] | None
-) -> tuple[list[Outgoing], dict[str, Any] | None]:
-    """Return the messages for a client's durable queue, or the error if its key cannot be encrypted to."""
-    try:
-        return replies.queued(answer, queue, pending.correlation_id, key), None
-    except CANNOT_ENCRYPT:
-        logger.exception("answers for client %s cannot be encrypted to its jwe_key", pending.client)
-        why = (
-            "the answer cannot be encrypted to the client's jwe_key; register another, then fetch the tokens"
-        )
-        return [], InvalidRequest(why).as_dict()
-
-
 def _take(waiting: Sequence[PendingMessage], most: int, most_bytes: int) -> list[PendingMessage]:
     """Return the next batch: one redelivered message, or the messages before the next redelivered one.
 
@@ -494,19 +416,3 @@ def _take(waiting: Sequence[PendingMessage], most: int, most_bytes: int) -> list
         batch.append(pending)
         size += len(pending.body)
     return batch
-
-
-class _Identified(Struct):
-    request_id: str | None = None
-
-
-_identified = msgspec.json.Decoder(tuple[list[_Identified], Raw, Raw])
-
-
-def _request_id(body: bytes) -> str | None:
-    """Return the request_id in the body of a message that may be invalid otherwise, or None."""
-    try:
-        args, _, _ = _identified.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return None
-    return args[0].request_id[:64] if args and args[0].request_id else None
