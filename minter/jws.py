@@ -18,3 +18,8 @@ UNREADABLE = (
     ValueError,
 )
 """Errors that PyJWT raises for malformed tokens and keys."""
+
+
+def without_tokens(body: bytes) -> bytes:
+    """Return a body as it is, or in its place a word if it may hold a token (I5): they begin with `eyJ`."""
+    return b'"removed: it may hold a token"' if b"eyJ" in body else body

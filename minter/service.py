@@ -5,8 +5,10 @@ import os
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from uuid import UUID
 
 from minter import settings
+from minter.contract.messages import unix_time
 from minter.database import control_changes, keyring, partitions, processes, recording
 from minter.database.connection import open_pool, transaction
 from minter.database.control import read_keys, read_private_key
@@ -151,9 +153,14 @@ class Service:
             self.pool, self.clock().date(), self.loaded.settings.database.retention_days
         )
 
-    def since(self, days: int | None = None) -> datetime:
-        """Return the start of the period that searches cover: `days` ago, by default the retention."""
-        return self.clock() - timedelta(days=days or self.loaded.settings.database.retention_days)
+    def since(self, days: int | None = None, jti: UUID | None = None) -> datetime:
+        """Return the start of the period that searches cover: `days` ago, by default the retention.
+
+        A jti holds the time at which it was made, so a search by jti begins there if that is earlier.
+        """
+        start = self.clock() - timedelta(days=days or self.loaded.settings.database.retention_days)
+        made = start if jti is None else datetime.fromtimestamp(unix_time(jti), UTC) - timedelta(seconds=1)
+        return min(start, made)
 
 
 class _Masters(dict[str, MasterKey]):

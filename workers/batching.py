@@ -14,7 +14,6 @@ from datetime import datetime
 from hashlib import sha256
 from typing import Any
 
-import msgspec
 from msgspec import Struct
 
 from minter import logs
@@ -38,7 +37,7 @@ from minter.tasks.lifecycle import Lifecycle
 from minter.tokens.mint import Engine
 from minter.tokens.outcomes import Outcome, Submission
 from workers import replies
-from workers.messages import PendingMessage, arguments, outgoing, queued, request_id_of
+from workers.messages import PendingMessage, outgoing, queued, request_id_of
 
 logger = logging.getLogger("minter.batching")
 
@@ -331,16 +330,7 @@ class MessageBatcher:
             raise UnknownClient(
                 "the message has no user_id; set it to the AMQP user, which the broker checks"
             )
-        try:
-            args, kwargs, _ = arguments.decode(body)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise InvalidRequest(
-                f"body is not Celery's [args, kwargs, embed] in JSON: {error}"[:300]
-            ) from None
-        values = [*args, *kwargs.values()]
-        if len(values) != 1:
-            raise InvalidRequest(f"{pending.task} takes one argument, the request; got {len(values)}")
-        client, (argument,) = pending.client, values
+        client, argument = pending.client, dispatch.argument_of(pending.task, body)
         made = dispatch.submission(self.lifecycle, pending.task, client, argument)
         if made is None or made.request.reply_queue is None:
             replies.check_reply_to(pending.message.properties.get("reply_to"), client)

@@ -10,14 +10,11 @@ from minter.broker.publisher import Outgoing
 from minter.contract import names
 from minter.contract.messages import MAX_BODY_BYTES, Answer
 from minter.errors import InvalidRequest, MinterError, RequestError, UnknownClient
+from minter.tasks import dispatch
 from minter.tokens.jwe import CANNOT_ENCRYPT
 from workers import replies
 
 logger = logging.getLogger("minter.batching")
-
-
-arguments = msgspec.json.Decoder(tuple[list[Raw], dict[str, Raw], Raw])
-"""Celery's body: args, kwargs and embed."""
 
 
 class PendingMessage(Struct, eq=False):
@@ -76,10 +73,10 @@ def _is_request(pending: PendingMessage) -> bool:
     if pending.task not in names.PUBLIC_TASKS or pending.client is None or len(pending.body) > MAX_BODY_BYTES:
         return False
     try:
-        args, kwargs, _ = arguments.decode(pending.body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        dispatch.argument_of(pending.task, pending.body)
+    except InvalidRequest:
         return False
-    return len(args) + len(kwargs) == 1
+    return True
 
 
 def queued(

@@ -266,9 +266,7 @@ def clients_rotate(
 ) -> None:
     """Give a client a new secret for HTTP."""
     service = open_service()
-    client = _clients(service).get(name)
-    if client is None:
-        raise not_registered(name, _clients(service))
+    client = _registered(service, name)
     secret = keystore.new_secret()
     with _private_file(secret_file, secret):
         service.set_secret(client, secret, whoami(), timedelta(hours=0 if now else keep_hours))
@@ -283,9 +281,7 @@ def clients_subject_token(name: str, as_json: AsJson = False) -> None:
     The token is verified and stored encrypted. Routes with mode `exchange` exchange it until it expires.
     """
     service = open_service()
-    client = _clients(service).get(name)
-    if client is None:
-        raise not_registered(name, _clients(service))
+    client = _registered(service, name)
     subjects = Subjects(service.loaded.issuers, service.iams)
     subject = subjects.verify(client.vo, SubjectToken(sys.stdin.read().strip()))
     columns = {
@@ -342,6 +338,13 @@ def clients_list(as_json: AsJson = False) -> None:
             ],
         ),
     )  # fmt: skip
+
+
+def _registered(service: Service, name: str) -> Client:
+    known = _clients(service)
+    if name not in known:
+        raise not_registered(name, known)
+    return known[name]
 
 
 def _clients(service: Service) -> dict[str, Client]:

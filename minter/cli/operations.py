@@ -1,5 +1,6 @@
 """The commands `audit` (who changed what) and `dead` (messages that no worker could serve)."""
 
+from collections.abc import Callable
 from hashlib import sha256
 from typing import Annotated, Any
 
@@ -12,15 +13,16 @@ from minter.cli.tables import AsJson, as_table, guarded, open_service, show, who
 from minter.contract import names
 from minter.database import audit as audits
 from minter.errors import InvalidRequest, MinterError, Unavailable
+from minter.jws import without_tokens
 from minter.service import Service
-from minter.tasks import answers, dispatch
+from minter.tasks import dispatch
 from minter.tasks.lifecycle import Lifecycle
 
 dead_app = typer.Typer(no_args_is_help=True, help="Look at messages that no worker could serve.")
 MOST_DEAD = 1_000
 """Dead letters that one command looks at."""
-_envelope = msgspec.json.Decoder(tuple[list[Raw], dict[str, Raw], Raw])
 Name = Annotated[str, typer.Argument(help="Id of the dead letter, as `minter dead list` shows it.")]
+Done = tuple[str, str]
 Everything = Annotated[bool, typer.Option("--all", help="All dead letters.")]
 
 
@@ -84,7 +86,7 @@ def _described(message: Any) -> DeadLetter:
         # The broker put it here by itself: its headers are the sender's, and only user_id was checked.
         client, reason = str(message.properties.get("user_id") or ""), "rejected"
         why = f"by the broker: {headers.get('x-first-death-reason', 'see its x-death header')}"
-    safe = b'"removed: it may hold a token"' if b"eyJ" in body else body
+    safe = without_tokens(body)
     return DeadLetter(
         id=sha256(f"{client} {task}".encode() + body).hexdigest()[:12], client=client, task=task[:255],
         reason=reason, why=why, bytes=len(body),
@@ -114,9 +116,10 @@ def _each(service: Service, handle: Any) -> list[DeadLetter]:
             message = channel.basic_get(names.DEAD_LETTER_QUEUE)
             if message is None:
                 break
-            if handle(_described(message)):
+            letter = _described(message)
+            if handle(letter):
                 channel.basic_ack(message.delivery_tag)
-                taken.append(_described(message))
+                taken.append(letter)
     except (*connection.connection_errors, *connection.channel_errors) as error:
         raise Unavailable(f"the broker cannot be asked: {error or type(error).__name__}"[:300]) from error
     finally:
@@ -148,7 +151,7 @@ def dead_show(name: Name, as_json: AsJson = False) -> None:
     found: list[DeadLetter] = []
     _each(open_service(), lambda d: found.append(d) if d.id == name else None)
     if not found:
-        raise InvalidRequest(f"no dead letter has the id {name!r}; run: minter dead list")
+        raise _not_there(name)
     show(as_json, found[0], lambda: msgspec.json.format(msgspec.json.encode(found[0]), indent=2).decode())
 
 
@@ -160,16 +163,7 @@ def dead_drop(
     as_json: AsJson = False,
 ) -> None:
     """Remove a dead letter for good; the audit keeps its sender, task and reason."""
-    service = open_service()
-    _chosen(name, everything)
-
-    def drop(letter: DeadLetter) -> bool:
-        if not (everything or letter.id == name):
-            return False
-        _audited(service, "dead.drop", letter)
-        return True
-
-    _told(_each(service, drop), name, "dropped", as_json)
+    _take(open_service(), name, everything, ("dead.drop", "dropped"), lambda _: None, as_json)
 
 
 @dead_app.command("requeue")
@@ -184,66 +178,66 @@ def dead_requeue(
     A letter that is refused again stays a dead letter.
     """
     service = open_service()
-    _chosen(name, everything)
     lifecycle = Lifecycle(service.engine, service.store)
-    refused: list[str] = []
-
-    def serve(letter: DeadLetter) -> bool:
-        if not (everything or letter.id == name):
-            return False
-        try:
-            _serve(service, lifecycle, letter)
-        except MinterError as error:
-            refused.append(f"{letter.id}: {error.reason}: {error.message}")
-            return False
-        except Exception as error:  # noqa: BLE001 - it failed in a worker, too; the others go on
-            refused.append(f"{letter.id}: failed again: {type(error).__name__}")
-            return False
-        _audited(service, "dead.requeue", letter)
-        return True
-
-    taken = _each(service, serve)
-    for line in refused:
-        typer.echo(line, err=True)
-    if refused and not taken:
-        raise typer.Exit(1)
-    _told(taken, name, "served", as_json)
+    done = ("dead.requeue", "served")
+    _take(service, name, everything, done, lambda letter: _serve(service, lifecycle, letter), as_json)
 
 
 def _serve(service: Service, lifecycle: Lifecycle, letter: DeadLetter) -> None:
     """Serve a letter as a worker would; raises the error with which it is refused."""
     if letter.task not in names.PUBLIC_TASKS or not letter.client:
         raise InvalidRequest("it was no request of a client")
-    try:
-        args, kwargs, _ = _envelope.decode(bytes(letter.body))
-    except msgspec.DecodeError:
-        raise InvalidRequest("its body is no request any more") from None
-    values = [*args, *kwargs.values()]
-    if len(values) != 1:
-        raise InvalidRequest(f"{letter.task} takes one argument, the request; it has {len(values)}")
-    (argument,) = values
+    argument = dispatch.argument_of(letter.task, bytes(letter.body))
     made = dispatch.submission(lifecycle, letter.task, letter.client, argument)
     if made is None:
         dispatch.follow_up(lifecycle, letter.task, letter.client, argument, service.clock())
         return
-    now = service.clock()
-    (outcome,) = service.engine.mint_many([made], now)
+    (outcome,) = service.engine.mint_many([made], service.clock())
     if outcome.error is not None:
         raise outcome.error
-    answers.answer(outcome, now)
 
 
-def _chosen(name: str, everything: bool) -> None:
+def _take(
+    service: Service,
+    name: str,
+    everything: bool,
+    done: Done,
+    handle: Callable[[DeadLetter], None],
+    as_json: bool,
+) -> None:
+    """Handle one letter or all, audit each, and take it off the queue; one that `handle` refuses stays.
+
+    `done` is the action for the audit, and what is told of the letters taken.
+    """
     if bool(name) == everything:
         raise InvalidRequest("expected either the id of a dead letter or --all")
+    action, told = done
+    refused: list[str] = []
 
+    def take(letter: DeadLetter) -> bool:
+        if not (everything or letter.id == name):
+            return False
+        try:
+            handle(letter)
+        except MinterError as error:
+            refused.append(f"{letter.id}: {error.reason}: {error.message}")
+            return False
+        except Exception as error:  # noqa: BLE001 - it failed in a worker, too; the others go on
+            refused.append(f"{letter.id}: failed again: {type(error).__name__}")
+            return False
+        details = {"client": letter.client, "task": letter.task, "reason": letter.reason}
+        audits.note(service.pool, whoami(), action, letter.id, details)
+        return True
 
-def _audited(service: Service, action: str, letter: DeadLetter) -> None:
-    details = {"client": letter.client, "task": letter.task, "reason": letter.reason}
-    audits.note(service.pool, whoami(), action, letter.id, details)
-
-
-def _told(taken: list[DeadLetter], name: str, done: str, as_json: bool) -> None:
+    taken = _each(service, take)
+    for line in refused:
+        typer.echo(line, err=True)
+    if refused and not taken:
+        raise typer.Exit(1)
     if name and not taken:
-        raise InvalidRequest(f"no dead letter has the id {name!r}; run: minter dead list")
-    show(as_json, {done: [d.id for d in taken]}, lambda: f"{len(taken)} dead letters {done}")
+        raise _not_there(name)
+    show(as_json, {told: [d.id for d in taken]}, lambda: f"{len(taken)} dead letters {told}")
+
+
+def _not_there(name: str) -> InvalidRequest:
+    return InvalidRequest(f"no dead letter has the id {name!r}; run: minter dead list")

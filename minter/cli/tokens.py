@@ -3,18 +3,17 @@
 import json
 import sys
 import uuid
-from contextlib import ExitStack
-from datetime import UTC, datetime, timedelta
+from contextlib import ExitStack, suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated
-from urllib.parse import unquote
 
 import msgspec
 import typer
 
 from minter.cli.tables import AsJson, guarded, not_registered, open_service, read_object, show
 from minter.client import MinterClient, new_request_id
-from minter.contract.messages import FileOperation, FileRequest, FillRequest, MintRequest, unix_time
+from minter.contract.messages import FileOperation, FileRequest, FillRequest, MintRequest
 from minter.contract.operations import OPERATIONS
 from minter.database import traces
 from minter.database.connection import instant, transaction
@@ -28,6 +27,7 @@ from minter.policy.requests import Request, from_mint
 from minter.private_files import new_private_file
 from minter.service import Service, load_settings
 from minter.storages.directory import Area
+from minter.storages.urls import readings
 from minter.tokens import claims, keys
 
 JobFile = Annotated[Path, typer.Option("--job", help="File with an FTS job as JSON; - reads standard input.")]
@@ -115,9 +115,7 @@ def explain(
     if job is not None:
         requests = [from_fill(FillRequest(request_id=new_request_id(), job=read_object(job, "job")))]
     else:
-        requests = [
-            _request_for(reading, operation) for reading in dict.fromkeys((url or "", unquote(url or "")))
-        ]
+        requests = [_request_for(reading, operation) for reading in readings(url or "")]
     decisions = [(r, service.loaded.policy.decide(r, control.clients[name], control.bans)) for r in requests]
     granted = [one for one in decisions if not one[1].refused]
     lines = [line for r, decided in granted or decisions[:1] for line in explain_decision(decided, r.notes)]
@@ -186,8 +184,7 @@ def diagnose(
         ring = read_keys(connection)
     jti = _uuid(token)
     if jti is not None:
-        since = min(service.since(400), datetime.fromtimestamp(unix_time(jti), UTC) - timedelta(seconds=1))
-        found = traces.find(service.pool, "jti", jti, since, now + timedelta(days=1))
+        found = traces.find(service.pool, "jti", jti, service.since(400, jti), now + timedelta(days=1))
         if not found:
             raise InvalidRequest(f"no token with the jti {jti} is on record")
         kid, payload = found[0].kid, json.loads(found[0].payload)
@@ -264,12 +261,11 @@ def _signed(token: str, key: keys.Key) -> bool:
 
 def _located(service: Service, vo: str, url: str) -> tuple[Area, str]:
     """Return the area and path of a URL as it is, or percent-encoded; raises the error of `locate`."""
-    try:
-        return service.loaded.policy.directories[vo].locate(url)
-    except RequestError:
-        if unquote(url) == url:
-            raise
-        return service.loaded.policy.directories[vo].locate(unquote(url))
+    *others, last = readings(url)
+    for reading in others:
+        with suppress(RequestError):
+            return service.loaded.policy.directories[vo].locate(reading)
+    return service.loaded.policy.directories[vo].locate(last)
 
 
 def _token_in(file: Path) -> str:

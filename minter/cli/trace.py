@@ -1,21 +1,20 @@
 """The commands `trace` (show what is recorded of tokens) and `archive` (move old records to files)."""
 
 import uuid
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from itertools import product
 from pathlib import Path
 from typing import Annotated
-from urllib.parse import unquote
 
 import typer
 
 from minter.cli.tables import AsJson, as_table, guarded, open_service, show, trace_table
-from minter.contract.messages import unix_time
 from minter.database import archive as archives
 from minter.database import traces
 from minter.errors import InvalidRequest, RequestError, SettingsError
 from minter.policy.plans import SEVERAL_STORAGES
 from minter.service import Service
+from minter.storages.urls import readings
 
 _FTS_ID_BYTES = 8
 Folder = Annotated[
@@ -62,9 +61,7 @@ def trace(
         names = ", ".join("--" + by.replace("_", "-") for by in questions)
         raise InvalidRequest(f"expected exactly one of {names}")
     ((by, value),) = asked
-    since, until = service.since(days), service.clock() + timedelta(days=1)
-    if jti is not None:  # a jti holds the time at which it was made
-        since = min(since, datetime.fromtimestamp(unix_time(jti), UTC) - timedelta(seconds=1))
+    since, until = service.since(days, jti), service.clock() + timedelta(days=1)
     folder = folder or service.loaded.archive_folder
     refusals: list[traces.Refusals] = []
     if isinstance(value, uuid.UUID) and by == "request":
@@ -91,7 +88,7 @@ def _files_of(service: Service, url: str) -> tuple[set[object], set[str]]:
     Raises the error of `Directory.locate` if it names a file of no VO.
     """
     paths, storages = set[object](), set[str]()
-    for directory, spelling in product(service.loaded.policy.directories.values(), (url, unquote(url))):
+    for directory, spelling in product(service.loaded.policy.directories.values(), readings(url)):
         try:
             area, found = directory.locate(spelling)
         except RequestError as error:

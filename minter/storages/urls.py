@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping
 from ipaddress import IPv6Address
-from urllib.parse import urlparse, urlsplit
+from urllib.parse import unquote, urlparse, urlsplit
 
 from minter.errors import (
     EndpointTakesNoToken,
@@ -69,6 +69,11 @@ def squash(path: str) -> str:
 def shown(url: str) -> str:
     """Return the part of a URL that an error may show: without user and query, which may hold credentials."""
     return re.sub(r"//[^/@]*@", "//", url).partition("?")[0][:200]
+
+
+def readings(url: str) -> list[str]:
+    """Return what a URL in a log may mean: itself, and itself percent-decoded if that is another one."""
+    return list(dict.fromkeys((url, unquote(url))))
 
 
 def split_url(url: str) -> tuple[str, int, str]:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from datetime import datetime
 
+import msgspec
 from msgspec import Raw
 
 from minter.contract import followups, names
@@ -13,10 +14,24 @@ from minter.policy.requests import Request, decode_mint
 from minter.tasks.lifecycle import Lifecycle
 from minter.tokens.outcomes import Submission
 
+_arguments = msgspec.json.Decoder(tuple[list[Raw], dict[str, Raw], Raw])
+
 _NEW: dict[str, Callable[[Raw | bytes], Request]] = {
     names.MINT: decode_mint,
     names.FILL_JOB: decode_fill,
 }
+
+
+def argument_of(task: str, body: bytes) -> Raw:
+    """Return the one argument of a task from Celery's body `[args, kwargs, embed]`; raises InvalidRequest."""
+    try:
+        args, kwargs, _ = _arguments.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise InvalidRequest(f"body is not Celery's [args, kwargs, embed] in JSON: {error}"[:300]) from None
+    values = [*args, *kwargs.values()]
+    if len(values) != 1:
+        raise InvalidRequest(f"{task} takes one argument, the request; got {len(values)}")
+    return values[0]
 
 
 def submission(
