@@ -2,15 +2,12 @@
 
 One thread of each process calls the engine, so the engine's caches need no locks. Requests that arrive
 while the thread is busy form the next batch. There is no timer: a single request is served at once.
-
-Small requests and large ones wait in lines of their own, and in each line the clients take turns. While
-small requests come, large ones get half of the engine's time, so neither keeps the other waiting for long.
+Clients take turns (minter.tasks.turns).
 """
 
 import asyncio
 import logging
 import time
-from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -18,6 +15,7 @@ from datetime import datetime
 from typing import ParamSpec, TypeVar
 
 from minter.errors import MinterError, ServerError, TooManyRequests, Unavailable
+from minter.tasks.turns import Limits, Turns
 from minter.tokens.mint import Engine
 from minter.tokens.outcomes import Outcome, Submission
 
@@ -25,50 +23,12 @@ logger = logging.getLogger(__name__)
 P = ParamSpec("P")
 R = TypeVar("R")
 
-MOST_REQUESTS = 128
-MOST_NEEDS = 500
-"""Limits of one batch, which has at least one request, however many tokens the request needs."""
-SMALL_NEEDS = 20
-"""A request that needs more tokens is large."""
-QUIET_SECONDS = 1.0
-"""Large requests get all of the engine's time when no small one came for so long."""
+LIMITS = Limits(requests=128, weight=500, small=20)
+"""Limits of one batch; a request's weight is the number of tokens that it needs."""
 SHARE = 4
 """One client's requests may be this part of those that wait, a quarter."""
 
 Waiting = tuple[Submission, asyncio.Future[Outcome]]
-
-
-class Line:
-    """Requests that wait; `take` returns one of each client in turn."""
-
-    def __init__(self) -> None:
-        self._queues: dict[str, deque[Waiting]] = {}
-
-    def __len__(self) -> int:
-        return sum(map(len, self._queues.values()))
-
-    def of(self, client: str) -> int:
-        """Return how many requests of a client wait."""
-        return len(self._queues.get(client, ()))
-
-    def add(self, waiting: Waiting) -> None:
-        """Add a request at the end of its client's."""
-        self._queues.setdefault(waiting[0].client, deque()).append(waiting)
-
-    def take(self) -> list[Waiting]:
-        """Remove and return the next batch."""
-        batch: list[Waiting] = []
-        needs = 0
-        while self._queues and len(batch) < MOST_REQUESTS:
-            client, queue = next(iter(self._queues.items()))
-            needs += queue[0][0].request.weight
-            if batch and needs > MOST_NEEDS:
-                break
-            batch.append(queue.popleft())
-            del self._queues[client]
-            if queue:
-                self._queues[client] = queue  # at the end of the line
-        return batch
 
 
 class Batcher:
@@ -79,24 +39,24 @@ class Batcher:
         self._clock = clock
         self._limit = waiting_requests
         self._thread = ThreadPoolExecutor(1, "engine")
-        self._small, self._large = Line(), Line()
-        self._small_at = self._large_from = float("-inf")
+        self._turns: Turns[Waiting] = Turns(
+            lambda waiting: waiting[0].client, lambda waiting: waiting[0].request.weight, LIMITS
+        )
         self._came = asyncio.Event()
         self._serving: asyncio.Task[None] | None = None
 
     async def mint(self, submission: Submission) -> Outcome:
         """Return the outcome; raises Unavailable, TooManyRequests, or ServerError for an internal fault."""
-        own = self._small.of(submission.client) + self._large.of(submission.client)
+        own = self._turns.of(submission.client)
         share = max(1, self._limit // SHARE)
-        if own >= share or len(self._small) + len(self._large) >= self._limit:
+        if own >= share or len(self._turns) >= self._limit:
             raise TooManyRequests(
                 f"{own} requests of this client wait already, of {share}, or {self._limit} of all; "
                 "send the same request again later",
                 retry_after=1,
             )
         future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-        small = submission.request.weight <= SMALL_NEEDS
-        (self._small if small else self._large).add((submission, future))
+        self._turns.add((submission, future))
         self._came.set()
         if self._serving is None:
             self._serving = asyncio.create_task(self._serve())
@@ -110,27 +70,18 @@ class Batcher:
 
     async def _serve(self) -> None:
         try:
-            while self._small or self._large:
-                if self._small:
-                    await self._serve_batch(self._small.take())
-                    self._small_at = time.monotonic()
-                if not self._large:
-                    continue
+            while self._turns:
                 started = time.monotonic()
-                if started < self._large_from:
-                    await self._wait(self._large_from - started)
+                if not (batch := self._turns.take(started)):
+                    await self._wait(self._turns.wait_seconds(started))
                     continue
-                await self._serve_batch(self._large.take())
-                ended = time.monotonic()
-                if ended - self._small_at < QUIET_SECONDS:
-                    self._large_from = ended + (ended - started)
+                await self._serve_batch(batch)
+                self._turns.served(started, time.monotonic())
         finally:
             self._serving = None
 
     async def _wait(self, seconds: float) -> None:
-        """Wait for a small request, for so many seconds at most."""
-        if self._small:
-            return
+        """Wait until another request comes, for so many seconds at most."""
         self._came.clear()
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 import pytest
 
 from minter.errors import TooManyRequests
-from minter.issuer.batches import MOST_NEEDS, MOST_REQUESTS, SHARE, Batcher
+from minter.issuer.batches import LIMITS, SHARE, Batcher
 from minter.issuer.ratelimits import RateLimit
 from minter.policy.requests import File, Need, Request
 from minter.tokens.outcomes import Submission
@@ -49,20 +49,20 @@ def served(submissions, waiting=10_000):
 
 
 def test_clients_take_turns():
-    greedy = [submission("greedy") for _ in range(3 * MOST_REQUESTS)]
+    greedy = [submission("greedy") for _ in range(3 * LIMITS.requests)]
     batches, _ = served([*greedy, submission("honest"), submission("honest")])
     assert batches[0][:4] == ["greedy", "honest", "greedy", "honest"]
     assert sum(map(len, batches)) == len(greedy) + 2
 
 
 def test_small_requests_do_not_wait_for_all_large_ones():
-    large = [submission(f"large{n}", MOST_NEEDS) for n in range(3)]
+    large = [submission(f"large{n}", LIMITS.weight) for n in range(3)]
     batches, _ = served([*large, submission("small"), submission("small")])
     assert ["small", "small"] in batches[:2]
 
 
 def test_a_batch_is_bounded_by_the_tokens_it_needs():
-    batches, _ = served([submission("a", MOST_NEEDS - 100), submission("b", 100), submission("c", 100)])
+    batches, _ = served([submission("a", LIMITS.weight - 100), submission("b", 100), submission("c", 100)])
     assert batches == [["a", "b"], ["c"]]
 
 
