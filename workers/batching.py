@@ -1,14 +1,15 @@
 """Batching: small requests that wait together are decided, recorded and signed together.
 
 A Celery task strategy hands messages over undecoded. A batch is served when its time is over or when it is
-full. Messages are acknowledged when their answers are confirmed, so the unacknowledged message is the
-outbox (I3). While Postgres is down, the same batch is tried again later, and heartbeats go on. If the broker
-is down, the error makes Celery reconnect, and the broker delivers all messages again. After any other error
-each message is served alone; a message that fails alone is dead-lettered with its reason.
+full; clients take turns (minter.tasks.turns), and between batches newer messages are read. While Postgres is
+down, the same batch is tried again later, and heartbeats go on. If the broker is down, the error makes Celery
+reconnect, and the broker delivers all messages again. After any other error each message is served alone; a
+message that fails alone is dead-lettered with its reason.
 """
 
 import logging
 import random
+import time
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from hashlib import sha256
@@ -17,7 +18,7 @@ from typing import Any
 from msgspec import Struct
 
 from minter import logs
-from minter.broker.publisher import Publisher, Undelivered, acknowledge
+from minter.broker.publisher import Publisher
 from minter.contract import names
 from minter.contract.messages import MAX_BODY_BYTES, Answer
 from minter.errors import (
@@ -34,10 +35,12 @@ from minter.errors import (
 )
 from minter.tasks import answers, dispatch
 from minter.tasks.lifecycle import Lifecycle
+from minter.tasks.turns import Limits, Turns
 from minter.tokens.mint import Engine
 from minter.tokens.outcomes import Outcome, Submission
 from workers import replies
-from workers.messages import PendingMessage, outgoing, queued, request_id_of
+from workers.messages import PendingMessage, queued, request_id_of
+from workers.outbox import Outbox
 
 logger = logging.getLogger("minter.batching")
 
@@ -45,12 +48,11 @@ MAX_TRIES = 3
 """Deliveries of a message that may end with a dead worker; at the next one it is dead-lettered."""
 FIRST_DELAY_SECONDS = 0.1
 MAX_DELAY_SECONDS = 10.0
-REFUSED_SECONDS = (1.0, 2.0, 4.0, 8.0, 16.0)
-"""After these delays an answer is offered again to a durable queue that refused it, because it is full."""
-MAX_REFUSED = 16
-"""Answers of one client that wait for its full queue, at most: they hold places of the prefetch."""
+SMALL_BYTES = 4_096
+"""A message with a larger body, of about ten files and more, is large."""
 MAX_HELD_BYTES = 64 * 1024 * 1024
-"""Bodies of messages that one worker holds while Postgres is away, at most; the broker keeps the others."""
+"""Bodies of messages that one worker holds at most. Beyond, it reads no more before it has served some; while
+Postgres is away, it leaves them to the broker."""
 CLOCK_SECONDS = 5.0
 """A worker whose clock is off looks at it again after this time."""
 MAX_EXTENSIONS = 16
@@ -94,15 +96,14 @@ class MessageBatcher:
     ) -> None:
         self.engine = engine
         self.lifecycle = lifecycle
-        self.publisher = publisher
         self.redeliveries = redeliveries
         self.clock = clock
         self.on_stage = on_stage
         self.on_follow_up = on_follow_up
         self.batch_seconds = batch_seconds
-        self.batch_messages = batch_messages
-        self.batch_bytes = batch_bytes
         self.local_client = local_client
+        self._limits = Limits(batch_messages, batch_bytes, SMALL_BYTES)
+        self.outbox = Outbox(publisher, on_stage)
         self.reset(None)
 
     def reset(self, timer: Any, intake: Intake = NO_INTAKE) -> None:
@@ -110,35 +111,45 @@ class MessageBatcher:
         self._timer = timer
         self._intake = intake
         self._stopped = self._clock_off = False
-        self._waiting: list[PendingMessage] = []
+        self._turns: Turns[PendingMessage] = Turns(lambda p: p.client or "", self._weight, self._limits)
         self._bytes = 0
-        self._armed = False
+        self._armed: Any = None
+        self._soon = False
         self._retrying = False
-        self._refused: list[PendingMessage] = []
+        self.outbox.reset(timer, self._return)
         self._delay = FIRST_DELAY_SECONDS
 
     def client_of(self, message: Any) -> str | None:
         """Return the sender: the user_id that the broker checked, or the only client of a local broker."""
         return self.local_client or message.properties.get("user_id")
 
+    def _weight(self, pending: PendingMessage) -> int:
+        """Return the size of a message; a redelivered one fills a batch, so it is served alone."""
+        return self._limits.weight if pending.redelivered else max(1, len(pending.body))
+
     def add(self, message: Any, task: str) -> None:
-        """Add a message to the batch; serve the batch at once when it is full."""
+        """Add a message to those that wait; arrange for a batch when its time is over or it is full."""
         pending = PendingMessage(message, task, self.client_of(message))
-        full = self._retrying and self._waiting and self._bytes + len(pending.body) > MAX_HELD_BYTES
+        full = self._retrying and self._turns and self._bytes + len(pending.body) > MAX_HELD_BYTES
         if full or self._stopped:
             self._leave(message)
             return
         pending.redelivered = bool(
             (message.delivery_info or {}).get("redelivered") or pending.headers.get("x-delivery-count")
         )
-        self._waiting.append(pending)
+        self._add(pending)
+
+    def _add(self, pending: PendingMessage) -> None:
+        self._turns.add(pending)
         self._bytes += len(pending.body)
         if self._retrying:
             return  # Postgres is down: all messages wait for the same timer
-        if len(self._waiting) >= self.batch_messages or self._bytes >= self.batch_bytes:
+        if self._bytes > MAX_HELD_BYTES:
             self.serve()
-        elif not self._armed:
-            self._arm(self.batch_seconds, self._still_coming, len(self._waiting), MAX_EXTENSIONS)
+        elif len(self._turns) >= self._limits.requests or self._bytes >= self._limits.weight:
+            self._serve_soon()
+        elif self._armed is None:
+            self._arm(self.batch_seconds, self._still_coming, len(self._turns), MAX_EXTENSIONS)
 
     def _leave(self, message: Any) -> None:
         """Give a message back to the broker, and take no others until Postgres answers."""
@@ -151,7 +162,7 @@ class MessageBatcher:
     def _leave_all(self, waiting: Sequence[PendingMessage], error: ClockSkew) -> None:
         """Give all messages back to the broker for other workers, until this worker's clock is right."""
         logger.error("this worker takes no requests: %s", error)
-        self._waiting, self._bytes, self._stopped, self._clock_off = [], 0, True, True
+        self._bytes, self._stopped, self._clock_off = 0, True, True
         self._retrying, self._delay = False, FIRST_DELAY_SECONDS
         self._intake.stop()
         for pending in waiting:
@@ -173,43 +184,58 @@ class MessageBatcher:
 
     def reject(self, message: Any, error: MinterError) -> None:
         """Answer a message that is not of a public task with an error, and dead-letter it."""
-        self._dead_letter(PendingMessage(message, "", self.client_of(message)), error)
+        self.outbox.dead_letter(PendingMessage(message, "", self.client_of(message)), error)
 
     def _arm(self, seconds: float, callback: Callable[..., None], *arguments: int) -> None:
         # Never hub.call_soon: from inside a callback it waits for the next poll, up to 2 s.
-        self._armed = True
-        self._timer.call_after(seconds, callback, arguments)
+        self._disarm()
+        self._armed = self._timer.call_after(seconds, callback, arguments)
+
+    def _disarm(self) -> None:
+        if self._armed is not None:
+            self._armed.cancel()
+        self._armed, self._soon = None, False
+
+    def _serve_soon(self) -> None:
+        """Serve the next batch when the messages that arrived meanwhile are read."""
+        if not self._soon:
+            self._arm(self._turns.wait_seconds(time.monotonic()), self.serve)
+            self._soon = True
 
     def _still_coming(self, seen: int, extensions: int) -> None:
         """Serve the batch unless more messages came: the embedded broker delivers them one by one."""
-        if extensions and len(self._waiting) > seen:
-            self._arm(self.batch_seconds, self._still_coming, len(self._waiting), extensions - 1)
+        if extensions and len(self._turns) > seen:
+            self._arm(self.batch_seconds, self._still_coming, len(self._turns), extensions - 1)
         else:
             self.serve()
 
     def serve(self) -> None:
-        """Serve all waiting messages; on `Unavailable`, keep them and try again later."""
-        self._armed = False
+        """Serve one batch, and arrange for the next; on `Unavailable`, keep it and try again later."""
+        self._disarm()
         if self._clock_off:
             return
-        waiting, self._waiting, self._bytes = self._waiting, [], 0
+        started = time.monotonic()
+        batch = self._turns.take(started)
         try:
-            while waiting := [p for p in waiting if not p.message.acknowledged]:
-                batch = _take(waiting, self.batch_messages, self.batch_bytes)
+            if batch:
                 self._serve_batch(batch)
-                waiting = waiting[len(batch) :]
         except ClockSkew as error:
-            self._leave_all([p for p in waiting if not p.message.acknowledged] + self._waiting, error)
+            self._leave_all(_unserved(batch) + self._turns.clear(), error)
         except Unavailable as error:
-            self._waiting = [p for p in waiting if not p.message.acknowledged] + self._waiting
-            self._bytes = sum(len(p.body) for p in self._waiting)
+            self._turns.put_back(_unserved(batch))
+            self._bytes -= sum(len(p.body) for p in batch if p.message.acknowledged)
             self._retrying = True
             logger.warning("requests cannot be recorded, trying again in %.1f s: %s", self._delay, error)
             self._arm(self._delay * random.uniform(0.5, 1.5), self.serve)  # noqa: S311 - jitter
             self._delay = min(2 * self._delay, MAX_DELAY_SECONDS)
         else:
-            self._retrying, self._delay = False, FIRST_DELAY_SECONDS
-            if self._stopped:
+            if batch:
+                self._turns.served(started, time.monotonic())
+                self._bytes -= sum(len(p.body) for p in batch)
+                self._retrying, self._delay = False, FIRST_DELAY_SECONDS
+            if self._turns:
+                self._serve_soon()
+            elif self._stopped:
                 self._stopped = False
                 self._intake.resume()
 
@@ -218,10 +244,10 @@ class MessageBatcher:
             if batch[0].redelivered:
                 self._serve_redelivered(batch[0])
             else:
-                self._finish(self._mint(batch))
+                self.outbox.finish(self._mint(batch))
         except Unavailable:
             raise
-        except self.publisher.errors:
+        except self.outbox.errors:
             raise
         except Exception as error:
             if len(batch) > 1:
@@ -232,20 +258,7 @@ class MessageBatcher:
                 return
             logger.exception("a message failed alone, dead-lettered")
             cause = error if isinstance(error, MinterError) else ServerError("see the worker's log")
-            self._dead_letter(batch[0], cause)
-
-    def _dead_letter(self, pending: PendingMessage, why: MinterError) -> None:
-        """Answer a message with an error, and publish the message to the dead-letter queue."""
-        pending.queued = []
-        failed = answers.failure(request_id_of(pending.body), why)
-        try:
-            self._finish([(pending, failed)], dead={id(pending): why})
-        except self.publisher.errors:
-            raise
-        except Exception:
-            logger.exception("a message could not be answered, rejected to the broker's dead-letter queue")
-            if not pending.message.acknowledged:
-                pending.message.reject_log_error(logger, self.publisher.errors)
+            self.outbox.dead_letter(batch[0], cause)
 
     def _serve_redelivered(self, pending: PendingMessage) -> None:
         """Serve a redelivered message alone; the attempt is counted before it starts."""
@@ -254,13 +267,13 @@ class MessageBatcher:
         self.engine.check_clock()  # a worker whose clock is off did not try
         pending.tries = pending.tries or self.redeliveries.count(digest)
         if pending.tries < MAX_TRIES:
-            self._finish(self._mint([pending]))
+            self.outbox.finish(self._mint([pending]))
         else:
             error = Undeliverable(
                 f"the request stopped a worker at {pending.tries} deliveries; it is kept on "
                 f"{names.DEAD_LETTER_QUEUE} for the operators"
             )
-            self._dead_letter(pending, error)
+            self.outbox.dead_letter(pending, error)
         try:
             self.redeliveries.clear(digest)
         except Unavailable:
@@ -336,73 +349,13 @@ class MessageBatcher:
             replies.check_reply_to(pending.message.properties.get("reply_to"), client)
         return made or dispatch.follow_up(self.lifecycle, pending.task, client, argument, self.clock())
 
-    def _finish(
-        self, done: Sequence[tuple[PendingMessage, Answer]], dead: dict[int, MinterError] | None = None
-    ) -> None:
-        """Publish the answers, wait for the confirms, then acknowledge the messages."""
-        everything = [m for pending, answer in done for m in outgoing(pending, answer, dead or {})]
-        letters = [message for message in everything if message.routing_key == names.DEAD_LETTER_QUEUE]
-        replied = [message for message in everything if message.routing_key != names.DEAD_LETTER_QUEUE]
-        try:
-            lost = self.publisher.publish(replied, lambda: self.on_stage("half_replied"))
-            buried = self.publisher.publish(letters) if letters else Undelivered()
-        except self.publisher.errors as error:
-            self.publisher.close()
-            # Celery reconnects on connection errors only, so a broken channel is raised as one.
-            raise ConnectionError(f"answers could not be published: {type(error).__name__}") from error
-        if missing := [m for m in (*lost.gone, *buried.gone) if m.persistent]:
-            raise ServerError(f"queue {missing[0].routing_key} does not exist; run: minter broker setup")
-        if lost:
-            logger.info(
-                "%d answers were not delivered: the callers' reply queues are gone, %d: they refuse",
-                len(lost.gone), len(lost.refused),
-            )  # fmt: skip
-        refused = {id(m) for m in lost.refused}
-        again = [pending for pending, _ in done if refused & {id(m) for m in pending.queued}]
-        if buried.refused:
-            raise ServerError(f"queue {names.DEAD_LETTER_QUEUE} refuses: is it full?")
-        self.on_stage("confirmed")
-        if served := [pending.message for pending, _ in done if pending not in again]:
-            acknowledge(served, self.publisher.errors)
-        for pending in again:
-            self._offer_again(pending)
-
-    def _offer_again(self, pending: PendingMessage) -> None:
-        """Serve a message again later, from the record: its client's durable queue refused the answer."""
-        waiting = sum(other.client == pending.client for other in self._refused)
-        if pending.refusals >= len(REFUSED_SECONDS) or waiting >= MAX_REFUSED:
-            queue = pending.queued[0].routing_key
-            logs.event(logger, "answer refused", queue=queue, client=pending.client)
-            why = Undeliverable(f"queue {queue} refuses the answer: is it full? The tokens can be fetched")
-            self._dead_letter(pending, why)
-            return
-        self._refused.append(pending)
-        self._timer.call_after(REFUSED_SECONDS[pending.refusals], self._return, (pending,))
-        pending.refusals += 1
-
     def _return(self, pending: PendingMessage) -> None:
-        if pending not in self._refused:
-            return  # a new connection: the broker delivers the message again
-        self._refused.remove(pending)
+        """Serve a message again whose answer was refused."""
         if self._clock_off:
             pending.message.requeue()
-            return
-        self._waiting.append(pending)
-        self._bytes += len(pending.body)
-        if not self._retrying:
-            self.serve()
+        else:
+            self._add(pending)
 
 
-def _take(waiting: Sequence[PendingMessage], most: int, most_bytes: int) -> list[PendingMessage]:
-    """Return the next batch: one redelivered message, or the messages before the next redelivered one.
-
-    After an outage many messages wait; a batch has `most`, and is full with `most_bytes`.
-    """
-    batch = [waiting[0]]
-    size = len(waiting[0].body)
-    for pending in waiting[1:most]:
-        if batch[0].redelivered or pending.redelivered or size >= most_bytes:
-            break
-        batch.append(pending)
-        size += len(pending.body)
-    return batch
+def _unserved(batch: Sequence[PendingMessage]) -> list[PendingMessage]:
+    return [pending for pending in batch if not pending.message.acknowledged]

@@ -40,7 +40,7 @@ class InternalTask(Task):
                 self.run()
             except Exception:  # beat sends the task again; a batch must not wait for it
                 logger.exception("%s failed", self.name)
-            message.ack_log_error(logger, app.batcher.publisher.errors)
+            message.ack_log_error(logger, app.batcher.outbox.errors)
 
         return take
 

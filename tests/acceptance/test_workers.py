@@ -35,7 +35,7 @@ from minter.errors import (
 from minter.tokens import clock
 from tests.acceptance.conftest import Raw
 from tests.conftest import EXAMPLES
-from workers.batching import MAX_REFUSED
+from workers.outbox import MAX_REFUSED
 
 SE = "davs://se01.boreas.example.org:443/atlas/atlasdatadisk/rucio/data/"
 OTHER = "davs://webdav1.fjord.example.org/data/atlas/datadisk/rucio/data/"
