@@ -224,12 +224,13 @@ class StateCollector(Collector):
     """Gauges of beat, read from the database and the broker at most every 15 s."""
 
     def __init__(
-        self, pool: Pool, broker: Callable[[], kombu.Connection], queues: Iterable[str],
+        self, pool: Pool, broker: Callable[[], kombu.Connection],
+        queues: Callable[[], Iterable[str]],
         rotation: RotationPolicy, now: Callable[[], datetime],
     ) -> None:  # fmt: skip
         self._pool = pool
         self._broker = broker
-        self._queues = tuple(queues)
+        self._queues = queues
         self._rotation = rotation
         self._now = now
         self._last: list[Metric] = []
@@ -274,7 +275,7 @@ class StateCollector(Collector):
         waiting: dict[tuple[str, ...], float] = {}
         connection = self._broker()
         try:
-            for queue in self._queues:
+            for queue in self._queues():
                 try:
                     declared = connection.channel().queue_declare(queue, passive=True)
                     waiting[queue,] = declared.message_count

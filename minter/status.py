@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Literal
 
+import kombu
 import msgspec
 import psycopg
 import urllib3
@@ -19,7 +20,7 @@ from sqlalchemy.engine import Engine as Pool
 from minter import __version__
 from minter.broker.publisher import connect
 from minter.contract import names
-from minter.database import migrations, overview, partitions, processes
+from minter.database import control_changes, migrations, overview, partitions, processes
 from minter.database.connection import open_pool, transaction
 from minter.database.control import read_keys
 from minter.errors import MinterError, NoUsableKey, Unavailable
@@ -69,7 +70,7 @@ def lines(loaded: Loaded) -> list[Line]:
     parts: list[tuple[str, Callable[[], Iterator[Line]]]] = [
         ("postgres", lambda: _postgres(pool, service)),
         ("processes", lambda: _processes(pool, loaded)),
-        ("broker", lambda: _broker(loaded)),
+        ("broker", lambda: _broker(pool, loaded)),
         ("keys", lambda: key_lines(pool, service)),
         ("issuers", lambda: issuer_lines(pool, loaded)),
         ("published keys", lambda: _published(pool, loaded, service.clock())),
@@ -165,7 +166,7 @@ def _processes(pool: Pool, loaded: Loaded) -> Iterator[Line]:
         yield Line(level, role, f"{count} running" if count else f"none running; start: minter {role}")
 
 
-def _broker(loaded: Loaded) -> Iterator[Line]:
+def _broker(pool: Pool, loaded: Loaded) -> Iterator[Line]:
     if not loaded.broker_url:
         yield warning("broker", "no broker URL is set: only HTTP is served")
         return
@@ -173,7 +174,8 @@ def _broker(loaded: Loaded) -> Iterator[Line]:
     try:
         connection.connect()
         yield ok("broker", f"{connection.transport.driver_name} at {connection.host}")
-        for queue in (names.REQUEST_QUEUE, names.INTERNAL_QUEUE, names.DEAD_LETTER_QUEUE):
+        yield _requests(connection, pool)
+        for queue in (names.INTERNAL_QUEUE, names.DEAD_LETTER_QUEUE):
             yield _queue(connection, queue)
     except connection.connection_errors as error:
         raise Unavailable(f"the broker cannot be reached: {error or type(error).__name__}"[:300]) from error
@@ -181,18 +183,39 @@ def _broker(loaded: Loaded) -> Iterator[Line]:
         connection.release()
 
 
-def _queue(connection: "object", queue: str) -> Line:
+def _requests(connection: kombu.Connection, pool: Pool) -> Line:
+    """Return the line of all queues for requests, which names the longest."""
     try:
-        declared = connection.channel().queue_declare(queue, passive=True)  # type: ignore[attr-defined]
-    except connection.channel_errors:  # type: ignore[attr-defined]
-        if "redis" in str(connection.transport.driver_type):  # type: ignore[attr-defined]
-            return ok(queue, "empty")  # Valkey has no empty queues
+        queues = control_changes.request_queues(pool)
+    except Unavailable:  # the lines of Postgres say it; the common queue can be asked all the same
+        queues = [names.REQUEST_QUEUE]
+    counts = {queue: _count(connection, queue) for queue in queues}
+    if counts[names.REQUEST_QUEUE] is None:
+        return failed(names.REQUEST_QUEUE, "does not exist; run: minter broker setup")
+    waiting = {queue: count for queue, count in counts.items() if count}
+    total = sum(waiting.values())
+    most = max(waiting, key=waiting.__getitem__, default="")
+    client = most.removeprefix(names.client_requests(""))
+    told = f"{total} waiting" + (f", most of client {client}" if client != most else "")
+    return Line("warning" if total > QUEUE_LONG else "ok", names.REQUEST_QUEUE, told)
+
+
+def _queue(connection: kombu.Connection, queue: str) -> Line:
+    count = _count(connection, queue)
+    if count is None:
         return failed(queue, "does not exist; run: minter broker setup")
-    count = declared.message_count
     if queue == names.DEAD_LETTER_QUEUE:
         level: Level = "warning" if count else "ok"
         return Line(level, queue, f"{count} dead letters" + ("; see: minter dead list" if count else ""))
     return Line("warning" if count > QUEUE_LONG else "ok", queue, f"{count} waiting")
+
+
+def _count(connection: kombu.Connection, queue: str) -> int | None:
+    """Return how many messages wait in a queue, None if it does not exist."""
+    try:
+        return int(connection.channel().queue_declare(queue, passive=True).message_count)
+    except connection.channel_errors:
+        return 0 if "redis" in str(connection.transport.driver_type) else None  # Valkey has no empty queues
 
 
 # ── keys ─────────────────────────────────────────────────────────────────────────────────────

@@ -17,9 +17,9 @@ from kombu import compression
 from prometheus_client import CollectorRegistry
 
 from minter import logs
-from minter.broker.publisher import Publisher, connect, declare, queues, tls
+from minter.broker.publisher import Publisher, client_queue, connect, declare, queues, tls
 from minter.contract import names
-from minter.database import partitions
+from minter.database import control_changes, partitions
 from minter.errors import InvalidRequest, MinterError, Unavailable
 from minter.heartbeats import Heartbeat
 from minter.metrics import Metrics, StateCollector, serve_process
@@ -32,6 +32,8 @@ from workers.batching import Intake, MessageBatcher, RedeliveryCounts
 logger = logging.getLogger("minter.app")
 
 MAINTAIN_SECONDS = 3600.0
+CLIENTS_SECONDS = 5.0
+"""A worker looks for the queues of new clients in this interval."""
 START_FAILED = 3
 """Exit code of a process that could not start: try again later."""
 
@@ -49,17 +51,41 @@ class RequestConsumer(Consumer):
     def update_strategies(self) -> None:
         """Install the batching strategy; called at each new connection."""
         app.batcher.reset(self.timer, Intake(self._stop_intake, self._resume_intake))
+        self._taking = True
+        if _on_amqp(app.loaded):
+            self._add_client_queues()
+            self.timer.call_repeatedly(CLIENTS_SECONDS, self._add_client_queues)
         self.strategies = {
             name: task.start_strategy(self.app, self)
             for name, task in self.app.tasks.items()
             if name.startswith("minter.")
         }
 
+    def _add_client_queues(self) -> None:
+        """Consume from the queue of each registered client."""
+        try:
+            clients = control_changes.names(app.service.pool, "client") or ()
+        except Unavailable as error:
+            logger.warning("queues of new clients are looked for later: %s", error)
+            return
+        for queue in map(client_queue, sorted(clients)):
+            if queue.name not in self.app.amqp.queues:
+                self.app.amqp.queues.select_add(queue)
+                if self.task_consumer is not None:
+                    self.task_consumer.add_queue(queue)
+                    self._consume()
+
+    def _consume(self) -> None:
+        if self._taking:
+            self.task_consumer.consume()
+
     def _stop_intake(self) -> None:
+        self._taking = False
         self.task_consumer.cancel()
 
     def _resume_intake(self) -> None:
-        self.task_consumer.consume()
+        self._taking = True
+        self._consume()
 
     def create_task_handler(self, *_: Any, **__: Any) -> Callable[[Any], None]:
         """Return the message handler, which serves or answers each message, whatever its headers hold."""
@@ -167,7 +193,7 @@ def _open_engine() -> None:
     settings = app.loaded.settings
     try:
         with app.connection_for_write() as connection:
-            declare(connection)
+            declare(connection)  # the consumer declares the clients' queues
     except OSError as error:
         raise Unavailable(f"the broker cannot be reached ({type(error).__name__})") from error
     app.batcher = MessageBatcher(
@@ -205,18 +231,21 @@ def _start_beat(**_: Any) -> None:
         logger.error("beat cannot start: %s: %s", error.reason, error)  # noqa: TRY400 - the message says it
         raise SystemExit(START_FAILED) from error
     registry = CollectorRegistry()
-    waiting = (names.REQUEST_QUEUE, names.INTERNAL_QUEUE, names.DEAD_LETTER_QUEUE)
     registry.register(
         StateCollector(
             service.pool,
             lambda: connect(app.loaded.broker_url, app.loaded.broker_ca),
-            waiting,
+            lambda: (*_request_queues(service), names.INTERNAL_QUEUE, names.DEAD_LETTER_QUEUE),
             service.engine.rotation,
             service.clock,
         )
     )
     serve_process(registry, app.loaded.settings.metrics)
     Heartbeat("beat", service).start()
+
+
+def _request_queues(service: Service) -> list[str]:
+    return control_changes.request_queues(service.pool) if _on_amqp(app.loaded) else [names.REQUEST_QUEUE]
 
 
 def _observe(metrics: Metrics) -> Callable[[Observed], None]:
@@ -233,9 +262,13 @@ def _set_up_logging(loglevel: int = logging.INFO, **_: Any) -> None:
     logs.configure(loglevel)
 
 
+def _on_amqp(loaded: Loaded) -> bool:
+    return loaded.broker_url.startswith(("amqp", "pyamqp"))
+
+
 def _local_client(loaded: Loaded) -> str | None:
     """Return the only client of a broker that checks no user_id; None on AMQP."""
-    if loaded.broker_url.startswith(("amqp", "pyamqp")):
+    if _on_amqp(loaded):
         return None
     return loaded.settings.broker.local_client or None
 

@@ -53,6 +53,8 @@ SMALL_BYTES = 4_096
 MAX_HELD_BYTES = 64 * 1024 * 1024
 """Bodies of messages that one worker holds at most. Beyond, it reads no more before it has served some; while
 Postgres is away, it leaves them to the broker."""
+READ_SECONDS = 0.0002
+"""Pause between two batches; without one, the event loop would serve ten of them before it reads messages."""
 CLOCK_SECONDS = 5.0
 """A worker whose clock is off looks at it again after this time."""
 MAX_EXTENSIONS = 16
@@ -114,7 +116,7 @@ class MessageBatcher:
         self._turns: Turns[PendingMessage] = Turns(lambda p: p.client or "", self._weight, self._limits)
         self._bytes = 0
         self._armed: Any = None
-        self._soon = False
+        self._soon = self._pausing = False
         self._retrying = False
         self.outbox.reset(timer, self._return)
         self._delay = FIRST_DELAY_SECONDS
@@ -148,7 +150,7 @@ class MessageBatcher:
             self.serve()
         elif len(self._turns) >= self._limits.requests or self._bytes >= self._limits.weight:
             self._serve_soon()
-        elif self._armed is None:
+        elif self._armed is None or self._pausing:
             self._arm(self.batch_seconds, self._still_coming, len(self._turns), MAX_EXTENSIONS)
 
     def _leave(self, message: Any) -> None:
@@ -194,13 +196,15 @@ class MessageBatcher:
     def _disarm(self) -> None:
         if self._armed is not None:
             self._armed.cancel()
-        self._armed, self._soon = None, False
+        self._armed, self._soon, self._pausing = None, False, False
 
     def _serve_soon(self) -> None:
         """Serve the next batch when the messages that arrived meanwhile are read."""
+        wait = max(READ_SECONDS, self._turns.wait_seconds(time.monotonic()))
         if not self._soon:
-            self._arm(self._turns.wait_seconds(time.monotonic()), self.serve)
-            self._soon = True
+            self._arm(wait, self.serve)
+            self._soon = wait == READ_SECONDS
+            self._pausing = not self._soon
 
     def _still_coming(self, seen: int, extensions: int) -> None:
         """Serve the batch unless more messages came: the embedded broker delivers them one by one."""

@@ -20,6 +20,7 @@ function uuid7() {
 
 async function mint(url, request) {
   const client = decodeURIComponent(new URL(url).username);
+  const requests = `minter.requests.${client}`; // the client's own exchange; workers serve the clients in turn
   const connection = await amqp.connect(url);
   const channel = await connection.createConfirmChannel();
   const { queue } = await channel.assertQueue(`minter.reply.${client}.${uuid7()}`, {
@@ -32,8 +33,8 @@ async function mint(url, request) {
       if (message.properties.correlationId === id) resolve(JSON.parse(message.content).result);
     }, { noAck: true });
   });
-  channel.on("return", () => console.error("queue minter.requests does not exist; run: minter broker setup"));
-  channel.publish("minter.requests", "minter.requests", Buffer.from(JSON.stringify([[request], {}, {}])), {
+  channel.on("return", () => console.error(`queue ${requests} does not exist; run: minter broker setup`));
+  channel.publish(requests, requests, Buffer.from(JSON.stringify([[request], {}, {}])), {
     contentType: "application/json", contentEncoding: "utf-8", persistent: true, mandatory: true,
     userId: client, replyTo: queue, correlationId: id, headers: { task: "minter.mint", id },
   });

@@ -42,12 +42,19 @@ _QUORUM = {
 def queues() -> list[Queue]:
     """Return the engine's queues; `minter broker setup` declares them all."""
     return [
-        Queue(name, Exchange(exchange, durable=True), routing_key=name, queue_arguments=_QUORUM)
-        for name, exchange in (
-            (names.REQUEST_QUEUE, names.REQUEST_EXCHANGE),
-            (names.INTERNAL_QUEUE, names.INTERNAL_EXCHANGE),
-        )
+        _bound(names.REQUEST_QUEUE, names.REQUEST_EXCHANGE),
+        _bound(names.INTERNAL_QUEUE, names.INTERNAL_EXCHANGE),
     ]
+
+
+def client_queue(client: str) -> Queue:
+    """Return the queue for the requests of one client, with an exchange of its own."""
+    name = names.client_requests(client)
+    return _bound(name, name)
+
+
+def _bound(name: str, exchange: str) -> Queue:
+    return Queue(name, Exchange(exchange, durable=True), routing_key=name, queue_arguments=_QUORUM)
 
 
 def dead_letter_queue() -> Queue:
@@ -55,11 +62,14 @@ def dead_letter_queue() -> Queue:
     return Queue(names.DEAD_LETTER_QUEUE, queue_arguments={"x-queue-type": "quorum"})
 
 
-def declare(connection: kombu.Connection, durable: Iterable[str] = ()) -> None:
-    """Declare exchanges, queues and the clients' `durable` queues; a repetition changes nothing."""
+def declare(connection: kombu.Connection, durable: Iterable[str] = (), clients: Iterable[str] = ()) -> None:
+    """Declare exchanges and queues, the clients' `durable` queues and the queues for their requests.
+
+    A repetition changes nothing.
+    """
     listed = [Queue(name, queue_arguments=_QUORUM) for name in durable]
     with connection.channel() as channel:
-        for queue in (dead_letter_queue(), *queues(), *listed):
+        for queue in (dead_letter_queue(), *queues(), *map(client_queue, clients), *listed):
             queue(channel).declare()
 
 

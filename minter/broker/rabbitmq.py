@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from minter.contract.names import DEAD_LETTER_QUEUE, REQUEST_EXCHANGE, reply_prefix
+from minter.contract.names import DEAD_LETTER_QUEUE, REQUEST_EXCHANGE, client_requests, reply_prefix
 from minter.errors import SettingsError, Unavailable
 from minter.private_files import write_private_file
 
@@ -19,12 +19,13 @@ def permissions(client: str, queues: Sequence[str] = ()) -> tuple[str, str, str]
     """Return the configure, write and read patterns of a client.
 
     The client may declare and read its own reply queues, read the durable `queues` listed for it, and
-    write to the request exchange. It may use no queue of others, and not the default exchange, which
-    reaches every queue.
+    write to the request exchange and to its own. It may use no queue of others, and not the default
+    exchange, which reaches every queue.
     """
     own = f"^{re.escape(reply_prefix(client))}.*$"
     read = "|".join([own, *(f"^{re.escape(q)}$" for q in queues)])
-    return own, f"^{re.escape(REQUEST_EXCHANGE)}$", read
+    write = f"^({re.escape(REQUEST_EXCHANGE)}|{re.escape(client_requests(client))})$"
+    return own, write, read
 
 
 _DEAD_LETTER_LIMIT = '{"max-length-bytes":1073741824,"overflow":"drop-head"}'

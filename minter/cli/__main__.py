@@ -311,7 +311,7 @@ def broker_setup(
             control = read_control(connection)
         queues = {c.name: c.reply_queues for c in control.clients.values() if not c.disabled}
         with connect(loaded.broker_url, loaded.broker_ca) as connection:
-            declare(connection, [q for listed in queues.values() for q in listed])
+            declare(connection, [q for listed in queues.values() for q in listed], queues)
         made = rabbitmq.setup_users(queues, loaded.broker_url, rabbitmqctl, passwords)
     show(as_json, {"users": made}, lambda: f"exchanges and queues declared; {len(made)} users made")
 

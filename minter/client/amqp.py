@@ -18,7 +18,7 @@ from msgspec import Struct, structs
 
 from minter.broker.publisher import CONFIRM_SECONDS, Outgoing, Publisher, connect
 from minter.contract.messages import Answer
-from minter.contract.names import REQUEST_EXCHANGE, REQUEST_QUEUE, reply_prefix
+from minter.contract.names import REQUEST_EXCHANGE, client_requests, reply_prefix
 from minter.errors import InvalidRequest, Unavailable
 
 CONNECT_SECONDS = 5.0
@@ -26,6 +26,8 @@ RECONNECT_SECONDS = 0.5
 FIRST_RESEND_SECONDS = 5.0
 """Time until an unanswered request is sent again on the embedded broker; it doubles at each repetition.
 This broker loses the message that it is handing to a worker at the moment when the worker is killed."""
+_NO_EXCHANGE = (403, 404)
+"""AMQP's codes for an exchange that the client may not write to, and for one that does not exist."""
 
 
 class AmqpTransport:
@@ -51,6 +53,7 @@ class AmqpTransport:
         self.timeout_seconds = timeout_seconds
         self.window = window
         self._user_id = user or None
+        self._exchange = client_requests(self.client) if user else REQUEST_EXCHANGE
         self._connection = connect(broker_url, ca, min(CONNECT_SECONDS, timeout_seconds))
         self._publisher = Publisher(self._connection, min(CONFIRM_SECONDS, timeout_seconds))
         self._consumer: kombu.Consumer | None = None
@@ -108,8 +111,7 @@ class AmqpTransport:
                 except TimeoutError:
                     pass
                 except self._publisher.errors as error:
-                    self._consumer = None
-                    self._publisher.close()
+                    self._disconnected(error)
                     self._check_time(last_news, error)
                     time.sleep(min(RECONNECT_SECONDS, self.timeout_seconds))
                 self._check_time(last_news, None)
@@ -117,6 +119,13 @@ class AmqpTransport:
                     del waiting[answered]
             self._expected.discard(correlation_id)
             yield self._answers.pop(correlation_id)
+
+    def _disconnected(self, error: Exception) -> None:
+        """Forget the connection; use the common exchange if the client's own is not set up yet."""
+        self._consumer = None
+        self._publisher.close()
+        if getattr(error, "code", None) in _NO_EXCHANGE:
+            self._exchange = REQUEST_EXCHANGE
 
     def _check_time(self, since: float, error: Exception | None) -> None:
         if time.monotonic() - since > self.timeout_seconds:
@@ -139,6 +148,7 @@ class AmqpTransport:
         again = list(waiting.values())
         for message in again:
             message.properties = {**message.properties, "reply_to": self._reply_to}
+            message.exchange = message.routing_key = self._exchange
         if again:
             self._publish(again)
 
@@ -157,7 +167,7 @@ class AmqpTransport:
             properties["user_id"] = self._user_id
         body = msgspec.json.encode([[request], {}, {}])
         headers = {"task": task, "id": correlation_id, "lang": "py", "argsrepr": "", "kwargsrepr": ""}
-        return Outgoing(body, REQUEST_QUEUE, REQUEST_EXCHANGE, properties, headers, persistent=True)
+        return Outgoing(body, self._exchange, self._exchange, properties, headers, persistent=True)
 
     def _receive(self, message: Any) -> None:
         body = message.body if isinstance(message.body, bytes) else message.body.encode()

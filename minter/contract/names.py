@@ -1,7 +1,7 @@
 """Names on the broker, shared by clients, workers and RabbitMQ's permissions.
 
-Clients may write only to REQUEST_EXCHANGE, and read only queues below their own reply prefix and the
-durable queues listed for them.
+Clients may write only to REQUEST_EXCHANGE and to the request exchange of their own, and read only queues
+below their own reply prefix and the durable queues listed for them.
 """
 
 MINT = "minter.mint"
@@ -29,6 +29,17 @@ def endpoint(task: str) -> str:
 
 REQUEST_EXCHANGE = "minter.requests"
 REQUEST_QUEUE = "minter.requests"
+"""The queue for clients that use no exchange of their own; they wait in one line."""
+
+
+def client_requests(client: str) -> str:
+    """Return the name of a client's own request exchange, its queue and its routing key.
+
+    Clients with queues of their own take turns, however many requests one of them sends.
+    """
+    return f"{REQUEST_QUEUE}.{client}"
+
+
 INTERNAL_EXCHANGE = "minter.internal"
 INTERNAL_QUEUE = "minter.internal"
 DEAD_LETTER_QUEUE = "minter.dead"

@@ -12,6 +12,7 @@ import psycopg
 from psycopg.types.json import Jsonb
 from sqlalchemy.engine import Engine as Pool
 
+from minter.contract.names import REQUEST_QUEUE, client_requests
 from minter.database.connection import CONTROL_LOCK, one, transaction
 from minter.errors import InvalidRequest, SettingsError, UnknownClient, UnknownVO
 from minter.policy.clients import Ban, Client
@@ -218,6 +219,11 @@ def names(pool: Pool, kind: str) -> set[str] | None:
         return None
     with transaction(pool) as connection:
         return {name for (name,) in connection.execute(_NAMES[kind]).fetchall()}
+
+
+def request_queues(pool: Pool) -> list[str]:
+    """Return the names of the queues for requests: the common one, and those of the clients."""
+    return [REQUEST_QUEUE, *map(client_requests, sorted(names(pool, "client") or ()))]
 
 
 def list_bans(pool: Pool) -> list[dict[str, Any]]:

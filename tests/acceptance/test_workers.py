@@ -3,6 +3,7 @@
 import base64
 import bz2
 import json
+import re
 import signal
 import subprocess
 import time
@@ -12,8 +13,10 @@ from collections import Counter
 import kombu
 import pytest
 import uuid_utils
+from amqp.exceptions import AccessRefused
 from joserfc import jwe, jwk
 
+from minter.broker import rabbitmq
 from minter.broker.publisher import declare
 from minter.cli.demo import fts_objections, read_jobs
 from minter.client import FileOperation, FileRequest, FilledJob, MinterClient, new_request_id
@@ -422,6 +425,64 @@ def test_the_schema_of_answers(raw):
 def test_wrong_client_options(running):
     with running.client() as client, pytest.raises(InvalidRequest):
         client.mint_many(files(1), chunk=0)
+
+
+# ── shares ───────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["own queue", "common queue"])
+def test_a_greedy_client_delays_its_own_requests_only(running, own):
+    if not running.on_rabbitmq:
+        pytest.skip("the embedded broker serves one local client")
+    greedy, honest = Raw(running, "dirac"), Raw(running)
+    own_exchange = names.client_requests("dirac")
+    where = {"exchange": own_exchange, "key": own_exchange} if own else {}
+    # A queue of its own may hold any number; in the common one, those that the workers hold take turns.
+    count = 700 if own else 200
+    large = [{"sources": [f"{SE}g{n}"], "destinations": [f"{OTHER}g{n}"]} for n in range(100)]
+    sent = [greedy.send(request(files=large), **where) for _ in range(count)]
+    answered = []
+    for _ in range(5):
+        assert "error" not in honest.ask(request())
+        answered.append(len({r.properties["correlation_id"] for r in greedy.replies}))
+    greedy.connection.drain_events(timeout=20)
+    assert len(greedy.replies) < count / 2, "the honest client waited for the greedy one"
+    assert all("error" not in greedy.receive(correlation, 120) for correlation in sent)
+    for raw in (greedy, honest):
+        raw.connection.release()
+
+
+def test_nobody_else_may_write_to_a_clients_queue(running, raw):
+    if not running.on_rabbitmq:
+        pytest.skip("the embedded broker checks no permissions")
+    other = names.client_requests("dirac")
+    raw.send(request(), exchange=other, key=other)
+    with pytest.raises(AccessRefused, match=re.escape(other)):
+        raw.connection.drain_events(timeout=10)
+
+
+def test_workers_find_the_queue_of_a_new_client(running):
+    if not running.on_rabbitmq:
+        pytest.skip("the embedded broker serves one local client")
+    name = f"new-{uuid.uuid4().hex[:6]}"
+    running.minter("clients", "add", name, "--vo", "alpen")
+    running.setup_users()
+    with running.client(name) as client:
+        assert client.mint(files(1)).tokens
+
+
+def test_a_client_uses_the_common_queue_until_its_own_is_set_up(running):
+    if not running.on_rabbitmq:
+        pytest.skip("the embedded broker serves one local client")
+    ctl = [running.broker.ctl, "--quiet", "set_permissions", "rucio-alpen"]
+    own, write, read = rabbitmq.permissions("rucio-alpen")
+    before = f"^{names.REQUEST_EXCHANGE}$".replace(".", "[.]")
+    try:
+        subprocess.run([*ctl, own, before, read], check=True)
+        with running.client() as client:
+            assert client.mint(files(1)).tokens
+    finally:
+        subprocess.run([*ctl, own, write, read], check=True)
 
 
 # ── durable queues ───────────────────────────────────────────────────────────────────────────

@@ -84,7 +84,7 @@ def test_beat_tells_of_keys_partitions_living_tokens_and_queues(service, tmp_pat
         collector = metrics.StateCollector(
             service.pool,
             lambda: kombu.Connection(broker.url),
-            ["minter.requests"],
+            lambda: ["minter.requests"],
             service.engine.rotation,
             service.clock,
         )
