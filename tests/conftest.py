@@ -2,7 +2,9 @@
 
 import os
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
@@ -24,7 +26,7 @@ MASTER_KEY = new_master_key()
 
 
 @pytest.fixture(scope="session")
-def postgres_dsn(tmp_path_factory):
+def postgres_dsn(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The DSN of a Postgres: MINTER_TEST_DSN (with a superuser), or an embedded server."""
     if dsn := os.environ.get("MINTER_TEST_DSN"):
         yield dsn
@@ -36,7 +38,7 @@ def postgres_dsn(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def template(postgres_dsn):
+def template(postgres_dsn: str) -> Iterator[str]:
     """A database with the schema, the settings' catalogue and one key, which is copied for each test."""
     name = f"minter_template_{uuid.uuid4().hex[:8]}"
     _admin(postgres_dsn, f"CREATE DATABASE {name}")
@@ -46,7 +48,7 @@ def template(postgres_dsn):
 
 
 @pytest.fixture
-def dsn(postgres_dsn, template):
+def dsn(postgres_dsn: str, template: str) -> Iterator[str]:
     """A fresh database."""
     name = f"minter_test_{uuid.uuid4().hex[:8]}"
     _admin(postgres_dsn, f"CREATE DATABASE {name} TEMPLATE {template}")
@@ -55,7 +57,7 @@ def dsn(postgres_dsn, template):
 
 
 @pytest.fixture
-def service(dsn):
+def service(dsn: str) -> Iterator[Service]:
     """The engine on a fresh database, with the examples' settings."""
     made = Service(load_settings(dsn))
     yield made
@@ -63,25 +65,25 @@ def service(dsn):
 
 
 @pytest.fixture
-def fts():
+def fts() -> Iterator[FakeFTS]:
     made = FakeFTS()
     yield made
     made.stop()
 
 
 @pytest.fixture(scope="session")
-def loaded():
+def loaded() -> settings.Loaded:
     """The examples' settings, without a database."""
     return load_settings("")
 
 
 @pytest.fixture(scope="session")
-def es256():
+def es256() -> keys.Signer:
     return keys.load_signer((ROOT / "tests/keys/es256.pem").read_bytes(), "ES256")
 
 
 @pytest.fixture(scope="session")
-def rs256():
+def rs256() -> keys.Signer:
     return keys.load_signer((ROOT / "tests/keys/rs256.pem").read_bytes(), "RS256")
 
 
@@ -111,12 +113,12 @@ def _dsn(dsn: str, name: str) -> str:
     return psycopg.conninfo.make_conninfo(dsn, dbname=name)
 
 
-def rows(service: Service, statement: str, *values: object) -> list[tuple]:
+def rows(service: Service, statement: str, *values: object) -> list[tuple[Any, ...]]:
     with transaction(service.pool) as connection:
         return connection.execute(statement, values).fetchall()
 
 
-def with_one_algorithm(service):
+def with_one_algorithm(service: Service) -> Service:
     """Leave an issuer its ES256 key only, in the database and in the settings."""
     issuers = service.loaded.settings.issuers
     for vo, issuer in issuers.items():

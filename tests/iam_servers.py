@@ -84,9 +84,9 @@ class OidcProvider(Server):
     def subject(self, scope: str, client: str = "minter") -> str:
         """Return a token of Rucio's that names the client that may act with it."""
         form = {"grant_type": "client_credentials", "scope": scope, "audience": client}
-        return httpx.post(f"{self.issuer}/token", data=form, auth=("rucio", "rucio-secret")).json()[
-            "access_token"
-        ]
+        answer = httpx.post(f"{self.issuer}/token", data=form, auth=("rucio", "rucio-secret"))
+        token: str = answer.json()["access_token"]
+        return token
 
 
 class Keycloak(Server):
@@ -130,7 +130,8 @@ class Keycloak(Server):
         """Return a token of Rucio's that names the clients that may act with it."""
         form = {"grant_type": "client_credentials", "scope": scope}
         url = f"{self.issuer}/protocol/openid-connect/token"
-        return httpx.post(url, data=form, auth=("rucio", "rucio-secret")).json()["access_token"]
+        token: str = httpx.post(url, data=form, auth=("rucio", "rucio-secret")).json()["access_token"]
+        return token
 
 
 def _answers(url: str) -> bool:

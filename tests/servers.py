@@ -112,6 +112,7 @@ class RabbitMQ(Server):
 
     def kill(self) -> None:
         """kill -9 of the node (the script's exec makes it our child's group)."""
+        assert self.process is not None
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         time.sleep(0.1)

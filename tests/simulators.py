@@ -11,6 +11,7 @@ import threading
 import time
 import uuid
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 from urllib.parse import urlparse
 
 from minter.cli.demo import fts_objections
@@ -19,15 +20,15 @@ from workers.fts_forwarder import BASE_ID
 VO = "alpen"
 
 
-def _token_id(token):
+def _token_id(token: str) -> str:
     return hashlib.sha1(token.encode(), usedforsecurity=False).hexdigest()[:16]
 
 
 class FakeFTS:
     """An FTS on a free port; each entry of `faults` applies to one of the next submissions."""
 
-    def __init__(self):
-        self.jobs: dict[str, dict] = {}
+    def __init__(self) -> None:
+        self.jobs: dict[str, dict[str, Any]] = {}
         self.faults: list[str] = []
         self.refuses = ""
         """What every submission is refused with, while it is set."""
@@ -39,33 +40,39 @@ class FakeFTS:
         self.start()
 
     @property
-    def url(self):
+    def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    def start(self):
+    def start(self) -> None:
         """Listen on a free port, or after a stop on the same port as before."""
-        self.server = ThreadingHTTPServer(("127.0.0.1", self.port), _Handler)
+        self.server = _Server(("127.0.0.1", self.port), _Handler)
         self.server.fts = self
         self.port = self.server.server_port
         self.thread = threading.Thread(target=self.server.serve_forever, daemon=True)
         self.thread.start()
 
-    def stop(self):
+    def stop(self) -> None:
         if self.thread.is_alive():
             self.server.shutdown()
             self.server.server_close()
             self.thread.join()
 
 
+class _Server(ThreadingHTTPServer):
+    fts: FakeFTS
+
+
 class _Handler(BaseHTTPRequestHandler):
+    server: _Server
+
     @property
-    def fts(self):
+    def fts(self) -> FakeFTS:
         return self.server.fts
 
-    def log_message(self, *_):
+    def log_message(self, *_: object) -> None:
         pass
 
-    def do_GET(self):
+    def do_GET(self) -> None:
         self.fts.bearers.add(self.headers["Authorization"])
         if self.path == "/whoami":
             return self.answer(200, {"base_id": str(BASE_ID), "vos": [VO]})
@@ -92,7 +99,7 @@ class _Handler(BaseHTTPRequestHandler):
                     number += 1
         return self.answer(200, files)
 
-    def do_POST(self):  # noqa: PLR0911 - one answer for each fault
+    def do_POST(self) -> None:  # noqa: PLR0911 - one answer for each fault
         fts = self.fts
         fts.posts += 1
         fts.bearers.add(self.headers["Authorization"])
@@ -121,10 +128,11 @@ class _Handler(BaseHTTPRequestHandler):
             return self.answer(400, {"message": objections[0]})
         fts.jobs[job_id] = job
         if fault == "lost":  # FTS has the job, but its answer is lost
-            return self.connection.close()
+            self.connection.close()
+            return None
         return self.answer(200, {"job_id": job_id})
 
-    def answer(self, status, body):
+    def answer(self, status: int, body: object) -> None:
         raw = b"<html>proxy</html>" if body is None else json.dumps(body).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(raw)))

@@ -2,6 +2,7 @@
 
 import uuid
 from string import ascii_lowercase
+from typing import Any
 
 from hypothesis import strategies as st
 
@@ -21,7 +22,7 @@ base_paths = st.sampled_from(["/", "/data", "/data/vo"])
 
 
 @st.composite
-def storages(draw):
+def storages(draw: st.DrawFn) -> list[Storage]:
     """One to three storages, each on hosts of its own, with every dialect."""
     made = []
     for number in range(draw(st.integers(1, 3))):
@@ -38,10 +39,10 @@ def storages(draw):
 
 
 @st.composite
-def routes(draw):
+def routes(draw: st.DrawFn) -> list[Route]:
     """One narrow route that may fit or not, then one for everything."""
     long = draw(st.booleans())
-    options = {
+    options: dict[str, Any] = {
         "max_lifetime_seconds": HARD_MAX_SECONDS if long else PROFILE_MAX_SECONDS,
         "mitigations": ("narrow_write", "narrow_read", "one_storage") if long else (),
         "risk_assessment": "a document" if long else "",
@@ -59,7 +60,7 @@ def routes(draw):
 
 
 @st.composite
-def urls(draw, made):
+def urls(draw: st.DrawFn, made: list[Storage]) -> str:
     storage = draw(st.sampled_from(made))
     door = storage.endpoints[0]
     segments = draw(st.lists(_names, min_size=1, max_size=3))
@@ -69,7 +70,7 @@ def urls(draw, made):
 
 
 @st.composite
-def requests(draw, made):
+def requests(draw: st.DrawFn, made: list[Storage]) -> MintRequest:
     files = []
     for _ in range(draw(st.integers(1, 3))):
         copies = draw(st.booleans())
@@ -90,7 +91,7 @@ def requests(draw, made):
 
 
 @st.composite
-def clients(draw):
+def clients(draw: st.DrawFn) -> Client:
     limited = draw(st.integers(0, 4)) == 0
     return Client(
         client_id=1, name="client", vo="vo", sub="sub",

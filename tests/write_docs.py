@@ -67,7 +67,7 @@ def dialects_page() -> str:
     return "\n".join(lines) + "\n"
 
 
-PARTS = {
+PARTS: dict[str, type[msgspec.Struct]] = {
     "": settings.Settings,
     "[database]": settings.DatabaseSettings,
     "[broker]": settings.BrokerSettings,

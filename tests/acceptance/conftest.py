@@ -7,7 +7,9 @@ import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import kombu
 import pytest
@@ -28,9 +30,12 @@ WORKER = [
 
 
 @pytest.fixture(scope="session", params=["embedded", pytest.param("rabbitmq", marks=pytest.mark.rabbitmq)])
-def broker(request, tmp_path_factory):
+def broker(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Valkey | RabbitMQ]:
     """A broker: Valkey from its wheel, or Debian's RabbitMQ."""
     folder = tmp_path_factory.mktemp(request.param)
+    server: Valkey | RabbitMQ
     if request.param == "embedded":
         server = Valkey(folder / "valkey")
     elif not installed():
@@ -51,7 +56,14 @@ def broker(request, tmp_path_factory):
 class Running:
     """An engine: its database, its broker, and worker processes that can be killed."""
 
-    def __init__(self, broker, dsn, folder: Path, app="workers.app", settings=EXAMPLES / "settings.toml"):
+    def __init__(
+        self,
+        broker: Valkey | RabbitMQ,
+        dsn: str,
+        folder: Path,
+        app: str = "workers.app",
+        settings: Path = EXAMPLES / "settings.toml",
+    ) -> None:
         self.broker, self.folder, self.app = broker, folder, app
         self.on_rabbitmq = isinstance(broker, RabbitMQ)
         self.service = service.Service(load_settings(dsn))
@@ -63,15 +75,16 @@ class Running:
             "MINTER_MASTER_KEY_ALPEN": MASTER_KEY,
             "PYTHONPATH": str(ROOT),
         }
-        self.workers: list[subprocess.Popen] = []
+        self.workers: list[subprocess.Popen[bytes]] = []
         self.passwords: dict[str, str] = {}
         self.started = 0
         self.setup_users()
 
-    def setup_users(self):
+    def setup_users(self) -> None:
         if not self.on_rabbitmq:
             return
         self.minter("clients", "add", "dirac", "--vo", "alpen", check=False)  # needed once on each server
+        assert isinstance(self.broker, RabbitMQ)
         path = self.broker.folder / "passwords.json"
         out = self.broker.folder / "new-passwords.json"
         self.minter("broker", "setup", "--rabbitmqctl", str(self.broker.ctl), "--passwords", str(out))
@@ -82,23 +95,24 @@ class Running:
             path.write_text(json.dumps(known))
         self.passwords = known
 
-    def minter(self, *arguments, check=True):
+    def minter(self, *arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-m", "minter.cli", *map(str, arguments)],
             env=self.environ, capture_output=True, text=True, check=check, cwd=ROOT,
         )  # fmt: skip
 
-    def url(self, name="rucio-alpen"):
+    def url(self, name: str = "rucio-alpen") -> str:
         if not self.on_rabbitmq:
             return self.broker.url
+        assert isinstance(self.broker, RabbitMQ)
         return f"amqp://{name}:{self.passwords[name]}@127.0.0.1:{self.broker.port}//"
 
-    def client(self, name="rucio-alpen", **options):
+    def client(self, name: str = "rucio-alpen", **options: Any) -> MinterClient:
         return MinterClient(
             self.url(name), name, timeout_seconds=options.pop("timeout_seconds", 60), **options
         )
 
-    def start_worker(self, *options, **environ):
+    def start_worker(self, *options: str, **environ: str) -> subprocess.Popen[bytes]:
         self.started += 1
         path = self.folder / f"worker-{self.started}.log"
         with path.open("ab") as log:
@@ -110,14 +124,14 @@ class Running:
         self.workers.append(process)
         return process
 
-    def start_beat(self):
+    def start_beat(self) -> subprocess.Popen[bytes]:
         with (self.folder / "beat.log").open("ab") as log:
             return subprocess.Popen(
                 [sys.executable, "-m", "celery", "-A", self.app, "beat", "--schedule", str(self.folder / "schedule")],
                 env=self.environ, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=ROOT,
             )  # fmt: skip
 
-    def stop(self, number=signal.SIGTERM):
+    def stop(self, number: signal.Signals = signal.SIGTERM) -> None:
         for process in self.workers:
             if process.poll() is None:
                 process.send_signal(number)
@@ -125,21 +139,21 @@ class Running:
             process.wait(30)
         self.workers.clear()
 
-    def logs(self):
+    def logs(self) -> str:
         return "\n".join(p.read_text(errors="replace") for p in sorted(self.folder.glob("*.log")))
 
-    def close(self):
+    def close(self) -> None:
         self.stop()
         self.service.pool.dispose()
 
-    def rows(self, statement, *values):
+    def rows(self, statement: str, *values: object) -> list[tuple[Any, ...]]:
         from tests.conftest import rows
 
         return rows(self.service, statement, *values)
 
 
 @pytest.fixture(scope="module")
-def database_dsn(postgres_dsn, template, broker):
+def database_dsn(postgres_dsn: str, template: str, broker: Valkey | RabbitMQ) -> Iterator[str]:
     name = f"minter_acceptance_{uuid.uuid4().hex[:8]}"
     _admin(postgres_dsn, f"CREATE DATABASE {name} TEMPLATE {template}")
     yield _dsn(postgres_dsn, name)
@@ -147,7 +161,9 @@ def database_dsn(postgres_dsn, template, broker):
 
 
 @pytest.fixture(scope="module")
-def running(broker, database_dsn, tmp_path_factory):
+def running(
+    broker: Valkey | RabbitMQ, database_dsn: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Running]:
     engine = Running(broker, database_dsn, tmp_path_factory.mktemp("workers"))
     for _ in range(2):
         engine.start_worker("-E")
@@ -156,7 +172,7 @@ def running(broker, database_dsn, tmp_path_factory):
 
 
 @pytest.fixture
-def client(running):
+def client(running: Running) -> Iterator[MinterClient]:
     with running.client() as made:
         yield made
 
@@ -164,12 +180,12 @@ def client(running):
 class Raw:
     """A client that sends arbitrary messages and reads its own reply queue."""
 
-    def __init__(self, running, name="rucio-alpen"):
+    def __init__(self, running: Running, name: str = "rucio-alpen") -> None:
         self.running, self.name = running, name
         self.connection = kombu.Connection(running.url(name))
         self.reply_to = f"{names.reply_prefix(name)}{uuid.uuid4().hex}"
         self.channel = self.connection.channel()
-        self.replies = []
+        self.replies: list[Any] = []
         queue = kombu.Queue(
             self.reply_to, channel=self.channel, durable=False, exclusive=True, auto_delete=True
         )
@@ -177,13 +193,13 @@ class Raw:
 
     def send(
         self,
-        body,
-        task=names.MINT,
-        headers=None,
-        exchange=names.REQUEST_EXCHANGE,
-        key=names.REQUEST_QUEUE,
-        **properties,
-    ):
+        body: dict[str, Any] | str | bytes,
+        task: str = names.MINT,
+        headers: dict[str, Any] | None = None,
+        exchange: str = names.REQUEST_EXCHANGE,
+        key: str = names.REQUEST_QUEUE,
+        **properties: Any,
+    ) -> str:
         if isinstance(body, dict):
             body = json.dumps([[body], {}, {}])
         correlation = uuid.uuid4().hex
@@ -197,7 +213,7 @@ class Raw:
         self.channel.basic_publish(message, exchange=exchange, routing_key=key)
         return correlation
 
-    def receive(self, correlation, seconds=20):
+    def receive(self, correlation: str, seconds: float = 20) -> Any:
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             for reply in self.replies:
@@ -210,19 +226,19 @@ class Raw:
                 continue
         raise AssertionError("no answer")
 
-    def ask(self, body, **options):
+    def ask(self, body: dict[str, Any] | str | bytes, **options: Any) -> Any:
         return self.receive(self.send(body, **options))
 
 
 @pytest.fixture
-def raw(running):
+def raw(running: Running) -> Iterator[Raw]:
     made = Raw(running)
     yield made
     made.connection.release()
 
 
 @pytest.fixture(scope="module")
-def served(postgres_dsn, tmp_path_factory):
+def served(postgres_dsn: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """The HTTP service, two processes, with a client `rucio`."""
     made = Served(tmp_path_factory.mktemp("served"), postgres_dsn)
     made.add_client("rucio")
@@ -230,14 +246,14 @@ def served(postgres_dsn, tmp_path_factory):
     made.close()
 
 
-def environment(folder, *packages):
+def environment(folder: Path, *packages: str | Path) -> Path:
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     subprocess.run([folder / "bin/pip", "install", "--quiet", *packages], check=True)
     return folder / "bin/python"
 
 
 @pytest.fixture(scope="session")
-def wheel(tmp_path_factory):
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
     subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", folder, ROOT], check=True

@@ -7,10 +7,14 @@ by which the clock of this process is wrong.
 
 import os
 import signal
+from datetime import datetime
 
+from minter.contract.messages import Answer
+from minter.tokens.outcomes import Submission
 from workers import app as module
 from workers import batching
 from workers.batching import MessageBatcher
+from workers.messages import PendingMessage
 
 app = module.app
 _stage, _, _left = os.environ.get("MINTER_FAULT", "").partition(":")
@@ -21,11 +25,11 @@ if _stage:  # these deaths are not caused by messages, so no message may be dead
     batching.MAX_TRIES = 1_000_000
 
 
-def _die():
+def _die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def on_stage(stage):
+def on_stage(stage: str) -> None:
     if stage == _stage:
         _counts[stage] -= 1
         if _counts[stage] == 0:
@@ -35,24 +39,25 @@ def on_stage(stage):
 _decode = MessageBatcher._decode
 
 
-def decode(self, pending):
+def decode(self: MessageBatcher, pending: PendingMessage) -> Submission | Answer:
     if b"poison-pill" in pending.body:
         _die()
     return _decode(self, pending)
 
 
 module.on_stage = on_stage
-MessageBatcher._decode = decode
+MessageBatcher._decode = decode  # type: ignore[method-assign] # the trigger is put in front of it
 
 if _off := os.environ.get("MINTER_CLOCK_OFF"):  # a file with this process's clock error in seconds
     from datetime import timedelta
     from pathlib import Path
 
     from minter import service
+    from minter.tokens.clock import now as _now
 
-    _now = service.now
+    _wrong_by = Path(_off)
 
-    def _wrong():
-        return _now() + timedelta(seconds=float(Path(_off).read_text()))
+    def _wrong() -> datetime:
+        return _now() + timedelta(seconds=float(_wrong_by.read_text()))
 
-    service.now = _wrong
+    service.now = _wrong  # type: ignore[attr-defined] # the module's own name for the clock

@@ -8,6 +8,7 @@ import sys
 import time
 import uuid
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -15,6 +16,7 @@ from minter import service, settings
 from minter.client import MinterClient
 from minter.database import migrations
 from minter.local import stack
+from minter.policy.clients import Client
 from tests.conftest import EXAMPLES, MASTER_KEY, ROOT, _admin, _dsn
 from tests.servers import certificates, free_ports
 
@@ -24,7 +26,9 @@ VO = "alpen"
 class Served:
     """`minter serve` on a fresh database; `iss` is what clients are configured with."""
 
-    def __init__(self, folder: Path, postgres_dsn: str, more: str = "", processes: int = 2, http: str = ""):
+    def __init__(
+        self, folder: Path, postgres_dsn: str, more: str = "", processes: int = 2, http: str = ""
+    ) -> None:
         self.folder = folder
         self.database = f"minter_http_{uuid.uuid4().hex[:8]}"
         self.admin = postgres_dsn
@@ -52,10 +56,10 @@ class Served:
         migrations.upgrade(self.service.pool)
         self.service.prepare()
         self.service.create_keys(VO, ("ES256", "RS256"), "tests")
-        self.process: subprocess.Popen | None = None
+        self.process: subprocess.Popen[bytes] | None = None
         self.start()
 
-    def start(self):
+    def start(self) -> None:
         with (self.folder / "serve.log").open("ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "minter.cli", "serve"],
@@ -72,16 +76,16 @@ class Served:
         self.close()
         raise AssertionError(self.log())
 
-    def http(self, name=None, **options):
+    def http(self, name: str | None = None, **options: Any) -> httpx.Client:
         """Return an HTTP client, which authenticates if a registered client is named."""
         auth = (name, self.secrets[name]) if name else None
         context = ssl.create_default_context(cafile=str(self.ca))
         return httpx.Client(base_url=self.host, verify=context, auth=auth, timeout=30, **options)
 
-    def client(self, name="rucio", **options):
+    def client(self, name: str = "rucio", **options: Any) -> MinterClient:
         return MinterClient(self.iss, name, self.secrets[name], ca=str(self.ca), **options)
 
-    def add_client(self, name, **columns):
+    def add_client(self, name: str, **columns: Any) -> Client:
         """Register a client with a secret; `columns` are further columns of its row."""
         from minter.database import control_changes
         from minter.tokens import keystore
@@ -93,27 +97,27 @@ class Served:
         self.service.set_secret(made, self.secrets[name], "tests")
         return made
 
-    def token(self, name, **form):
+    def token(self, name: str | None, **form: Any) -> httpx.Response:
         """POST to the token endpoint; return the response."""
         with self.http(name) as http:
             return http.post(f"/{VO}/token", data=form)
 
-    def minter(self, *arguments, check=True):
+    def minter(self, *arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-m", "minter.cli", *map(str, arguments)],
             env=self.environ, capture_output=True, text=True, check=check, cwd=ROOT,
         )  # fmt: skip
 
-    def log(self):
+    def log(self) -> str:
         return (self.folder / "serve.log").read_text(errors="replace")
 
-    def stop(self, number=signal.SIGTERM):
+    def stop(self, number: signal.Signals = signal.SIGTERM) -> None:
         if self.process is not None:
             self.process.send_signal(number)
             self.process.wait(30)
             self.process = None
 
-    def close(self):
+    def close(self) -> None:
         self.stop()
         self.service.pool.dispose()
         _admin(self.admin, f"DROP DATABASE {self.database} WITH (FORCE)")

@@ -8,7 +8,9 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,7 +22,7 @@ JOB = EXAMPLES / "rucio-41.5/jobs/multihop-1.json"
 
 
 @pytest.fixture(scope="module")
-def environ(tmp_path_factory):
+def environ(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """Run `minter up` on a new state folder; the other commands use the environment that it prints."""
     state = tmp_path_factory.mktemp("up") / "state"
     settings = state.parent / "settings.toml"
@@ -32,6 +34,8 @@ def environ(tmp_path_factory):
         [sys.executable, "-m", "minter.cli", "up", "--settings", settings, "--state", state, "--workers", "1"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=base, cwd=ROOT,
     )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stderr is not None
     exports = {"UP_STDERR": str(process.stderr.fileno())}
     for line in process.stdout:
         if found := re.match(r"export (\w+)='(.*)'", line):
@@ -49,19 +53,21 @@ def environ(tmp_path_factory):
     assert not left, "up left processes behind"
 
 
-def minter(environ, *arguments, stdin=None):
+def minter(
+    environ: dict[str, str], *arguments: object, stdin: str | None = None
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "minter.cli", *map(str, arguments)], env=environ, capture_output=True, text=True,
         input=stdin, check=False, cwd=ROOT,
     )  # fmt: skip
 
 
-def test_the_curl_line_of_up_gives_a_token(environ):
+def test_the_curl_line_of_up_gives_a_token(environ: dict[str, str]) -> None:
     done = subprocess.run(["bash", "-c", environ["CURL"]], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["access_token"]
 
 
-def test_up_starts_again_what_dies_and_says_so(environ):
+def test_up_starts_again_what_dies_and_says_so(environ: dict[str, str]) -> None:
     time.sleep(QUICK_DEATH_SECONDS)  # a process that dies at its start would die again
     state = Path(environ["CURL"].split("$(cat ")[1].split("/client-secret")[0])
     before = pids(state, "worker")
@@ -75,7 +81,7 @@ def test_up_starts_again_what_dies_and_says_so(environ):
     assert "worker-0 ended with code -9, and was started again" in told
 
 
-def pids(state, role):
+def pids(state: Path, role: str) -> set[int]:
     """Return the processes of a role that use this state folder."""
     found = set()
     for path in Path("/proc").glob("[0-9]*"):
@@ -93,7 +99,7 @@ def pids(state, role):
     return found
 
 
-def test_mint_explain_verify_trace(environ, tmp_path):
+def test_mint_explain_verify_trace(environ: dict[str, str], tmp_path: Path) -> None:
     out = tmp_path / "filled.json"
     done = minter(environ, "mint", "--job", JOB, "--output", out, "--json")
     assert done.returncode == 0, done.stderr
@@ -154,7 +160,7 @@ def test_mint_explain_verify_trace(environ, tmp_path):
         assert (refused.returncode, json.loads(refused.stderr)["reason"]) == (1, "invalid_request")
 
 
-def test_a_job_with_refusals_exits_with_1_and_says_why(environ):
+def test_a_job_with_refusals_exits_with_1_and_says_why(environ: dict[str, str]) -> None:
     done = minter(environ, "mint", "--job", EXAMPLES / "rucio-41.5/jobs/odd-names.json")
     assert done.returncode == 1
     assert "'%'" in done.stdout
@@ -162,7 +168,7 @@ def test_a_job_with_refusals_exits_with_1_and_says_why(environ):
     assert (broken.returncode, json.loads(broken.stderr)["reason"]) == (1, "invalid_request")
 
 
-def test_clients_keys_and_check(environ):
+def test_clients_keys_and_check(environ: dict[str, str]) -> None:
     assert (
         minter(
             environ,
@@ -204,7 +210,7 @@ def test_clients_keys_and_check(environ):
     assert minter(environ, "broker", "setup").returncode == 0
 
 
-def test_exit_codes_for_settings_and_outages(environ, tmp_path):
+def test_exit_codes_for_settings_and_outages(environ: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "bad.toml").write_text("[databse]\n")
     bad = minter(environ, "check", "--settings", tmp_path / "bad.toml")
     assert bad.returncode == 2
@@ -227,13 +233,13 @@ def test_exit_codes_for_settings_and_outages(environ, tmp_path):
 # ── control at run time ──────────────────────────────────────────────────────────────────────
 
 
-def ask(environ, *arguments, code=0):
+def ask(environ: dict[str, str], *arguments: object, code: int = 0) -> Any:
     done = minter(environ, *arguments, "--json")
     assert done.returncode == code, done.stderr
     return json.loads(done.stdout if code == 0 or done.stdout else done.stderr)
 
 
-def test_clients_are_added_changed_rotated_and_disabled(environ, tmp_path):
+def test_clients_are_added_changed_rotated_and_disabled(environ: dict[str, str], tmp_path: Path) -> None:
     secret, key = tmp_path / "secret", tmp_path / "key.json"
     ask(environ, "clients", "add", "fts-alpen", "--vo", "alpen", "--path", "/atlasdatadisk", "--reply-queue", "fts-alpen.jobs",
         "--new-jwe-key", key, "--secret-file", secret)  # fmt: skip
@@ -262,7 +268,7 @@ def test_clients_are_added_changed_rotated_and_disabled(environ, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
-def test_a_ban_lists_what_works_and_can_be_lifted(environ, tmp_path):
+def test_a_ban_lists_what_works_and_can_be_lifted(environ: dict[str, str], tmp_path: Path) -> None:
     ask(environ, "mint", "--job", JOB, "--output", tmp_path / "filled.json")
     found = ask(environ, "ban", "path", "/", "--reason", "test")
     assert found["alive"]
@@ -279,7 +285,7 @@ def test_a_ban_lists_what_works_and_can_be_lifted(environ, tmp_path):
     assert "tell the sites" in " ".join(shown.stdout.split())
 
 
-def test_keys_are_rotated_and_revoked_only_when_safe(environ):
+def test_keys_are_rotated_and_revoked_only_when_safe(environ: dict[str, str]) -> None:
     (active,) = [
         k["kid"] for k in ask(environ, "keys", "list") if (k["state"], k["algorithm"]) == ("active", "RS256")
     ]
@@ -308,7 +314,7 @@ def test_keys_are_rotated_and_revoked_only_when_safe(environ):
 # ── storages ─────────────────────────────────────────────────────────────────────────────────
 
 
-def test_storages_are_imported_listed_and_told_to_sites(environ, tmp_path):
+def test_storages_are_imported_listed_and_told_to_sites(environ: dict[str, str], tmp_path: Path) -> None:
     export = EXAMPLES / "rucio-41.5/rses-export.json"
     made = ask(
         environ,
@@ -351,7 +357,7 @@ def test_storages_are_imported_listed_and_told_to_sites(environ, tmp_path):
     )
 
 
-def test_trace_tells_the_story_by_every_name(environ, tmp_path):
+def test_trace_tells_the_story_by_every_name(environ: dict[str, str], tmp_path: Path) -> None:
     out = tmp_path / "filled.json"
     facts = ask(environ, "mint", "--job", JOB, "--output", out)
     found = ask(environ, "trace", "--request", facts["request_id"])["tokens"]

@@ -10,7 +10,7 @@ from tests.conftest import ROOT
 
 
 @pytest.mark.slow
-def test_the_demo_verifies_every_token_and_leaves_nothing():
+def test_the_demo_verifies_every_token_and_leaves_nothing() -> None:
     before = _servers()
     done = subprocess.run(
         [sys.executable, "-m", "minter.cli", "demo", "--json"],
@@ -36,7 +36,7 @@ def test_the_demo_verifies_every_token_and_leaves_nothing():
     assert _servers() == before
 
 
-def _servers():
+def _servers() -> str:
     return subprocess.run(
         ["pgrep", "-f", "minter-state-"], capture_output=True, text=True, check=False
     ).stdout

@@ -7,6 +7,9 @@ import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from uuid import UUID
 
 import pytest
 import stomp
@@ -14,6 +17,7 @@ import stomp
 from minter.contract.followups import JobReport, ReportRequest
 from minter.contract.messages import FileRequest, MintRequest
 from minter.policy.requests import from_mint
+from minter.service import Service
 from minter.tasks.lifecycle import Lifecycle
 from minter.tokens import clock
 from minter.tokens.outcomes import Submission
@@ -28,7 +32,7 @@ QUEUE = "/queue/Consumer.minter.transfer.fts_monitoring_complete"
 
 
 @pytest.fixture(scope="module")
-def node(tmp_path_factory):
+def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RabbitMQ]:
     if not installed():
         reason = "RabbitMQ is not installed (apt-get install rabbitmq-server)"
         (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
@@ -41,7 +45,7 @@ def node(tmp_path_factory):
 class Events:
     """Run `minter events` as a process."""
 
-    def __init__(self, node, dsn, folder):
+    def __init__(self, node: RabbitMQ, dsn: str, folder: Path) -> None:
         (folder / "secret").touch(mode=0o600)
         (folder / "secret").write_text("guest")
         text = (EXAMPLES / "settings.toml").read_text().replace('"rucio-41.5/', f'"{EXAMPLES}/rucio-41.5/')
@@ -54,7 +58,7 @@ class Events:
         self.log = folder / "events.log"
         self.start()
 
-    def start(self):
+    def start(self) -> None:
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "minter.cli", "events"],
@@ -64,27 +68,27 @@ class Events:
                 cwd=ROOT,
             )
 
-    def stop(self, number=signal.SIGTERM):
+    def stop(self, number: signal.Signals = signal.SIGTERM) -> None:
         self.process.send_signal(number)
         self.process.wait(30)
 
 
 @pytest.fixture
-def events(node, dsn, tmp_path):
+def events(node: RabbitMQ, dsn: str, tmp_path: Path) -> Iterator[Events]:
     made = Events(node, dsn, tmp_path)
     yield made
     made.stop()
 
 
 @pytest.fixture
-def send(node):
+def send(node: RabbitMQ) -> Iterator[Callable[[bytes], None]]:
     connection = stomp.Connection12([("127.0.0.1", node.stomp_port)], vhost="/")
     connection.connect("guest", "guest", wait=True)
     yield lambda body: connection.send(QUEUE, body, headers={"persistent": "true"})
     connection.disconnect()
 
 
-def issue(service, name, external_id):
+def issue(service: Service, name: str, external_id: str) -> UUID:
     file = FileRequest(sources=(SE + name,), destinations=(SE + name + "2",), external_id=external_id)
     request = from_mint(MintRequest(request_id=clock.new_uuid7(), files=(file,)))
     (outcome,) = service.engine.mint_many([Submission(request, ME)], clock.now())
@@ -92,16 +96,16 @@ def issue(service, name, external_id):
     return request.request_id
 
 
-def of(name, kind, **changes):
+def of(name: str, kind: str, **changes: object) -> bytes:
     """Return FTS's message about the file that `issue` named."""
     return told(kind, src_url=SE + name, dst_url=SE + name + "2", **changes)
 
 
-def states(service):
+def states(service: Service) -> list[str]:
     return sorted(s for (s,) in rows(service, "SELECT state::text FROM token_states"))
 
 
-def until(what, seconds=30):
+def until(what: Callable[[], object], seconds: float = 30) -> None:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if what():
@@ -110,7 +114,9 @@ def until(what, seconds=30):
     raise AssertionError("it did not happen in time")
 
 
-def test_tokens_follow_their_transfers(service, events, send):
+def test_tokens_follow_their_transfers(
+    service: Service, events: Events, send: Callable[[bytes], None]
+) -> None:
     external_id = uuid.uuid4().hex
     issue(service, "a", external_id)
     by_job = issue(service, "b", "")
@@ -134,7 +140,9 @@ def test_tokens_follow_their_transfers(service, events, send):
     assert any(json.loads(line).get("unknown") == 1 for line in text.splitlines() if '"unknown"' in line)
 
 
-def test_what_was_not_noted_comes_again(service, events, send, node):
+def test_what_was_not_noted_comes_again(
+    service: Service, events: Events, send: Callable[[bytes], None], node: RabbitMQ
+) -> None:
     first, second = uuid.uuid4().hex, uuid.uuid4().hex
     issue(service, "c", first)
     issue(service, "d", second)

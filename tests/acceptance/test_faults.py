@@ -7,7 +7,9 @@ import subprocess
 import threading
 import time
 import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from uuid import UUID
 
 import kombu
 import pytest
@@ -15,7 +17,7 @@ import pytest
 from minter.broker.publisher import declare
 from minter.client import FileRequest, new_request_id
 from minter.contract import names
-from minter.contract.messages import MintRequest
+from minter.contract.messages import Answer, MintRequest, Side, TokenAnswer
 from minter.errors import Undeliverable, from_dict
 from minter.local.servers import Postgres, Valkey
 from minter.tokens.records import fts_token_id
@@ -32,7 +34,9 @@ KILLS = 20
 
 
 @pytest.fixture(scope="module", params=["embedded", pytest.param("rabbitmq", marks=pytest.mark.rabbitmq)])
-def servers(request, tmp_path_factory):
+def servers(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Postgres, Valkey | RabbitMQ, Path]]:
     """Servers for this module only, because the tests kill them."""
     folder = tmp_path_factory.mktemp(f"faults-{request.param}")
     if request.param == "rabbitmq" and not installed():
@@ -52,7 +56,7 @@ def servers(request, tmp_path_factory):
 
 
 @pytest.fixture
-def engine(servers, tmp_path):
+def engine(servers: tuple[Postgres, Valkey | RabbitMQ, Path], tmp_path: Path) -> Iterator[Running]:
     postgres, broker, _ = servers
     settings = tmp_path / "settings.toml"
     text = (EXAMPLES / "settings.toml").read_text().replace('"rucio-41.5/', f'"{EXAMPLES}/rucio-41.5/')
@@ -63,7 +67,7 @@ def engine(servers, tmp_path):
     made.service.pool.dispose()
 
 
-def requests(count, twice=True):
+def requests(count: int, twice: bool = True) -> list[MintRequest]:
     """Return requests of one to three files, each request twice, in random order."""
     made = [
         MintRequest(
@@ -83,11 +87,13 @@ def requests(count, twice=True):
 class Driver(threading.Thread):
     """A client that sends requests and keeps every answer."""
 
-    def __init__(self, engine, asked):
+    def __init__(self, engine: Running, asked: list[MintRequest]) -> None:
         super().__init__()
-        self.engine, self.asked, self.answers, self.error = engine, asked, [], None
+        self.engine, self.asked = engine, asked
+        self.answers: list[tuple[MintRequest, Answer]] = []
+        self.error: Exception | None = None
 
-    def run(self):
+    def run(self) -> None:
         try:
             with self.engine.client(timeout_seconds=120, window=32) as client:
                 for request, answer in zip(self.asked, client.ask(names.MINT, self.asked), strict=False):
@@ -96,10 +102,10 @@ class Driver(threading.Thread):
             self.error = error
 
 
-def audit(engine, asked, answers):
+def audit(engine: Running, asked: list[MintRequest], answers: list[tuple[MintRequest, Answer]]) -> None:
     """Check I2 (a row for each token), I3 (one outcome for each request) and I4 (equal bytes for repeats)."""
     assert len(answers) == len(asked)
-    by_id = {}
+    by_id: dict[UUID | str | None, dict[tuple[int, Side, int], TokenAnswer]] = {}
     for request, answer in answers:
         assert answer.error is None, answer.error
         assert not answer.refusals
@@ -117,7 +123,7 @@ def audit(engine, asked, answers):
     assert recorded == [(len(ids), len(ids))]
 
 
-def finish(engine, driver, seconds=240):
+def finish(engine: Running, driver: Driver, seconds: float = 240) -> None:
     """Keep two workers alive until the driver is done."""
     deadline = time.monotonic() + seconds
     while driver.is_alive() and time.monotonic() < deadline:
@@ -133,7 +139,7 @@ def finish(engine, driver, seconds=240):
 @pytest.mark.rabbitmq
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("servers", [pytest.param("rabbitmq", marks=pytest.mark.rabbitmq)], indirect=True)
-def test_killed_at_each_stage_twenty_times(engine, stage):
+def test_killed_at_each_stage_twenty_times(engine: Running, stage: str) -> None:
     driver = Driver(engine, asked := requests(400))
     faults = iter([f"{stage}:{random.randint(1, 100)}" for _ in range(KILLS)])
     kills = 0
@@ -159,7 +165,9 @@ def test_killed_at_each_stage_twenty_times(engine, stage):
     audit(engine, asked, driver.answers)
 
 
-def test_random_deaths_of_workers_postgres_and_broker(engine, servers):
+def test_random_deaths_of_workers_postgres_and_broker(
+    engine: Running, servers: tuple[Postgres, Valkey | RabbitMQ, Path]
+) -> None:
     postgres, broker, _ = servers
     for _ in range(2):
         engine.start_worker()
@@ -195,7 +203,7 @@ def test_random_deaths_of_workers_postgres_and_broker(engine, servers):
     audit(engine, asked, driver.answers)
 
 
-def kill_postgres(postgres):
+def kill_postgres(postgres: Postgres) -> None:
     """kill -9 of the postmaster and all its children: a crash, not a shutdown."""
     pid = int((postgres.folder / "postmaster.pid").read_text().split()[0])
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
@@ -204,11 +212,12 @@ def kill_postgres(postgres):
             subprocess.run(["kill", "-9", str(victim)], check=False, capture_output=True)
         except ProcessLookupError:
             continue
+    assert postgres.process is not None
     postgres.process.wait()
     time.sleep(0.3)
 
 
-def test_a_poison_message_is_told_and_set_aside_and_its_neighbours_are_served(engine):
+def test_a_poison_message_is_told_and_set_aside_and_its_neighbours_are_served(engine: Running) -> None:
     poison = MintRequest(request_id=new_request_id(), files=(FileRequest(sources=(SE + "poison-pill",)),))
     asked = requests(50, twice=False)
     asked.insert(25, poison)
@@ -219,6 +228,7 @@ def test_a_poison_message_is_told_and_set_aside_and_its_neighbours_are_served(en
     finish(engine, driver)
     answers = {r.request_id: a for r, a in driver.answers}
     refused = answers.pop(poison.request_id)
+    assert refused.error is not None
     assert isinstance(from_dict(refused.error), Undeliverable)
     audit(engine, asked[:25] + asked[26:], [(r, a) for r, a in driver.answers if r is not poison])
     assert engine.rows("SELECT count(*) FROM tokens WHERE request_id = %s", poison.request_id) == [(0,)]
@@ -230,7 +240,9 @@ def test_a_poison_message_is_told_and_set_aside_and_its_neighbours_are_served(en
     assert "undeliverable" in reasons
 
 
-def test_postgres_away_for_a_while_refuses_nothing(engine, servers):
+def test_postgres_away_for_a_while_refuses_nothing(
+    engine: Running, servers: tuple[Postgres, Valkey | RabbitMQ, Path]
+) -> None:
     postgres, *_ = servers
     engine.start_worker()
     driver = Driver(engine, asked := requests(200))
@@ -244,7 +256,7 @@ def test_postgres_away_for_a_while_refuses_nothing(engine, servers):
     audit(engine, asked, driver.answers)
 
 
-def test_a_full_disk_only_delays(tmp_path, servers):
+def test_a_full_disk_only_delays(tmp_path: Path, servers: tuple[Postgres, Valkey | RabbitMQ, Path]) -> None:
     """Postgres on a small tmpfs that is filled and emptied again."""
     _, broker, _ = servers
     mount = tmp_path / "disk"
@@ -278,6 +290,7 @@ def test_a_full_disk_only_delays(tmp_path, servers):
         time.sleep(8)
         assert driver.is_alive()
         filler.unlink()
+        assert postgres.process is not None
         if postgres.process.poll() is not None:
             postgres.start()  # Postgres may have stopped for lack of WAL space: the operator starts it again
         finish(engine, driver)
@@ -291,7 +304,9 @@ def test_a_full_disk_only_delays(tmp_path, servers):
         shutil.rmtree(mount, ignore_errors=True)
 
 
-def test_a_worker_holds_bounded_bytes_while_postgres_is_away(engine, servers):
+def test_a_worker_holds_bounded_bytes_while_postgres_is_away(
+    engine: Running, servers: tuple[Postgres, Valkey | RabbitMQ, Path]
+) -> None:
     """Requests of 4 MB each, 320 MB in all, come while Postgres is away: the broker keeps most of them."""
     postgres, *_ = servers
     engine.start_worker()
@@ -315,13 +330,15 @@ def test_a_worker_holds_bounded_bytes_while_postgres_is_away(engine, servers):
     assert peak - before < 4 * MAX_HELD_BYTES
 
 
-def memory(status):
+def memory(status: Path) -> int:
     """Return the resident bytes of a process."""
     (line,) = (text for text in status.read_text().splitlines() if text.startswith("VmRSS"))
     return int(line.split()[1]) * 1024
 
 
-def test_a_worker_whose_clock_is_off_takes_no_requests_until_it_is_right(engine, tmp_path):
+def test_a_worker_whose_clock_is_off_takes_no_requests_until_it_is_right(
+    engine: Running, tmp_path: Path
+) -> None:
     """The other worker serves them all; the first one says why, and takes requests again by itself."""
     off = tmp_path / "off"
     off.write_text("30")
@@ -345,7 +362,7 @@ def test_a_worker_whose_clock_is_off_takes_no_requests_until_it_is_right(engine,
     audit(engine, again, driver.answers)
 
 
-def wait_for(condition, seconds=30):
+def wait_for(condition: Callable[[], object], seconds: float = 30) -> None:
     """Wait until a condition holds."""
     deadline = time.monotonic() + seconds
     while not condition():

@@ -5,7 +5,9 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jwt
 import pytest
@@ -14,6 +16,7 @@ from tests.acceptance.conftest import environment
 from tests.acceptance.served import Served
 from tests.acceptance.test_token import EXCHANGES
 from tests.conftest import ROOT
+from tests.simulators import FakeFTS
 
 pytestmark = pytest.mark.slow
 CAPTURE = '[[fts]]\nname = "capture"\nurl = "https://127.0.0.1:8446"\n'
@@ -21,7 +24,7 @@ FOREIGN = Path(__file__).parent / "foreign"
 
 
 @pytest.fixture(scope="module")
-def served(postgres_dsn, tmp_path_factory):
+def served(postgres_dsn: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     made = Served(tmp_path_factory.mktemp("foreign"), postgres_dsn, EXCHANGES + CAPTURE)
     for name in ("rucio", "fts"):
         made.add_client(name)
@@ -30,7 +33,7 @@ def served(postgres_dsn, tmp_path_factory):
     made.close()
 
 
-def run(served, python, script, *arguments, **environ):
+def run(served: Served, python: Path, script: str, *arguments: object, **environ: str) -> Any:
     done = subprocess.run(
         [python, FOREIGN / script, served.iss, json.dumps(served.secrets), *map(str, arguments)],
         env={
@@ -44,7 +47,7 @@ def run(served, python, script, *arguments, **environ):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_authlib_requests_oauthlib_and_scitokens(served, tmp_path):
+def test_authlib_requests_oauthlib_and_scitokens(served: Served, tmp_path: Path) -> None:
     python = environment(tmp_path / "env", "authlib", "requests-oauthlib", "scitokens", "requests")
     assert run(served, python, "oauth.py") == [
         "authlib client_credentials",
@@ -57,7 +60,7 @@ def test_authlib_requests_oauthlib_and_scitokens(served, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def rucio(tmp_path_factory, wheel):
+def rucio(tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> Path:
     """Rucio 41.5 and two VOs' policy packages from pip, with the client of this source tree."""
     packages = ("atlas-rucio-policy-package", "ctao-bdms-rucio-policy")
     return environment(tmp_path_factory.mktemp("rucio") / "env", "rucio==41.5.1", *packages, wheel)
@@ -77,7 +80,9 @@ BOTH = "BOREAS-T2_DATADISK,FJORD-T1_DATADISK"
         ("minter", "", ""),
     ],
 )
-def test_rucios_daemons_get_their_tokens(served, rucio, fts, tmp_path, tool, wrapped, switched):
+def test_rucios_daemons_get_their_tokens(
+    served: Served, rucio: Path, fts: FakeFTS, tmp_path: Path, tool: str, wrapped: str, switched: str
+) -> None:
     """Unmodified Rucio gets RSE-wide tokens. With the policy package, files of switched RSEs get their own."""
     told = run(served, rucio, "rucio_submit.py", fts.url, tmp_path, served.ca, tool, wrapped, switched, "")
     assert told["states"] == ["SUBMITTED"] * 3
@@ -103,7 +108,9 @@ def test_rucios_daemons_get_their_tokens(served, rucio, fts, tmp_path, tool, wra
 
 
 @pytest.mark.parametrize("away", ["wait", "rucio", "x509"])
-def test_rucio_goes_on_without_minter_as_its_settings_say(served, rucio, fts, tmp_path, away):
+def test_rucio_goes_on_without_minter_as_its_settings_say(
+    served: Served, rucio: Path, fts: FakeFTS, tmp_path: Path, away: str
+) -> None:
     told = run(served, rucio, "rucio_submit.py", fts.url, tmp_path, served.ca, "minter", "", BOTH, away)
     files = [file for job in fts.jobs.values() for file in job["files"]]
     if away == "wait":
@@ -117,12 +124,12 @@ def test_rucio_goes_on_without_minter_as_its_settings_say(served, rucio, fts, tm
     assert [token == "None" for _, token in told["deleted"]] == [away == "x509"] * 2
 
 
-def claims_of(token):
+def claims_of(token: str) -> dict[str, Any]:
     return jwt.decode(token, options={"verify_signature": False})
 
 
 @pytest.fixture(scope="module")
-def dirac(tmp_path_factory, wheel):
+def dirac(tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> Path:
     """DIRAC 9.1 from pip, without gfal2-python, which no longer compiles."""
     if shutil.which("swig") is None:
         reason = "swig is not installed, which M2Crypto needs (apt-get install swig libssl-dev)"
@@ -142,7 +149,7 @@ def dirac(tmp_path_factory, wheel):
     return python
 
 
-def test_diracs_identity_provider_and_token_manager(served, dirac):
+def test_diracs_identity_provider_and_token_manager(served: Served, dirac: Path) -> None:
     assert run(served, dirac, "dirac_tokens.py") == [
         "fetchToken and verifyToken",
         "getIdProviderFromToken",
@@ -151,7 +158,9 @@ def test_diracs_identity_provider_and_token_manager(served, dirac):
     ]
 
 
-def test_diracs_fts3job_and_the_fts3_client_carry_per_file_tokens(served, dirac, fts):
+def test_diracs_fts3job_and_the_fts3_client_carry_per_file_tokens(
+    served: Served, dirac: Path, fts: FakeFTS
+) -> None:
     files = run(
         served, dirac, "dirac_fts3job.py", fts.url, served.ca, PYTHONPATH=str(ROOT / "examples/dirac")
     )
@@ -162,7 +171,7 @@ def test_diracs_fts3job_and_the_fts3_client_carry_per_file_tokens(served, dirac,
     assert {claims_of(b.removeprefix("Bearer "))["scope"] for b in fts.bearers} == {"fts"}
 
 
-def test_schemathesis_on_the_openapi_document(served, tmp_path):
+def test_schemathesis_on_the_openapi_document(served: Served, tmp_path: Path) -> None:
     """Every answer follows the OpenAPI document, and requests that violate the document are refused."""
     environment(tmp_path / "env", "schemathesis>=4.32")
     done = subprocess.run(

@@ -6,6 +6,10 @@ import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from uuid import UUID
 
 import kombu
 import pytest
@@ -13,17 +17,19 @@ import pytest
 from minter.cli.demo import read_jobs
 from minter.client import new_request_id
 from minter.contract import names
+from tests.acceptance.conftest import Raw, Running
 from tests.acceptance.test_workers import OTHER, SE
 from tests.conftest import EXAMPLES, ROOT
 from tests.integration.test_metrics import scrape
-from tests.servers import free_ports
+from tests.servers import RabbitMQ, free_ports
+from tests.simulators import FakeFTS
 
 ME = "rucio-alpen"
 QUEUE = "rucio-alpen.jobs"
 
 
 @pytest.fixture(scope="module")
-def key(running, tmp_path_factory):
+def key(running: Running, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A client with a durable queue and a key with which its answers are encrypted."""
     path = tmp_path_factory.mktemp("fts") / "jwe.json"
     running.minter("clients", "change", ME, "--reply-queue", QUEUE, "--new-jwe-key", path)
@@ -33,11 +39,13 @@ def key(running, tmp_path_factory):
 
 
 @pytest.fixture
-def consume(running, key, fts, tmp_path):
+def consume(
+    running: Running, key: Path, fts: FakeFTS, tmp_path: Path
+) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
     """Start forwarders; all are stopped at the end."""
-    started = []
+    started: list[subprocess.Popen[bytes]] = []
 
-    def start(*options):
+    def start(*options: str) -> subprocess.Popen[bytes]:
         url = running.url() if running.on_rabbitmq else running.broker.url
         with (tmp_path / f"fts-{len(started)}.log").open("wb") as log:
             process = subprocess.Popen(
@@ -57,7 +65,7 @@ def consume(running, key, fts, tmp_path):
     assert "Traceback" not in logs
 
 
-def submit(raw, job, **more):
+def submit(raw: Raw, job: dict[str, Any], **more: Any) -> UUID:
     request_id = new_request_id()
     body = {"request_id": str(request_id), "job": job, "reply_queue": QUEUE, **more}
     receipt = raw.ask(body, task=names.FILL_JOB)
@@ -65,25 +73,25 @@ def submit(raw, job, **more):
     return request_id
 
 
-def job(*names):
+def job(*names: str) -> dict[str, Any]:
     return {
         "files": [{"sources": [SE + n], "destinations": [OTHER + n], "filesize": 10} for n in names],
         "params": {},
     }
 
 
-def until(condition, seconds=30):
+def until(condition: Callable[..., object], seconds: float = 30) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.1)
 
 
-def reported(running, request_id):
+def reported(running: Running, request_id: UUID) -> list[tuple[Any, ...]]:
     return running.rows("SELECT job_id, files, file_ids FROM jobs WHERE request_id = %s", request_id)
 
 
-def states(running, request_id):
+def states(running: Running, request_id: UUID) -> set[str]:
     return {
         state
         for (state,) in running.rows(
@@ -93,7 +101,9 @@ def states(running, request_id):
     }
 
 
-def test_rucios_jobs_reach_fts_complete_and_the_engine_knows_their_ids(running, raw, fts, consume):
+def test_rucios_jobs_reach_fts_complete_and_the_engine_knows_their_ids(
+    running: Running, raw: Raw, fts: FakeFTS, consume: Callable[..., subprocess.Popen[bytes]]
+) -> None:
     (port,) = free_ports(1)
     consume("--metrics-port", str(port))
     # FTS 3.13's REST refuses tokens with tape jobs; its successor takes them, and so does the fake.
@@ -121,7 +131,9 @@ def test_rucios_jobs_reach_fts_complete_and_the_engine_knows_their_ids(running, 
         ),
     ],
 )
-def test_a_fault_of_fts_costs_a_retry_and_never_a_second_job(running, raw, fts, consume, fault):
+def test_a_fault_of_fts_costs_a_retry_and_never_a_second_job(
+    running: Running, raw: Raw, fts: FakeFTS, consume: Callable[..., subprocess.Popen[bytes]], fault: str
+) -> None:
     fts.faults = [fault]
     consume()
     request_id = submit(raw, job(f"fault-{fault}"))
@@ -133,7 +145,9 @@ def test_a_fault_of_fts_costs_a_retry_and_never_a_second_job(running, raw, fts, 
     assert (numbers, file_ids) == ([0], [1000])
 
 
-def test_a_job_that_fts_refuses_is_cancelled(running, raw, fts, consume):
+def test_a_job_that_fts_refuses_is_cancelled(
+    running: Running, raw: Raw, fts: FakeFTS, consume: Callable[..., subprocess.Popen[bytes]]
+) -> None:
     fts.faults = ["400"]
     consume()
     request_id = submit(raw, job("refused"))
@@ -141,17 +155,20 @@ def test_a_job_that_fts_refuses_is_cancelled(running, raw, fts, consume):
     assert fts.posts == 1
     assert not reported(running, request_id)
     if running.on_rabbitmq:  # the dead letter is the message, still encrypted
+        assert isinstance(running.broker, RabbitMQ)
         with kombu.Connection(f"amqp://guest:guest@127.0.0.1:{running.broker.port}//") as admin:
             channel = admin.channel()
 
-            def found():
+            def found() -> bool:
                 dead = channel.basic_get(names.DEAD_LETTER_QUEUE, no_ack=True)
                 return dead is not None and dead.properties["content_type"] == "application/jose"
 
             until(found)
 
 
-def test_refused_files_keep_their_numbers(running, raw, fts, consume):
+def test_refused_files_keep_their_numbers(
+    running: Running, raw: Raw, fts: FakeFTS, consume: Callable[..., subprocess.Popen[bytes]]
+) -> None:
     consume()
     body = job("n0", "n1", "n2")
     body["files"][1]["sources"] = ["davs://nowhere.example.org/f"]
@@ -162,7 +179,9 @@ def test_refused_files_keep_their_numbers(running, raw, fts, consume):
 
 
 @pytest.mark.slow
-def test_a_sid_that_another_job_has_is_not_taken_for_ours(running, raw, fts, consume):
+def test_a_sid_that_another_job_has_is_not_taken_for_ours(
+    running: Running, raw: Raw, fts: FakeFTS, consume: Callable[..., subprocess.Popen[bytes]]
+) -> None:
     consume()
     bodies = [job("sid-a"), job("sid-b")]
     for body in bodies:
@@ -176,7 +195,9 @@ def test_a_sid_that_another_job_has_is_not_taken_for_ours(running, raw, fts, con
 
 
 @pytest.mark.slow
-def test_a_killed_consumer_loses_nothing_and_sends_nothing_twice(running, raw, fts, consume):
+def test_a_killed_consumer_loses_nothing_and_sends_nothing_twice(
+    running: Running, raw: Raw, fts: FakeFTS, consume: Callable[..., subprocess.Popen[bytes]]
+) -> None:
     ids = [submit(raw, job(f"kill-{n}")) for n in range(12)]
     fts.faults = ["lost", "503"] * 4
     for _ in range(3):
@@ -190,7 +211,9 @@ def test_a_killed_consumer_loses_nothing_and_sends_nothing_twice(running, raw, f
 
 
 @pytest.mark.slow
-def test_fts_down_and_back(running, raw, consume, fts):
+def test_fts_down_and_back(
+    running: Running, raw: Raw, consume: Callable[..., subprocess.Popen[bytes]], fts: FakeFTS
+) -> None:
     fts.stop()
     consume()
     request_id = submit(raw, job("down"))
@@ -200,16 +223,19 @@ def test_fts_down_and_back(running, raw, consume, fts):
     until(lambda: reported(running, request_id), seconds=60)
 
 
-def test_what_is_no_answer_goes_to_the_dead_letters(running, raw, fts, consume):
+def test_what_is_no_answer_goes_to_the_dead_letters(
+    running: Running, raw: Raw, fts: FakeFTS, consume: Callable[..., subprocess.Popen[bytes]]
+) -> None:
     if not running.on_rabbitmq:
         pytest.skip("only RabbitMQ keeps dead letters")
     consume()
+    assert isinstance(running.broker, RabbitMQ)
     with kombu.Connection(f"amqp://guest:guest@127.0.0.1:{running.broker.port}//") as admin:
         channel = admin.channel()
         message = channel.prepare_message("no JWE", content_type="application/jose", content_encoding="utf-8")
         channel.basic_publish(message, exchange="", routing_key=QUEUE)
 
-        def found():
+        def found() -> bool:
             dead = channel.basic_get(names.DEAD_LETTER_QUEUE, no_ack=True)
             return dead is not None and "no JWE" in str(dead.body)
 

@@ -8,6 +8,9 @@ import socket
 import ssl
 import time
 import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -29,7 +32,7 @@ COPY = FileRequest(sources=(SE + "h/a",), destinations=(OTHER + "h/a",), size=10
 
 
 @pytest.fixture
-def client(served):
+def client(served: Served) -> Iterator[MinterClient]:
     with served.client() as made:
         yield made
 
@@ -48,7 +51,7 @@ def client(served):
         f"/.well-known/oauth-authorization-server/{VO}",
     ],
 )
-def test_discovery_in_every_form_that_clients_ask_for(served, path):
+def test_discovery_in_every_form_that_clients_ask_for(served: Served, path: str) -> None:
     with served.http() as http:
         answer = http.get(served.host + path)
     assert answer.status_code == 200
@@ -60,7 +63,7 @@ def test_discovery_in_every_form_that_clients_ask_for(served, path):
     }
 
 
-def test_the_key_set_verifies_what_is_minted(served, client):
+def test_the_key_set_verifies_what_is_minted(served: Served, client: MinterClient) -> None:
     with served.http() as http:
         published = {key["kid"]: key for key in http.get(f"/{VO}/jwks.json").json()["keys"]}
     assert {key["alg"] for key in published.values()} == {"ES256", "RS256"}
@@ -69,7 +72,7 @@ def test_the_key_set_verifies_what_is_minted(served, client):
         keys.verify(token.reveal().encode(), published[header["kid"]])
 
 
-def test_the_files_of_publish_are_the_same_documents(served, tmp_path):
+def test_the_files_of_publish_are_the_same_documents(served: Served, tmp_path: Path) -> None:
     served.minter("publish", tmp_path)
     with served.http() as http:
         for path in (f"{VO}/jwks.json", f"{VO}/.well-known/openid-configuration"):
@@ -77,7 +80,7 @@ def test_the_files_of_publish_are_the_same_documents(served, tmp_path):
 
 
 @pytest.mark.parametrize("request_line", [b"GET /ready HTTP/1.0", b"HEAD /health HTTP/1.0"])
-def test_http_1_0_is_served_as_haproxys_checks_speak_it(served, request_line):
+def test_http_1_0_is_served_as_haproxys_checks_speak_it(served: Served, request_line: bytes) -> None:
     context = ssl.create_default_context(cafile=served.folder / "ca.pem")
     with (
         socket.create_connection(("localhost", served.port), timeout=10) as plain,
@@ -88,7 +91,7 @@ def test_http_1_0_is_served_as_haproxys_checks_speak_it(served, request_line):
 
 
 @pytest.mark.parametrize("host", ["evil.example", "localhost", "127.0.0.1:1"])
-def test_an_issuer_at_a_path_of_its_own_is_found_under_every_host(served, host):
+def test_an_issuer_at_a_path_of_its_own_is_found_under_every_host(served: Served, host: str) -> None:
     with served.http() as http:
         told = http.get(f"/{VO}/.well-known/openid-configuration", headers={"Host": host}).json()
         assert told["issuer"] == served.iss
@@ -96,8 +99,8 @@ def test_an_issuer_at_a_path_of_its_own_is_found_under_every_host(served, host):
             assert http.get(served.host + path).status_code == 404
 
 
-def test_whoever_guesses_secrets_is_slowed_down_alone(served):
-    def guess(peer):
+def test_whoever_guesses_secrets_is_slowed_down_alone(served: Served) -> None:
+    def guess(peer: str) -> int:
         return http.post(
             f"/{VO}/token", data={"x": "y"}, auth=("rucio", "wrong"), headers={"X-Forwarded-For": peer}
         ).status_code
@@ -110,13 +113,13 @@ def test_whoever_guesses_secrets_is_slowed_down_alone(served):
         assert http.get(f"/{VO}/v1/trace", params={"path": "/x"}).status_code == 200
 
 
-def test_a_second_service_on_the_same_port_is_refused(served):
+def test_a_second_service_on_the_same_port_is_refused(served: Served) -> None:
     second = served.minter("serve", check=False)
     assert second.returncode != 0
     assert f":{served.port}: Address already in use" in second.stderr
 
 
-def test_a_request_that_needs_too_many_tokens_is_refused(served):
+def test_a_request_that_needs_too_many_tokens_is_refused(served: Served) -> None:
     urls = [f"davs://se01.boreas.example.org:443/atlas/{n}" for n in range(64)]
     files = [{"sources": urls, "destinations": urls} for _ in range(63)]
     with served.http("rucio") as http:
@@ -125,7 +128,7 @@ def test_a_request_that_needs_too_many_tokens_is_refused(served):
     assert "at most 8000; split it" in told.json()["error"]["error_description"]
 
 
-def test_health_and_readiness(served):
+def test_health_and_readiness(served: Served) -> None:
     with served.http() as http:
         assert http.get("/health").json() == {"status": "alive"}
         assert http.get("/ready").json() == {"status": "ready"}
@@ -135,7 +138,7 @@ def test_health_and_readiness(served):
 # ── transfers ────────────────────────────────────────────────────────────────────────────────
 
 
-def test_the_whole_life_of_a_request(client):
+def test_the_whole_life_of_a_request(client: MinterClient) -> None:
     made = client.mint([COPY], activity="Production")
     assert [t.side for t in made.tokens] == ["destination", "source"]
     (id_,) = made.request_ids
@@ -155,14 +158,15 @@ def test_the_whole_life_of_a_request(client):
     assert {s["state"] for s in client.trace(external_id="h-a")} >= {"cancelled"}
 
 
-def test_a_job_of_rucios_is_filled(client):
+def test_a_job_of_rucios_is_filled(client: MinterClient) -> None:
     job = json.loads((EXAMPLES / "rucio-41.5/jobs/multihop-1.json").read_text())
     filled = client.fill_job(job.get("job", job))
     assert filled.bearer is not None
+    assert filled.job is not None
     assert all(f["source_tokens"] and f["destination_tokens"] for f in filled.job["files"])
 
 
-def test_many_files_in_many_requests_at_once(client):
+def test_many_files_in_many_requests_at_once(client: MinterClient) -> None:
     files = [FileRequest(sources=(SE + f"many/{n}",)) for n in range(950)]
     result = client.mint_many(files, chunk=100)
     assert [t.file for t in result.tokens] == list(range(950))
@@ -170,7 +174,7 @@ def test_many_files_in_many_requests_at_once(client):
     assert len(whole.tokens) == 950
 
 
-def test_lone_requests_that_come_together_share_their_transactions(served):
+def test_lone_requests_that_come_together_share_their_transactions(served: Served) -> None:
     served.add_client("crowd")
     before = commits(served)
     with served.client("crowd") as one, concurrent.futures.ThreadPoolExecutor(16) as threads:
@@ -179,19 +183,20 @@ def test_lone_requests_that_come_together_share_their_transactions(served):
     assert commits(served) - before < 400  # tests that requests share transactions, not their speed
 
 
-def commits(served):
+def commits(served: Served) -> int:
     from tests.conftest import rows
 
-    return rows(
+    found: int = rows(
         served.service, "SELECT xact_commit FROM pg_stat_database WHERE datname = current_database()"
     )[0][0]
+    return found
 
 
-def test_errors_are_typed_with_their_status(served, client):
+def test_errors_are_typed_with_their_status(served: Served, client: MinterClient) -> None:
     with pytest.raises(UnknownRequest):
         client.fetch(clock.new_uuid7())
     with served.http("rucio") as http:
-        cases = [
+        cases: list[tuple[str | bytes, int, str]] = [
             (b"{", 400, "invalid_request"),
             (b'{"request_id": "x"}', 400, "invalid_request"),
             (json.dumps({"request_id": str(uuid.uuid4()), "files": [{"sources": [SE + "a"]}]}), 400, "invalid_request"),
@@ -209,7 +214,7 @@ def test_errors_are_typed_with_their_status(served, client):
         assert (first.status_code, second.status_code) == (200, 409)
 
 
-def test_one_client_sees_nothing_of_anothers(served, client):
+def test_one_client_sees_nothing_of_anothers(served: Served, client: MinterClient) -> None:
     (id_,) = client.mint([COPY]).request_ids
     served.add_client("stranger")
     with served.client("stranger") as other:
@@ -222,7 +227,7 @@ def test_one_client_sees_nothing_of_anothers(served, client):
 # ── who asks ─────────────────────────────────────────────────────────────────────────────────
 
 
-def test_only_who_knows_the_secret_is_served(served):
+def test_only_who_knows_the_secret_is_served(served: Served) -> None:
     wrong = MinterClient(served.iss, "rucio", "wrong", ca=str(served.ca))
     nobody = MinterClient(served.iss, "nobody", served.secrets["rucio"], ca=str(served.ca))
     for one in (wrong, nobody):
@@ -234,7 +239,9 @@ def test_only_who_knows_the_secret_is_served(served):
     assert (answer.status_code, answer.headers["www-authenticate"]) == (401, 'Basic realm="minter"')
 
 
-def test_a_rotated_secret_works_at_once_and_the_old_one_as_long_as_was_said(served, tmp_path):
+def test_a_rotated_secret_works_at_once_and_the_old_one_as_long_as_was_said(
+    served: Served, tmp_path: Path
+) -> None:
     served.add_client("turning")
     old = served.secrets["turning"]
     with served.client("turning") as one:
@@ -246,7 +253,7 @@ def test_a_rotated_secret_works_at_once_and_the_old_one_as_long_as_was_said(serv
         MinterClient(served.iss, "turning", secret, ca=str(served.ca)).mint([COPY])
 
 
-def test_a_disabled_client_is_refused_at_once(served):
+def test_a_disabled_client_is_refused_at_once(served: Served) -> None:
     served.add_client("gone")
     with served.client("gone") as one:
         one.mint([COPY])
@@ -255,7 +262,7 @@ def test_a_disabled_client_is_refused_at_once(served):
             one.mint([COPY])
 
 
-def test_plain_http_to_another_host_and_unknown_cas_are_refused(served):
+def test_plain_http_to_another_host_and_unknown_cas_are_refused(served: Served) -> None:
     with pytest.raises(SettingsError, match="plain http"):
         MinterClient("http://tokens.example.org/vo/", "a", "b")
     with pytest.raises(InvalidRequest, match="no secret"):
@@ -267,7 +274,7 @@ def test_plain_http_to_another_host_and_unknown_cas_are_refused(served):
 # ── abuse ────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_too_much_is_refused_before_it_is_read(served):
+def test_too_much_is_refused_before_it_is_read(served: Served) -> None:
     with served.http("rucio") as http:
         large = http.post(
             f"/{VO}/v1/mint", content=b"[" * (9 << 20), headers={"Content-Type": "application/json"}
@@ -281,8 +288,8 @@ def test_too_much_is_refused_before_it_is_read(served):
         assert many.status_code in (400, 431)
 
 
-def test_odd_requests_are_the_callers_fault(served):
-    headers = {"Authorization": b"Basic \xc3\xa9"}
+def test_odd_requests_are_the_callers_fault(served: Served) -> None:
+    headers: Any = {"Authorization": b"Basic \xc3\xa9"}
     with served.http() as http:
         assert http.post(f"/{VO}/v1/mint", content=b"{}", headers=headers).status_code == 401
         assert http.head(f"/{VO}/jwks.json").status_code == 200
@@ -301,7 +308,7 @@ def test_odd_requests_are_the_callers_fault(served):
     "body",
     [b"token=%ff", b"token=\xff", b"%ff=x", b"token=a&token=b", b"&".join(b"f%d=x" % n for n in range(33))],
 )
-def test_what_is_no_form_is_refused(served, body):
+def test_what_is_no_form_is_refused(served: Served, body: bytes) -> None:
     headers = {"Content-Type": "application/x-www-form-urlencoded"}
     with served.http("rucio") as http:
         answer = http.post(f"/{VO}/revoke", content=body, headers=headers)
@@ -309,7 +316,7 @@ def test_what_is_no_form_is_refused(served, body):
         assert any(why in answer.json()["error_description"] for why in ("not a form", "more than once"))
 
 
-def test_every_answer_has_the_headers_that_keep_it_from_being_a_page(served):
+def test_every_answer_has_the_headers_that_keep_it_from_being_a_page(served: Served) -> None:
     with served.http() as http:
         for path in ("/health", "/nothing", f"/{VO}/jwks.json"):
             answer = http.get(path)
@@ -319,7 +326,7 @@ def test_every_answer_has_the_headers_that_keep_it_from_being_a_page(served):
 
 
 @pytest.mark.slow
-def test_slow_clients_are_dropped_and_others_served_meanwhile(postgres_dsn, tmp_path):
+def test_slow_clients_are_dropped_and_others_served_meanwhile(postgres_dsn: str, tmp_path: Path) -> None:
     from tests.acceptance.served import Served
 
     served = Served(tmp_path, postgres_dsn, processes=1, http="body_seconds = 1.0\nheader_seconds = 1.0")
@@ -348,7 +355,7 @@ def test_slow_clients_are_dropped_and_others_served_meanwhile(postgres_dsn, tmp_
         served.close()
 
 
-def test_a_client_that_is_too_fast_is_told_when_to_come_back(postgres_dsn, tmp_path):
+def test_a_client_that_is_too_fast_is_told_when_to_come_back(postgres_dsn: str, tmp_path: Path) -> None:
     from tests.acceptance.served import Served
 
     served = Served(tmp_path, postgres_dsn, processes=1, http="requests_per_second = 2")
@@ -367,7 +374,7 @@ def test_a_client_that_is_too_fast_is_told_when_to_come_back(postgres_dsn, tmp_p
         served.close()
 
 
-def test_each_process_tells_prometheus_of_itself(postgres_dsn, tmp_path):
+def test_each_process_tells_prometheus_of_itself(postgres_dsn: str, tmp_path: Path) -> None:
     from tests.acceptance.served import Served
     from tests.integration.test_metrics import scrape
 
@@ -384,7 +391,9 @@ def test_each_process_tells_prometheus_of_itself(postgres_dsn, tmp_path):
         served.close()
 
 
-def test_postgres_away_is_not_ready_and_nothing_is_refused_for_good(postgres_dsn, tmp_path):
+def test_postgres_away_is_not_ready_and_nothing_is_refused_for_good(
+    postgres_dsn: str, tmp_path: Path
+) -> None:
     from tests.acceptance.served import Served
     from tests.conftest import _admin
 
@@ -419,7 +428,9 @@ def test_postgres_away_is_not_ready_and_nothing_is_refused_for_good(postgres_dsn
 
 
 @pytest.mark.slow
-def test_ready_tells_within_two_seconds_that_nothing_can_be_written(postgres_dsn, tmp_path):
+def test_ready_tells_within_two_seconds_that_nothing_can_be_written(
+    postgres_dsn: str, tmp_path: Path
+) -> None:
     """A missing standby hangs commits, a stopped server hangs everything; `/health` goes on."""
     postgres = Postgres(tmp_path / "postgres")
     postgres.start()
@@ -442,6 +453,7 @@ def test_ready_tells_within_two_seconds_that_nothing_can_be_written(postgres_dsn
             while http.get("/ready").status_code != 200:
                 assert time.monotonic() < deadline
                 time.sleep(0.2)
+            assert postgres.process is not None
             family = [postgres.process.pid, *children(postgres.process.pid)]
             for pid in family:
                 os.kill(pid, signal.SIGSTOP)
@@ -458,7 +470,7 @@ def test_ready_tells_within_two_seconds_that_nothing_can_be_written(postgres_dsn
         postgres.stop()
 
 
-def timed(http, path):
+def timed(http: httpx.Client, path: str) -> httpx.Response:
     """Return the answer to a request, which comes within two seconds."""
     started = time.monotonic()
     told = http.get(path)
@@ -466,6 +478,6 @@ def timed(http, path):
     return told
 
 
-def test_every_process_tells_that_it_runs(served):
+def test_every_process_tells_that_it_runs(served: Served) -> None:
     found = rows(served.service, "SELECT role, host, abs(skew_seconds) < 1 FROM processes")
     assert found == [("serve", socket.gethostname(), True)] * 2

@@ -5,6 +5,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import jwt
 import pytest
@@ -19,7 +22,7 @@ ROTATION = f"[rotation]\npublish_seconds = {PUBLISH_SECONDS}\n"
 
 
 @pytest.fixture
-def served(postgres_dsn, tmp_path):
+def served(postgres_dsn: str, tmp_path: Path) -> Iterator[Served]:
     made = Served(tmp_path, postgres_dsn, ROTATION)
     made.add_client("rucio")
     yield made
@@ -27,7 +30,7 @@ def served(postgres_dsn, tmp_path):
 
 
 @pytest.fixture
-def folder(served, tmp_path):
+def folder(served: Served, tmp_path: Path) -> Iterator[Path]:
     """The files that `minter publish --watch` writes, as a web server would serve them."""
     path = tmp_path / "published"
     process = subprocess.Popen(
@@ -44,11 +47,12 @@ def folder(served, tmp_path):
 class Verifier:
     """Caches keys as FTS and XRootD do: for a fixed time, even if an unknown `kid` comes."""
 
-    def __init__(self, fetch, seconds):
+    def __init__(self, fetch: Callable[[], dict[str, Any]], seconds: float) -> None:
         self.fetch, self.seconds = fetch, seconds
-        self.keys, self.until = {}, 0.0
+        self.keys: dict[str, Any] = {}
+        self.until = 0.0
 
-    def check(self, token):
+    def check(self, token: str) -> None:
         if time.monotonic() > self.until:
             self.keys = {k["kid"]: jwt.PyJWK(k).key for k in self.fetch()["keys"]}
             self.until = time.monotonic() + self.seconds
@@ -56,7 +60,7 @@ class Verifier:
         jwt.decode(token, key, algorithms=[ALGORITHM], options={"verify_aud": False})
 
 
-def served_keys(served):
+def served_keys(served: Served) -> Any:
     with served.http() as http:  # a new connection may go to any of the processes
         return http.get(f"/{VO}/jwks.json").json()
 
@@ -65,30 +69,31 @@ ALGORITHM = "ES256"
 """What the storage of these tests verifies fastest."""
 
 
-def kids(served):
+def kids(served: Served) -> set[str]:
     return {k["kid"] for k in served_keys(served)["keys"] if k["alg"] == ALGORITHM}
 
 
-def mint(served, number):
+def mint(served: Served, number: int) -> str:
     with served.client() as client:
         return client.mint([FileRequest(sources=(f"{SE}k/{number}",))]).tokens[0].reveal()
 
 
-def created(served):
+def created(served: Served) -> str:
     (made,) = json.loads(
         served.minter("keys", "create", "--vo", VO, "--algorithm", ALGORITHM, "--json").stdout
     )
-    return made["kid"]
+    kid: str = made["kid"]
+    return kid
 
 
-def test_rotation_is_never_seen_by_a_verifier_that_caches(served, folder):
+def test_rotation_is_never_seen_by_a_verifier_that_caches(served: Served, folder: Path) -> None:
     verifiers = [
         Verifier(lambda: served_keys(served), PUBLISH_SECONDS - 2.5),
         Verifier(lambda: json.loads((folder / f"{VO}/jwks.json").read_text()), PUBLISH_SECONDS - 2.5),
     ]
     signed, number = set(), 0
 
-    def go_on(seconds):
+    def go_on(seconds: float) -> None:
         nonlocal number
         until = time.monotonic() + seconds
         while time.monotonic() < until:
@@ -109,7 +114,9 @@ def test_rotation_is_never_seen_by_a_verifier_that_caches(served, folder):
     assert signed <= kids(served)  # the old key stays as long as its tokens live
 
 
-def test_a_revoked_key_leaves_every_process_and_file_within_seconds_and_a_standby_signs(served, folder):
+def test_a_revoked_key_leaves_every_process_and_file_within_seconds_and_a_standby_signs(
+    served: Served, folder: Path
+) -> None:
     (first,) = kids(served)
     standby = created(served)
     time.sleep(PUBLISH_SECONDS + 0.5)

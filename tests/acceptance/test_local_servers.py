@@ -5,6 +5,7 @@ import signal
 import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -13,10 +14,13 @@ from minter.local.servers import Postgres, Valkey
 
 
 @pytest.mark.parametrize("kind", [Postgres, Valkey])
-def test_a_second_server_on_the_folder_is_refused_and_the_first_lives_on(kind, tmp_path):
+def test_a_second_server_on_the_folder_is_refused_and_the_first_lives_on(
+    kind: type[Postgres | Valkey], tmp_path: Path
+) -> None:
     first = kind(tmp_path / "state" / "server")
     first.start()
     try:
+        assert first.process is not None
         with pytest.raises(SettingsError, match=rf"runs on .* already \(process {first.process.pid}\)"):
             kind(tmp_path / "state" / "server").start()
         assert first.ready()
@@ -27,13 +31,14 @@ def test_a_second_server_on_the_folder_is_refused_and_the_first_lives_on(kind, t
     again.stop()
 
 
-def test_an_orphan_keeps_its_lock(tmp_path):
+def test_an_orphan_keeps_its_lock(tmp_path: Path) -> None:
     code = (
         "import sys, pathlib; from minter.local.servers import Valkey;"
         "v = Valkey(pathlib.Path(sys.argv[1])); v.start(); print(v.process.pid, flush=True); sys.stdin.read()"
     )
-    command = [sys.executable, "-c", code, tmp_path / "server"]
+    command: list[str | Path] = [sys.executable, "-c", code, tmp_path / "server"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
         orphan = int(parent.stdout.readline())
         parent.kill()
     try:
@@ -43,10 +48,13 @@ def test_an_orphan_keeps_its_lock(tmp_path):
         os.kill(orphan, signal.SIGKILL)
 
 
-def test_nothing_of_the_state_is_open_to_others(tmp_path):
+def test_nothing_of_the_state_is_open_to_others(tmp_path: Path) -> None:
     old = os.umask(0)
     try:
-        servers = [Postgres(tmp_path / "state" / "postgres"), Valkey(tmp_path / "state" / "valkey")]
+        servers: list[Postgres | Valkey] = [
+            Postgres(tmp_path / "state" / "postgres"),
+            Valkey(tmp_path / "state" / "valkey"),
+        ]
         for server in servers:
             server.start()
             server.stop()

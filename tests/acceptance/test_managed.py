@@ -6,6 +6,9 @@ import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
 
 import jwt
 import pytest
@@ -13,6 +16,7 @@ import pytest
 from minter.client import FileOperation, FileReport, FileRequest
 from minter.errors import InvalidGrant, InvalidRequest, InvalidScope
 from minter.local.fake_iam import Behaviour
+from minter.service import Service
 from tests.acceptance.served import VO, Served
 from tests.conftest import ROOT, rows
 from tests.iam_servers import Fake, OidcProvider
@@ -22,7 +26,7 @@ HOST, TOP = "se01.boreas.example.org", "/atlas/atlasdatadisk/rucio"
 OPERATIONS = '["read", "write", "overwrite", "retry", "stat"]'
 
 
-def settings(issuer, dialect):
+def settings(issuer: str, dialect: str) -> str:
     return f"""
 [[providers]]
 name = "iam"
@@ -65,17 +69,17 @@ scopes = ["storage.read"]
 class SharedTokenCache(Served):
     """The HTTP service, and refreshers that can be killed."""
 
-    def __init__(self, folder, postgres_dsn, iam):
+    def __init__(self, folder: Path, postgres_dsn: str, iam: Fake | OidcProvider) -> None:
         secret = folder / "iam.secret"
         secret.touch(mode=0o600)
         secret.write_text("minter-secret")
         super().__init__(folder, postgres_dsn, settings(iam.issuer, iam.dialect))
         self.iam = iam
-        self.refreshers = []
+        self.refreshers: list[subprocess.Popen[bytes]] = []
         for name in ("rucio", "consumer", "thief"):
             self.add_client(name)
 
-    def spawn(self, count=1):
+    def spawn(self, count: int = 1) -> None:
         for _ in range(count):
             with (self.folder / "refresher.log").open("ab") as log:
                 self.refreshers.append(
@@ -88,19 +92,21 @@ class SharedTokenCache(Served):
                     )
                 )
 
-    def kill(self, number=signal.SIGKILL):
+    def kill(self, number: signal.Signals = signal.SIGKILL) -> None:
         for refresher in self.refreshers:
             refresher.send_signal(number)
             refresher.wait(30)
         self.refreshers.clear()
 
-    def close(self):
+    def close(self) -> None:
         self.kill(signal.SIGTERM)
         super().close()
 
 
 @pytest.fixture(scope="module", params=["fake", pytest.param("oidc-provider", marks=pytest.mark.slow)])
-def kept(request, postgres_dsn, tmp_path_factory):
+def kept(
+    request: pytest.FixtureRequest, postgres_dsn: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[SharedTokenCache]:
     folder = tmp_path_factory.mktemp("kept")
     iam = Fake() if request.param == "fake" else OidcProvider(folder / "iam", AT_TTL="14400")
     iam.start()
@@ -111,12 +117,15 @@ def kept(request, postgres_dsn, tmp_path_factory):
     iam.stop()
 
 
-def read(name, activity, **options):
+def read(name: str, activity: str, **options: Any) -> dict[str, Any]:
     files = [FileRequest(operations=(FileOperation("download", SE + name),), external_id=name)]
     return {"files": files, "activity": activity, **options}
 
 
-def until(what, seconds=20):
+_Found = TypeVar("_Found")
+
+
+def until(what: Callable[..., _Found], seconds: float = 20) -> _Found:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if found := what():
@@ -125,7 +134,7 @@ def until(what, seconds=20):
     raise AssertionError("it did not happen in time")
 
 
-def test_from_a_subject_token_to_a_token_kept_fresh(kept):
+def test_from_a_subject_token_to_a_token_kept_fresh(kept: SharedTokenCache) -> None:
     subject = kept.iam.subject(f"storage.read:{TOP}")
     with kept.client() as client:
         asked = client.mint(**read("x/1", "exchanged"), subject_token=subject, consumer="consumer")
@@ -160,7 +169,7 @@ def test_from_a_subject_token_to_a_token_kept_fresh(kept):
         assert str(fresh[0].reveal()) not in str(story)
 
 
-def test_what_a_subject_token_must_be(kept):
+def test_what_a_subject_token_must_be(kept: SharedTokenCache) -> None:
     with kept.client() as client:
         with pytest.raises(InvalidGrant, match="name one of"):
             client.mint(
@@ -176,7 +185,7 @@ def test_what_a_subject_token_must_be(kept):
         assert isinstance(none.refusals[0].error, InvalidGrant)
 
 
-def test_the_stored_subject_token(kept):
+def test_the_stored_subject_token(kept: SharedTokenCache) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "minter.cli", "clients", "subject-token", "rucio", "--json"],
         input=kept.iam.subject(f"storage.read:{TOP}"), env=kept.environ, capture_output=True, text=True, check=False, cwd=ROOT,
@@ -188,7 +197,7 @@ def test_the_stored_subject_token(kept):
         until(lambda: client.fetch(*asked.request_ids).tokens)
 
 
-def test_a_job_is_filled_when_the_tokens_are_there(kept):
+def test_a_job_is_filled_when_the_tokens_are_there(kept: SharedTokenCache) -> None:
     if isinstance(kept.iam, Fake):
         kept.iam.server.behaviour = Behaviour(life_seconds=4 * 3600)
     job = {
@@ -197,12 +206,14 @@ def test_a_job_is_filled_when_the_tokens_are_there(kept):
     }
     with kept.client() as client:
         filled = client.fill_job(job)
+    assert filled.job is not None
     ((source,),) = [f["source_tokens"] for f in filled.job["files"]]
     assert jwt.decode(source, options={"verify_signature": False})["iss"] == kept.iam.issuer
+    assert filled.bearer is not None
     assert filled.bearer.handle == ""
 
 
-def test_an_outage_is_stood_in_for_and_ends(kept):
+def test_an_outage_is_stood_in_for_and_ends(kept: SharedTokenCache) -> None:
     if not isinstance(kept.iam, Fake):
         pytest.skip("a real server fails when it likes")
     kept.iam.server.behaviour = Behaviour(fault="error_500")
@@ -216,7 +227,7 @@ def test_an_outage_is_stood_in_for_and_ends(kept):
         until(lambda: client.mint(**read(f"z/{uuid.uuid4()}", "own")).pending, 60)
 
 
-def test_refreshers_die_and_nothing_is_lost(kept):
+def test_refreshers_die_and_nothing_is_lost(kept: SharedTokenCache) -> None:
     with kept.client() as client:
         asked = [client.mint(**read(f"k/{n}", "own")) for n in range(10)]
         kept.kill()
@@ -225,7 +236,7 @@ def test_refreshers_die_and_nothing_is_lost(kept):
             until(lambda one=one: client.fetch(*one.request_ids).tokens, 60)
 
 
-def test_a_visitors_token_at_the_token_endpoint(kept):
+def test_a_visitors_token_at_the_token_endpoint(kept: SharedTokenCache) -> None:
     exchange = {
         "grant_type": "urn:ietf:params:oauth:grant-type:token-exchange",
         "subject_token_type": "urn:ietf:params:oauth:token-type:access_token",
@@ -256,7 +267,7 @@ def test_a_visitors_token_at_the_token_endpoint(kept):
     assert refused["error"] == "invalid_request"
 
 
-def test_nothing_secret_in_logs_or_rows(kept):
+def test_nothing_secret_in_logs_or_rows(kept: SharedTokenCache) -> None:
     text = (kept.folder / "refresher.log").read_text() + kept.log()
     assert "eyJ" not in text
     assert "minter-secret" not in text
@@ -269,7 +280,7 @@ def test_nothing_secret_in_logs_or_rows(kept):
     assert os.environ.get("HOME")
 
 
-def test_subject_tokens_do_not_go_over_a_broker(service):
+def test_subject_tokens_do_not_go_over_a_broker(service: Service) -> None:
     from minter.contract import names
     from minter.tasks import dispatch
     from minter.tasks.lifecycle import Lifecycle

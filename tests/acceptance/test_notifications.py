@@ -4,6 +4,9 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import jwt
 import kombu
@@ -14,17 +17,28 @@ from minter.broker.publisher import declare
 from minter.client import new_request_id
 from minter.database import control_changes
 from minter.local.fake_iam import Behaviour
+from minter.local.servers import Valkey
 from tests.acceptance.conftest import Raw, Running
 from tests.acceptance.test_managed import settings
 from tests.conftest import EXAMPLES, ROOT
 from tests.iam_servers import Fake
 from tests.integration.test_mint import SE
+from tests.servers import RabbitMQ
 
 ME, QUEUE = "rucio-alpen", "rucio-alpen.managed"
 
 
+class Pushing(Running):
+    """An engine with a provider, and the key of its client's queue."""
+
+    iam: Fake
+    key: Path
+
+
 @pytest.fixture(scope="module")
-def pushing(broker, database_dsn, tmp_path_factory):
+def pushing(
+    broker: Valkey | RabbitMQ, database_dsn: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Pushing]:
     folder = tmp_path_factory.mktemp("pushing")
     iam = Fake()
     iam.start()
@@ -33,7 +47,7 @@ def pushing(broker, database_dsn, tmp_path_factory):
     path = folder / "settings.toml"
     text = (EXAMPLES / "settings.toml").read_text().replace('"rucio-41.5/', f'"{EXAMPLES}/rucio-41.5/')
     path.write_text(text + settings(iam.issuer, "generic"))
-    engine = Running(broker, database_dsn, folder, settings=path)
+    engine = Pushing(broker, database_dsn, folder, settings=path)
     control_changes.sync_providers(engine.service.pool, ["iam"])
     engine.iam = iam
     engine.key = folder / "jwe.json"
@@ -58,7 +72,7 @@ def pushing(broker, database_dsn, tmp_path_factory):
     iam.stop()
 
 
-def next_answer(engine, seconds=40):
+def next_answer(engine: Pushing, seconds: float = 40) -> dict[str, Any]:
     key = jwk.import_key(json.loads(engine.key.read_text()))
     with kombu.Connection(engine.url()) as connection:
         channel = connection.channel()
@@ -68,14 +82,17 @@ def next_answer(engine, seconds=40):
             if message is not None:
                 body = message.body if isinstance(message.body, str) else message.body.decode()
                 assert message.content_type == "application/jose"
-                return json.loads(jwe.decrypt_compact(body, key).plaintext)
+                plaintext = jwe.decrypt_compact(body, key).plaintext
+                assert plaintext is not None
+                answer: dict[str, Any] = json.loads(plaintext)
+                return answer
             time.sleep(0.1)
     raise AssertionError("nothing was pushed")
 
 
-def ask(engine, name, activity):
+def ask(engine: Running, name: str, activity: str) -> tuple[str, dict[str, Any]]:
     raw = Raw(engine)
-    body = {
+    body: dict[str, Any] = {
         "request_id": str(new_request_id()), "activity": activity, "reply_queue": QUEUE,
         "files": [{"operations": [{"operation": "download", "url": SE + name}], "external_id": name}],
     }  # fmt: skip
@@ -84,7 +101,7 @@ def ask(engine, name, activity):
     return body["request_id"], told
 
 
-def test_a_handle_first_and_then_the_token(pushing):
+def test_a_handle_first_and_then_the_token(pushing: Pushing) -> None:
     request_id, told = ask(pushing, "p/1", "own")
     assert "tokens" not in told  # the tokens go to the durable queue
     first = next_answer(pushing)
@@ -102,10 +119,10 @@ def test_a_handle_first_and_then_the_token(pushing):
     assert third["tokens"][0]["token"] != token["token"]
 
 
-def test_a_stand_in_is_pushed_too(pushing):
+def test_a_stand_in_is_pushed_too(pushing: Pushing) -> None:
     pushing.iam.server.behaviour = Behaviour(fault="error_500")
     asked = [ask(pushing, f"s/{n}", "own")[0] for n in range(6)]
-    tokens = {}
+    tokens: dict[str, Any] = {}
     while set(tokens) != set(asked):  # those asked for after the pause began have no handle first
         answer = next_answer(pushing)
         if answer.get("tokens"):
@@ -115,8 +132,8 @@ def test_a_stand_in_is_pushed_too(pushing):
         assert jwt.decode(token["token"], options={"verify_signature": False})["iss"] != pushing.iam.issuer
 
 
-def test_a_job_does_not_go_to_a_queue_before_it_is_filled(pushing):
-    job = {
+def test_a_job_does_not_go_to_a_queue_before_it_is_filled(pushing: Pushing) -> None:
+    job: dict[str, Any] = {
         "files": [
             {"sources": [SE + "j/1"], "destinations": [SE + "j/2"], "filesize": 1, "activity": "exchanged"}
         ],

@@ -1,27 +1,32 @@
 """What operators ask and do: status, check, dead letters, audit, keys and secrets that leaked."""
 
 import json
+import subprocess
 import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from uuid import UUID
 
 import kombu
 import pytest
 
 from minter.broker.publisher import Publisher
-from minter.client import FileRequest, new_request_id
+from minter.client import FileRequest, MinterClient, new_request_id
 from minter.contract import names
 from minter.database import migrations
 from minter.errors import Undeliverable
 from minter.service import Service
 from minter.tokens.keystore import new_master_key
+from tests.acceptance.conftest import Running
 from tests.acceptance.test_workers import OTHER, SE
 from tests.conftest import _admin, _dsn, load_settings
 from workers import replies
 
 
-def status(running, **environ):
+def status(running: Running, **environ: str) -> tuple[int, str, dict[str, dict[str, Any]]]:
     """Return exit code, worst level, and the lines by part."""
-    running = With(running, environ)
-    done = running.minter("status", "--json", check=False)
+    done = With(running, environ).minter("status", "--json", check=False)
     told = json.loads(done.stdout)
     return done.returncode, told["status"], {line["part"]: line for line in told["lines"]}
 
@@ -29,10 +34,10 @@ def status(running, **environ):
 class With:
     """The running engine as commands with other environment variables see it."""
 
-    def __init__(self, running, environ):
+    def __init__(self, running: Running, environ: dict[str, str]) -> None:
         self._running, self._environ = running, environ
 
-    def minter(self, *arguments, check=True):
+    def minter(self, *arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:
         before = self._running.environ
         self._running.environ = {**before, **self._environ}
         try:
@@ -41,7 +46,7 @@ class With:
             self._running.environ = before
 
 
-def test_status_says_what_runs_and_what_does_not(running, client):
+def test_status_says_what_runs_and_what_does_not(running: Running, client: MinterClient) -> None:
     assert client.mint([FileRequest(sources=(SE + "status",))]).tokens
     code, worst, parts = status(running)
     assert (code, worst) == (3, "warning")
@@ -56,7 +61,7 @@ def test_status_says_what_runs_and_what_does_not(running, client):
     assert "worker" in text
 
 
-def test_status_goes_on_when_half_is_down(running):
+def test_status_goes_on_when_half_is_down(running: Running) -> None:
     code, worst, parts = status(running, MINTER_DSN="host=127.0.0.1 port=1 user=minter dbname=x")
     assert (code, worst) == (1, "failed")
     assert "refused" in parts["postgres"]["text"]
@@ -67,7 +72,7 @@ def test_status_goes_on_when_half_is_down(running):
     assert "guest:guest" not in json.dumps(parts)
 
 
-def test_a_wrong_master_key_is_told(running):
+def test_a_wrong_master_key_is_told(running: Running) -> None:
     code, _, parts = status(running, MINTER_MASTER_KEY_ALPEN=new_master_key())
     assert code == 1
     assert parts["alpen ES256"]["level"] == "failed"
@@ -77,7 +82,9 @@ def test_a_wrong_master_key_is_told(running):
     assert "does not open" in done.stdout
 
 
-def test_check_finds_a_database_without_schema_and_a_changed_issuer(running, postgres_dsn, tmp_path):
+def test_check_finds_a_database_without_schema_and_a_changed_issuer(
+    running: Running, postgres_dsn: str, tmp_path: Path
+) -> None:
     name = f"minter_empty_{uuid.uuid4().hex[:8]}"
     _admin(postgres_dsn, f"CREATE DATABASE {name}")
     service = Service(load_settings(_dsn(postgres_dsn, name)))
@@ -101,12 +108,12 @@ def test_check_finds_a_database_without_schema_and_a_changed_issuer(running, pos
 
 
 @pytest.fixture
-def bury(running):
+def bury(running: Running) -> Iterator[Callable[..., UUID]]:
     """Put a request of the client on the queue of dead letters; return its request_id."""
     with kombu.Connection(running.url()) as connection:
         publisher = Publisher(kombu.Connection(running.broker.url))
 
-        def put(**more):
+        def put(**more: object) -> UUID:
             request_id = new_request_id()
             file = {"sources": [SE + uuid.uuid4().hex], "destinations": [OTHER + "d"]}
             request = {"request_id": str(request_id), "files": [file], **more}
@@ -120,11 +127,13 @@ def bury(running):
         del connection
 
 
-def dead(running, *arguments):
+def dead(running: Running, *arguments: object) -> Any:
     return json.loads(running.minter("dead", *arguments, "--json").stdout)
 
 
-def test_dead_letters_are_listed_served_and_dropped(running, client, bury):
+def test_dead_letters_are_listed_served_and_dropped(
+    running: Running, client: MinterClient, bury: Callable[..., UUID]
+) -> None:
     running.minter("dead", "drop", "--all")
     first, second = bury(), bury()
     listed = dead(running, "list")
@@ -144,7 +153,7 @@ def test_dead_letters_are_listed_served_and_dropped(running, client, bury):
     assert running.rows("SELECT count(*) FROM requests WHERE request_id = %s", second) == [(0,)]
 
 
-def test_a_dead_letter_that_is_refused_again_stays(running, bury):
+def test_a_dead_letter_that_is_refused_again_stays(running: Running, bury: Callable[..., UUID]) -> None:
     running.minter("dead", "drop", "--all")
     bury(vo="nowhere")
     (letter,) = dead(running, "list")
@@ -159,7 +168,7 @@ def test_a_dead_letter_that_is_refused_again_stays(running, bury):
 # ── leaks ────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_revoke_force_makes_the_standby_itself(running, client):
+def test_revoke_force_makes_the_standby_itself(running: Running, client: MinterClient) -> None:
     before = client.mint([FileRequest(sources=(SE + "leak",))]).tokens[0]
     ring = json.loads(running.minter("keys", "list", "--json").stdout)
     (active,) = (k for k in ring if (k["state"], k["algorithm"]) == ("active", "ES256"))
@@ -179,7 +188,7 @@ def test_revoke_force_makes_the_standby_itself(running, client):
     assert "leak" in running.minter("audit", "--subject", active["kid"], "--json").stdout
 
 
-def test_a_leaked_secret_is_refused_at_once(running, tmp_path):
+def test_a_leaked_secret_is_refused_at_once(running: Running, tmp_path: Path) -> None:
     running.minter("clients", "rotate", "rucio-alpen", "--secret-file", tmp_path / "one")
     running.minter("clients", "rotate", "rucio-alpen", "--secret-file", tmp_path / "two", "--now")
     kept = "SELECT count(*) FROM clients WHERE name = 'rucio-alpen' AND old_secret_until > now()"

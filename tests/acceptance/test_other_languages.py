@@ -4,9 +4,11 @@ import json
 import os
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 
+from tests.acceptance.conftest import Running
 from tests.acceptance.test_workers import OTHER, SE
 from tests.conftest import ROOT
 
@@ -14,7 +16,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.rabbitmq]
 
 
 @pytest.fixture(scope="module")
-def example(tmp_path_factory):
+def example(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if shutil.which("npm") is None:
         (pytest.fail if os.environ.get("CI") else pytest.skip)("npm is not installed")
     folder = tmp_path_factory.mktemp("node")
@@ -23,14 +25,14 @@ def example(tmp_path_factory):
     return folder
 
 
-def run(example, running, *urls):
+def run(example: Path, running: Running, *urls: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         ["node", "mint.js", *urls], cwd=example, env={**os.environ, "MINTER_BROKER_URL": running.url()},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
 
 
-def test_node_gets_tokens(example, running):
+def test_node_gets_tokens(example: Path, running: Running) -> None:
     if not running.on_rabbitmq:
         pytest.skip("AMQP only")
     done = run(example, running, SE + "node", OTHER + "node")
@@ -41,7 +43,7 @@ def test_node_gets_tokens(example, running):
     assert count == 2
 
 
-def test_node_gets_typed_refusals(example, running):
+def test_node_gets_typed_refusals(example: Path, running: Running) -> None:
     if not running.on_rabbitmq:
         pytest.skip("AMQP only")
     done = run(example, running, "davs://nowhere.example.org/f", OTHER + "node")

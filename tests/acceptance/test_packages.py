@@ -11,11 +11,11 @@ from tests.conftest import ROOT
 pytestmark = pytest.mark.slow
 
 
-def run(python, code):
+def run(python: Path, code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([python, "-c", code], capture_output=True, text=True, check=False, cwd="/")
 
 
-def test_the_client_alone_needs_no_server(wheel, tmp_path):
+def test_the_client_alone_needs_no_server(wheel: Path, tmp_path: Path) -> None:
     python = environment(tmp_path / "env", wheel)
     listed = subprocess.run(
         [python, "-m", "pip", "list", "--format=freeze"], capture_output=True, text=True, check=True
@@ -36,7 +36,7 @@ def test_the_client_alone_needs_no_server(wheel, tmp_path):
     assert "pip install 'gridminter[server]'" in command.stderr
 
 
-def test_the_client_lives_beside_rucio(wheel, tmp_path):
+def test_the_client_lives_beside_rucio(wheel: Path, tmp_path: Path) -> None:
     python = environment(tmp_path / "env", "rucio==41.5.1", f"{wheel}[amqp]")
     done = subprocess.run([python, "-m", "pip", "check"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
@@ -45,7 +45,7 @@ def test_the_client_lives_beside_rucio(wheel, tmp_path):
     assert done.stdout.strip() == "<MinterClient me>", done.stderr
 
 
-def test_the_engine_is_installed_with_its_workers_and_migrations(wheel, tmp_path):
+def test_the_engine_is_installed_with_its_workers_and_migrations(wheel: Path, tmp_path: Path) -> None:
     python = environment(tmp_path / "env", f"{wheel}[server]")
     code = (
         "import schemas, pathlib, workers.app, workers.fts_forwarder, minter.cli.__main__;"

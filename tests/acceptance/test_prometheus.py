@@ -8,21 +8,24 @@ import subprocess
 import time
 import urllib.parse
 import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
 from minter import metrics
+from minter.local.servers import Valkey
 from tests.acceptance.conftest import Running
 from tests.acceptance.test_workers import files
 from tests.conftest import EXAMPLES, ROOT
-from tests.servers import free_ports
+from tests.servers import RabbitMQ, free_ports
 
 pytestmark = pytest.mark.slow
 PORTS = 8
 
 
 @pytest.fixture
-def scraped(broker, database_dsn, tmp_path):
+def scraped(broker: Valkey | RabbitMQ, database_dsn: str, tmp_path: Path) -> Iterator[tuple[Running, int]]:
     """An engine with metrics on, and a Prometheus that scrapes it."""
     if shutil.which("prometheus") is None:
         reason = "Prometheus is not installed (apt-get install prometheus)"
@@ -55,7 +58,7 @@ def scraped(broker, database_dsn, tmp_path):
     engine.close()
 
 
-def query(port, expression):
+def query(port: int, expression: str) -> dict[tuple[str, ...], float]:
     url = f"http://127.0.0.1:{port}/api/v1/query?{urllib.parse.urlencode({'query': expression})}"
     with urllib.request.urlopen(url, timeout=5) as answer:
         found = json.load(answer)["data"]["result"]
@@ -64,7 +67,12 @@ def query(port, expression):
     }
 
 
-def wait_for(port, expression, condition, seconds=40):
+def wait_for(
+    port: int,
+    expression: str,
+    condition: Callable[[dict[tuple[str, ...], float]], object],
+    seconds: float = 40,
+) -> dict[tuple[str, ...], float]:
     deadline = time.monotonic() + seconds
     seen = None
     while time.monotonic() < deadline:
@@ -77,7 +85,7 @@ def wait_for(port, expression, condition, seconds=40):
     raise AssertionError(f"{expression}: {seen}")
 
 
-def test_prometheus_sees_the_rates_of_all_processes(scraped):
+def test_prometheus_sees_the_rates_of_all_processes(scraped: tuple[Running, int]) -> None:
     engine, port = scraped
     with engine.client() as client:
         made = client.mint(files(20, "prom"))
@@ -99,7 +107,7 @@ def test_prometheus_sees_the_rates_of_all_processes(scraped):
         assert spec.name + suffix in names
 
 
-def test_every_alert_fires_and_clears():
+def test_every_alert_fires_and_clears() -> None:
     if shutil.which("promtool") is None:
         (pytest.fail if os.environ.get("CI") else pytest.skip)("promtool is not installed")
     deploy = ROOT / "deploy"

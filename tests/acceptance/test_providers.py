@@ -2,15 +2,17 @@
 
 import time
 import uuid
+from collections.abc import Iterator
 from datetime import UTC, datetime
+from typing import Any
 
 import jwt
 import pytest
 from msgspec import structs
 
-from minter.errors import InvalidGrant, Misconfigured, ProviderRefused
+from minter.errors import InvalidGrant, MinterError, Misconfigured, ProviderRefused
 from minter.providers.dialects import Provider
-from minter.providers.iam import IAM, Asked, check_subject
+from minter.providers.iam import IAM, Asked, Documents, check_subject
 from tests.conftest import ROOT
 from tests.iam_servers import Fake, Keycloak, OidcProvider
 
@@ -28,16 +30,16 @@ KINDS = {
 class There:
     """One server, and Minter's client for it."""
 
-    def __init__(self, name, server, options):
+    def __init__(self, name: str, server: Fake | OidcProvider | Keycloak, options: dict[str, Any]) -> None:
         self.name, self.server, self.options = name, server, options
         self.iam = self.client()
 
-    def client(self, secret=None, **options):
+    def client(self, secret: str | None = None, **options: Any) -> IAM:
         settings = {"name": "iam", "issuer": self.server.issuer, "client_id": "minter", "secret_file": "-"}
         provider = Provider(**settings | self.options | options)
-        known = {}
+        known: dict[str, Documents] = {}
 
-        def documents(*, fresh=False):
+        def documents(*, fresh: bool = False) -> Documents:
             if fresh or not known:
                 known["is"] = iam.fetch_documents()
             return known["is"]
@@ -46,7 +48,7 @@ class There:
         iam = IAM(provider, secret, documents, lambda: datetime.now(UTC))
         return iam
 
-    def subject(self, scope=FILE):
+    def subject(self, scope: str = FILE) -> str:
         return self.server.subject(scope, self.options.get("client_id", "minter"))
 
 
@@ -54,7 +56,7 @@ class There:
     scope="module",
     params=["fake", *(pytest.param(n, marks=pytest.mark.slow) for n in ("oidc-provider", "keycloak"))],
 )
-def there(request, tmp_path_factory):
+def there(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[There]:
     kind, options = KINDS[request.param]
     server = kind(tmp_path_factory.mktemp(request.param) / "iam")
     server.start()
@@ -62,11 +64,11 @@ def there(request, tmp_path_factory):
     server.stop()
 
 
-def claims_of(token):
+def claims_of(token: str) -> dict[str, Any]:
     return jwt.decode(token, options={"verify_signature": False})
 
 
-def test_client_credentials(there):
+def test_client_credentials(there: There) -> None:
     given = there.iam.client_credentials(ASKED)
     assert given.error is None
     claims = claims_of(given.access)
@@ -76,7 +78,7 @@ def test_client_credentials(there):
     assert given.access not in repr(given)
 
 
-def test_exchange_then_refresh_with_rotation(there):
+def test_exchange_then_refresh_with_rotation(there: There) -> None:
     first = there.iam.exchange(ASKED, there.subject())
     assert first.error is None
     assert first.refresh
@@ -91,7 +93,7 @@ def test_exchange_then_refresh_with_rotation(there):
     assert third.refresh not in ("", second.refresh)
 
 
-def test_a_spent_refresh_token_ends_its_family(there):
+def test_a_spent_refresh_token_ends_its_family(there: There) -> None:
     first = there.iam.exchange(ASKED, there.subject())
     second = there.iam.refresh(ASKED, first.refresh)
     time.sleep(1.1)  # Keycloak tells tokens apart by the second of their issue
@@ -102,7 +104,7 @@ def test_a_spent_refresh_token_ends_its_family(there):
     assert second.refresh not in str(caught.value)
 
 
-def test_introspection_and_revocation(there):
+def test_introspection_and_revocation(there: There) -> None:
     given = there.iam.exchange(ASKED, there.subject())
     assert there.iam.introspect(given.refresh, "refresh_token")["active"] is True
     there.iam.revoke(given.refresh)
@@ -111,7 +113,7 @@ def test_introspection_and_revocation(there):
         there.iam.refresh(ASKED, given.refresh)
 
 
-def test_scopes_beside_what_is_granted_are_never_taken_for_granted(there):
+def test_scopes_beside_what_is_granted_are_never_taken_for_granted(there: There) -> None:
     asked = structs.replace(ASKED, scope=f"{FILE} unknown:/x")
     if there.name == "keycloak":
         with pytest.raises(ProviderRefused) as caught:
@@ -123,7 +125,7 @@ def test_scopes_beside_what_is_granted_are_never_taken_for_granted(there):
     assert given.dropped == ("unknown:/x",)
 
 
-def test_nothing_granted_is_an_error(there):
+def test_nothing_granted_is_an_error(there: There) -> None:
     asked = structs.replace(ASKED, scope="unknown:/x")
     if there.name != "oidc-provider":
         with pytest.raises(ProviderRefused) as caught:
@@ -131,22 +133,25 @@ def test_nothing_granted_is_an_error(there):
         assert caught.value.fields["provider_error"] == "invalid_scope"
         return
     given = there.iam.client_credentials(asked)
+    assert given.error is not None
     assert given.error.fields["claim"] == "scope"
     assert not given.access
 
 
-def test_a_longer_life_than_asked_for_is_rejected(there):
+def test_a_longer_life_than_asked_for_is_rejected(there: There) -> None:
     given = there.iam.client_credentials(structs.replace(ASKED, cap_seconds=900))
     assert given.access == ""
+    assert given.error is not None
     assert given.error.fields["claim"] == "exp"
 
 
-def test_a_shorter_life_than_needed_is_rejected(there):
+def test_a_shorter_life_than_needed_is_rejected(there: There) -> None:
     given = there.iam.client_credentials(structs.replace(ASKED, least_seconds=5 * 3600))
+    assert given.error is not None
     assert given.error.fields["claim"] == "exp"
 
 
-def test_an_audience_that_is_not_ours_to_have(there):
+def test_an_audience_that_is_not_ours_to_have(there: There) -> None:
     if there.name != "keycloak":
         pytest.skip("only Keycloak knows which audiences there are")
     subject = there.subject()
@@ -154,14 +159,14 @@ def test_an_audience_that_is_not_ours_to_have(there):
         there.iam.exchange(structs.replace(ASKED, audience=("https://nobody.example.org",)), subject)
 
 
-def test_a_wrong_secret(there):
+def test_a_wrong_secret(there: There) -> None:
     with pytest.raises(Misconfigured) as caught:
         there.client("not-the-secret").client_credentials(ASKED)
     assert "not-the-secret" not in str(caught.value)
     assert "client_id and secret_file" in str(caught.value)
 
 
-def test_subject_tokens(there):
+def test_subject_tokens(there: There) -> None:
     token = there.subject()
     assert (
         check_subject(there.iam, token, (there.iam.provider.client_id,))["iss"]
@@ -170,6 +175,7 @@ def test_subject_tokens(there):
     with pytest.raises(InvalidGrant):
         check_subject(there.iam, token, ("somebody-else",))
     head, body, signature = token.split(".")
+    caught: pytest.ExceptionInfo[MinterError]
     for bad in (f"{head}.{body}.{signature[:-8]}AAAAAAAA", "x.y.z", head):
         with pytest.raises(InvalidGrant) as caught:
             check_subject(there.iam, bad, (there.iam.provider.client_id,))
@@ -179,21 +185,22 @@ def test_subject_tokens(there):
         assert body[:20] not in str(caught.value)
 
 
-def test_a_subject_token_for_others(there):
+def test_a_subject_token_for_others(there: There) -> None:
     other = there.server.subject(FILE, "rucio") if there.name != "keycloak" else _other(there.server)
     with pytest.raises(ProviderRefused):
         there.iam.exchange(ASKED, other)
 
 
-def _other(server):
+def _other(server: Fake | OidcProvider | Keycloak) -> str:
     import httpx
 
     url = f"{server.issuer}/protocol/openid-connect/token"
     form = {"grant_type": "client_credentials", "scope": FILE}
-    return httpx.post(url, data=form, auth=("other", "other-secret")).json()["access_token"]
+    token: str = httpx.post(url, data=form, auth=("other", "other-secret")).json()["access_token"]
+    return token
 
 
-def test_private_key_jwt(there):
+def test_private_key_jwt(there: There) -> None:
     if there.name == "fake":
         pytest.skip("the fake takes secrets only")
     key = (ROOT / "tests/keys/minter-jwt.pem").read_text()
@@ -203,12 +210,13 @@ def test_private_key_jwt(there):
     if (
         there.name == "keycloak"
     ):  # Keycloak's mappers add both audiences, which is more than the request asks for
+        assert given.error is not None
         assert given.error.fields["claim"] == "aud"
         given = iam.client_credentials(structs.replace(ASKED, audience=(SE, "https://se2.example.org")))
     assert given.error is None
 
 
-def test_refreshing_asks_for_what_is_held_only(there):
+def test_refreshing_asks_for_what_is_held_only(there: There) -> None:
     wide = structs.replace(ASKED, scope="storage.read:/vo/a storage.create:/vo/b")
     given = there.iam.exchange(wide, there.subject(wide.scope))
     assert set(given.scope.split()) == set(wide.scope.split())

@@ -12,19 +12,19 @@ from minter.contract import names
 from minter.database.connection import transaction
 from minter.database.control import read_keys
 from minter.local.servers import _postgres_programs
-from tests.acceptance.conftest import Raw
+from tests.acceptance.conftest import Raw, Running
 from tests.acceptance.test_workers import BROKEN, OTHER, SE, request
 from tests.conftest import EXAMPLES, MASTER_KEY
 
 WINDOW = 20
 
 
-def windows(secret):
+def windows(secret: str) -> set[str]:
     """Return every 20-character part of a secret; none of them may be found anywhere."""
     return {secret[i : i + WINDOW] for i in range(len(secret) - WINDOW + 1)}
 
 
-def leaks(haystack, secrets):
+def leaks(haystack: str, secrets: list[str]) -> set[str]:
     """Return the parts of secrets that appear, in one pass over the text for any number of secrets."""
     wanted = set().union(*map(windows, secrets))
     return {
@@ -34,13 +34,13 @@ def leaks(haystack, secrets):
     }
 
 
-def test_the_search_finds_what_it_looks_for():
+def test_the_search_finds_what_it_looks_for() -> None:
     assert leaks("xxx" + "abcdefghijklmnopqrstuvwxyz" + "yyy", ["abcdefghijklmnopqrstuvwxyz"])
     assert not leaks("abcdefghijklmnopqrs", ["abcdefghijklmnopqrstuvwxyz"])
 
 
 @pytest.fixture
-def exercised(running):
+def exercised(running: Running) -> tuple[list[str], list[str]]:
     """Do everything that a client can do, right and wrong; return the tokens that came back."""
     tokens = []
     with running.client() as client:
@@ -55,6 +55,7 @@ def exercised(running):
                 tokens += [
                     t for f in filled.job["files"] for t in f["source_tokens"] + f["destination_tokens"]
                 ]
+                assert filled.bearer is not None
                 tokens.append(filled.bearer.reveal())
     raw = Raw(running)
     # A message that cannot be served, with a job that holds tokens already.
@@ -71,7 +72,9 @@ def exercised(running):
     return tokens, strangers
 
 
-def test_nothing_secret_is_at_rest_or_in_sight(running, exercised):
+def test_nothing_secret_is_at_rest_or_in_sight(
+    running: Running, exercised: tuple[list[str], list[str]]
+) -> None:
     tokens, strangers = exercised
     assert len(tokens) > 100
     signatures = [t.split(".")[2] for t in tokens + strangers]
@@ -94,7 +97,7 @@ def test_nothing_secret_is_at_rest_or_in_sight(running, exercised):
     assert all(t.split(".")[1][:60] not in places["logs"] for t in tokens)
 
 
-def dump(running):
+def dump(running: Running) -> str:
     """Return the whole database as text; bytea in hex cannot hold a base64 secret by accident."""
     done = subprocess.run(
         [_postgres_programs() / "pg_dump", "--data-only", "--inserts", running.environ["MINTER_DSN"]],
@@ -103,7 +106,7 @@ def dump(running):
     return done.stdout
 
 
-def queue_contents(running):
+def queue_contents(running: Running) -> str:
     """Return all messages in queues and dead letters, with headers, and the embedded broker's files."""
     seen = []
     with kombu.Connection(running.broker.url) as connection:

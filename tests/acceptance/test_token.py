@@ -4,7 +4,9 @@ import base64
 import json
 import time
 import uuid
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import jwt
 import pytest
@@ -48,7 +50,7 @@ subject_clients = ["third"]
 
 
 @pytest.fixture(scope="module")
-def served(postgres_dsn, tmp_path_factory):
+def served(postgres_dsn: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     made = Served(tmp_path_factory.mktemp("token"), postgres_dsn, EXCHANGES)
     made.add_client("rucio")
     made.add_client("fts")
@@ -65,10 +67,10 @@ def served(postgres_dsn, tmp_path_factory):
 
 
 @pytest.fixture
-def ask(served):
+def ask(served: Served) -> Callable[..., Any]:
     """Ask as a client; return the answer's JSON, or (status, error)."""
 
-    def asking(name, **form):
+    def asking(name: str, **form: Any) -> Any:
         answer = served.token(name, **{"grant_type": "client_credentials", **form})
         if answer.status_code != 200:
             told = answer.json()
@@ -79,14 +81,14 @@ def ask(served):
     return asking
 
 
-def claims(answer):
+def claims(answer: dict[str, Any]) -> dict[str, Any]:
     return jwt.decode(answer["access_token"], options={"verify_signature": False})
 
 
 # ── client credentials ───────────────────────────────────────────────────────────────────────
 
 
-def test_what_rucio_asks_for_a_storage(served, ask):
+def test_what_rucio_asks_for_a_storage(served: Served, ask: Callable[..., Any]) -> None:
     """#1, #4, #8, #9, #10, #11, #13: RSE-wide scopes, a bare host as audience, offline_access echoed."""
     scope = f"offline_access storage.modify:{TOP}/ storage.read:{TOP}/"
     told = ask("rucio", scope=scope, audience=HOST)
@@ -112,12 +114,12 @@ def test_what_rucio_asks_for_a_storage(served, ask):
     assert (kind, json.loads(payload), storage) == ("token", found, "BOREAS-T2_DATADISK")
 
 
-def test_the_token_for_fts_itself(ask):
+def test_the_token_for_fts_itself(ask: Callable[..., Any]) -> None:
     assert claims(ask("rucio", scope="fts", audience=FTS))["aud"] == FTS
     assert ask("rucio", scope="fts", audience=HOST) == (400, "invalid_scope")
 
 
-def test_several_audiences_in_one_parameter(ask):
+def test_several_audiences_in_one_parameter(ask: Callable[..., Any]) -> None:
     told = ask("rucio", scope=f"storage.read:{TOP}/f", audience=f"{HOST} https://{HOST}:443")
     assert claims(told)["aud"] == [HOST, f"https://{HOST}:443"]
     # The token would be accepted at both storages, and only one of them has the path.
@@ -129,7 +131,7 @@ def test_several_audiences_in_one_parameter(ask):
     assert ask("rucio", scope=f"storage.read:{TOP}/f", resource=HOST, audience=FJORD)[1] == "invalid_scope"
 
 
-def test_several_audiences_in_repeated_parameters(ask):
+def test_several_audiences_in_repeated_parameters(ask: Callable[..., Any]) -> None:
     """RFC 8693 §2.1 and RFC 8707 §2 repeat the parameter; other parameters come once."""
     told = ask("rucio", scope=f"storage.read:{TOP}/f", audience=[HOST, f"https://{HOST}:443", HOST])
     assert claims(told)["aud"] == [HOST, f"https://{HOST}:443"]
@@ -138,7 +140,7 @@ def test_several_audiences_in_repeated_parameters(ask):
     assert ask("rucio", scope=[f"storage.read:{TOP}/f", "fts"], audience=HOST) == (400, "invalid_request")
 
 
-def test_without_audience_the_clients_default_or_nothing(ask):
+def test_without_audience_the_clients_default_or_nothing(ask: Callable[..., Any]) -> None:
     assert claims(ask("dirac", scope=f"storage.read:{TOP}/f"))["aud"] == HOST
     assert ask("rucio", scope=f"storage.read:{TOP}/f") == (400, "invalid_target")
     assert ask("rucio", scope=f"storage.read:{TOP}/f", audience="https://nobody.example.org") == (
@@ -147,7 +149,7 @@ def test_without_audience_the_clients_default_or_nothing(ask):
     )
 
 
-def test_groups_are_the_clients_own_and_never_beside_storage_scopes(ask):
+def test_groups_are_the_clients_own_and_never_beside_storage_scopes(ask: Callable[..., Any]) -> None:
     alone = ask("dirac", scope="wlcg.groups:/alpen/prod wlcg.groups:/other")
     assert claims(alone)["wlcg.groups"] == ["/alpen/prod"]
     assert claims(ask("dirac", scope="wlcg.groups"))["wlcg.groups"] == ["/alpen/prod", "/alpen"]
@@ -157,7 +159,7 @@ def test_groups_are_the_clients_own_and_never_beside_storage_scopes(ask):
     assert ask("rucio", scope="wlcg.groups", audience=HOST) == (400, "invalid_scope")
 
 
-def test_other_scopes_only_as_listed(ask):
+def test_other_scopes_only_as_listed(ask: Callable[..., Any]) -> None:
     assert (
         ask("dirac", scope="compute.read compute.create openid")["scope"]
         == "compute.read compute.create openid"
@@ -168,7 +170,9 @@ def test_other_scopes_only_as_listed(ask):
     assert ask("rucio", audience=HOST) == (400, "invalid_scope")
 
 
-def test_paths_are_narrowed_to_the_area_and_to_the_clients_own(served, ask):
+def test_paths_are_narrowed_to_the_area_and_to_the_clients_own(
+    served: Served, ask: Callable[..., Any]
+) -> None:
     assert ask("rucio", scope="storage.read:/", audience=HOST)["scope"].startswith(f"storage.read:{TOP}")
     assert ask("rucio", scope="storage.read:/elsewhere", audience=HOST) == (400, "invalid_scope")
     served.add_client("narrow", paths=[f"{TOP}/mine"], operations=["read"], max_lifetime_seconds=1000)
@@ -184,7 +188,7 @@ def test_paths_are_narrowed_to_the_area_and_to_the_clients_own(served, ask):
         assert ask("rucio", scope=odd, audience=HOST) == (400, "invalid_scope")
 
 
-def test_audience_any_only_by_explicit_opt_in_and_an_hour(served, ask):
+def test_audience_any_only_by_explicit_opt_in_and_an_hour(served: Served, ask: Callable[..., Any]) -> None:
     assert ask("rucio", scope=f"storage.read:{TOP}", audience=ANY) == (400, "invalid_target")
     served.add_client("glob", audiences=["*"])
     assert ask("glob", scope=f"storage.read:{TOP}", audience=ANY) == (400, "invalid_target")
@@ -196,7 +200,7 @@ def test_audience_any_only_by_explicit_opt_in_and_an_hour(served, ask):
     assert "wide" in served.minter("check").stdout
 
 
-def test_a_ban_refuses_and_the_refusal_is_recorded(served, ask):
+def test_a_ban_refuses_and_the_refusal_is_recorded(served: Served, ask: Callable[..., Any]) -> None:
     control_changes.add_ban(served.service.pool, Ban("path", f"{TOP}/secret"), "leak", "tests")
     try:
         assert ask("rucio", scope=f"storage.read:{TOP}", audience=HOST) == (403, "access_denied")
@@ -213,14 +217,14 @@ def test_a_ban_refuses_and_the_refusal_is_recorded(served, ask):
 # ── who asks ─────────────────────────────────────────────────────────────────────────────────
 
 
-def test_the_three_ways_of_authentication_and_only_one_at_once(served):
+def test_the_three_ways_of_authentication_and_only_one_at_once(served: Served) -> None:
     form = {"grant_type": "client_credentials", "scope": f"storage.read:{TOP}/f", "audience": HOST}
     secret = {"client_id": "rucio", "client_secret": served.secrets["rucio"]}
     private = ec.generate_private_key(ec.SECP256R1())
     public = json.loads(ECAlgorithm.to_jwk(private.public_key())) | {"alg": "ES256"}
     served.add_client("signer", auth_key=public)
 
-    def assertion(**changes):
+    def assertion(**changes: object) -> dict[str, str]:
         now = int(time.time())
         told = {
             "iss": "signer",
@@ -269,7 +273,7 @@ def test_the_three_ways_of_authentication_and_only_one_at_once(served):
             assert "basic" in answer.headers["www-authenticate"].lower()
 
 
-def test_forms_as_ftss_c_plus_plus_sends_them_and_what_is_none(served):
+def test_forms_as_ftss_c_plus_plus_sends_them_and_what_is_none(served: Served) -> None:
     """#6: not percent-encoded; with a charset. RFC 6749 §3.2: nothing twice."""
     basic = base64.b64encode(f"rucio:{served.secrets['rucio']}".encode()).decode()
     headers = {
@@ -302,21 +306,21 @@ def test_forms_as_ftss_c_plus_plus_sends_them_and_what_is_none(served):
 # ── exchange and refresh ─────────────────────────────────────────────────────────────────────
 
 
-def exchange(ask, name, subject, **form):
+def exchange(ask: Callable[..., Any], name: str, subject: dict[str, Any], **form: Any) -> Any:
     return ask(name, grant_type=EXCHANGE, subject_token=subject["access_token"],
                subject_token_type="urn:ietf:params:oauth:token-type:access_token", **form)  # fmt: skip
 
 
-def refresh(ask, name, token, **form):
+def refresh(ask: Callable[..., Any], name: str, token: str, **form: Any) -> Any:
     return ask(name, grant_type="refresh_token", refresh_token=token, **form)
 
 
 @pytest.fixture
-def subject(ask):
+def subject(ask: Callable[..., Any]) -> Any:
     return ask("rucio", scope=f"storage.modify:{TOP}/d storage.read:{TOP}/d", audience=HOST)
 
 
-def test_what_fts_exchanges_and_refreshes(served, ask, subject):
+def test_what_fts_exchanges_and_refreshes(served: Served, ask: Callable[..., Any], subject: Any) -> None:
     """#14, #15, #16: the token of another client, for a storage; scope and audience named each time."""
     scope = f"{subject['scope']} offline_access"
     told = exchange(ask, "fts", subject, scope=scope, audience=HOST,
@@ -351,7 +355,9 @@ def test_what_fts_exchanges_and_refreshes(served, ask, subject):
     assert narrower["scope"] == f"storage.read:{TOP}/d/f"
 
 
-def test_the_old_refresh_token_works_until_the_new_one_was_used_then_ends_the_family(served, ask, subject):
+def test_the_old_refresh_token_works_until_the_new_one_was_used_then_ends_the_family(
+    served: Served, ask: Callable[..., Any], subject: Any
+) -> None:
     zero = exchange(ask, "fts", subject, scope="offline_access " + subject["scope"])["refresh_token"]
     one = refresh(ask, "fts", zero)["refresh_token"]
     assert refresh(ask, "fts", zero)["refresh_token"] == one  # a repeat gets the same bytes
@@ -368,7 +374,9 @@ def test_the_old_refresh_token_works_until_the_new_one_was_used_then_ends_the_fa
     ]
 
 
-def test_an_exchange_that_is_asked_again_makes_no_second_family(served, ask, subject):
+def test_an_exchange_that_is_asked_again_makes_no_second_family(
+    served: Served, ask: Callable[..., Any], subject: Any
+) -> None:
     """Its answer was lost: FTS asks again, here also at the same time, and gets the same refresh token."""
     scope = "offline_access " + subject["scope"]
     with ThreadPoolExecutor(4) as threads:
@@ -387,7 +395,7 @@ def test_an_exchange_that_is_asked_again_makes_no_second_family(served, ask, sub
     assert narrow not in (later, told[0]["refresh_token"])
 
 
-def test_an_exchange_needs_a_rule_and_only_narrows(ask, subject):
+def test_an_exchange_needs_a_rule_and_only_narrows(ask: Callable[..., Any], subject: Any) -> None:
     assert exchange(ask, "third", subject) == (400, "invalid_request")
     assert exchange(ask, "rucio", subject, scope=f"storage.read:{TOP}/d offline_access") == (
         400,
@@ -409,7 +417,7 @@ def test_an_exchange_needs_a_rule_and_only_narrows(ask, subject):
     )
 
 
-def test_actors_are_named_two_deep_at_most(ask, subject):
+def test_actors_are_named_two_deep_at_most(ask: Callable[..., Any], subject: Any) -> None:
     one = exchange(ask, "fts", subject)
     two = exchange(ask, "third", one)
     assert "act" in claims(two)["act"]
@@ -417,7 +425,9 @@ def test_actors_are_named_two_deep_at_most(ask, subject):
     assert exchange(ask, "fourth", two) == (400, "invalid_request")
 
 
-def test_a_per_file_token_is_refreshed_no_longer_than_its_transfer(served, ask):
+def test_a_per_file_token_is_refreshed_no_longer_than_its_transfer(
+    served: Served, ask: Callable[..., Any]
+) -> None:
     from minter.client import FileRequest
 
     with served.client() as client:
@@ -431,7 +441,9 @@ def test_a_per_file_token_is_refreshed_no_longer_than_its_transfer(served, ask):
 
 
 @pytest.mark.parametrize("spoil", ["signature", "payload", "foreign", "garbage", "refresh"])
-def test_a_subject_that_is_not_ours_as_recorded(served, ask, subject, spoil):
+def test_a_subject_that_is_not_ours_as_recorded(
+    served: Served, ask: Callable[..., Any], subject: Any, spoil: str
+) -> None:
     token = subject["access_token"]
     if spoil == "signature":
         token = token[:-8] + "AAAAAAAA"
@@ -451,7 +463,9 @@ def test_a_subject_that_is_not_ours_as_recorded(served, ask, subject, spoil):
     assert exchange(ask, "fts", {"access_token": token}) == (400, "invalid_request")
 
 
-def test_a_ban_or_cancellation_of_the_subject_ends_its_exchange(served, ask, subject):
+def test_a_ban_or_cancellation_of_the_subject_ends_its_exchange(
+    served: Served, ask: Callable[..., Any], subject: Any
+) -> None:
     told = exchange(ask, "fts", subject, scope="offline_access " + subject["scope"])
     control_changes.add_ban(served.service.pool, Ban("client", "rucio"), "stolen", "tests")
     try:
@@ -465,7 +479,9 @@ def test_a_ban_or_cancellation_of_the_subject_ends_its_exchange(served, ask, sub
     assert exchange(ask, "fts", subject) == (400, "invalid_request")
 
 
-def test_what_may_not_be_had_is_not_had_by_exchange_either(served, ask, subject):
+def test_what_may_not_be_had_is_not_had_by_exchange_either(
+    served: Served, ask: Callable[..., Any], subject: Any
+) -> None:
     control_changes.change_client(served.service.pool, "fts", {"operations": ["read"]}, "tests")
     try:
         assert exchange(ask, "fts", subject)["scope"] == f"storage.read:{TOP}/d"
@@ -473,7 +489,9 @@ def test_what_may_not_be_had_is_not_had_by_exchange_either(served, ask, subject)
         control_changes.change_client(served.service.pool, "fts", {"operations": []}, "tests")
 
 
-def test_a_family_ends_with_its_subject_and_with_its_subjects_client(served, ask):
+def test_a_family_ends_with_its_subject_and_with_its_subjects_client(
+    served: Served, ask: Callable[..., Any]
+) -> None:
     subject = ask("rucio", scope=f"storage.read:{TOP}/s", audience=HOST)
     told = exchange(ask, "fts", subject, scope=f"storage.read:{TOP}/s offline_access")
     control_changes.disable_client(served.service.pool, "rucio", "tests", disabled=True)
@@ -488,7 +506,7 @@ def test_a_family_ends_with_its_subject_and_with_its_subjects_client(served, ask
     assert refresh(ask, "fts", told["refresh_token"]) == (400, "invalid_grant")
 
 
-def test_a_banned_activitys_token_is_not_acted_with(served, ask):
+def test_a_banned_activitys_token_is_not_acted_with(served: Served, ask: Callable[..., Any]) -> None:
     from minter.client import FileRequest
 
     with served.client() as client:
@@ -504,7 +522,9 @@ def test_a_banned_activitys_token_is_not_acted_with(served, ask):
         control_changes.lift_ban(served.service.pool, Ban("activity", "Bad"), "tests")
 
 
-def test_tokens_of_the_endpoint_are_not_given_again_by_v1_fetch(served, ask):
+def test_tokens_of_the_endpoint_are_not_given_again_by_v1_fetch(
+    served: Served, ask: Callable[..., Any]
+) -> None:
     from minter.errors import UnknownRequest
 
     found = claims(ask("rucio", scope=f"storage.read:{TOP}/f", audience=HOST))
@@ -513,7 +533,9 @@ def test_tokens_of_the_endpoint_are_not_given_again_by_v1_fetch(served, ask):
         client.fetch(request_id)
 
 
-def test_what_callers_word_makes_no_rules_and_harms_nobody_else(served, ask):
+def test_what_callers_word_makes_no_rules_and_harms_nobody_else(
+    served: Served, ask: Callable[..., Any]
+) -> None:
     assert ask("rucio", scope="storage.read:/a", audience="https://[") == (400, "invalid_target")
     assert ask("rucio", scope="storage.read:/a " * 200, audience=HOST) == (400, "invalid_scope")
     assert ask("dirac", scope="compute.\N{GRINNING FACE}") == (400, "invalid_scope")
@@ -527,11 +549,11 @@ def test_what_callers_word_makes_no_rules_and_harms_nobody_else(served, ask):
 # ── introspection and revocation ─────────────────────────────────────────────────────────────
 
 
-def test_introspection(served, ask, subject):
+def test_introspection(served: Served, ask: Callable[..., Any], subject: Any) -> None:
     """#19: any client of the VO may introspect; only its own client sees a refresh token's state."""
     told = exchange(ask, "fts", subject, scope="offline_access " + subject["scope"])
 
-    def introspect(name, token):
+    def introspect(name: str, token: str) -> Any:
         with served.http(name) as http:
             return http.post(f"/{VO}/introspect", data={"token": token}).json()
 
@@ -547,10 +569,12 @@ def test_introspection(served, ask, subject):
         assert http.post(f"/{VO}/introspect", data={"token": "x"}).status_code == 401
 
 
-def test_revoking_a_refresh_token_ends_its_family_and_only_its_client_can(served, ask, subject):
+def test_revoking_a_refresh_token_ends_its_family_and_only_its_client_can(
+    served: Served, ask: Callable[..., Any], subject: Any
+) -> None:
     told = exchange(ask, "fts", subject, scope="offline_access " + subject["scope"])
 
-    def revoke(name, token):
+    def revoke(name: str, token: str) -> int:
         with served.http(name) as http:
             return http.post(
                 f"/{VO}/revoke", data={"token": token, "token_type_hint": "refresh_token"}
@@ -570,7 +594,7 @@ def test_revoking_a_refresh_token_ends_its_family_and_only_its_client_can(served
     assert revoke("fts", "nonsense") == 200
 
 
-def test_no_secret_is_logged(served):
+def test_no_secret_is_logged(served: Served) -> None:
     text = served.log()
     assert "eyJ" not in text
     assert not [s for s in served.secrets.values() if s in text]

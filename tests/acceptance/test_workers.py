@@ -9,6 +9,8 @@ import subprocess
 import time
 import uuid
 from collections import Counter
+from collections.abc import Callable
+from typing import Any
 
 import kombu
 import pytest
@@ -29,6 +31,7 @@ from minter.errors import (
     ClientMismatch,
     Conflict,
     InvalidRequest,
+    MinterError,
     Unavailable,
     UnknownClient,
     UnknownStorage,
@@ -36,29 +39,30 @@ from minter.errors import (
     from_dict,
 )
 from minter.tokens import clock
-from tests.acceptance.conftest import Raw
+from tests.acceptance.conftest import Raw, Running
 from tests.conftest import EXAMPLES
+from tests.servers import RabbitMQ
 from workers.outbox import MAX_REFUSED
 
 SE = "davs://se01.boreas.example.org:443/atlas/atlasdatadisk/rucio/data/"
 OTHER = "davs://webdav1.fjord.example.org/data/atlas/datadisk/rucio/data/"
 
 
-def files(count, tag="f"):
+def files(count: int, tag: str = "f") -> list[FileRequest]:
     return [
         FileRequest(sources=(f"{SE}{tag}{n}",), destinations=(f"{OTHER}{tag}{n}",), size=10**9)
         for n in range(count)
     ]
 
 
-def request(**changes):
+def request(**changes: object) -> dict[str, Any]:
     return {"request_id": str(new_request_id()), "files": [{"sources": [SE + "x"]}], **changes}
 
 
 # ── valid requests ───────────────────────────────────────────────────────────────────────────
 
 
-def test_mint_and_repeat_by_request_id(client):
+def test_mint_and_repeat_by_request_id(client: MinterClient) -> None:
     id_ = new_request_id()
     first = client.mint(files(3), request_id=id_)
     assert [(t.file, t.side) for t in first.tokens] == [
@@ -70,7 +74,7 @@ def test_mint_and_repeat_by_request_id(client):
         client.mint(files(2), request_id=id_)
 
 
-def test_a_token_hides_itself(client):
+def test_a_token_hides_itself(client: MinterClient) -> None:
     (token,) = client.mint([FileRequest(sources=(SE + "x",))]).tokens
     assert token.reveal().count(".") == 2
     for shown in (str(token), repr(token), f"{token}"):
@@ -78,7 +82,7 @@ def test_a_token_hides_itself(client):
         assert token.reveal().split(".")[2] not in shown
 
 
-def test_mint_many_in_chunks_with_progress(client):
+def test_mint_many_in_chunks_with_progress(client: MinterClient) -> None:
     seen = []
     result = client.mint_many(files(250), chunk=100, progress=lambda done, total: seen.append((done, total)))
     assert seen == [(100, 250), (200, 250), (250, 250)]
@@ -87,7 +91,7 @@ def test_mint_many_in_chunks_with_progress(client):
     assert len(result.request_ids) == 3
 
 
-def test_an_answer_beyond_eight_mebibytes_arrives_whole(client):
+def test_an_answer_beyond_eight_mebibytes_arrives_whole(client: MinterClient) -> None:
     wide = [
         FileRequest(
             sources=tuple(f"{SE}{'d' * 450}/{n}-{i}" for i in range(8)), destinations=(f"{OTHER}{n}",)
@@ -99,10 +103,11 @@ def test_an_answer_beyond_eight_mebibytes_arrives_whole(client):
     assert len({t.jti for t in result.tokens}) == MAX_NEEDS // 9 * 9
 
 
-def test_every_job_of_rucio_is_filled_as_fts_wants_it(client):
+def test_every_job_of_rucio_is_filled_as_fts_wants_it(client: MinterClient) -> None:
     jobs = [job for _, job in read_jobs(EXAMPLES / "rucio-41.5/jobs")]
-    filled = client.fill_jobs(jobs)
-    assert all(isinstance(f, FilledJob) for f in filled)
+    answers = client.fill_jobs(jobs)
+    filled = [f for f in answers if isinstance(f, FilledJob)]
+    assert len(filled) == len(answers)
     now = int(clock.now().timestamp())
     assert [o for f in filled if f.job for o in fts_objections(f.job, now)] == []
     reasons = [r["error"]["reason"] for f in filled for r in f.refused]
@@ -112,11 +117,11 @@ def test_every_job_of_rucio_is_filled_as_fts_wants_it(client):
         "lifetime_not_allowed": 3,  # 12 h of staging at a StoRM, whose tokens live 6 h
     }
     assert sum(len(f.dropped_sources) for f in filled) == 2
-    assert all(f.bearer.scope == "fts" for f in filled if f.job)
+    assert all(f.bearer and f.bearer.scope == "fts" for f in filled if f.job)
     assert all(f.job is None and f.bearer is None for f in filled if len(f.refused) == 3 and not f.job)
 
 
-def test_other_operations(client):
+def test_other_operations(client: MinterClient) -> None:
     result = client.mint(
         [
             FileRequest(
@@ -132,7 +137,7 @@ def test_other_operations(client):
     ]
 
 
-def test_celerys_own_client_understands_the_answer(running, raw):
+def test_celerys_own_client_understands_the_answer(running: Running, raw: Raw) -> None:
     correlation = raw.send(request())
     raw.receive(correlation)
     (reply,) = [r for r in raw.replies if r.properties["correlation_id"] == correlation]
@@ -143,7 +148,7 @@ def test_celerys_own_client_understands_the_answer(running, raw):
 # ── invalid requests ─────────────────────────────────────────────────────────────────────────
 
 
-def errors(answer):
+def errors(answer: dict[str, Any]) -> list[dict[str, Any]]:
     return [answer["error"]] if answer.get("error") else [r["error"] for r in answer["refusals"]]
 
 
@@ -162,7 +167,7 @@ BAD_PATHS = [
 
 
 @pytest.mark.parametrize("path", BAD_PATHS, ids=repr)
-def test_traversal_in_every_encoding(raw, path):
+def test_traversal_in_every_encoding(raw: Raw, path: str) -> None:
     (error,) = errors(raw.ask(request(files=[{"sources": [SE + path]}])))
     assert error["reason"] == "invalid_path"
 
@@ -181,7 +186,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("body", BROKEN.values(), ids=BROKEN.keys())
-def test_broken_messages_get_an_answer(running, raw, body):
+def test_broken_messages_get_an_answer(running: Running, raw: Raw, body: bytes) -> None:
     if not running.on_rabbitmq and body == BROKEN["not UTF-8"]:
         body = b"\xc3("  # kombu's Redis transport carries text
     answer = raw.ask(body.decode("latin1") if not running.on_rabbitmq else body)
@@ -196,24 +201,24 @@ def test_broken_messages_get_an_answer(running, raw, body):
         ({"files": [{"operations": [{"operation": "chmod", "url": SE}]}]}, "operation"), ({"surprise": 1}, "surprise"),
     ],
 )  # fmt: skip
-def test_schema_violations_say_where(raw, changes, where):
+def test_schema_violations_say_where(raw: Raw, changes: dict[str, Any], where: str) -> None:
     answer = raw.ask(request(**changes))
     assert answer["error"]["reason"] == "invalid_request"
     assert where in answer["error"]["error_description"]
 
 
-def test_ten_megabytes(raw):
+def test_ten_megabytes(raw: Raw) -> None:
     answer = raw.ask(request(activity="x" * 10_000_000))
     assert "too large" in answer["error"]["error_description"]
 
 
-def test_four_kilobytes_of_path(raw):
+def test_four_kilobytes_of_path(raw: Raw) -> None:
     (error,) = errors(raw.ask(request(files=[{"sources": [SE + "d/" * 1900 + "f"]}])))
     assert error["reason"] == "scope_too_large"
 
 
 @pytest.mark.parametrize("days", [-40, 1])
-def test_ids_from_the_far_past_or_future(raw, days):
+def test_ids_from_the_far_past_or_future(raw: Raw, days: int) -> None:
     milliseconds = int((time.time() + days * 86400) * 1000)
     id_ = uuid.UUID(int=(milliseconds << 80) | 7 << 76 | 2 << 62 | 1)
     assert raw.ask(request(request_id=str(id_)))["error"]["reason"] == "invalid_request"
@@ -229,14 +234,14 @@ def test_ids_from_the_far_past_or_future(raw, days):
         ({"lifetime_seconds": 7 * 3600}, None),
     ],
 )  # fmt: skip
-def test_what_is_not_allowed_is_told(raw, changes, error):
+def test_what_is_not_allowed_is_told(raw: Raw, changes: dict[str, Any], error: type[MinterError]) -> None:
     (found,) = errors(raw.ask(request(**changes)))
     if error is not None:
         assert isinstance(from_dict(found), error)
     assert found["error_description"]
 
 
-def test_one_bad_file_fails_alone_unless_all_or_nothing(raw):
+def test_one_bad_file_fails_alone_unless_all_or_nothing(raw: Raw) -> None:
     mixed = [{"sources": [SE + "a"]}, {"sources": ["davs://nowhere.example.org/f"]}, {"sources": [SE + "c"]}]
     answer = raw.ask(request(files=mixed))
     assert [t["file"] for t in answer["tokens"]] == [0, 2]
@@ -246,7 +251,7 @@ def test_one_bad_file_fails_alone_unless_all_or_nothing(raw):
     assert sorted(r["file"] for r in strict["refusals"]) == [0, 1, 2]
 
 
-def test_duplicates_in_one_batch_and_in_two(running, raw):
+def test_duplicates_in_one_batch_and_in_two(running: Running, raw: Raw) -> None:
     body = request()
     sent = [raw.send(body) for _ in range(5)]
     answers = [raw.receive(c) for c in sent]
@@ -259,11 +264,11 @@ def test_duplicates_in_one_batch_and_in_two(running, raw):
 @pytest.mark.parametrize(
     "task", ["minter.maintain", "celery.backend_cleanup", "celery.chord", "os.system", ""]
 )
-def test_internal_and_unknown_tasks_are_refused(raw, task):
+def test_internal_and_unknown_tasks_are_refused(raw: Raw, task: str) -> None:
     assert raw.ask(request(), task=task)["error"]["reason"] == "invalid_request"
 
 
-def test_a_message_without_celerys_headers_gets_an_answer(raw):
+def test_a_message_without_celerys_headers_gets_an_answer(raw: Raw) -> None:
     assert raw.ask(request(), headers={})["error"]["reason"] == "invalid_request"
 
 
@@ -271,17 +276,17 @@ ODD_HEADERS = [{"task": ["minter.mint"]}, {"task": 5}, {"task": {"a": 1}}, {"tas
 
 
 @pytest.mark.parametrize("headers", ODD_HEADERS, ids=str)
-def test_odd_headers_get_an_answer(raw, headers):
+def test_odd_headers_get_an_answer(raw: Raw, headers: dict[str, Any]) -> None:
     assert raw.ask(request(), headers=headers)["error"]["reason"] == "invalid_request"
 
 
-def test_an_unknown_compression_gets_an_answer(raw):
+def test_an_unknown_compression_gets_an_answer(raw: Raw) -> None:
     answer = raw.ask(request(), headers={"task": names.MINT, "id": "x", "compression": "application/x-nope"})
     assert answer["error"]["reason"] == "invalid_request"
 
 
 @pytest.mark.rabbitmq
-def test_a_body_in_a_charset_of_the_senders_gets_an_answer(running, raw):
+def test_a_body_in_a_charset_of_the_senders_gets_an_answer(running: Running, raw: Raw) -> None:
     if not running.on_rabbitmq:
         pytest.skip("the embedded broker carries text")
     correlation = uuid.uuid4().hex
@@ -294,24 +299,24 @@ def test_a_body_in_a_charset_of_the_senders_gets_an_answer(running, raw):
     assert raw.receive(correlation)["error"]["reason"] == "invalid_request"
 
 
-def test_a_compressed_body_is_not_inflated(raw):
+def test_a_compressed_body_is_not_inflated(raw: Raw) -> None:
     packed = bz2.compress(b" " * 10_000_000)
     headers = {"task": names.MINT, "id": "x", "compression": "application/x-bz2"}
     body = base64.b64encode(packed).decode() if not raw.running.on_rabbitmq else packed
     assert raw.ask(body, headers=headers)["error"]["reason"] == "invalid_request"
 
 
-def test_a_job_that_is_none(raw):
+def test_a_job_that_is_none(raw: Raw) -> None:
     answer = raw.ask({"request_id": str(new_request_id()), "job": {"files": 3}}, task=names.FILL_JOB)
     assert "$.job.files" in answer["error"]["error_description"]
 
 
-def test_a_reply_address_of_another_is_not_used(running, raw):
+def test_a_reply_address_of_another_is_not_used(running: Running, raw: Raw) -> None:
     victim = kombu.Connection(running.broker.url)
     queue = kombu.Queue(
         f"{names.reply_prefix('dirac')}victim", channel=victim.channel(), durable=False, auto_delete=True
     )
-    got = []
+    got: list[Any] = []
     kombu.Consumer(queue.channel, [queue], on_message=got.append, no_ack=True).consume()
     raw.send(request(), reply_to=queue.name)
     raw.send(request(), reply_to=names.REQUEST_QUEUE)
@@ -323,17 +328,17 @@ def test_a_reply_address_of_another_is_not_used(running, raw):
     victim.release()
 
 
-def test_the_worker_goes_on(client):
+def test_the_worker_goes_on(client: MinterClient) -> None:
     assert client.mint(files(1)).tokens
 
 
 # ── RabbitMQ's own checks ────────────────────────────────────────────────────────────────────
 
 
-def test_the_broker_keeps_clients_apart(running):
+def test_the_broker_keeps_clients_apart(running: Running) -> None:
     if not running.on_rabbitmq:
         pytest.skip("the embedded broker serves one local client")
-    for attempt in (
+    attempts: tuple[Callable[[Any], Any], ...] = (
         lambda c: c.basic_get(names.REQUEST_QUEUE),
         lambda c: c.basic_get(names.DEAD_LETTER_QUEUE),
         lambda c: c.queue_declare(f"{names.reply_prefix('dirac')}x"),
@@ -352,7 +357,8 @@ def test_the_broker_keeps_clients_apart(running):
             exchange=names.REQUEST_EXCHANGE,
             routing_key=names.REQUEST_QUEUE,
         ),
-    ):
+    )
+    for attempt in attempts:
         with (
             kombu.Connection(running.url()) as connection,
             pytest.raises(Exception, match=r"403|406|ACCESS_REFUSED|PRECONDITION"),
@@ -360,7 +366,7 @@ def test_the_broker_keeps_clients_apart(running):
             attempt(connection.channel())
 
 
-def test_a_message_without_a_user_gets_no_token(running, raw):
+def test_a_message_without_a_user_gets_no_token(running: Running, raw: Raw) -> None:
     if not running.on_rabbitmq:
         pytest.skip("the embedded broker serves one local client")
     answer = raw.ask(request(), user_id=None)
@@ -370,7 +376,7 @@ def test_a_message_without_a_user_gets_no_token(running, raw):
 # ── control while running ────────────────────────────────────────────────────────────────────
 
 
-def test_bans_and_keys_bind_running_workers_at_once(running, client):
+def test_bans_and_keys_bind_running_workers_at_once(running: Running, client: MinterClient) -> None:
     with control_changes.controlling(running.service.pool, "test", "ban", "x", {}) as tx:
         tx.execute("INSERT INTO bans (kind, value, reason) VALUES ('activity', 'T0', 'test')")
     with pytest.raises(Banned):
@@ -388,7 +394,7 @@ def test_bans_and_keys_bind_running_workers_at_once(running, client):
     assert client.mint(files(1)).tokens
 
 
-def test_a_warm_shutdown_loses_nothing(running):
+def test_a_warm_shutdown_loses_nothing(running: Running) -> None:
     with running.client() as client:
         ids = [new_request_id() for _ in range(300)]
         from minter.contract.messages import MintRequest
@@ -405,7 +411,7 @@ def test_a_warm_shutdown_loses_nothing(running):
     assert "Traceback" not in running.logs()
 
 
-def test_the_schema_of_answers(raw):
+def test_the_schema_of_answers(raw: Raw) -> None:
     import jsonschema
 
     from schemas.__main__ import generate
@@ -422,7 +428,7 @@ def test_the_schema_of_answers(raw):
             jsonschema.validate(claims, generate()["token.json"])
 
 
-def test_wrong_client_options(running):
+def test_wrong_client_options(running: Running) -> None:
     with running.client() as client, pytest.raises(InvalidRequest):
         client.mint_many(files(1), chunk=0)
 
@@ -431,12 +437,12 @@ def test_wrong_client_options(running):
 
 
 @pytest.mark.parametrize("own", [True, False], ids=["own queue", "common queue"])
-def test_a_greedy_client_delays_its_own_requests_only(running, own):
+def test_a_greedy_client_delays_its_own_requests_only(running: Running, own: bool) -> None:
     if not running.on_rabbitmq:
         pytest.skip("the embedded broker serves one local client")
     greedy, honest = Raw(running, "dirac"), Raw(running)
     own_exchange = names.client_requests("dirac")
-    where = {"exchange": own_exchange, "key": own_exchange} if own else {}
+    where: dict[str, Any] = {"exchange": own_exchange, "key": own_exchange} if own else {}
     # A queue of its own may hold any number; in the common one, those that the workers hold take turns.
     count = 700 if own else 200
     large = [{"sources": [f"{SE}g{n}"], "destinations": [f"{OTHER}g{n}"]} for n in range(100)]
@@ -452,7 +458,7 @@ def test_a_greedy_client_delays_its_own_requests_only(running, own):
         raw.connection.release()
 
 
-def test_nobody_else_may_write_to_a_clients_queue(running, raw):
+def test_nobody_else_may_write_to_a_clients_queue(running: Running, raw: Raw) -> None:
     if not running.on_rabbitmq:
         pytest.skip("the embedded broker checks no permissions")
     other = names.client_requests("dirac")
@@ -461,7 +467,7 @@ def test_nobody_else_may_write_to_a_clients_queue(running, raw):
         raw.connection.drain_events(timeout=10)
 
 
-def test_workers_find_the_queue_of_a_new_client(running):
+def test_workers_find_the_queue_of_a_new_client(running: Running) -> None:
     if not running.on_rabbitmq:
         pytest.skip("the embedded broker serves one local client")
     name = f"new-{uuid.uuid4().hex[:6]}"
@@ -471,8 +477,8 @@ def test_workers_find_the_queue_of_a_new_client(running):
         assert client.mint(files(1)).tokens
 
 
-def test_a_client_uses_the_common_queue_until_its_own_is_set_up(running):
-    if not running.on_rabbitmq:
+def test_a_client_uses_the_common_queue_until_its_own_is_set_up(running: Running) -> None:
+    if not isinstance(running.broker, RabbitMQ):
         pytest.skip("the embedded broker serves one local client")
     ctl = [running.broker.ctl, "--quiet", "set_permissions", "rucio-alpen"]
     own, write, read = rabbitmq.permissions("rucio-alpen")
@@ -489,7 +495,7 @@ def test_a_client_uses_the_common_queue_until_its_own_is_set_up(running):
 
 
 @pytest.fixture(scope="module")
-def consumer(running):
+def consumer(running: Running) -> tuple[str, jwk.ECKey]:
     """A client with a durable queue and a key of its own, registered through the CLI."""
     name = f"fts-{uuid.uuid4().hex[:6]}"
     key = jwk.ECKey.generate_key("P-256")
@@ -507,7 +513,9 @@ def consumer(running):
     return name, key
 
 
-def test_answers_for_a_durable_queue_are_encrypted_to_its_client(running, consumer):
+def test_answers_for_a_durable_queue_are_encrypted_to_its_client(
+    running: Running, consumer: tuple[str, jwk.ECKey]
+) -> None:
     name, key = consumer
     if not running.on_rabbitmq:
         pytest.skip("the embedded broker serves one local client, which has no key")
@@ -522,15 +530,20 @@ def test_answers_for_a_durable_queue_are_encrypted_to_its_client(running, consum
     assert message.properties["content_type"] == "application/jose"
     assert message.properties["delivery_mode"] == 2
     assert "eyJhbGciOiJFUzI1NiI" not in str(message.body)
-    answer = json.loads(jwe.decrypt_compact(message.body, key).plaintext)
+    plaintext = jwe.decrypt_compact(message.body, key).plaintext
+    assert plaintext is not None
+    answer = json.loads(plaintext)
     assert answer["job"]["files"][0]["source_tokens"][0].count(".") == 2
     raw.connection.release()
 
 
-def test_a_full_queue_is_the_trouble_of_its_client_only(running, consumer, client):
+def test_a_full_queue_is_the_trouble_of_its_client_only(
+    running: Running, consumer: tuple[str, jwk.ECKey], client: MinterClient
+) -> None:
     name, _ = consumer
     if not running.on_rabbitmq:
         pytest.skip("the embedded broker has no limits for queues")
+    assert isinstance(running.broker, RabbitMQ)
     limit = '{"max-length":1,"overflow":"reject-publish"}'
     subprocess.run(
         [running.broker.ctl, "set_policy", f"full-{name}", f"^{name}", limit, "--apply-to", "queues"],
@@ -540,7 +553,7 @@ def test_a_full_queue_is_the_trouble_of_its_client_only(running, consumer, clien
     raw = Raw(running, name)
     queue = f"{name}.jobs"
 
-    def ask():
+    def ask() -> Any:
         job = {"files": [{"sources": [SE + uuid.uuid4().hex], "destinations": [OTHER + "q"]}]}
         return raw.ask(
             {"request_id": str(new_request_id()), "job": job, "reply_queue": queue}, task=names.FILL_JOB
@@ -559,7 +572,8 @@ def test_a_full_queue_is_the_trouble_of_its_client_only(running, consumer, clien
     for _ in range(2 * MAX_REFUSED + 3):  # there are two workers
         ask()
     assert client.mint([FileRequest(sources=(SE + "f",))]).tokens
-    told, deadline = [], time.monotonic() + 20
+    told: list[tuple[str, str]] = []
+    deadline = time.monotonic() + 20
     with kombu.Connection(running.broker.url) as operators:
         channel = operators.channel()
         while not told and time.monotonic() < deadline:
@@ -574,7 +588,9 @@ def test_a_full_queue_is_the_trouble_of_its_client_only(running, consumer, clien
     raw.connection.release()
 
 
-def test_a_queue_that_is_not_the_clients_is_refused(running, raw, consumer):
+def test_a_queue_that_is_not_the_clients_is_refused(
+    running: Running, raw: Raw, consumer: tuple[str, jwk.ECKey]
+) -> None:
     for queue in (f"{consumer[0]}.jobs", names.REQUEST_QUEUE, "minter.reply.dirac.x"):
         answer = raw.ask(request(reply_queue=queue))
         assert answer["error"]["reason"] == "reply_not_allowed"
@@ -586,9 +602,10 @@ def test_a_queue_that_is_not_the_clients_is_refused(running, raw, consumer):
     )
 
 
-def test_an_amqps_broker_is_verified(running):
+def test_an_amqps_broker_is_verified(running: Running) -> None:
     if not running.on_rabbitmq:
         pytest.skip("the embedded broker is a local socket")
+    assert isinstance(running.broker, RabbitMQ)
     url = (
         running.url()
         .replace("amqp://", "amqps://")
@@ -605,7 +622,7 @@ def test_an_amqps_broker_is_verified(running):
         doubting.mint(files(1, "tls"))
 
 
-def test_the_maintenance_task_makes_the_missing_partition(running):
+def test_the_maintenance_task_makes_the_missing_partition(running: Running) -> None:
     (name,) = running.rows(
         "SELECT max(inhrelid::regclass::text) FROM pg_inherits WHERE inhparent = 'tokens'::regclass"
     )[0]

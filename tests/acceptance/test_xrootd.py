@@ -7,12 +7,15 @@ compares paths by prefix).
 import json
 import os
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import jwt
 import pytest
 
 from minter.client import FileOperation, FileRequest
+from minter.contract.operations import Operation
 from minter.database import control_changes
 from minter.policy.clients import Ban
 from tests.acceptance.served import Served
@@ -49,7 +52,9 @@ begins with that of A, which the server's prefix matching cannot tell from A."""
 
 
 @pytest.fixture(scope="module")
-def site(postgres_dsn, tmp_path_factory):
+def site(
+    postgres_dsn: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Served, XRootD, XRootD]]:
     """The HTTP service, and two storages that trust it."""
     if not XRootD.installed():
         reason = "XRootD is not installed (apt-get install xrootd-server xrootd-scitokens-plugins)"
@@ -69,14 +74,21 @@ def site(postgres_dsn, tmp_path_factory):
                 for file in ("file1", "file2", "file10", "odd+=:,@name"):
                     (storage.files / "grid" / folder_name / file).write_text(file)
             storage.start()
-        yield served, *storages
+        yield served, storages[0], storages[1]
     finally:
         for storage in storages:
             storage.stop()
         served.close()
 
 
-def token(served, storage, operation, path, owner="rucio", area="vo"):
+def token(
+    served: Served,
+    storage: XRootD,
+    operation: Operation | Literal["download", "upload"],
+    path: str,
+    owner: str = "rucio",
+    area: str = "vo",
+) -> str:
     """Mint a token for one operation on one file of a storage."""
     url = f"davs://localhost:{storage.port}/grid/{area}/{path}"
     with served.client(owner) as client:
@@ -84,7 +96,13 @@ def token(served, storage, operation, path, owner="rucio", area="vo"):
     return made.reveal()
 
 
-def refusal(served, storage, operation, path, client="rucio"):
+def refusal(
+    served: Served,
+    storage: XRootD,
+    operation: Operation | Literal["download", "upload"],
+    path: str,
+    client: str = "rucio",
+) -> str:
     """Return the reason why no token is minted for one operation on one file."""
     url = f"davs://localhost:{storage.port}/grid/vo/{path}"
     with served.client(client) as minter:
@@ -92,7 +110,7 @@ def refusal(served, storage, operation, path, client="rucio"):
     return refused.error.reason
 
 
-def curl(storage, bearer, method, path, *options, area="vo"):
+def curl(storage: XRootD, bearer: str | None, method: str, path: str, *options: str, area: str = "vo") -> int:
     """Return the status of a request; the path is below an area."""
     done = subprocess.run(
         ["curl", "-s", "-o", "/dev/null", "-w", "%{http_code}", "--cacert", storage.ca, "-X", method, "--path-as-is",
@@ -102,16 +120,16 @@ def curl(storage, bearer, method, path, *options, area="vo"):
     return int(done.stdout)
 
 
-def put(storage, bearer, path, content="new"):
+def put(storage: XRootD, bearer: str | None, path: str, content: str = "new") -> int:
     return curl(storage, bearer, "PUT", path, "-H", "Expect:", "--data-binary", content)
 
 
-def test_no_token_no_file(site):
+def test_no_token_no_file(site: tuple[Served, XRootD, XRootD]) -> None:
     _, a, _ = site
     assert curl(a, None, "GET", "dir/file1") == 403
 
 
-def test_a_read_token_reads_its_file_at_its_storage(site):
+def test_a_read_token_reads_its_file_at_its_storage(site: tuple[Served, XRootD, XRootD]) -> None:
     served, a, b = site
     read = token(served, a, "download", "dir/file1")
     assert curl(a, read, "GET", "dir/file1") == 200
@@ -131,7 +149,7 @@ def test_a_read_token_reads_its_file_at_its_storage(site):
     assert curl(a, read, "GET", "dir/file10") == 200
 
 
-def test_a_write_token_makes_its_file_once(site):
+def test_a_write_token_makes_its_file_once(site: tuple[Served, XRootD, XRootD]) -> None:
     served, a, _ = site
     write = token(served, a, "upload", "dir/new")
     assert put(a, write, "dir/other") == 403
@@ -140,7 +158,7 @@ def test_a_write_token_makes_its_file_once(site):
     assert curl(a, write, "DELETE", "dir/new") == 403
 
 
-def test_an_overwriting_and_a_deleting_token(site):
+def test_an_overwriting_and_a_deleting_token(site: tuple[Served, XRootD, XRootD]) -> None:
     served, a, _ = site
     assert put(a, token(served, a, "overwrite", "dir/again"), "dir/again") in (200, 201)
     assert put(a, token(served, a, "overwrite", "dir/again"), "dir/again", "more") in (200, 201)
@@ -150,13 +168,15 @@ def test_an_overwriting_and_a_deleting_token(site):
     assert curl(a, delete, "DELETE", "dir/again") in (200, 204)
 
 
-def test_names_as_the_dialect_writes_them(site):
+def test_names_as_the_dialect_writes_them(site: tuple[Served, XRootD, XRootD]) -> None:
     served, a, _ = site
     assert curl(a, token(served, a, "download", "dir/odd+=:,@name"), "GET", "dir/odd+=:,@name") == 200
 
 
 @pytest.mark.parametrize(("area", "algorithm"), [("vo", "ES256"), ("rsa", "RS256")])
-def test_both_algorithms_open_what_they_name_and_nothing_else(site, area, algorithm):
+def test_both_algorithms_open_what_they_name_and_nothing_else(
+    site: tuple[Served, XRootD, XRootD], area: str, algorithm: str
+) -> None:
     served, a, b = site
     read = token(served, a, "download", "dir/file2", area=area)
     assert jwt.get_unverified_header(read)["alg"] == algorithm
@@ -174,7 +194,7 @@ def test_both_algorithms_open_what_they_name_and_nothing_else(site, area, algori
     assert curl(a, forged, "GET", "dir/file2", area=area) == 403
 
 
-def test_no_token_opens_a_neighbour_whose_name_begins_alike(site):
+def test_no_token_opens_a_neighbour_whose_name_begins_alike(site: tuple[Served, XRootD, XRootD]) -> None:
     """The server compares paths as strings (dialect xrootd-5.5), so Minter must not sign what it misreads."""
     served, a, _ = site
     served.add_client("bob", paths=["/vo/user/bob"], operations=["read", "write", "overwrite", "delete"])
@@ -190,7 +210,7 @@ def test_no_token_opens_a_neighbour_whose_name_begins_alike(site):
         assert (told.status_code, told.json()["reason"]) == (400, "invalid_scope")
 
 
-def test_a_ban_on_a_file_holds_for_the_names_that_open_it(site):
+def test_a_ban_on_a_file_holds_for_the_names_that_open_it(site: tuple[Served, XRootD, XRootD]) -> None:
     """A token for file1 opens file10 here, so a ban on file10 refuses tokens for file1, too."""
     served, a, _ = site
     control_changes.add_ban(served.service.pool, Ban("path", "/vo/dir/file10"), "leak", "tests")
@@ -213,7 +233,9 @@ def test_a_ban_on_a_file_holds_for_the_names_that_open_it(site):
         ("overwrite", "PUT", "dir/file1", 0),
     ],
 )
-def test_diagnose_predicts_what_the_server_answers(site, operation, method, path, at):
+def test_diagnose_predicts_what_the_server_answers(
+    site: tuple[Served, XRootD, XRootD], operation: Operation, method: str, path: str, at: int
+) -> None:
     served, *storages = site
     read = token(served, storages[0], "download", "dir/file1")
     asked = storages[at]
@@ -225,12 +247,12 @@ def test_diagnose_predicts_what_the_server_answers(site, operation, method, path
     assert done.returncode == (0 if answered < 300 else 1)
 
 
-def test_check_names_the_neighbours_that_begin_alike(site):
+def test_check_names_the_neighbours_that_begin_alike(site: tuple[Served, XRootD, XRootD]) -> None:
     served, _, _ = site
     assert "the prefix of A-SCRATCH begins with that of A" in served.minter("check").stdout.replace("\n", " ")
 
 
-def test_tokens_of_the_token_endpoint(site):
+def test_tokens_of_the_token_endpoint(site: tuple[Served, XRootD, XRootD]) -> None:
     served, a, b = site
     told = served.token(
         "rucio",
@@ -247,7 +269,7 @@ def test_tokens_of_the_token_endpoint(site):
 # ── third-party copies, with the two tokens of one request ───────────────────────────────────
 
 
-def copy_tokens(served, a, b, name):
+def copy_tokens(served: Served, a: XRootD, b: XRootD, name: str) -> tuple[str, str]:
     (a.files / "grid/vo/dir" / name).write_bytes(os.urandom(20 << 20))
     urls = [f"davs://localhost:{s.port}/grid/vo/dir/{name}" for s in (a, b)]
     with served.client() as client:
@@ -256,15 +278,15 @@ def copy_tokens(served, a, b, name):
     return by_side["source"], by_side["destination"]
 
 
-def same(a, b, name):
+def same(a: XRootD, b: XRootD, name: str) -> bool:
     return (a.files / "grid/vo/dir" / name).read_bytes() == (b.files / "grid/vo/dir" / name).read_bytes()
 
 
-def test_a_third_party_copy_by_curl(site):
+def test_a_third_party_copy_by_curl(site: tuple[Served, XRootD, XRootD]) -> None:
     served, a, b = site
     read, write = copy_tokens(served, a, b, "tpc")
 
-    def copy(write, read):
+    def copy(write: str, read: str) -> str:
         done = subprocess.run(
             ["curl", "-s", "--cacert", a.ca, "-X", "COPY", "-H", "Credential: none", "-H", f"Authorization: Bearer {write}",
              "-H", f"TransferHeaderAuthorization: Bearer {read}", "-H", f"Source: {a.url}/grid/vo/dir/tpc", f"{b.url}/grid/vo/dir/tpc"],
@@ -278,7 +300,7 @@ def test_a_third_party_copy_by_curl(site):
 
 
 @pytest.mark.parametrize("mode", ["pull", "push"])
-def test_a_third_party_copy_by_gfal2(site, mode):
+def test_a_third_party_copy_by_gfal2(site: tuple[Served, XRootD, XRootD], mode: str) -> None:
     served, a, b = site
     read, write = copy_tokens(served, a, b, f"gfal-{mode}")
     certificates = a.folder.parent / "certificates"
@@ -293,7 +315,7 @@ def test_a_third_party_copy_by_gfal2(site, mode):
     assert same(a, b, f"gfal-{mode}")
 
 
-def test_what_was_signed_is_verified_while_the_issuer_is_down(site):
+def test_what_was_signed_is_verified_while_the_issuer_is_down(site: tuple[Served, XRootD, XRootD]) -> None:
     served, a, _ = site
     made = [token(served, a, "download", f"dir/{name}") for name in ("file1", "file2")]
     assert curl(a, made[0], "GET", "dir/file1") == 200

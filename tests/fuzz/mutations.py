@@ -5,13 +5,15 @@ import json
 import os
 import random
 import secrets
+from collections.abc import Iterator
+from typing import Any
 
 SEED = int(os.environ.get("MINTER_FUZZ_SEED") or secrets.randbits(32))
 CASES = int(os.environ.get("MINTER_FUZZ_CASES") or 100_000)
 """Cases of all fuzz tests together."""
 
 DEEP = "[" * 5_000 + "]" * 5_000
-ODD = [
+ODD: list[Any] = [
     None, True, False, 0, -1, 1.5, 2**31, 2**63, 2**64, -(2**63) - 1, 10**400, 1e308, -0.0, "", " ", "\x00", "\n",
     "x" * 10_000, "ü" * 300, "\U0001f600", "../../etc/passwd", "%00", "%", "a b", "null", "true", "-1", "1e999",
     "eyJhbGciOiJub25lIn0.e30.", "https://[::1", "davs://se.example.org:99999/x", "davs:///", "//", "http://a@b/c",
@@ -20,7 +22,7 @@ ODD = [
 ]  # fmt: skip
 
 
-def _places(value, path=()):
+def _places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     yield path
     if isinstance(value, dict):
         for key in value:
@@ -30,7 +32,7 @@ def _places(value, path=()):
             yield from _places(value[index], (*path, index))
 
 
-def mutated(rng: random.Random, value):
+def mutated(rng: random.Random, value: Any) -> Any:
     """Return a copy of a JSON value with one to three changes: replaced, removed, added, copied members."""
     value = copy.deepcopy(value)
     for _ in range(rng.randint(1, 3)):
@@ -70,7 +72,7 @@ def spoiled(rng: random.Random, body: bytes) -> bytes:
     return body[:at] + body + body[at:]
 
 
-def body(rng: random.Random, value) -> bytes:
+def body(rng: random.Random, value: Any) -> bytes:
     """Return the JSON of a mutated value, in one of four cases spoiled."""
     raw = json.dumps(mutated(rng, value)).encode()
     return spoiled(rng, raw) if rng.random() < 0.25 and raw else raw

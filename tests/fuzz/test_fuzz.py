@@ -10,7 +10,9 @@ import random
 import ssl
 import time
 import uuid
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
+from typing import Any
 
 import httpx
 import jwt
@@ -23,7 +25,7 @@ from minter.contract import names
 from minter.errors import MinterError
 from minter.providers.dialects import Provider
 from minter.providers.iam import IAM, Asked, Documents
-from tests.acceptance.conftest import Raw
+from tests.acceptance.conftest import Raw, Running
 from tests.acceptance.served import VO, Served
 from tests.acceptance.test_token import HOST, TOP
 from tests.acceptance.test_workers import OTHER, SE
@@ -35,14 +37,14 @@ print(f"MINTER_FUZZ_SEED={SEED} MINTER_FUZZ_CASES={CASES}")
 AT_ONCE = 200
 
 
-def mint():
+def mint() -> dict[str, Any]:
     return {
         "request_id": str(new_request_id()), "activity": "Production", "on_behalf_of": "root",
         "files": [{"sources": [SE + uuid.uuid4().hex], "destinations": [OTHER + "d"], "size": 10**9, "external_id": "e"}],
     }  # fmt: skip
 
 
-def job():
+def job() -> dict[str, Any]:
     files = [
         {
             "sources": [SE + uuid.uuid4().hex],
@@ -61,7 +63,7 @@ def job():
     return {"request_id": str(new_request_id()), "job": {"files": files, "params": params}}
 
 
-MESSAGES = {
+MESSAGES: dict[str, Callable[[], dict[str, Any]]] = {
     names.MINT: mint,
     names.FILL_JOB: job,
     names.FETCH: lambda: {"request_id": str(new_request_id())},
@@ -71,17 +73,18 @@ MESSAGES = {
 }
 
 
-def sane(answer, body):
+def sane(answer: dict[str, Any], body: bytes) -> None:
     """Check that the answer to a body is no internal error."""
     error = (answer.get("error") if isinstance(answer.get("error"), dict) else answer) or {}
     assert error.get("reason") not in ("server_error", "undeliverable"), (answer, body[:3000])
 
 
-def test_odd_messages_on_the_broker_get_typed_answers(running):
+def test_odd_messages_on_the_broker_get_typed_answers(running: Running) -> None:
     rng, left = random.Random(SEED), CASES * 3 // 10
     raw = Raw(running)
     while left > 0:
-        sent = {}
+        body: bytes | None
+        sent: dict[str, bytes] = {}
         for _ in range(AT_ONCE):
             task = rng.choice(list(MESSAGES))
             body = mutations.body(rng, [[MESSAGES[task]()], {}, {}])
@@ -106,24 +109,25 @@ def test_odd_messages_on_the_broker_get_typed_answers(running):
 
 
 @pytest.fixture(scope="module")
-def fuzzed(postgres_dsn, tmp_path_factory):
+def fuzzed(postgres_dsn: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """The HTTP service with bounds that a fuzz run does not reach."""
     made = Served(tmp_path_factory.mktemp("fuzzed"), postgres_dsn, http="requests_per_second = 100000")
     made.add_client("rucio")
     yield made
+    assert made.process is not None
     log, alive = made.log(), made.process.poll() is None
     made.close()
     assert alive
     assert "Traceback" not in log
 
 
-async def post_all(fuzzed, cases):
+async def post_all(fuzzed: Served, cases: Iterator[tuple[str, bytes, str]]) -> None:
     """POST (path, body, content type) cases, 16 at once; check that no answer is an internal error."""
     context = ssl.create_default_context(cafile=str(fuzzed.ca))
     auth = ("rucio", fuzzed.secrets["rucio"])
     async with httpx.AsyncClient(base_url=fuzzed.host, verify=context, auth=auth, timeout=60) as http:
 
-        async def work():
+        async def work() -> None:
             for path, body, kind in cases:
                 answer = await http.post(path, content=body, headers={"Content-Type": kind})
                 assert answer.status_code < 500, (path, body[:2000], answer.text)
@@ -134,11 +138,11 @@ async def post_all(fuzzed, cases):
         await asyncio.gather(*(work() for _ in range(16)))
 
 
-def test_odd_bodies_of_tasks_over_http(fuzzed):
+def test_odd_bodies_of_tasks_over_http(fuzzed: Served) -> None:
     rng = random.Random(SEED + 1)
     tasks = list(MESSAGES)
 
-    def cases():
+    def cases() -> Iterator[tuple[str, bytes, str]]:
         for _ in range(CASES * 2 // 10):
             task = rng.choice(tasks)
             yield (
@@ -150,7 +154,7 @@ def test_odd_bodies_of_tasks_over_http(fuzzed):
     asyncio.run(post_all(fuzzed, cases()))
 
 
-def test_odd_forms_at_the_token_endpoints(fuzzed):
+def test_odd_forms_at_the_token_endpoints(fuzzed: Served) -> None:
     rng = random.Random(SEED + 2)
     told = fuzzed.token(
         "rucio", grant_type="client_credentials", scope=f"storage.read:{TOP}", audience=HOST
@@ -166,7 +170,7 @@ def test_odd_forms_at_the_token_endpoints(fuzzed):
         ("revoke", {"token": "x" + told["access_token"], "token_type_hint": "refresh_token"}),
     ]  # fmt: skip
 
-    def cases():
+    def cases() -> Iterator[tuple[str, bytes, str]]:
         for _ in range(CASES * 3 // 10):
             path, fields = rng.choice(forms)
             yield f"/{VO}/{path}", mutations.form(rng, fields), "application/x-www-form-urlencoded"
@@ -177,13 +181,13 @@ def test_odd_forms_at_the_token_endpoints(fuzzed):
 class OddIAM(IAM):
     """An IAM whose answers are given."""
 
-    answer: tuple = (200, {}, 0.0)
+    answer: tuple[int, dict[str, Any] | None, float] = (200, {}, 0.0)
 
-    def _call(self, *_):
+    def _call(self, *_: object) -> tuple[int, dict[str, Any] | None, float]:
         return self.answer
 
 
-def test_odd_answers_of_a_provider_are_typed_errors_or_tokens():
+def test_odd_answers_of_a_provider_are_typed_errors_or_tokens() -> None:
     rng, now = random.Random(SEED + 3), datetime.now(UTC)
     issuer = "https://iam.example.org/"
     key = ec.generate_private_key(ec.SECP256R1())

@@ -3,20 +3,25 @@
 import gzip
 import json
 import uuid
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+from uuid import UUID
 
 import psycopg
 import pytest
+from sqlalchemy.engine import Engine as Pool
 
 from minter.contract.followups import FileReport, JobReport, ReportRequest
 from minter.contract.messages import FileRequest, MintRequest
 from minter.database import archive, connection, traces
-from minter.errors import SettingsError
+from minter.errors import SettingsError, Unavailable
 from minter.policy.requests import from_mint
 from minter.service import Service
 from minter.tasks.lifecycle import Lifecycle
 from minter.tokens import clock
-from minter.tokens.outcomes import Submission
+from minter.tokens.outcomes import Outcome, Submission
 from minter.tokens.records import fts_token_id
 from tests.conftest import load_settings, rows
 from tests.integration.test_mint import SE, mint, submission
@@ -26,16 +31,16 @@ PATH = "/atlas/atlasdatadisk/rucio/data/"
 
 
 @pytest.fixture
-def later(service, dsn):
+def later(service: Service, dsn: str) -> Callable[[int], datetime]:
     """Return the time at which today is past retention: in 39 days for tokens, in 69 for requests."""
 
-    def at(days):
+    def at(days: int) -> datetime:
         return clock.now() + timedelta(days=days)
 
     return at
 
 
-def tables(service):
+def tables(service: Service) -> set[str]:
     found = rows(
         service,
         "SELECT relname FROM pg_class WHERE relkind = 'r' AND relname ~ '^(tokens|uses|token_states|requests)_[0-9]{8}$'",
@@ -43,14 +48,14 @@ def tables(service):
     return {name for (name,) in found}
 
 
-def run(service, folder, now):
+def run(service: Service, folder: Path, now: datetime) -> list[tuple[Path, int]]:
     return [
         archive.archive_day(service.pool, folder, kind, day)
         for kind, day in archive.due(service.pool, now, 30)
     ]
 
 
-def stocked(service):
+def stocked(service: Service) -> tuple[Outcome, Outcome, UUID]:
     """Record a day with reported, refused and renewed requests; return its outcomes."""
     bad = FileRequest(sources=(SE + "x",), destinations=("davs://nowhere.example.org/f",))
     half = Submission(
@@ -70,7 +75,7 @@ def stocked(service):
     return one, two, job
 
 
-def questions(one):
+def questions(one: Outcome) -> dict[str, Any]:
     issued = one.issued[0]
     return {
         "jti": uuid.UUID(issued.jti), "path": PATH + "a", "external_id": "a", "client": ME,
@@ -78,7 +83,9 @@ def questions(one):
     }  # fmt: skip
 
 
-def test_what_is_archived_tells_the_same_story(service, tmp_path, later):
+def test_what_is_archived_tells_the_same_story(
+    service: Service, tmp_path: Path, later: Callable[[int], datetime]
+) -> None:
     one, two, job = stocked(service)
     since, until = clock.now() - timedelta(days=1), clock.now() + timedelta(days=1)
     asked = questions(one)
@@ -108,7 +115,9 @@ def test_what_is_archived_tells_the_same_story(service, tmp_path, later):
     assert (tokens_after, refusals_after) == (tokens_before, refusals_before)
 
 
-def test_only_days_that_are_over_go(service, tmp_path, later):
+def test_only_days_that_are_over_go(
+    service: Service, tmp_path: Path, later: Callable[[int], datetime]
+) -> None:
     stocked(service)
     before = tables(service)
     assert archive.due(service.pool, later(0), 30) == []
@@ -122,11 +131,13 @@ def test_only_days_that_are_over_go(service, tmp_path, later):
     assert f"requests_{today}" not in tables(service)
 
 
-def test_a_crash_at_any_point_is_finished_by_the_next_run(service, tmp_path, later, monkeypatch):
+def test_a_crash_at_any_point_is_finished_by_the_next_run(
+    service: Service, tmp_path: Path, later: Callable[[int], datetime], monkeypatch: pytest.MonkeyPatch
+) -> None:
     stocked(service)
     remove = archive._remove
 
-    def killed(pool, table, partition, *, attached):
+    def killed(pool: Pool, table: str, partition: str, *, attached: bool) -> None:
         if partition.endswith(f"{clock.now():%Y%m%d}"):
             raise KeyboardInterrupt
         remove(pool, table, partition, attached=attached)
@@ -146,25 +157,26 @@ def test_a_crash_at_any_point_is_finished_by_the_next_run(service, tmp_path, lat
     assert run(service, tmp_path, later(40)) == []
 
 
-def test_a_reader_delays_the_removal_and_loses_nothing(service, tmp_path, later, dsn):
+def test_a_reader_delays_the_removal_and_loses_nothing(
+    service: Service, tmp_path: Path, later: Callable[[int], datetime], dsn: str
+) -> None:
     stocked(service)
     with psycopg.connect(dsn) as reader:
         reader.execute("SELECT count(*) FROM tokens")  # the reader's transaction stays open
         with connection.transaction(service.pool) as tx:
-            tx.execute(
-                "ALTER DATABASE "
-                + service.pool.raw_connection().driver_connection.info.dbname
-                + " SET lock_timeout = '1s'"
-            )
+            connected: Any = service.pool.raw_connection().driver_connection
+            tx.execute("ALTER DATABASE " + connected.info.dbname + " SET lock_timeout = '1s'")
         hurried = Service(load_settings(dsn))
-        with pytest.raises(archive.Unavailable, match="in use"):
+        with pytest.raises(Unavailable, match="in use"):
             run(hurried, tmp_path, later(40))
     run(hurried, tmp_path, later(40))
     assert not {t for t in tables(service) if t == f"tokens_{clock.now():%Y%m%d}"}
     hurried.pool.dispose()
 
 
-def test_a_folder_that_cannot_be_written_changes_nothing(service, tmp_path, later):
+def test_a_folder_that_cannot_be_written_changes_nothing(
+    service: Service, tmp_path: Path, later: Callable[[int], datetime]
+) -> None:
     stocked(service)
     before = tables(service)
     (tmp_path / "file").write_text("")
@@ -173,7 +185,9 @@ def test_a_folder_that_cannot_be_written_changes_nothing(service, tmp_path, late
     assert tables(service) == before
 
 
-def test_no_token_and_no_secret_is_in_an_archive(service, tmp_path, later):
+def test_no_token_and_no_secret_is_in_an_archive(
+    service: Service, tmp_path: Path, later: Callable[[int], datetime]
+) -> None:
     one, _, _ = stocked(service)
     run(service, tmp_path, later(40))
     text = b"".join(gzip.decompress(p.read_bytes()) for p in tmp_path.glob("*.gz"))
@@ -183,17 +197,21 @@ def test_no_token_and_no_secret_is_in_an_archive(service, tmp_path, later):
         assert issued.token.rpartition(b".")[2] not in text
 
 
-def test_what_somebody_else_detached_is_not_dropped(service, tmp_path, later):
+def test_what_somebody_else_detached_is_not_dropped(
+    service: Service, tmp_path: Path, later: Callable[[int], datetime]
+) -> None:
     stocked(service)
     today = f"{clock.now():%Y%m%d}"
     with connection.transaction(service.pool) as tx:
         tx.execute(f"ALTER TABLE tokens DETACH PARTITION tokens_{today}")
-    with pytest.raises(archive.Unavailable, match="attach it again"):
+    with pytest.raises(Unavailable, match="attach it again"):
         run(service, tmp_path, later(40))
     assert rows(service, f"SELECT count(*) FROM tokens_{today}") == [(5,)]
 
 
-def test_an_archived_day_that_comes_back_empty_keeps_its_file(service, tmp_path, later):
+def test_an_archived_day_that_comes_back_empty_keeps_its_file(
+    service: Service, tmp_path: Path, later: Callable[[int], datetime]
+) -> None:
     _, two, _ = stocked(service)
     run(service, tmp_path, later(70))
     today = f"{clock.now():%Y%m%d}"
@@ -204,13 +222,13 @@ def test_an_archived_day_that_comes_back_empty_keeps_its_file(service, tmp_path,
     assert archive.find_request(tmp_path, two.submission.request.request_id, later(1))[1]
 
 
-def test_two_runs_do_not_meet(service, tmp_path, later):
+def test_two_runs_do_not_meet(service: Service, tmp_path: Path, later: Callable[[int], datetime]) -> None:
     stocked(service)
-    with archive._alone(tmp_path), pytest.raises(archive.Unavailable, match="another run"):
+    with archive._alone(tmp_path), pytest.raises(Unavailable, match="another run"):
         run(service, tmp_path, later(40))
 
 
-def test_files_are_looked_at_by_their_day(tmp_path):
+def test_files_are_looked_at_by_their_day(tmp_path: Path) -> None:
     for day in ("20261001", "20261002", "20261003"):
         (tmp_path / f"tokens-{day}.jsonl.gz").write_bytes(b"")
     since = datetime(2026, 10, 2, tzinfo=UTC)

@@ -2,6 +2,7 @@
 
 import json
 from datetime import timedelta
+from typing import Any
 
 import pytest
 
@@ -21,25 +22,25 @@ VO = "alpen"
 
 
 @pytest.fixture
-def service(service):
+def service(service: Service) -> Service:
     """An issuer with one algorithm: these tests are about the keys of one."""
     return with_one_algorithm(service)
 
 
-def ring(service):
+def ring(service: Service) -> list[keys.Key]:
     with transaction(service.pool) as connection:
         return read_keys(connection)
 
 
-def states(service):
+def states(service: Service) -> list[str]:
     return [k.state for k in ring(service)]
 
 
-def audited(service):
+def audited(service: Service) -> list[tuple[Any, ...]]:
     return rows(service, "SELECT actor, action, subject FROM audit WHERE actor = 'me' ORDER BY audit_id")
 
 
-def backdate_keys(service, days):
+def backdate_keys(service: Service, days: int) -> None:
     with transaction(service.pool) as tx:
         tx.execute("UPDATE signing_keys SET published_at = published_at - %s, activated_at = activated_at - %s",
                    (timedelta(days=days),) * 2)  # fmt: skip
@@ -48,7 +49,7 @@ def backdate_keys(service, days):
 # ── clients ──────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_changed_limit_binds_the_next_request(service):
+def test_a_changed_limit_binds_the_next_request(service: Service) -> None:
     control_changes.change_client(
         service.pool, ME, {"operations": ["read"], "max_lifetime_seconds": 1200}, "me"
     )
@@ -65,14 +66,14 @@ def test_a_changed_limit_binds_the_next_request(service):
     assert audited(service) == [("me", "client.change", ME)] * 2
 
 
-def keys_payload(token):
+def keys_payload(token: bytes) -> bytes:
     import base64
 
     part = token.split(b".")[1]
     return base64.urlsafe_b64decode(part + b"=" * (-len(part) % 4))
 
 
-def test_a_disabled_client_gets_nothing_until_it_is_enabled(service):
+def test_a_disabled_client_gets_nothing_until_it_is_enabled(service: Service) -> None:
     one = submission("a")
     mint(service, one)
     control_changes.disable_client(service.pool, ME, "me", disabled=True)
@@ -81,7 +82,7 @@ def test_a_disabled_client_gets_nothing_until_it_is_enabled(service):
     assert mint(service, one)[0].issued
 
 
-def test_a_change_of_nobody_is_refused(service):
+def test_a_change_of_nobody_is_refused(service: Service) -> None:
     with pytest.raises(UnknownClient, match="minter clients list"):
         control_changes.change_client(service.pool, "nobody", {"operations": []}, "me")
     with pytest.raises(InvalidRequest, match="max_lifetime_seconds"):
@@ -89,7 +90,7 @@ def test_a_change_of_nobody_is_refused(service):
     assert audited(service) == []
 
 
-def test_a_secret_is_kept_as_a_keyed_hash_and_the_old_one_for_a_while(service):
+def test_a_secret_is_kept_as_a_keyed_hash_and_the_old_one_for_a_while(service: Service) -> None:
     with transaction(service.pool) as connection:
         client = read_control(connection).clients[ME]
     first, second = keystore.new_secret(), keystore.new_secret()
@@ -121,7 +122,9 @@ def test_a_secret_is_kept_as_a_keyed_hash_and_the_old_one_for_a_while(service):
         ("path", "the files' directory", {"a", "b"}),
     ],
 )
-def test_a_ban_binds_at_once_and_lists_what_is_alive(service, kind, value, covered):
+def test_a_ban_binds_at_once_and_lists_what_is_alive(
+    service: Service, kind: str, value: str, covered: set[str]
+) -> None:
     one = submission("a", on_behalf_of="mallory", activity="Data Brokering")
     two = submission("b", activity="Production Input")
     mint(service, one, two)
@@ -146,7 +149,7 @@ def test_a_ban_binds_at_once_and_lists_what_is_alive(service, kind, value, cover
     assert [action for _, action, _ in audited(service)] == ["ban", "unban"]
 
 
-def test_a_path_ban_finds_encoded_names_and_wider_grants(service):
+def test_a_path_ban_finds_encoded_names_and_wider_grants(service: Service) -> None:
     mint(service, submission("run 1/file", "run 2/file"))
     (scope,) = {
         t.scope
@@ -165,7 +168,7 @@ def test_a_path_ban_finds_encoded_names_and_wider_grants(service):
     assert all("run%201" in t.scope for t in found)
 
 
-def test_bans_that_cannot_be(service):
+def test_bans_that_cannot_be(service: Service) -> None:
     with pytest.raises(UnknownVO):
         control_changes.add_ban(service.pool, Ban("client", ME, "nowhere"), "test", "me")
     with pytest.raises(InvalidRequest, match="is not banned"):
@@ -181,7 +184,7 @@ def test_bans_that_cannot_be(service):
 # ── keys (I6) ────────────────────────────────────────────────────────────────────────────────
 
 
-def test_beat_makes_a_standby_rotates_it_in_and_destroys_the_old_one(service):
+def test_beat_makes_a_standby_rotates_it_in_and_destroys_the_old_one(service: Service) -> None:
     assert states(service) == ["active"]
     (done,) = service.maintain_keys("me")
     assert "made, prepared" in done
@@ -197,14 +200,13 @@ def test_beat_makes_a_standby_rotates_it_in_and_destroys_the_old_one(service):
     assert after.issued[0].token.split(b".")[0] != before.issued[0].token.split(b".")[0]
     with transaction(service.pool) as tx:
         tx.execute("UPDATE signing_keys SET retired_at = retired_at - interval '25 hours'")
-    done = service.maintain_keys("me")
-    assert any("destroyed" in d for d in done)
+    assert any("destroyed" in d for d in service.maintain_keys("me"))
     assert rows(service, "SELECT count(*) FROM signing_keys WHERE private_key IS NULL") == [(1,)]
     assert isinstance(mint(service, one)[0].error, Expired)
     assert keys.is_public(ring(service)[0], clock.now())  # until the last token that it signed has expired
 
 
-def test_a_standby_that_is_not_public_long_enough_does_not_sign(service):
+def test_a_standby_that_is_not_public_long_enough_does_not_sign(service: Service) -> None:
     service.maintain_keys("me")
     with pytest.raises(NoUsableKey, match="has no prepared ES256 key that has been public"):
         keyring.rotate(service.pool, VO, "ES256", clock.now(), service.engine.rotation, "me")
@@ -215,7 +217,7 @@ def test_a_standby_that_is_not_public_long_enough_does_not_sign(service):
     assert [a for _, a, _ in audited(service)] == ["key.create"]
 
 
-def test_a_revoked_key_signs_nothing_and_its_standby_takes_over(service):
+def test_a_revoked_key_signs_nothing_and_its_standby_takes_over(service: Service) -> None:
     service.maintain_keys("me")
     backdate_keys(service, 3)
     one = submission("a")
@@ -262,7 +264,7 @@ def test_a_revoked_key_signs_nothing_and_its_standby_takes_over(service):
         keyring.revoke(service.pool, "nothing", clock.now(), service.engine.rotation, "me", "x")
 
 
-def test_another_process_signs_with_the_new_key_at_once(service, dsn):
+def test_another_process_signs_with_the_new_key_at_once(service: Service, dsn: str) -> None:
     other = Service(load_settings(dsn))
     mint(other, submission("a"))
     service.maintain_keys("me")
@@ -278,7 +280,7 @@ def test_another_process_signs_with_the_new_key_at_once(service, dsn):
 # ── master keys (I5) ─────────────────────────────────────────────────────────────────────────
 
 
-def test_the_master_key_is_changed_without_a_gap(service, dsn):
+def test_the_master_key_is_changed_without_a_gap(service: Service, dsn: str) -> None:
     one = submission("a")
     (before,) = mint(service, one)
     with transaction(service.pool) as connection:
@@ -301,7 +303,7 @@ def test_the_master_key_is_changed_without_a_gap(service, dsn):
         made.pool.dispose()
 
 
-def test_a_rewrap_without_the_right_key_changes_nothing(service, dsn):
+def test_a_rewrap_without_the_right_key_changes_nothing(service: Service, dsn: str) -> None:
     wrong = Service(load_settings(dsn, MINTER_MASTER_KEY_ALPEN=new_master_key()))
     before = rows(service, "SELECT private_key FROM signing_keys")
     with pytest.raises(NoUsableKey, match="does not open"):

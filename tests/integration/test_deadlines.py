@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psycopg
@@ -20,7 +21,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def postgres(tmp_path_factory):
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
     made = Postgres(tmp_path_factory.mktemp("deadlines") / "postgres")
     made.start()
     prepare(made.dsn)
@@ -29,20 +30,22 @@ def postgres(tmp_path_factory):
 
 
 @pytest.fixture
-def service(postgres):
+def service(postgres: Postgres) -> Iterator[Service]:
     made = Service(load_settings(postgres.dsn))
     yield made
     made.pool.dispose()
 
 
-def set_standby(postgres, name):
+def set_standby(postgres: Postgres, name: str) -> None:
     with psycopg.connect(postgres.dsn, autocommit=True) as admin:
         admin.execute(f"ALTER SYSTEM SET synchronous_standby_names = '{name}'")
         admin.execute("SELECT pg_reload_conf()")
     time.sleep(0.3)
 
 
-def test_a_standby_that_is_away_gives_a_typed_error_and_no_token(postgres, service):
+def test_a_standby_that_is_away_gives_a_typed_error_and_no_token(
+    postgres: Postgres, service: Service
+) -> None:
     """Also a repeat, whose record Postgres has by now, gets nothing before the standby has it."""
     asked = submission("standby")
     mint(service, submission("warm"))
@@ -64,8 +67,9 @@ def test_a_standby_that_is_away_gives_a_typed_error_and_no_token(postgres, servi
     assert rows(service, recorded, asked.request.request_id) == [(2,)]
 
 
-def test_a_server_that_does_not_answer_gives_a_typed_error(postgres, service):
+def test_a_server_that_does_not_answer_gives_a_typed_error(postgres: Postgres, service: Service) -> None:
     mint(service, submission("warm"))
+    assert postgres.process is not None
     family = [postgres.process.pid, *children(postgres.process.pid)]
     for pid in family:
         os.kill(pid, signal.SIGSTOP)
@@ -81,7 +85,7 @@ def test_a_server_that_does_not_answer_gives_a_typed_error(postgres, service):
     assert outcome.issued
 
 
-def children(pid):
+def children(pid: int) -> list[int]:
     """Return the process ids below a process."""
     own = [int(n) for n in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     return [*own, *(found for child in own for found in children(child))]
@@ -96,13 +100,13 @@ def children(pid):
         ("{socket} user=nobody dbname=postgres", 'role "nobody" does not exist'),
     ],
 )
-def test_what_is_wrong_with_a_connection_is_told_apart(postgres, dsn, said):
+def test_what_is_wrong_with_a_connection_is_told_apart(postgres: Postgres, dsn: str, said: str) -> None:
     pool = connection.open_pool(dsn.format(socket=f"host={postgres.sockets}"))
     with pytest.raises(Unavailable, match=said), connection.transaction(pool):
         pass
 
 
-def test_a_missing_standby_leaves_no_connection_behind(postgres, service):
+def test_a_missing_standby_leaves_no_connection_behind(postgres: Postgres, service: Service) -> None:
     """`/ready` and heartbeats ask with less patience than a commit has, again and again."""
     heartbeat = Heartbeat("serve", service)
     heartbeat.beat()

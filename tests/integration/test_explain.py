@@ -3,7 +3,9 @@
 import json
 import re
 from collections import Counter
+from collections.abc import Callable, Iterator
 from datetime import timedelta
+from typing import Any
 from uuid import UUID
 
 import pytest
@@ -25,7 +27,7 @@ PAYLOAD = (
 
 
 @pytest.fixture(scope="module")
-def million(postgres_dsn, template):
+def million(postgres_dsn: str, template: str) -> Iterator[Service]:
     """Write a million tokens in four daily partitions, in the order of their jti, as the engine does."""
     from tests.conftest import _admin, _dsn, load_settings
 
@@ -52,14 +54,14 @@ def million(postgres_dsn, template):
     _admin(postgres_dsn, "DROP DATABASE minter_million WITH (FORCE)")
 
 
-def plan(service, query, values):
+def plan(service: Service, query: str, values: Any) -> Any:
     with connection.transaction(service.pool) as tx:
-        return tx.execute(f"EXPLAIN (ANALYZE, FORMAT JSON) {query}", values).fetchone()[0][0]["Plan"]
+        return tx.execute(f"EXPLAIN (ANALYZE, FORMAT JSON) {query}", values).fetchall()[0][0][0]["Plan"]
 
 
-def scans(node):
+def scans(node: dict[str, Any]) -> Counter[tuple[str, str]]:
     """Return every scan of a tokens partition as (partition, kind), with the number of its runs."""
-    found = Counter()
+    found: Counter[tuple[str, str]] = Counter()
     if re.match(r"(tokens|requests)_\d{8}$", node.get("Relation Name", "")) and node["Actual Loops"]:
         found[node["Relation Name"], node["Node Type"]] += node["Actual Loops"]
     for child in node.get("Plans", []):
@@ -68,7 +70,7 @@ def scans(node):
 
 
 @pytest.mark.parametrize("by", sorted(traces.INDEXED))
-def test_one_indexed_probe_for_each_partition_in_the_time_asked_for(million, by):
+def test_one_indexed_probe_for_each_partition_in_the_time_asked_for(million: Service, by: str) -> None:
     columns = {
         "jti": "jti",
         "path": "path_hash",
@@ -76,7 +78,7 @@ def test_one_indexed_probe_for_each_partition_in_the_time_asked_for(million, by)
         "external_id": "external_id",
     }
     with connection.transaction(million.pool) as tx:
-        (value,) = tx.execute(f"SELECT {columns[by]} FROM tokens OFFSET 500000 LIMIT 1").fetchone()
+        ((value,),) = tx.execute(f"SELECT {columns[by]} FROM tokens OFFSET 500000 LIMIT 1").fetchall()
     since = (clock.now() - timedelta(days=1)).replace(hour=0, minute=0, second=0, microsecond=0)
     until = since + timedelta(days=4)  # days with rows: an empty partition is scanned
     bounds = {**traces.bounds(since, until), "limit": 100, "asker": None}
@@ -90,9 +92,9 @@ def test_one_indexed_probe_for_each_partition_in_the_time_asked_for(million, by)
     assert len(scans(plan(million, traces.queries(by)[0], {"value": value, **narrow}))) <= 2
 
 
-def test_a_requests_tokens_are_one_range_of_the_primary_key(million):
+def test_a_requests_tokens_are_one_range_of_the_primary_key(million: Service) -> None:
     with connection.transaction(million.pool) as tx:
-        (first,) = tx.execute("SELECT jti FROM tokens ORDER BY jti OFFSET 1000 LIMIT 1").fetchone()
+        ((first,),) = tx.execute("SELECT jti FROM tokens ORDER BY jti OFFSET 1000 LIMIT 1").fetchall()
     last = UUID(int=first.int + 200)
     query = f"SELECT {TOKEN_COLUMNS} FROM tokens t LEFT JOIN storages s USING (storage_id) WHERE t.jti BETWEEN %s AND %s ORDER BY t.jti"
     found = scans(plan(million, query, (first, last)))
@@ -103,11 +105,11 @@ def test_a_requests_tokens_are_one_range_of_the_primary_key(million):
         assert [t.jti for t in tokens_of(tx, row)] == [str(first)]
 
 
-def test_what_a_token_costs_on_disk(million, record_property):
+def test_what_a_token_costs_on_disk(million: Service, record_property: Callable[[str, object], None]) -> None:
     with connection.transaction(million.pool) as tx:
-        heap, total = tx.execute(
+        ((heap, total),) = tx.execute(
             "SELECT sum(pg_relation_size(relid)), sum(pg_total_relation_size(relid)) FROM pg_partition_tree('tokens')"
-        ).fetchone()
+        ).fetchall()
     print(json.dumps({"bytes_per_token": {"heap": int(heap) / ROWS, "with_indexes": int(total) / ROWS}}))
     record_property("bytes_per_token", int(total) / ROWS)
     assert int(total) / ROWS < 720

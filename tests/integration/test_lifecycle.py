@@ -2,7 +2,9 @@
 
 import json
 import time
+from collections.abc import Iterable, Iterator
 from datetime import timedelta
+from typing import Any, Literal
 from uuid import UUID
 
 import pytest
@@ -31,7 +33,7 @@ from minter.service import Service
 from minter.tasks.lifecycle import Lifecycle
 from minter.tokens import clock
 from minter.tokens.claims import unverified_claims
-from minter.tokens.outcomes import Submission
+from minter.tokens.outcomes import Outcome, Submission
 from tests.conftest import EXAMPLES, rows
 from tests.integration.test_mint import OTHER, SE, mint, submission, tokens
 
@@ -39,17 +41,17 @@ ME = "rucio-alpen"
 
 
 @pytest.fixture
-def lifecycle(service):
+def lifecycle(service: Service) -> Lifecycle:
     return Lifecycle(service.engine, service.store)
 
 
-def renewed(service, lifecycle, **wire):
+def renewed(service: Service, lifecycle: Lifecycle, **wire: Any) -> Outcome:
     request = lifecycle.renewal(ME, RenewRequest(request_id=clock.new_uuid7(), **wire))
     (outcome,) = mint(service, Submission(request, ME))
     return outcome
 
 
-def states(service):
+def states(service: Service) -> dict[tuple[str, str], str]:
     found = rows(
         service,
         "SELECT t.external_id, t.side, coalesce(s.state, t.state)::text FROM tokens t"
@@ -61,7 +63,7 @@ def states(service):
 # ── fetch ────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_fetch_gives_the_same_bytes_and_refusals(service, lifecycle):
+def test_a_fetch_gives_the_same_bytes_and_refusals(service: Service, lifecycle: Lifecycle) -> None:
     bad = FileRequest(sources=(SE + "x",), destinations=("davs://nowhere.example.org/f",))
     good = FileRequest(sources=(SE + "a",), destinations=(OTHER + "a",), size=10**9)
     made = from_mint(MintRequest(request_id=clock.new_uuid7(), files=(good, bad)))
@@ -71,7 +73,7 @@ def test_a_fetch_gives_the_same_bytes_and_refusals(service, lifecycle):
     assert [r.error["reason"] for r in answer.refusals] == [r["error"]["reason"] for r in outcome.refusals]
 
 
-def test_a_filled_jobs_tokens_can_be_fetched(service, lifecycle):
+def test_a_filled_jobs_tokens_can_be_fetched(service: Service, lifecycle: Lifecycle) -> None:
     job = json.loads(min((EXAMPLES / "rucio-41.5/jobs").glob("*.json")).read_text())
     made = from_fill(FillRequest(request_id=clock.new_uuid7(), job=job))
     (outcome,) = mint(service, Submission(made, ME))
@@ -80,7 +82,7 @@ def test_a_filled_jobs_tokens_can_be_fetched(service, lifecycle):
     assert answer.job is None
 
 
-def test_nobody_fetches_what_another_client_was_granted(service, lifecycle):
+def test_nobody_fetches_what_another_client_was_granted(service: Service, lifecycle: Lifecycle) -> None:
     stack.add_client(service, "dirac", "alpen", "tests")
     one = submission("a")
     mint(service, one)
@@ -90,7 +92,7 @@ def test_nobody_fetches_what_another_client_was_granted(service, lifecycle):
         lifecycle.fetch("mallory", FetchRequest(one.request.request_id), clock.now())
 
 
-def test_a_fetch_after_a_ban_gives_nothing(service, lifecycle):
+def test_a_fetch_after_a_ban_gives_nothing(service: Service, lifecycle: Lifecycle) -> None:
     one = submission("a", activity="Production Input")
     mint(service, one)
     with control_changes.controlling(service.pool, "tests", "ban", "x", {}) as tx:
@@ -102,7 +104,7 @@ def test_a_fetch_after_a_ban_gives_nothing(service, lifecycle):
 # ── renew ────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_renewal_grants_the_same_scopes_anew(service, lifecycle):
+def test_a_renewal_grants_the_same_scopes_anew(service: Service, lifecycle: Lifecycle) -> None:
     first = submission("a", "b c", "d")
     later = clock.now() + timedelta(minutes=10)
     (old,) = mint(service, first)
@@ -121,7 +123,7 @@ def test_a_renewal_grants_the_same_scopes_anew(service, lifecycle):
     assert rows(service, "SELECT DISTINCT external_id FROM tokens ORDER BY 1") == [("a",), ("b c",), ("d",)]
 
 
-def test_a_renewal_sent_twice_gives_the_same_tokens(service, lifecycle):
+def test_a_renewal_sent_twice_gives_the_same_tokens(service: Service, lifecycle: Lifecycle) -> None:
     first = submission("a")
     mint(service, first)
     wire = RenewRequest(request_id=clock.new_uuid7(), renews=first.request.request_id)
@@ -130,7 +132,9 @@ def test_a_renewal_sent_twice_gives_the_same_tokens(service, lifecycle):
     assert tokens(one) == tokens(two) != []
 
 
-def test_only_the_files_named_are_renewed_and_a_renewal_can_be_renewed(service, lifecycle):
+def test_only_the_files_named_are_renewed_and_a_renewal_can_be_renewed(
+    service: Service, lifecycle: Lifecycle
+) -> None:
     first = submission("a", "b", "c")
     mint(service, first)
     once = renewed(service, lifecycle, renews=first.request.request_id, files=(1,))
@@ -139,7 +143,9 @@ def test_only_the_files_named_are_renewed_and_a_renewal_can_be_renewed(service, 
     assert [i.scope for i in once.issued] == [i.scope for i in again.issued]
 
 
-def test_every_filled_job_of_rucios_can_be_renewed_with_equal_scopes(service, lifecycle):
+def test_every_filled_job_of_rucios_can_be_renewed_with_equal_scopes(
+    service: Service, lifecycle: Lifecycle
+) -> None:
     for path in sorted((EXAMPLES / "rucio-41.5/jobs").glob("*.json"))[::9]:
         made = from_fill(FillRequest(request_id=clock.new_uuid7(), job=json.loads(path.read_text())))
         (old,) = mint(service, Submission(made, ME))
@@ -149,10 +155,11 @@ def test_every_filled_job_of_rucios_can_be_renewed_with_equal_scopes(service, li
         assert new.error is None
         assert not new.refusals
         assert [(i.slot, i.scope) for i in new.issued] == [(i.slot, i.scope) for i in old.issued]
+        assert new.decision is not None
         assert all(asked_scopes(g) for g in new.decision.planned_tokens)
 
 
-def test_what_was_asked_for_as_a_whole_is_renewed_as_a_whole(service, lifecycle):
+def test_what_was_asked_for_as_a_whole_is_renewed_as_a_whole(service: Service, lifecycle: Lifecycle) -> None:
     asked = submission("d/a", "e/b", all_or_nothing=True)
     mint(service, asked)
     control_changes.add_ban(service.pool, Ban("path", "/atlas/atlasdatadisk/rucio/data/e"), "leak", "test")
@@ -161,7 +168,7 @@ def test_what_was_asked_for_as_a_whole_is_renewed_as_a_whole(service, lifecycle)
     assert {r["error"]["reason"] for r in outcome.refusals} == {"banned", "neighbour_refused"}
 
 
-def test_operations_outside_a_copy_are_renewed(service, lifecycle):
+def test_operations_outside_a_copy_are_renewed(service: Service, lifecycle: Lifecycle) -> None:
     operations = tuple(FileOperation(o, OTHER + "a") for o in ("delete", "upload", "download", "stat"))
     made = from_mint(MintRequest(request_id=clock.new_uuid7(), files=(FileRequest(operations=operations),)))
     (old,) = mint(service, Submission(made, ME))
@@ -170,7 +177,9 @@ def test_operations_outside_a_copy_are_renewed(service, lifecycle):
     assert [(i.slot, i.scope) for i in new.issued] == [(i.slot, i.scope) for i in old.issued]
 
 
-def test_renewing_again_and_again_widens_nothing_and_lives_no_longer(service, lifecycle):
+def test_renewing_again_and_again_widens_nothing_and_lives_no_longer(
+    service: Service, lifecycle: Lifecycle
+) -> None:
     first = submission("a", lifetime_seconds=1500)
     (old,) = mint(service, first)
     request_id = first.request.request_id
@@ -182,13 +191,15 @@ def test_renewing_again_and_again_widens_nothing_and_lives_no_longer(service, li
     assert lives_of == {exp - iat for exp, iat in _times(old)} == {1500}
 
 
-def _times(outcome):
+def _times(outcome: Outcome) -> Iterator[tuple[int, int]]:
     for issued in outcome.issued:
         claims = unverified_claims(issued.token)[1]
         yield claims["exp"], claims["iat"]
 
 
-def test_what_only_names_a_directory_is_not_renewed_by_guessing(service, lifecycle):
+def test_what_only_names_a_directory_is_not_renewed_by_guessing(
+    service: Service, lifecycle: Lifecycle
+) -> None:
     operation = FileOperation("make_parents", "davs://granit.example.org/f")
     area = next(
         a for a in service.engine.policy.directories["alpen"].areas() if a.dialect.name == "xrootd-5.5"
@@ -196,6 +207,7 @@ def test_what_only_names_a_directory_is_not_renewed_by_guessing(service, lifecyc
     url = service.engine.policy.directories["alpen"].url(
         area.storage, area.relative(area.prefix) + "/run1/sub/f", area.audience
     )
+    assert url is not None
     files = (FileRequest(operations=(FileOperation(operation.operation, url),)),)
     made = from_mint(MintRequest(request_id=clock.new_uuid7(), files=files))
     (old,) = mint(service, Submission(made, ME))
@@ -204,7 +216,9 @@ def test_what_only_names_a_directory_is_not_renewed_by_guessing(service, lifecyc
         renewed(service, lifecycle, renews=made.request_id)
 
 
-def test_a_request_of_several_activities_is_not_renewed_past_a_ban(service, lifecycle):
+def test_a_request_of_several_activities_is_not_renewed_past_a_ban(
+    service: Service, lifecycle: Lifecycle
+) -> None:
     entries = [
         {"sources": [SE + n], "destinations": [OTHER + n], "filesize": 10, "activity": n}
         for n in ("Good", "Evil")
@@ -219,7 +233,9 @@ def test_a_request_of_several_activities_is_not_renewed_past_a_ban(service, life
         lifecycle.fetch(ME, FetchRequest(made.request_id), clock.now())
 
 
-def test_what_an_earlier_release_recorded_is_refused_not_broken(service, lifecycle):
+def test_what_an_earlier_release_recorded_is_refused_not_broken(
+    service: Service, lifecycle: Lifecycle
+) -> None:
     first = submission("a")
     mint(service, first)
     with connection.transaction(service.pool) as tx:
@@ -228,12 +244,12 @@ def test_what_an_earlier_release_recorded_is_refused_not_broken(service, lifecyc
         renewed(service, lifecycle, renews=first.request.request_id)
 
 
-def test_odd_names_in_a_report_are_unknown_not_an_error(service, lifecycle):
+def test_odd_names_in_a_report_are_unknown_not_an_error(service: Service, lifecycle: Lifecycle) -> None:
     wire = ReportRequest(files=(FileReport(state="active", external_id="a\x00b"),))
     assert lifecycle.report(ME, wire, clock.now()).unknown == ["files[0]"]
 
 
-def test_what_cannot_be_renewed_is_refused(service, lifecycle):
+def test_what_cannot_be_renewed_is_refused(service: Service, lifecycle: Lifecycle) -> None:
     first = submission("a")
     mint(service, first)
     with pytest.raises(UnknownRequest, match="ask anew"):
@@ -250,7 +266,7 @@ def test_what_cannot_be_renewed_is_refused(service, lifecycle):
     assert isinstance(renewed(service, lifecycle, renews=first.request.request_id).error, Banned)
 
 
-def test_a_renewal_that_renews_itself_is_refused():
+def test_a_renewal_that_renews_itself_is_refused() -> None:
     same = str(clock.new_uuid7())
     with pytest.raises(InvalidRequest, match="needs a new request_id"):
         decode_renew(json.dumps({"request_id": same, "renews": same}).encode())
@@ -259,7 +275,7 @@ def test_a_renewal_that_renews_itself_is_refused():
 # ── report ───────────────────────────────────────────────────────────────────────────────────
 
 
-def test_files_are_reported_by_any_of_their_names(service, lifecycle):
+def test_files_are_reported_by_any_of_their_names(service: Service, lifecycle: Lifecycle) -> None:
     one, two = submission("a", "b", "c"), submission("d", "e")
     (first, _) = mint(service, one, two)
     job = clock.new_uuid7()
@@ -286,9 +302,11 @@ def test_files_are_reported_by_any_of_their_names(service, lifecycle):
     assert lifecycle.report(ME, wire, clock.now()).changed == 0  # once more changes nothing
 
 
-def test_states_go_forward_only(service, lifecycle):
+def test_states_go_forward_only(service: Service, lifecycle: Lifecycle) -> None:
     mint(service, submission("a", "b"))
-    for state, expected in (("active", "active"), ("finished", "finished"), ("active", "finished")):
+    steps: list[tuple[Literal["active", "finished"], str]]
+    steps = [("active", "active"), ("finished", "finished"), ("active", "finished")]
+    for state, expected in steps:
         lifecycle.report(ME, ReportRequest(files=(FileReport(state=state, external_id="a"),)), clock.now())
         assert states(service)["a", "source"] == expected
     lifecycle.cancel(ME, CancelRequest(external_ids=("a", "b")), clock.now())
@@ -297,7 +315,7 @@ def test_states_go_forward_only(service, lifecycle):
     assert states(service)["b", "source"] == "cancelled"
 
 
-def test_active_and_finished_in_one_report_keep_both_instants(service, lifecycle):
+def test_active_and_finished_in_one_report_keep_both_instants(service: Service, lifecycle: Lifecycle) -> None:
     mint(service, submission("a"))
     wire = ReportRequest(
         files=(FileReport(state="finished", external_id="a"), FileReport(state="active", external_id="a"))
@@ -308,7 +326,7 @@ def test_active_and_finished_in_one_report_keep_both_instants(service, lifecycle
     ) == [("finished", True, True)]
 
 
-def test_what_a_report_names_and_nobody_knows_is_said(service, lifecycle):
+def test_what_a_report_names_and_nobody_knows_is_said(service: Service, lifecycle: Lifecycle) -> None:
     stack.add_client(service, "dirac", "alpen", "tests")
     mint(service, submission("a", client="rucio-alpen"))
     unknown = clock.new_uuid7()
@@ -335,12 +353,12 @@ def test_what_a_report_names_and_nobody_knows_is_said(service, lifecycle):
         ({"state": "active", "external_id": ""}, "length >= 1"),
     ],
 )
-def test_a_report_without_a_clear_name_is_refused(file, message):
+def test_a_report_without_a_clear_name_is_refused(file: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidRequest, match=message):
         decode_report(json.dumps({"files": [file]}).encode())
 
 
-def test_a_job_with_other_numbers_of_ids_is_refused():
+def test_a_job_with_other_numbers_of_ids_is_refused() -> None:
     job = {
         "job_id": str(clock.new_uuid7()),
         "request_id": str(clock.new_uuid7()),
@@ -352,7 +370,9 @@ def test_a_job_with_other_numbers_of_ids_is_refused():
 
 
 @pytest.mark.slow
-def test_a_thousand_files_are_reported_and_cancelled_in_a_few_statements(service, lifecycle):
+def test_a_thousand_files_are_reported_and_cancelled_in_a_few_statements(
+    service: Service, lifecycle: Lifecycle
+) -> None:
     """The goal is under 100 ms, which benchmarks/ measures; this test only checks the order of magnitude."""
     names = [f"f{n}" for n in range(1000)]
     mint(service, submission(*names))
@@ -366,7 +386,9 @@ def test_a_thousand_files_are_reported_and_cancelled_in_a_few_statements(service
 # ── cancel ───────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_cancelled_file_is_not_given_again_and_what_works_on_is_listed(service, lifecycle):
+def test_a_cancelled_file_is_not_given_again_and_what_works_on_is_listed(
+    service: Service, lifecycle: Lifecycle
+) -> None:
     one = submission("a", "b")
     (outcome,) = mint(service, one)
     answer = lifecycle.cancel(ME, CancelRequest(one.request.request_id, (1,)), clock.now())
@@ -382,7 +404,7 @@ def test_a_cancelled_file_is_not_given_again_and_what_works_on_is_listed(service
     ]
 
 
-def test_cancelling_what_nobody_knows_is_said(service, lifecycle):
+def test_cancelling_what_nobody_knows_is_said(service: Service, lifecycle: Lifecycle) -> None:
     with pytest.raises(UnknownRequest):
         lifecycle.cancel(ME, CancelRequest(clock.new_uuid7()), clock.now())
     answer = lifecycle.cancel(ME, CancelRequest(external_ids=("nothing",)), clock.now())
@@ -393,7 +415,7 @@ def test_cancelling_what_nobody_knows_is_said(service, lifecycle):
     "wire",
     [{}, {"request_id": "01a20118-9ddb-7538-9909-d9caefa00001", "external_ids": ["a"]}, {"files": [1]}],
 )
-def test_a_cancellation_names_one_thing(wire):
+def test_a_cancellation_names_one_thing(wire: dict[str, Any]) -> None:
     with pytest.raises(InvalidRequest, match="expected either request_id"):
         decode_cancel(json.dumps(wire).encode())
 
@@ -401,7 +423,7 @@ def test_a_cancellation_names_one_thing(wire):
 # ── rules (I8) ───────────────────────────────────────────────────────────────────────────────
 
 
-def test_every_token_names_the_rule_that_made_it(service):
+def test_every_token_names_the_rule_that_made_it(service: Service) -> None:
     mint(service, submission("a", "b"), submission("c"))
     found = rows(
         service,
@@ -415,7 +437,7 @@ def test_every_token_names_the_rule_that_made_it(service):
     assert rows(service, "SELECT count(*) FROM rules") == [(2,)]
 
 
-def test_two_processes_agree_on_a_rule(service, dsn):
+def test_two_processes_agree_on_a_rule(service: Service, dsn: str) -> None:
     from tests.conftest import load_settings
 
     other = Service(load_settings(dsn))
@@ -429,7 +451,13 @@ def test_two_processes_agree_on_a_rule(service, dsn):
 # ── FTS's events ─────────────────────────────────────────────────────────────────────────────
 
 
-def event(request_id="", job_id=None, file_id=1, state="finished", **more):
+def event(
+    request_id: str = "",
+    job_id: UUID | None = None,
+    file_id: int = 1,
+    state: Literal["active", "finished"] = "finished",
+    **more: Any,
+) -> FTSEvent:
     return FTSEvent(
         vo="x",
         job_id=job_id or clock.new_uuid7(),
@@ -440,13 +468,13 @@ def event(request_id="", job_id=None, file_id=1, state="finished", **more):
     )
 
 
-def states_of(service):
+def states_of(service: Service) -> set[tuple[int, str, str]]:
     return {(file, side, state) for file, side, state in rows(
         service, "SELECT t.file, t.side::text, s.state::text FROM token_states s JOIN tokens t USING (jti)"
     )}  # fmt: skip
 
 
-def copy_of(service, sources, external_id="rucio-1", **job):
+def copy_of(service: Service, sources: Iterable[str], external_id: str = "rucio-1", **job: Any) -> Outcome:
     files = [
         {
             "sources": [SE + s for s in sources],
@@ -462,7 +490,7 @@ def copy_of(service, sources, external_id="rucio-1", **job):
     return outcome
 
 
-def test_an_event_ends_only_the_tokens_of_its_own_urls(service, lifecycle):
+def test_an_event_ends_only_the_tokens_of_its_own_urls(service: Service, lifecycle: Lifecycle) -> None:
     copy_of(service, ["a"])
     foreign = event("rucio-1", source_url=SE + "other", destination_url=OTHER + "d")
     assert lifecycle.events("alpen", [foreign, event("rucio-1")], clock.now()) == (0, 2)
@@ -470,20 +498,24 @@ def test_an_event_ends_only_the_tokens_of_its_own_urls(service, lifecycle):
     assert lifecycle.events("alpen", [own], clock.now()) == (2, 0)
 
 
-def test_a_failed_replica_ends_nothing_while_there_are_others(service, lifecycle):
+def test_a_failed_replica_ends_nothing_while_there_are_others(service: Service, lifecycle: Lifecycle) -> None:
     copy_of(service, ["a", "b"])
-    urls = {"source_url": SE + "a", "destination_url": OTHER + "d"}
+    urls: dict[str, Any] = {"source_url": SE + "a", "destination_url": OTHER + "d"}
     assert lifecycle.events("alpen", [event("rucio-1", unless_others=True, **urls)], clock.now()) == (0, 0)
     assert lifecycle.events("alpen", [event("rucio-1", **urls)], clock.now()) == (3, 0)
 
 
-def test_a_failed_file_of_a_bulk_job_ends_where_it_had_one_source(service, lifecycle):
+def test_a_failed_file_of_a_bulk_job_ends_where_it_had_one_source(
+    service: Service, lifecycle: Lifecycle
+) -> None:
     copy_of(service, ["a"])
-    urls = {"source_url": SE + "a", "destination_url": OTHER + "d"}
+    urls: dict[str, Any] = {"source_url": SE + "a", "destination_url": OTHER + "d"}
     assert lifecycle.events("alpen", [event("rucio-1", unless_others=True, **urls)], clock.now()) == (2, 0)
 
 
-def test_a_failed_hop_ends_the_tokens_of_the_hops_that_never_run(service, lifecycle):
+def test_a_failed_hop_ends_the_tokens_of_the_hops_that_never_run(
+    service: Service, lifecycle: Lifecycle
+) -> None:
     hops = [
         {"sources": [SE + "a"], "destinations": [OTHER + "b"]},
         {"sources": [OTHER + "b"], "destinations": [SE + "c"]},
@@ -501,7 +533,7 @@ def test_a_failed_hop_ends_the_tokens_of_the_hops_that_never_run(service, lifecy
     assert {file for file, _, _ in states_of(service)} == {0, 1}
 
 
-def test_every_replica_of_a_file_is_known_by_its_own_id(service, lifecycle):
+def test_every_replica_of_a_file_is_known_by_its_own_id(service: Service, lifecycle: Lifecycle) -> None:
     outcome = copy_of(service, ["a", "b"])
     job_id, request_id = clock.new_uuid7(), outcome.submission.request.request_id
     jobs = (JobReport(job_id, request_id, (0,), (7,), ((7, 8),)),)
@@ -509,7 +541,7 @@ def test_every_replica_of_a_file_is_known_by_its_own_id(service, lifecycle):
     assert lifecycle.events("alpen", [event(job_id=job_id, file_id=8)], clock.now()) == (3, 0)
 
 
-def test_a_job_belongs_to_each_client_that_reported_it(service, lifecycle):
+def test_a_job_belongs_to_each_client_that_reported_it(service: Service, lifecycle: Lifecycle) -> None:
     stack.add_client(service, "other", "alpen", "test")
     first = copy_of(service, ["a"]).submission.request.request_id
     job_id = clock.new_uuid7()

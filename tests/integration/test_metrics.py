@@ -1,6 +1,9 @@
 """Metrics come from the engine's observations and have a bounded number of labels."""
 
 import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -16,7 +19,7 @@ from tests.conftest import load_settings
 from tests.integration.test_mint import SE, mint, submission
 
 
-def scrape(port):
+def scrape(port: int) -> dict[tuple[Any, ...], float]:
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
         return {
             (s.name, *sorted(s.labels.items())): s.value
@@ -26,14 +29,14 @@ def scrape(port):
 
 
 @pytest.fixture
-def observed(dsn):
+def observed(dsn: str) -> Iterator[tuple[Service, metrics.Metrics]]:
     made = metrics.Metrics()
     service = Service(load_settings(dsn), made.observe)
     yield service, made
     service.pool.dispose()
 
 
-def test_tokens_requests_and_refusals_are_counted(observed):
+def test_tokens_requests_and_refusals_are_counted(observed: tuple[Service, metrics.Metrics]) -> None:
     service, made = observed
     bad = FileRequest(sources=(SE + "x",), destinations=("davs://nowhere.example.org/f",))
     half = Submission(from_mint(MintRequest(request_id=clock.new_uuid7(), files=(bad,))), "rucio-alpen")
@@ -44,7 +47,7 @@ def test_tokens_requests_and_refusals_are_counted(observed):
     port = metrics.serve(made.registry, "127.0.0.1", 21_400, 100)
     seen = scrape(port)
 
-    def value(name, **labels):
+    def value(name: str, **labels: str) -> float:
         return seen[(name, *sorted(labels.items()))]
 
     source = {"vo": "alpen", "mode": "mint", "operation": "read", "storage": "BOREAS-T2_DATADISK"}
@@ -69,7 +72,7 @@ def test_tokens_requests_and_refusals_are_counted(observed):
     assert not any(word in str(seen) for word in ("jti", "sub", "01a"))
 
 
-def test_beat_tells_of_keys_partitions_living_tokens_and_queues(service, tmp_path):
+def test_beat_tells_of_keys_partitions_living_tokens_and_queues(service: Service, tmp_path: Path) -> None:
     import kombu
 
     from minter.broker.publisher import declare
@@ -101,7 +104,7 @@ def test_beat_tells_of_keys_partitions_living_tokens_and_queues(service, tmp_pat
         broker.stop()
 
 
-def test_each_process_takes_a_port_of_its_own(observed):
+def test_each_process_takes_a_port_of_its_own(observed: tuple[Service, metrics.Metrics]) -> None:
     _, made = observed
     first = metrics.serve(made.registry, "127.0.0.1", 21_500, 100)
     assert metrics.serve(made.registry, "127.0.0.1", first, 100) > first

@@ -3,10 +3,14 @@
 import json
 import threading
 import uuid
-from datetime import timedelta
+from collections.abc import Callable
+from datetime import datetime, timedelta
+from typing import Any, Never
+from uuid import UUID
 
 import psycopg
 import pytest
+from jwt.utils import base64url_encode
 from msgspec import structs
 
 from minter.contract.messages import FileRequest, FillRequest, MintRequest
@@ -17,10 +21,12 @@ from minter.local import stack
 from minter.policy.requests import from_mint
 from minter.policy.transfers import Policy
 from minter.service import Service
+from minter.storages.dialects import Algorithm
 from minter.tasks import answers
 from minter.tokens import clock, keys
+from minter.tokens.keys import Signer
 from minter.tokens.keystore import new_master_key
-from minter.tokens.outcomes import Submission
+from minter.tokens.outcomes import Outcome, Submission
 from minter.tokens.records import fts_token_id
 from tests.conftest import load_settings, rows
 
@@ -28,7 +34,9 @@ SE = "davs://se01.boreas.example.org:443/atlas/atlasdatadisk/rucio/data/"
 OTHER = "davs://webdav1.fjord.example.org/data/atlas/datadisk/rucio/data/"
 
 
-def submission(*names, request_id=None, client="rucio-alpen", **options):
+def submission(
+    *names: str, request_id: UUID | None = None, client: str = "rucio-alpen", **options: Any
+) -> Submission:
     files = tuple(
         FileRequest(sources=(SE + n,), destinations=(OTHER + n,), size=10**9, external_id=n) for n in names
     )
@@ -37,26 +45,32 @@ def submission(*names, request_id=None, client="rucio-alpen", **options):
     )
 
 
-def asked_file(name):
+def asked_file(name: str) -> FileRequest:
     return FileRequest(sources=(SE + name,), destinations=(OTHER + name,))
 
 
-def mint(service, *submissions, now=None):
+def mint(service: Service, *submissions: Submission, now: datetime | None = None) -> list[Outcome]:
     return service.engine.mint_many(list(submissions), now or clock.now())
 
 
-def tokens(outcome):
+def tokens(outcome: Outcome) -> list[bytes]:
     return [i.token for i in outcome.issued]
 
 
-def count(service, table="tokens"):
-    return rows(service, f"SELECT count(*) FROM {table}")[0][0]
+def reason(outcome: Outcome) -> str:
+    assert outcome.error is not None
+    return outcome.error.reason
+
+
+def count(service: Service, table: str = "tokens") -> int:
+    found: int = rows(service, f"SELECT count(*) FROM {table}")[0][0]
+    return found
 
 
 # ── I2, I3 ───────────────────────────────────────────────────────────────────────────────────
 
 
-def test_every_token_has_its_row_with_the_exact_payload(service):
+def test_every_token_has_its_row_with_the_exact_payload(service: Service) -> None:
     (outcome,) = mint(service, submission("a", "b"))
     assert len(outcome.issued) == 4
     for issued in outcome.issued:
@@ -65,19 +79,21 @@ def test_every_token_has_its_row_with_the_exact_payload(service):
             "SELECT payload, fts_token_id, state, extract(epoch FROM expires_at)::bigint, external_id FROM tokens WHERE jti = %s",
             issued.jti,
         )
-        assert issued.token.split(b".")[1] == keys.base64url_encode(payload.encode())
+        assert issued.token.split(b".")[1] == base64url_encode(payload.encode())
         assert token_id == fts_token_id(issued.token)
         assert (state, exp) == ("issued", json.loads(payload)["exp"])
         assert external_id in ("a", "b")
 
 
-def test_durability_is_on(service):
+def test_durability_is_on(service: Service) -> None:
     for name, expected in (("fsync", "on"), ("synchronous_commit", "on"), ("full_page_writes", "on")):
         assert rows(service, f"SHOW {name}") == [(expected,)]
 
 
-def test_nothing_is_recorded_when_the_transaction_fails(service, monkeypatch):
-    def broken(*_):
+def test_nothing_is_recorded_when_the_transaction_fails(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> Never:
         raise psycopg.OperationalError("server closed the connection")
 
     monkeypatch.setattr(recording.PostgresRecording, "copy_tokens", broken)
@@ -86,18 +102,18 @@ def test_nothing_is_recorded_when_the_transaction_fails(service, monkeypatch):
     assert count(service) == count(service, "requests") == 0
 
 
-def test_refusals_are_recorded_and_final(service):
+def test_refusals_are_recorded_and_final(service: Service) -> None:
     bad = submission("a")
     file = structs.replace(bad.request.files[0])
     request = structs.replace(bad.request, files=(file,), vo="other")
     (first,) = mint(service, Submission(request, bad.client))
-    assert first.error.reason == "unknown_vo"
+    assert reason(first) == "unknown_vo"
     (again,) = mint(service, Submission(request, bad.client))
-    assert (again.error.reason, again.repeated) == ("unknown_vo", True)
+    assert (reason(again), again.repeated) == ("unknown_vo", True)
     assert count(service, "requests") == 1
 
 
-def test_one_bad_file_fails_alone_and_its_refusal_is_repeated(service):
+def test_one_bad_file_fails_alone_and_its_refusal_is_repeated(service: Service) -> None:
     good = submission("a").request
     bad = from_mint(MintRequest(request_id=good.request_id, files=(
         FileRequest(sources=(SE + "a",)), FileRequest(sources=("davs://nowhere.example.org/f",)))))  # fmt: skip
@@ -110,7 +126,9 @@ def test_one_bad_file_fails_alone_and_its_refusal_is_repeated(service):
 # ── I4 ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_asked_twice_same_bytes_also_in_one_batch_from_another_process_and_later(service, dsn):
+def test_asked_twice_same_bytes_also_in_one_batch_from_another_process_and_later(
+    service: Service, dsn: str
+) -> None:
     asked = submission("a", "b")
     first, twin = mint(service, asked, asked)
     assert tokens(first) == tokens(twin)
@@ -122,7 +140,7 @@ def test_asked_twice_same_bytes_also_in_one_batch_from_another_process_and_later
     assert count(service) == 4
 
 
-def rotate(service, algorithm):
+def rotate(service: Service, algorithm: Algorithm) -> keys.Signer:
     """Let a new key sign from now on; return its signer."""
     with control_changes.controlling(service.pool, "test", "retire", "alpen", {}) as tx:
         tx.execute("UPDATE signing_keys SET state = 'old', retired_at = now()")
@@ -136,7 +154,7 @@ def rotate(service, algorithm):
     return signer
 
 
-def test_rs256_too(service):
+def test_rs256_too(service: Service) -> None:
     signer = rotate(service, "RS256")
     asked = submission("a")
     first, again = (mint(service, asked)[0] for _ in range(2))
@@ -144,38 +162,40 @@ def test_rs256_too(service):
     keys.verify(first.issued[0].token, signer.public_jwk)
 
 
-def test_other_content_under_the_same_id_is_a_conflict(service):
+def test_other_content_under_the_same_id_is_a_conflict(service: Service) -> None:
     id_ = clock.new_uuid7()
     mint(service, submission("a", request_id=id_))
     (other,) = mint(service, submission("b", request_id=id_))
-    assert (other.error.reason, other.issued) == ("conflict", [])
+    assert (reason(other), other.issued) == ("conflict", [])
     one, two = mint(
         service, submission("c", request_id=(new := clock.new_uuid7())), submission("d", request_id=new)
     )
     assert {one.error and one.error.reason, two.error and two.error.reason} == {None, "conflict"}
 
 
-def test_a_twin_with_the_recorded_content_gets_its_tokens_beside_one_with_other_content(service):
+def test_a_twin_with_the_recorded_content_gets_its_tokens_beside_one_with_other_content(
+    service: Service,
+) -> None:
     id_ = clock.new_uuid7()
     good = submission("a", request_id=id_)
     (first,) = mint(service, good)
     for batch in ([submission("b", request_id=id_), good], [good, submission("b", request_id=id_)]):
         outcomes = {o.submission is good: o for o in mint(service, *batch)}
         assert tokens(outcomes[True]) == tokens(first)
-        assert outcomes[False].error.reason == "conflict"
+        assert reason(outcomes[False]) == "conflict"
 
 
-def test_a_key_that_does_not_open_is_told_and_stops_nothing_else(service, dsn):
+def test_a_key_that_does_not_open_is_told_and_stops_nothing_else(service: Service, dsn: str) -> None:
     asked = submission("a")
     mint(service, asked)
     other = Service(load_settings(dsn, MINTER_MASTER_KEY_ALPEN=new_master_key()))
     outcomes = mint(other, asked, submission("b"))
-    assert [o.error.reason for o in outcomes] == ["no_usable_key"] * 2
+    assert [reason(o) for o in outcomes] == ["no_usable_key"] * 2
     other.pool.dispose()
     assert mint(service, asked)[0].issued
 
 
-def test_text_that_postgres_cannot_hold_is_recorded_without_it(service):
+def test_text_that_postgres_cannot_hold_is_recorded_without_it(service: Service) -> None:
     url = "davs://nowhere.example.org/\\u0000x\x00"
     odd = from_mint(
         MintRequest(
@@ -189,7 +209,7 @@ def test_text_that_postgres_cannot_hold_is_recorded_without_it(service):
     assert [r["error"]["reason"] for r in again.refusals] == ["unknown_storage"]
 
 
-def test_another_client_may_use_the_same_id(service):
+def test_another_client_may_use_the_same_id(service: Service) -> None:
     stack.add_client(service, "dirac", "alpen", "tests")
     id_ = clock.new_uuid7()
     one, two = mint(service, submission("a", request_id=id_), submission("a", request_id=id_, client="dirac"))
@@ -198,17 +218,18 @@ def test_another_client_may_use_the_same_id(service):
     assert set(tokens(one)).isdisjoint(tokens(two))
 
 
-def test_a_token_that_no_longer_covers_the_need_is_expired_with_an_offer(service):
+def test_a_token_that_no_longer_covers_the_need_is_expired_with_an_offer(service: Service) -> None:
     asked = submission("a")
     mint(service, asked)
     (late,) = mint(service, asked, now=clock.now() + timedelta(hours=3))
     # Only the time that the engine is given is late; the token's lifetime is 6 h at most.
     if late.error is None:
         (late,) = mint(service, asked, now=clock.now() + timedelta(hours=6))
+    assert late.error is not None
     assert (late.error.reason, late.error.fields) == ("expired", {"renew": True})
 
 
-def test_an_old_key_resigns_for_a_day_and_a_revoked_one_never(service):
+def test_an_old_key_resigns_for_a_day_and_a_revoked_one_never(service: Service) -> None:
     asked = submission("a")
     (first,) = mint(service, asked)
     with control_changes.controlling(service.pool, "test", "retire", "alpen", {}) as tx:
@@ -217,20 +238,20 @@ def test_an_old_key_resigns_for_a_day_and_a_revoked_one_never(service):
     assert tokens(mint(service, asked)[0]) == tokens(first)
     with control_changes.controlling(service.pool, "test", "retire", "alpen", {}) as tx:
         tx.execute("UPDATE signing_keys SET retired_at = now() - interval '25 hours' WHERE state = 'old'")
-    assert mint(service, asked)[0].error.reason == "expired"
+    assert reason(mint(service, asked)[0]) == "expired"
     with control_changes.controlling(service.pool, "test", "revoke", "alpen", {}) as tx:
         tx.execute(
             "UPDATE signing_keys SET state = 'revoked', revoked_at = now(), private_key = NULL WHERE state = 'old'"
         )
-    assert mint(service, asked)[0].error.reason == "expired"
+    assert reason(mint(service, asked)[0]) == "expired"
 
 
-def test_two_processes_with_the_same_requests_at_once_give_one_outcome(service, dsn):
+def test_two_processes_with_the_same_requests_at_once_give_one_outcome(service: Service, dsn: str) -> None:
     asked = [submission(f"f{n}") for n in range(40)]
     others = [Service(load_settings(dsn)) for _ in range(3)]
     results = {}
 
-    def work(number, engine):
+    def work(number: int, engine: Service) -> None:
         results[number] = [mint(engine, *asked[i : i + 5]) for i in range(0, 40, 5)]
 
     threads = [threading.Thread(target=work, args=(n, s)) for n, s in enumerate(others)]
@@ -248,56 +269,61 @@ def test_two_processes_with_the_same_requests_at_once_give_one_outcome(service, 
 # ── clients and times ────────────────────────────────────────────────────────────────────────
 
 
-def test_unknown_and_disabled_clients_and_a_body_that_lies(service):
-    assert mint(service, submission("a", client="nobody"))[0].error.reason == "unknown_client"
+def test_unknown_and_disabled_clients_and_a_body_that_lies(service: Service) -> None:
+    assert reason(mint(service, submission("a", client="nobody"))[0]) == "unknown_client"
     lying = submission("a")
     lying = Submission(structs.replace(lying.request, client="dirac"), "rucio-alpen")
-    assert mint(service, lying)[0].error.reason == "client_mismatch"
+    assert reason(mint(service, lying)[0]) == "client_mismatch"
     with control_changes.controlling(service.pool, "test", "disable", "rucio-alpen", {}) as tx:
         tx.execute("UPDATE clients SET disabled_at = now()")
-    assert mint(service, submission("a"))[0].error.reason == "unknown_client"
+    assert reason(mint(service, submission("a"))[0]) == "unknown_client"
     assert count(service, "requests") == 0
 
 
-def ban(service, kind, value):
+def ban(service: Service, kind: str, value: str) -> None:
     with control_changes.controlling(service.pool, "test", "ban", value, {}) as tx:
         tx.execute("INSERT INTO bans (kind, value, reason) VALUES (%s, %s, 'test')", (kind, value))
 
 
-def test_a_ban_binds_the_next_commit_and_withholds_what_is_asked_again(service):
+def test_a_ban_binds_the_next_commit_and_withholds_what_is_asked_again(service: Service) -> None:
     asked = submission("a", "b")
     assert mint(service, asked)[0].issued
     ban(service, "path", "/data/atlas/datadisk/rucio/data/a")
     (again,) = mint(service, asked)
-    assert (again.error.reason, again.issued) == ("banned", [])
+    assert (reason(again), again.issued) == ("banned", [])
     only_b = FileRequest(sources=(SE + "b",), destinations=(OTHER + "b",))
     fresh = from_mint(MintRequest(request_id=clock.new_uuid7(), files=(asked_file("a"), only_b)))
     (partly,) = mint(service, Submission(fresh, "rucio-alpen"))
     assert {i.slot[0] for i in partly.issued} == {1}
     ban(service, "client", "rucio-alpen")
-    assert mint(service, asked)[0].error.reason == "banned"
-    assert mint(service, submission("c"))[0].error.reason == "banned"
+    assert reason(mint(service, asked)[0]) == "banned"
+    assert reason(mint(service, submission("c"))[0]) == "banned"
 
 
-def test_a_ban_waits_for_a_recording_under_way_and_binds_all_after_it(service, dsn):
+def test_a_ban_waits_for_a_recording_under_way_and_binds_all_after_it(service: Service, dsn: str) -> None:
     with service.engine.store.recording() as tx:
         tx.control()
         done = threading.Event()
         other = Service(load_settings(dsn))
-        thread = threading.Thread(target=lambda: (ban(other, "client", "rucio-alpen"), done.set()))
+
+        def work() -> None:
+            ban(other, "client", "rucio-alpen")
+            done.set()
+
+        thread = threading.Thread(target=work)
         thread.start()
         assert not done.wait(0.3)
     thread.join(5)
     assert done.is_set()
-    assert mint(service, submission("a"))[0].error.reason == "banned"
+    assert reason(mint(service, submission("a"))[0]) == "banned"
     other.pool.dispose()
 
 
-def test_no_usable_key_is_told_and_not_recorded(service):
+def test_no_usable_key_is_told_and_not_recorded(service: Service) -> None:
     with control_changes.controlling(service.pool, "test", "revoke", "alpen", {}) as tx:
         tx.execute("UPDATE signing_keys SET state = 'revoked', revoked_at = now(), private_key = NULL")
     asked = submission("a")
-    assert mint(service, asked)[0].error.reason == "no_usable_key"
+    assert reason(mint(service, asked)[0]) == "no_usable_key"
     assert count(service, "requests") == 0
     # With a key the same request succeeds: the earlier error was not final.
     with control_changes.controlling(service.pool, "test", "delete", "alpen", {}) as tx:
@@ -307,16 +333,16 @@ def test_no_usable_key_is_told_and_not_recorded(service):
 
 
 @pytest.mark.parametrize("hours", [-1, 1])
-def test_a_clock_off_by_an_hour_signs_nothing(dsn, hours):
+def test_a_clock_off_by_an_hour_signs_nothing(dsn: str, hours: int) -> None:
     wrong = Service(load_settings(dsn), clock=lambda: clock.now() + timedelta(hours=hours))
     outcomes = mint(wrong, submission("a"), submission("b"), now=wrong.clock())
-    assert {o.error.reason for o in outcomes} == {"clock_skew"}
+    assert {reason(o) for o in outcomes} == {"clock_skew"}
     assert not any(o.issued for o in outcomes)
     assert count(wrong, "requests") == 0
     wrong.pool.dispose()
 
 
-def test_a_missing_partition_is_told_and_passes(service):
+def test_a_missing_partition_is_told_and_passes(service: Service) -> None:
     (name,) = rows(service, "SELECT 'tokens_' || to_char(now() AT TIME ZONE 'UTC', 'YYYYMMDD')")[0]
     with connection.transaction(service.pool) as tx:
         tx.execute(f"DROP TABLE {name}")
@@ -330,7 +356,7 @@ def test_a_missing_partition_is_told_and_passes(service):
 # ── I8, and rows of earlier releases ─────────────────────────────────────────────────────────
 
 
-def test_found_by_jti_path_request_and_ftss_token_id(service):
+def test_found_by_jti_path_request_and_ftss_token_id(service: Service) -> None:
     (outcome,) = mint(service, submission("a"))
     issued = outcome.issued[0]
     since, until = service.since(1), clock.now() + timedelta(days=1)
@@ -349,13 +375,13 @@ def test_found_by_jti_path_request_and_ftss_token_id(service):
     assert not traces.find(service.pool, "jti", issued.jti, since - timedelta(days=9), since)
 
 
-def test_changes_of_control_tables_are_audited(service):
+def test_changes_of_control_tables_are_audited(service: Service) -> None:
     stack.add_client(service, "dirac", "alpen", "ann")
     assert ("ann", "client.add", "dirac") in rows(service, "SELECT actor, action, subject FROM audit")
     assert "key.create" in {a for (a,) in rows(service, "SELECT action FROM audit")}
 
 
-def test_a_row_of_release_0_1_gives_the_token_that_0_1_signed(service, es256):
+def test_a_row_of_release_0_1_gives_the_token_that_0_1_signed(service: Service, es256: Signer) -> None:
     """tests/vectors/row-0.1.json was written by release 0.1 and is never changed."""
     from tests.conftest import ROOT
 
@@ -383,13 +409,13 @@ def test_a_row_of_release_0_1_gives_the_token_that_0_1_signed(service, es256):
         "INSERT INTO bans (kind, value, reason) VALUES ('moon', 'x', 'y')",
     ],
 )
-def test_the_schema_refuses_what_must_not_be(service, statement):
+def test_the_schema_refuses_what_must_not_be(service: Service, statement: str) -> None:
     mint(service, submission("a"))
     with pytest.raises(psycopg.errors.IntegrityError), connection.transaction(service.pool) as tx:
         tx.execute(statement)
 
 
-def test_every_controlled_table_bumps_the_version(service):
+def test_every_controlled_table_bumps_the_version(service: Service) -> None:
     versions = [rows(service, "SELECT version FROM control")[0][0]]
     for statement in ("UPDATE clients SET disabled_at = NULL", "UPDATE bans SET reason = ''", "UPDATE signing_keys SET last_exp = NULL",
                       "UPDATE issuers SET iss = iss", "UPDATE storages SET name = name"):  # fmt: skip
@@ -402,18 +428,19 @@ def test_every_controlled_table_bumps_the_version(service):
 # ── statements ───────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_batch_of_any_size_costs_the_same_statements(service, monkeypatch):
+def test_a_batch_of_any_size_costs_the_same_statements(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
     mint(service, submission("warm"))
-    seen = []
+    seen: list[str] = []
+    note: Callable[[str], object] = seen.append
     execute, copy = psycopg.Cursor.execute, psycopg.Cursor.copy
     monkeypatch.setattr(
         psycopg.Cursor,
         "execute",
-        lambda s, q, *a, **k: (seen.append(_said(q)[:28]), execute(s, q, *a, **k))[1],
+        lambda s, q, *a, **k: (note(_said(q)[:28]), execute(s, q, *a, **k))[1],
     )
-    monkeypatch.setattr(
-        psycopg.Cursor, "copy", lambda s, q, *a, **k: (seen.append("COPY"), copy(s, q, *a, **k))[1]
-    )
+    monkeypatch.setattr(psycopg.Cursor, "copy", lambda s, q, *a, **k: (note("COPY"), copy(s, q, *a, **k))[1])
     mint(service, submission("a"))
     one = list(seen)
     seen.clear()
@@ -421,12 +448,12 @@ def test_a_batch_of_any_size_costs_the_same_statements(service, monkeypatch):
     assert seen == one == ["BEGIN; SET LOCAL synchronous", "INSERT INTO requests (reques", "COPY"]
 
 
-def _said(query):
+def _said(query: Any) -> str:
     text = query if isinstance(query, str) else query.as_string()
     return " ".join(text.split())
 
 
-def test_a_settings_file_that_lost_a_storage_keeps_its_row(service):
+def test_a_settings_file_that_lost_a_storage_keeps_its_row(service: Service) -> None:
     before = rows(service, "SELECT count(*) FROM storages WHERE retired_at IS NULL")[0][0]
     storages = {k: v for k, v in service.loaded.catalogue().items() if k[1] != "TUNDRA-T3_DATADISK"}
     control_changes.sync_catalogue(service.pool, service.loaded.issuers, storages)
@@ -439,7 +466,7 @@ def test_a_settings_file_that_lost_a_storage_keeps_its_row(service):
     assert before == 25  # 22 RSEs, two FTS, and the entry for several storages
 
 
-def test_a_filled_job_is_answered_the_same_way_twice(service):
+def test_a_filled_job_is_answered_the_same_way_twice(service: Service) -> None:
     job = {
         "files": [{"sources": [SE + "a"], "destinations": [OTHER + "a"], "filesize": 10**9}],
         "params": {"max_time_in_queue": 168},
@@ -450,18 +477,23 @@ def test_a_filled_job_is_answered_the_same_way_twice(service):
     now = clock.now()
     first, again = (answers.answer(mint(service, asked, now=now)[0], now) for _ in range(2))
     assert first == again
+    assert first.job is not None
     assert first.job["params"]["max_time_in_queue"] == 168
     twins = [answers.answer(o, now) for o in mint(service, asked, asked, now=now)]
     assert twins == [first, first]
     later = now + timedelta(hours=5)
-    assert answers.answer(mint(service, asked, now=later)[0], later).job["params"]["max_time_in_queue"] == 163
+    told = answers.answer(mint(service, asked, now=later)[0], later).job
+    assert told is not None
+    assert told["params"]["max_time_in_queue"] == 163
 
 
 @pytest.mark.parametrize(
     ("metadata", "kept"),
     [({"activity": "x", "auth": "old"}, {"activity": "x"}), (None, {}), ("text", None), ([1], None)],
 )
-def test_a_route_may_tell_ftss_monitoring_which_tokens_a_transfer_has(service, metadata, kept):
+def test_a_route_may_tell_ftss_monitoring_which_tokens_a_transfer_has(
+    service: Service, metadata: object, kept: dict[str, Any] | None
+) -> None:
     """FTS passes metadata on: `auth`, and jti and mode of each side; a repeat says the same."""
     routes = [structs.replace(r, monitoring=True) for r in service.loaded.policy.routes]
     service.engine.policy = Policy(service.loaded.policy.directories, routes, service.loaded.settings.fts)
@@ -477,6 +509,7 @@ def test_a_route_may_tell_ftss_monitoring_which_tokens_a_transfer_has(service, m
     (outcome,), (again,) = mint(service, asked, now=now), mint(service, asked, now=now)
     filled = answers.answer(outcome, now).job
     assert answers.answer(again, now).job == filled
+    assert filled is not None
     assert filled["params"]["job_metadata"] == {"issuer": "rucio", "auth": "minter"}
     found = filled["files"][0]["metadata"]
     if kept is None:
@@ -492,10 +525,11 @@ def test_a_route_may_tell_ftss_monitoring_which_tokens_a_transfer_has(service, m
     }  # fmt: skip
 
 
-def test_a_sample_of_the_signatures_is_verified(service, monkeypatch):
-    seen = []
+def test_a_sample_of_the_signatures_is_verified(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bytes] = []
+    note: Callable[[bytes], object] = seen.append
     verify = keys.verify
-    monkeypatch.setattr(keys, "verify", lambda token, jwk: (seen.append(token), verify(token, jwk)))
+    monkeypatch.setattr(keys, "verify", lambda token, jwk: (note(token), verify(token, jwk)))
     made = sum(
         len(o.issued)
         for o in mint(service, *(submission(*(f"{n}-{m}" for m in range(50))) for n in range(60)))

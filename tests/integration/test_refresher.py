@@ -4,7 +4,9 @@ import json
 import threading
 import time
 import uuid
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
+from typing import Any, Literal, Never
 
 import jwt
 import pytest
@@ -12,47 +14,50 @@ import urllib3
 from msgspec import structs
 
 from minter.contract.followups import CancelRequest, FetchRequest, FileReport, ReportRequest
-from minter.contract.messages import FileOperation, FileRequest, MintRequest
+from minter.contract.messages import Answer, FileOperation, FileRequest, MintRequest
+from minter.contract.operations import Operation
 from minter.database import control_changes, leases, live_tokens, managed, partitions, traces
 from minter.database.connection import transaction
 from minter.database.control import read_private_key
 from minter.database.fallbacks import fall_back, live_uses
 from minter.errors import InvalidGrant
-from minter.local.fake_iam import Behaviour, FakeIAM, OAuthRefusal
+from minter.local.fake_iam import Behaviour, FakeIAM, Fault, OAuthRefusal
 from minter.policy.clients import Ban
 from minter.policy.requests import from_mint
 from minter.policy.routes import Route
 from minter.policy.transfers import Policy
-from minter.providers.dialects import Provider
+from minter.providers.dialects import Provider, Reuse
 from minter.providers.iam import IAM
 from minter.refresher.discovery import SharedDocuments
+from minter.refresher.notifications import Push
 from minter.refresher.refresher import Refresher
+from minter.service import Service
 from minter.tasks.lifecycle import Lifecycle
 from minter.tokens import clock
-from minter.tokens.outcomes import Submission
+from minter.tokens.outcomes import Outcome, Submission
 from minter.tokens.records import fts_token_id
 from tests.conftest import rows
 from tests.integration.test_mint import SE
 
 ME = "rucio-alpen"
-OPERATIONS = ("read", "write", "overwrite", "retry", "stat")
+OPERATIONS: tuple[Operation, ...] = ("read", "write", "overwrite", "retry", "stat")
 MINTED = Route(name="minted", operations=OPERATIONS)
 
 
 class Clock:
     """The clock of the engine and refresher, which a test may put forward."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.ahead = timedelta()
 
-    def __call__(self):
+    def __call__(self) -> datetime:
         return datetime.now(UTC) + self.ahead
 
 
 class Bench:
     """An engine and a refresher with one provider, on the clock of the test."""
 
-    def __init__(self, service, iam, *routes, **provider):
+    def __init__(self, service: Service, iam: FakeIAM, *routes: Route, **provider: Any) -> None:
         self.clock = Clock()
         self.service = service
         self.fake = iam
@@ -63,19 +68,26 @@ class Bench:
         self.routes = routes
         old = service.engine.policy
         service.engine.policy = Policy(old.directories, routes, ())
-        service.engine.store._clock = lambda: datetime.now(UTC)  # Postgres's time, not the test's
+        service.store.clock = lambda: datetime.now(UTC)  # Postgres's time, not the test's
         control_changes.sync_providers(service.pool, ["iam"])
         self.lifecycle = Lifecycle(service.engine, service.store)
         known = SharedDocuments(service.pool, self.provider, self.clock)
         known.iam = self.iam = IAM(self.provider, "minter-secret", known, self.clock)
         self.iam.documents()  # the documents were fetched before the outage
-        self.asked = []
+        self.asked: list[tuple[str, str]] = []
         self.refresher = Refresher(
             service.pool, service.keystore, self.lifecycle, {"iam": self.iam}, self.clock,
             lambda *asked: self.asked.append(asked[1:3]), jitter=lambda bound: bound / 100, checks_clock=False,
         )  # fmt: skip
 
-    def ask(self, *names, subject=None, client=ME, operation="download", **options):
+    def ask(
+        self,
+        *names: str,
+        subject: str | None = None,
+        client: str = ME,
+        operation: Operation | Literal["download", "upload"] = "download",
+        **options: Any,
+    ) -> Outcome:
         files = tuple(
             FileRequest(operations=(FileOperation(operation, SE + n),), external_id=n) for n in names
         )
@@ -91,11 +103,11 @@ class Bench:
         (outcome,) = self.service.engine.mint_many([Submission(request, client)], self.clock())
         return outcome
 
-    def subject(self, **claims):
+    def subject(self, **claims: object) -> str:
         told = {"sub": "atlas-user", "aud": "minter", "scope": "storage.read:/", **claims}
         return self.fake.sign(told)
 
-    def run_once(self, seconds=5.0, until=None):
+    def run_once(self, seconds: float = 5.0, until: Callable[..., object] | None = None) -> None:
         """Let the refresher do what is due now, or whatever it takes until something has happened."""
         end = time.monotonic() + seconds
         quiet = 0
@@ -104,16 +116,16 @@ class Bench:
             quiet = 0 if self.refresher.run_once() or self.refresher._out.total() else quiet + 1
             time.sleep(0.005)
 
-    def fetch(self, outcome, client=ME):
+    def fetch(self, outcome: Outcome, client: str = ME) -> Answer:
         return self.lifecycle.fetch(client, FetchRequest(outcome.submission.request.request_id), self.clock())
 
-    def forward(self, **by):
+    def forward(self, **by: float) -> None:
         self.clock.ahead += timedelta(**by)
         self.fake.behaviour = structs.replace(
             self.fake.behaviour, skew_seconds=int(self.clock.ahead.total_seconds())
         )
 
-    def row(self):
+    def row(self) -> dict[str, Any]:
         (found,) = rows(
             self.service, "SELECT state::text, tries, spent, lead_seconds, error, uses FROM managed"
         )
@@ -121,7 +133,7 @@ class Bench:
 
 
 @pytest.fixture
-def iam():
+def iam() -> Iterator[FakeIAM]:
     server = FakeIAM(0)
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
@@ -131,18 +143,18 @@ def iam():
     server.server_close()
 
 
-def exchange(**route):
+def exchange(**route: Any) -> Route:
     return Route(
         name="asked", operations=OPERATIONS, mode="exchange", provider="iam",
         **{"transfer_seconds": 12 * 3600} | route,
     )  # fmt: skip
 
 
-def own(**route):
+def own(**route: Any) -> Route:
     return Route(name="own", operations=OPERATIONS, mode="client_credentials", provider="iam", **route)
 
 
-def test_client_credentials_are_asked_for_and_shared(service, iam):
+def test_client_credentials_are_asked_for_and_shared(service: Service, iam: FakeIAM) -> None:
     bench = Bench(service, iam, own(granularity="directory"))
     first = bench.ask("data/a", "data/b")
     assert len(first.pending) == 2
@@ -166,7 +178,7 @@ def test_client_credentials_are_asked_for_and_shared(service, iam):
     assert len(bench.asked) == 1
 
 
-def test_an_exchanged_token_is_kept_fresh_until_its_transfer_ends(service, iam):
+def test_an_exchanged_token_is_kept_fresh_until_its_transfer_ends(service: Service, iam: FakeIAM) -> None:
     bench = Bench(service, iam, exchange(), outage_margin_seconds=300)
     outcome = bench.ask("a", subject=bench.subject())
     bench.run_once()
@@ -192,7 +204,7 @@ def test_an_exchanged_token_is_kept_fresh_until_its_transfer_ends(service, iam):
     assert bench.fetch(outcome).refusals[0].error["reason"] == "expired"
 
 
-def test_nothing_is_refreshed_after_the_deadline(service, iam):
+def test_nothing_is_refreshed_after_the_deadline(service: Service, iam: FakeIAM) -> None:
     bench = Bench(service, iam, exchange(transfer_seconds=3600, wait_seconds=600))
     bench.ask("a", subject=bench.subject())
     bench.run_once()
@@ -202,7 +214,7 @@ def test_nothing_is_refreshed_after_the_deadline(service, iam):
     assert len(bench.asked) <= 2
 
 
-def test_secrets_lie_encrypted(service, iam):
+def test_secrets_lie_encrypted(service: Service, iam: FakeIAM) -> None:
     bench = Bench(service, iam, exchange())
     subject = bench.subject()
     outcome = bench.ask("a", subject=subject)
@@ -219,7 +231,7 @@ def test_secrets_lie_encrypted(service, iam):
         assert secret.encode().hex() not in dump
 
 
-def test_who_may_fetch_a_handle(service, iam):
+def test_who_may_fetch_a_handle(service: Service, iam: FakeIAM) -> None:
     from minter.local import stack
 
     stack.add_client(service, "consumer", "alpen", "test")
@@ -238,14 +250,14 @@ def test_who_may_fetch_a_handle(service, iam):
     assert not answer.tokens
 
 
-def test_no_subject_token_no_exchange(service, iam):
+def test_no_subject_token_no_exchange(service: Service, iam: FakeIAM) -> None:
     bench = Bench(service, iam, exchange())
     outcome = bench.ask("a")
     assert outcome.refusals[0]["error"]["reason"] == "invalid_grant"
     assert "no valid subject token" in outcome.refusals[0]["error"]["error_description"]
 
 
-def test_the_stored_subject_token_serves(service, iam):
+def test_the_stored_subject_token_serves(service: Service, iam: FakeIAM) -> None:
     bench = Bench(service, iam, exchange())
     sealed = service.keystore.seal_token("alpen", ME, "client_subject", bench.subject())
     until = bench.clock() + timedelta(days=1)
@@ -271,7 +283,7 @@ REJECTED = {
 
 
 @pytest.mark.parametrize("fault", REJECTED)
-def test_what_was_not_asked_for_is_destroyed(service, iam, fault):
+def test_what_was_not_asked_for_is_destroyed(service: Service, iam: FakeIAM, fault: Fault) -> None:
     bench = Bench(service, iam, own())
     iam.behaviour = Behaviour(fault=fault)
     outcome = bench.ask("a")
@@ -303,7 +315,7 @@ def test_what_was_not_asked_for_is_destroyed(service, iam, fault):
         "slow",
     ],
 )
-def test_an_answer_that_is_none_is_waited_for(service, iam, fault):
+def test_an_answer_that_is_none_is_waited_for(service: Service, iam: FakeIAM, fault: Fault) -> None:
     bench = Bench(service, iam, own(), timeout_seconds=0.3)
     iam.behaviour = Behaviour(fault=fault, slow_seconds=1.0)
     outcome = bench.ask("a")
@@ -317,7 +329,7 @@ def test_an_answer_that_is_none_is_waited_for(service, iam, fault):
     assert bench.fetch(outcome).tokens
 
 
-def test_a_wrong_secret_is_waited_for_and_shown(service, iam):
+def test_a_wrong_secret_is_waited_for_and_shown(service: Service, iam: FakeIAM) -> None:
     bench = Bench(service, iam, own())
     iam.behaviour = Behaviour(fault="invalid_client")
     outcome = bench.ask("a")
@@ -330,7 +342,9 @@ def test_a_wrong_secret_is_waited_for_and_shown(service, iam):
     assert bench.fetch(outcome).tokens
 
 
-def test_dropped_scopes_are_reported(service, iam, caplog):
+def test_dropped_scopes_are_reported(
+    service: Service, iam: FakeIAM, caplog: pytest.LogCaptureFixture
+) -> None:
     bench = Bench(service, iam, own())
     iam.behaviour = Behaviour(fault="narrow_scope")
     files = (
@@ -346,7 +360,7 @@ def test_dropped_scopes_are_reported(service, iam, caplog):
         assert set(token.scope.split()) <= set(wide[token.handle].split())
 
 
-def test_a_lost_refresh_is_exchanged_again(service, iam):
+def test_a_lost_refresh_is_exchanged_again(service: Service, iam: FakeIAM) -> None:
     bench = Bench(service, iam, exchange(), timeout_seconds=0.5, outage_margin_seconds=300)
     outcome = bench.ask("a", subject=bench.subject())
     bench.run_once()
@@ -363,7 +377,7 @@ def test_a_lost_refresh_is_exchanged_again(service, iam):
 
 
 @pytest.mark.parametrize("reuse", ["safe", "spent"])
-def test_a_lost_refresh_without_a_subject(service, iam, reuse):
+def test_a_lost_refresh_without_a_subject(service: Service, iam: FakeIAM, reuse: Reuse) -> None:
     bench = Bench(service, iam, exchange(), timeout_seconds=0.5, reuse=reuse, outage_margin_seconds=300)
     outcome = bench.ask("a", subject=bench.subject())
     bench.run_once()
@@ -385,13 +399,14 @@ def test_a_lost_refresh_without_a_subject(service, iam, reuse):
     assert bench.fetch(outcome).refusals[0].error["reason"] == "refresh_token_lost"
 
 
-def test_a_worker_that_died_with_a_refresh_token(service, iam):
+def test_a_worker_that_died_with_a_refresh_token(service: Service, iam: FakeIAM) -> None:
     """After a lease ran out, a refresh token that may be spent is not presented again."""
     bench = Bench(service, iam, exchange(), outage_margin_seconds=300)
     outcome = bench.ask("a", subject=bench.subject())
     bench.run_once()
     bench.forward(minutes=45)
     dead = leases.take(service.pool, bench.provider, uuid.uuid4(), 5, bench.clock(), 30.0)
+    assert dead is not None
     assert len(dead.tokens) == 1
     assert not dead.tokens[0].spent
     bench.run_once(seconds=0.3)
@@ -406,7 +421,7 @@ def test_a_worker_that_died_with_a_refresh_token(service, iam):
     assert bench.fetch(outcome).tokens
 
 
-def test_a_refresh_that_is_refused_ends_in_the_fallback(service, iam):
+def test_a_refresh_that_is_refused_ends_in_the_fallback(service: Service, iam: FakeIAM) -> None:
     bench = Bench(service, iam, exchange(fallback=("minted",)), MINTED, outage_margin_seconds=300)
     outcome = bench.ask("a", subject=bench.subject())
     bench.run_once()
@@ -436,7 +451,7 @@ def test_a_refresh_that_is_refused_ends_in_the_fallback(service, iam):
     assert [(s.jti, str(s.use_id)) for s in earlier] == [(before[0], handle)]
 
 
-def test_one_request_is_stood_in_for_though_another_is_not(service, iam):
+def test_one_request_is_stood_in_for_though_another_is_not(service: Service, iam: FakeIAM) -> None:
     bench = Bench(service, iam, own(fallback=("minted",), granularity="directory"), MINTED)
     iam.behaviour = Behaviour(fault="error_500")
     first, second = bench.ask("data/a"), bench.ask("data/b")
@@ -461,7 +476,9 @@ def test_one_request_is_stood_in_for_though_another_is_not(service, iam):
     assert bench.row()["state"] == "finished"
 
 
-def test_a_paused_provider_is_stood_in_for_and_asked_again_when_it_is_back(service, iam):
+def test_a_paused_provider_is_stood_in_for_and_asked_again_when_it_is_back(
+    service: Service, iam: FakeIAM
+) -> None:
     bench = Bench(service, iam, own(fallback=("minted",)), MINTED)
     iam.behaviour = Behaviour(fault="error_500")
     waiting = [bench.ask(f"f{n}") for n in range(8)]
@@ -473,6 +490,7 @@ def test_a_paused_provider_is_stood_in_for_and_asked_again_when_it_is_back(servi
     asked = len(bench.asked)
     fresh = bench.ask("g")  # what comes now is minted at once, and says why
     assert fresh.issued
+    assert fresh.decision is not None
     assert any(
         "is not available: fallback route minted is used" in s.text
         for s in fresh.decision.planned_tokens[0].plan.steps
@@ -484,7 +502,7 @@ def test_a_paused_provider_is_stood_in_for_and_asked_again_when_it_is_back(servi
     assert bench.ask("h").pending
 
 
-def test_bans_stop_the_refresh(service, iam):
+def test_bans_stop_the_refresh(service: Service, iam: FakeIAM) -> None:
     bench = Bench(service, iam, exchange(), outage_margin_seconds=300)
     bench.ask("a", subject=bench.subject())
     bench.run_once()
@@ -497,7 +515,7 @@ def test_bans_stop_the_refresh(service, iam):
     assert bench.row()["error"]["reason"] == "banned"
 
 
-def test_cancelled_handles_are_not_given(service, iam):
+def test_cancelled_handles_are_not_given(service: Service, iam: FakeIAM) -> None:
     bench = Bench(service, iam, own())
     outcome = bench.ask("a")
     bench.run_once()
@@ -506,7 +524,7 @@ def test_cancelled_handles_are_not_given(service, iam):
     assert bench.fetch(outcome).refusals[0].error["reason"] == "expired"
 
 
-def test_subject_tokens_are_verified(service, iam):
+def test_subject_tokens_are_verified(service: Service, iam: FakeIAM) -> None:
     from minter.providers.iam import check_subject
 
     bench = Bench(service, iam, own())
@@ -528,10 +546,10 @@ def test_subject_tokens_are_verified(service, iam):
         with pytest.raises(InvalidGrant) as caught:
             check_subject(bench.iam, token, ("minter",))
         assert "eyJ" not in str(caught.value)
-    assert urllib3.__version__ >= "2"
+    assert urllib3.__version__ >= "2"  # type: ignore[attr-defined] # urllib3 does not list it
 
 
-def test_what_is_known_of_a_managed_token(service, iam):
+def test_what_is_known_of_a_managed_token(service: Service, iam: FakeIAM) -> None:
     """A token is found by the id that FTS shows, and is listed only while it is valid."""
     bench = Bench(service, iam, own())
     outcome = bench.ask("a")
@@ -581,7 +599,7 @@ def test_what_is_known_of_a_managed_token(service, iam):
     )
 
 
-def test_the_reason_of_a_failure_is_told(service, iam):
+def test_the_reason_of_a_failure_is_told(service: Service, iam: FakeIAM) -> None:
     bench = Bench(service, iam, own())
     iam.behaviour = Behaviour(fault="wider_scope")
     outcome = bench.ask("a")
@@ -590,10 +608,11 @@ def test_the_reason_of_a_failure_is_told(service, iam):
     bench.run_once(until=lambda: bench.row()["state"] == "failed")
     (story,) = traces.find_request(service.pool, outcome.submission.request.request_id)[0]
     assert story.state == "failed"
+    assert story.error is not None
     assert story.error["reason"] == "provider_token_rejected"
 
 
-def test_overdue_ones_are_finished_and_forgotten_in_bulk(service, iam):
+def test_overdue_ones_are_finished_and_forgotten_in_bulk(service: Service, iam: FakeIAM) -> None:
     bench = Bench(service, iam, own())
     for n in range(5):
         bench.ask(f"f{n}")
@@ -603,7 +622,7 @@ def test_overdue_ones_are_finished_and_forgotten_in_bulk(service, iam):
     assert partitions.prune_managed(service.pool, 30, bench.clock() + timedelta(days=40)) == 5
 
 
-def test_a_changed_master_key(service, iam, dsn):
+def test_a_changed_master_key(service: Service, iam: FakeIAM, dsn: str) -> None:
     from minter.database import keyring
     from minter.tokens.keystore import Keystore, MasterKey, new_master_key, read_master_key
     from tests.conftest import MASTER_KEY
@@ -642,7 +661,7 @@ def test_a_changed_master_key(service, iam, dsn):
 # ── attacks and unlucky combinations ─────────────────────────────────────────────────────────
 
 
-def due_again(service, iam, **options):
+def due_again(service: Service, iam: FakeIAM, **options: Any) -> tuple[Bench, Outcome]:
     """A token that was exchanged and is due, and that only its refresh token can refresh."""
     bench = Bench(
         service, iam, exchange(**options.pop("route", {})), MINTED, outage_margin_seconds=300, **options
@@ -653,12 +672,12 @@ def due_again(service, iam, **options):
     return bench, outcome
 
 
-def without_subject(service):
+def without_subject(service: Service) -> None:
     with transaction(service.pool) as connection:
         connection.execute("UPDATE managed SET subject = NULL")
 
 
-def test_a_gateways_timeout_may_have_spent_the_refresh_token(service, iam):
+def test_a_gateways_timeout_may_have_spent_the_refresh_token(service: Service, iam: FakeIAM) -> None:
     bench, outcome = due_again(service, iam)
     iam.behaviour = structs.replace(iam.behaviour, fault="gateway_504")
     bench.run_once(until=lambda: len(bench.asked) == 2)
@@ -670,7 +689,7 @@ def test_a_gateways_timeout_may_have_spent_the_refresh_token(service, iam):
     assert bench.fetch(outcome).tokens
 
 
-def test_the_refresh_token_beside_an_odd_access_token_is_kept(service, iam):
+def test_the_refresh_token_beside_an_odd_access_token_is_kept(service: Service, iam: FakeIAM) -> None:
     bench, outcome = due_again(service, iam)
     without_subject(service)
     iam.behaviour = structs.replace(iam.behaviour, fault="odd_audience")
@@ -683,7 +702,7 @@ def test_the_refresh_token_beside_an_odd_access_token_is_kept(service, iam):
     assert bench.fetch(outcome).tokens[0].exp > bench.clock().timestamp() + 3000
 
 
-def test_a_spent_refresh_token_is_never_tried_again(service, iam):
+def test_a_spent_refresh_token_is_never_tried_again(service: Service, iam: FakeIAM) -> None:
     bench, _ = due_again(service, iam, timeout_seconds=0.5)
     iam.behaviour = structs.replace(iam.behaviour, fault="lost_answer")
     bench.run_once(until=lambda: len(bench.asked) == 2)
@@ -697,12 +716,14 @@ def test_a_spent_refresh_token_is_never_tried_again(service, iam):
     assert [planned for planned, _ in bench.asked[2:]] == ["token_exchange"] * 3
 
 
-def test_postgres_away_between_taking_and_asking(service, iam, monkeypatch):
+def test_postgres_away_between_taking_and_asking(
+    service: Service, iam: FakeIAM, monkeypatch: pytest.MonkeyPatch
+) -> None:
     bench, outcome = due_again(service, iam)
     without_subject(service)
     from minter.errors import Unavailable
 
-    def away():
+    def away() -> Never:
         raise Unavailable("away")
 
     with monkeypatch.context() as patched:
@@ -715,7 +736,7 @@ def test_postgres_away_between_taking_and_asking(service, iam, monkeypatch):
     assert bench.fetch(outcome).tokens
 
 
-def test_what_an_iam_echoes_is_not_told(service, iam):
+def test_what_an_iam_echoes_is_not_told(service: Service, iam: FakeIAM) -> None:
     bench, outcome = due_again(service, iam)
     without_subject(service)
     (spent,) = iam._refresh
@@ -726,7 +747,7 @@ def test_what_an_iam_echoes_is_not_told(service, iam):
     assert spent not in str(bench.fetch(outcome).refusals[0].error)
 
 
-def test_a_row_that_does_not_open_is_one_rows_trouble(service, iam):
+def test_a_row_that_does_not_open_is_one_rows_trouble(service: Service, iam: FakeIAM) -> None:
     bench = Bench(service, iam, own(), Route(name="delete", operations=("delete",)))
     first = bench.ask("a")
     bench.run_once()
@@ -746,7 +767,9 @@ def test_a_row_that_does_not_open_is_one_rows_trouble(service, iam):
     assert bench.fetch(first).pending
 
 
-def test_a_fallback_that_refuses_costs_nothing_while_the_provider_is_paused(service, iam):
+def test_a_fallback_that_refuses_costs_nothing_while_the_provider_is_paused(
+    service: Service, iam: FakeIAM
+) -> None:
     bench = Bench(service, iam, own(fallback=("narrow",)), Route(name="narrow", operations=("delete",)))
     iam.behaviour = Behaviour(fault="error_500")
     asked = [bench.ask(f"f{n}") for n in range(6)]
@@ -758,7 +781,9 @@ def test_a_fallback_that_refuses_costs_nothing_while_the_provider_is_paused(serv
     bench.run_once(until=lambda: not rows(service, "SELECT 1 FROM managed WHERE state <> 'issued'"))
 
 
-def test_a_use_that_joins_while_a_stand_in_is_made(service, iam, monkeypatch):
+def test_a_use_that_joins_while_a_stand_in_is_made(
+    service: Service, iam: FakeIAM, monkeypatch: pytest.MonkeyPatch
+) -> None:
     bench = Bench(service, iam, own(fallback=("minted",)), MINTED)
     bench.ask("a")
     (taken,) = rows(service, "SELECT jti FROM managed")
@@ -777,12 +802,13 @@ def test_a_use_that_joins_while_a_stand_in_is_made(service, iam, monkeypatch):
     assert bench.fetch(late).pending
 
 
-def test_nothing_is_pushed_to_whom_it_may_not_go(service, iam):
+def test_nothing_is_pushed_to_whom_it_may_not_go(service: Service, iam: FakeIAM) -> None:
     from minter.refresher.notifications import Pushes
 
-    sent, refusing = [], set()
+    sent: list[Push] = []
+    refusing: set[str] = set()
 
-    def send(pushes):
+    def send(pushes: Sequence[Push]) -> set[str]:
         sent.extend(pushes)
         return refusing
 
@@ -816,12 +842,14 @@ def test_nothing_is_pushed_to_whom_it_may_not_go(service, iam):
 
 
 @pytest.mark.parametrize("code", ["invalid_client", "unauthorized", "access_denied"])
-def test_a_401_is_about_our_credentials_and_waited_for(service, iam, monkeypatch, code):
+def test_a_401_is_about_our_credentials_and_waited_for(
+    service: Service, iam: FakeIAM, monkeypatch: pytest.MonkeyPatch, code: str
+) -> None:
     """Spring's Basic filter, proxies and others name a wrong secret in words of their own."""
     bench = Bench(service, iam, own())
     with monkeypatch.context() as patch:
 
-        def refuse(*_):
+        def refuse(*_: object) -> Never:
             raise OAuthRefusal(code, "Bad credentials", 401)
 
         patch.setattr(iam, "answer", refuse)
@@ -842,7 +870,9 @@ def test_a_401_is_about_our_credentials_and_waited_for(service, iam, monkeypatch
         ({"paths": ["/"]}, None),
     ],
 )
-def test_a_client_that_is_narrowed_keeps_no_wider_token(service, iam, limits, reason):
+def test_a_client_that_is_narrowed_keeps_no_wider_token(
+    service: Service, iam: FakeIAM, limits: dict[str, Any], reason: str | None
+) -> None:
     bench = Bench(service, iam, own(), outage_margin_seconds=300)
     bench.ask("a", operation="upload")
     bench.run_once()
@@ -853,19 +883,22 @@ def test_a_client_that_is_narrowed_keeps_no_wider_token(service, iam, limits, re
     assert (bench.row()["error"] or {}).get("reason") == reason
 
 
-def test_a_queue_that_refuses_is_left_alone_and_others_are_served(service, iam, monkeypatch):
+def test_a_queue_that_refuses_is_left_alone_and_others_are_served(
+    service: Service, iam: FakeIAM, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from minter.refresher import notifications
 
     issued = "SELECT count(*) FROM managed WHERE state = 'issued'"
-    sent, refusing, elapsed = [], {"full"}, [0.0]
+    sent: list[str] = []
+    refusing, elapsed = {"full"}, [0.0]
 
-    def send(pushes):
+    def send(pushes: Sequence[Push]) -> set[str]:
         sent.extend(push.queue for push in pushes)
         return refusing & {push.queue for push in pushes}
 
     queues = {"reply_queues": ["full", "good"], "jwe_key": {"kty": "EC"}}
     control_changes.change_client(service.pool, ME, queues, "test")
-    monkeypatch.setattr(notifications.time, "monotonic", lambda: elapsed[0])
+    monkeypatch.setattr(time, "monotonic", lambda: elapsed[0])
     bench = Bench(service, iam, own())
     bench.ask("a", reply_queue="full")
     bench.ask("b", reply_queue="good")
@@ -888,7 +921,7 @@ def test_a_queue_that_refuses_is_left_alone_and_others_are_served(service, iam, 
     assert sent[2:] == ["full"]
 
 
-def test_equal_wishes_of_different_limits_are_not_shared(service, iam):
+def test_equal_wishes_of_different_limits_are_not_shared(service: Service, iam: FakeIAM) -> None:
     bench = Bench(service, iam, own())
     bench.ask("a")
     bench.ask("a", lifetime_seconds=1800)
@@ -901,7 +934,7 @@ def test_equal_wishes_of_different_limits_are_not_shared(service, iam):
     assert outcomes <= {"ok", "provider_token_rejected"}  # the provider's hour is more than half of one
 
 
-def test_half_of_an_all_or_nothing_request_is_not_given(service, iam):
+def test_half_of_an_all_or_nothing_request_is_not_given(service: Service, iam: FakeIAM) -> None:
     bench = Bench(service, iam, own(storages=("BOREAS-*",)), MINTED)
     areas = service.engine.policy.directories["alpen"]._areas
     (host, port), (area, *_) = next(a for a in areas.items() if "boreas" not in a[0][0] and a[1][0].tokens)
@@ -916,13 +949,15 @@ def test_half_of_an_all_or_nothing_request_is_not_given(service, iam):
     assert len(bench.fetch(outcome).tokens) == 2
 
 
-def test_a_refresher_without_the_master_key_goes_on_with_others(service, iam, monkeypatch):
+def test_a_refresher_without_the_master_key_goes_on_with_others(
+    service: Service, iam: FakeIAM, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from minter.errors import NoUsableKey
 
     bench = Bench(service, iam, own())
     bench.ask("a")
 
-    def closed(*_):
+    def closed(*_: object) -> Never:
         raise NoUsableKey("no master key")
 
     with monkeypatch.context() as patched:

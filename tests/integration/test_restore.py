@@ -1,7 +1,9 @@
 """A database restored from a dump: later tokens are unknown, and no wrong token is minted."""
 
 import subprocess
+from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 
@@ -22,21 +24,23 @@ ME = "rucio-alpen"
 
 
 @pytest.fixture
-def service(service):
+def service(service: Service) -> Service:
     """An issuer with one algorithm: these tests are about the keys of one."""
     return with_one_algorithm(service)
 
 
 @pytest.fixture
-def dump_and_lose(dsn, postgres_dsn, tmp_path):
+def dump_and_lose(
+    dsn: str, postgres_dsn: str, tmp_path: Path
+) -> tuple[Callable[[], None], Callable[[], None]]:
     """Return a function that dumps the database and one that loses it and restores the dump."""
     file = tmp_path / "dump"
     name = dict(word.split("=", 1) for word in dsn.split())["dbname"]
 
-    def dump():
+    def dump() -> None:
         subprocess.run([_postgres_programs() / "pg_dump", "--format=custom", "--file", file, dsn], check=True)
 
-    def lose_and_restore():
+    def lose_and_restore() -> None:
         _admin(postgres_dsn, f"DROP DATABASE {name} WITH (FORCE)")
         _admin(postgres_dsn, f"CREATE DATABASE {name}")
         subprocess.run(
@@ -46,7 +50,9 @@ def dump_and_lose(dsn, postgres_dsn, tmp_path):
     return dump, lose_and_restore
 
 
-def test_restored_from_a_dump(service, dsn, dump_and_lose):
+def test_restored_from_a_dump(
+    service: Service, dsn: str, dump_and_lose: tuple[Callable[[], None], Callable[[], None]]
+) -> None:
     dump, lose_and_restore = dump_and_lose
     before, after = submission("before"), submission("after")
     (known,) = mint(service, before)
@@ -91,7 +97,9 @@ def test_restored_from_a_dump(service, dsn, dump_and_lose):
     again.pool.dispose()
 
 
-def test_what_operators_must_do_again_after_a_restore(service, dsn, dump_and_lose):
+def test_what_operators_must_do_again_after_a_restore(
+    service: Service, dsn: str, dump_and_lose: tuple[Callable[[], None], Callable[[], None]]
+) -> None:
     """Bans and revocations since the dump are lost until an operator repeats them."""
     dump, lose_and_restore = dump_and_lose
     service.maintain_keys("me")

@@ -2,7 +2,11 @@
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal, Never
+from uuid import UUID
 
 import pytest
 from msgspec import structs
@@ -16,14 +20,16 @@ from minter.contract.followups import (
     ReportRequest,
 )
 from minter.contract.messages import FileOperation, FileRequest, MintRequest
+from minter.contract.operations import Operation
 from minter.database import archive, control_changes, live_tokens, recording, traces
 from minter.database.connection import instant, transaction
 from minter.database.control import read_keys
+from minter.database.traces import TraceRecord
 from minter.errors import Banned, Expired, Unavailable
 from minter.local import stack
 from minter.policy.clients import Ban, Bans
 from minter.policy.requests import from_mint
-from minter.policy.routes import Route
+from minter.policy.routes import Granularity, Route
 from minter.policy.transfers import Policy
 from minter.service import Service
 from minter.tasks.lifecycle import Lifecycle
@@ -34,10 +40,10 @@ from tests.integration.test_mint import SE, count, mint, rotate, tokens
 
 ME = "rucio-alpen"
 DIR = "/atlas/atlasdatadisk/rucio/data"
-READ_WRITE = ("read", "write", "overwrite", "retry")
+READ_WRITE: tuple[Operation, ...] = ("read", "write", "overwrite", "retry")
 
 
-def share(service, granularity="directory", **route):
+def share(service: Service, granularity: Granularity = "directory", **route: Any) -> Service:
     """Give the engine one route, on which a file needs 1.5 hours of the 6 that a token lives."""
     one = Route(name="shared", operations=READ_WRITE, granularity=granularity, wait_seconds=1200, **route)
     old = service.engine.policy
@@ -46,11 +52,16 @@ def share(service, granularity="directory", **route):
 
 
 @pytest.fixture
-def shared(service):
+def shared(service: Service) -> Service:
     return share(service)
 
 
-def downloads(*names, client=ME, operation="download", **options):
+def downloads(
+    *names: str,
+    client: str = ME,
+    operation: Operation | Literal["download", "upload"] = "download",
+    **options: Any,
+) -> Submission:
     files = tuple(
         FileRequest(operations=(FileOperation(operation, SE + name),), external_id=name) for name in names
     )
@@ -59,15 +70,15 @@ def downloads(*names, client=ME, operation="download", **options):
 
 
 @pytest.fixture
-def signatures(service, monkeypatch):
+def signatures(service: Service, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """Count the signatures, without the test signature at the loading of a key."""
     with transaction(service.pool) as connection:
         for key in read_keys(connection):
             service.engine.unlock(key)
-    signed = Counter()
+    signed: Counter[str] = Counter()
     sign = keys.Signer.sign
 
-    def counted(self, payload):
+    def counted(self: keys.Signer, payload: bytes) -> bytes:
         signed["signatures"] += 1
         return sign(self, payload)
 
@@ -75,7 +86,7 @@ def signatures(service, monkeypatch):
     return signed
 
 
-def test_a_second_file_costs_one_use_row_and_no_signature(shared, signatures):
+def test_a_second_file_costs_one_use_row_and_no_signature(shared: Service, signatures: Counter[str]) -> None:
     (first,) = mint(shared, downloads("d/a"))
     assert (count(shared), count(shared, "uses"), signatures["signatures"]) == (1, 1, 1)
     (second,) = mint(shared, downloads("d/b"))
@@ -86,20 +97,22 @@ def test_a_second_file_costs_one_use_row_and_no_signature(shared, signatures):
     assert claims["exp"] - claims["iat"] == 6 * 3600
 
 
-def test_requests_of_one_batch_and_files_of_one_request_share(shared, signatures):
+def test_requests_of_one_batch_and_files_of_one_request_share(
+    shared: Service, signatures: Counter[str]
+) -> None:
     one, two = mint(shared, downloads("d/a", "d/b"), downloads("d/c", "e/d"))
     assert len({*tokens(one), *tokens(two)}) == 2
     assert tokens(one) == [tokens(two)[0]] * 2
     assert (count(shared), count(shared, "uses"), signatures["signatures"]) == (2, 4, 2)
 
 
-def test_a_storage_wide_token_ends_at_the_storages_prefix(service):
+def test_a_storage_wide_token_ends_at_the_storages_prefix(service: Service) -> None:
     (one,), (two,) = (mint(share(service, "storage"), downloads(n)) for n in ("d/a", "e/f/b"))
     assert tokens(one) == tokens(two)
     assert one.issued[0].scope == "storage.read:/atlas/atlasdatadisk/rucio"
 
 
-def test_only_within_one_client_and_one_kind_of_need(shared):
+def test_only_within_one_client_and_one_kind_of_need(shared: Service) -> None:
     stack.add_client(shared, "other", "alpen", "tests")
     (mine,) = mint(shared, downloads("d/a"))
     for asked in (
@@ -112,8 +125,9 @@ def test_only_within_one_client_and_one_kind_of_need(shared):
         assert tokens(outcome)[0] not in tokens(mine)
 
 
-def test_only_while_the_life_left_covers_the_need(shared):
+def test_only_while_the_life_left_covers_the_need(shared: Service) -> None:
     (first,) = mint(shared, downloads("d/a"))
+    assert first.client is not None
     need = (
         shared.engine.policy.decide(downloads("d/a").request, first.client, Bans()).planned_tokens[0].lifetime
     )
@@ -124,7 +138,7 @@ def test_only_while_the_life_left_covers_the_need(shared):
     assert later.issued[0].exp >= at + need.seconds
 
 
-def test_another_process_finds_it_and_makes_the_same_bytes(shared, dsn):
+def test_another_process_finds_it_and_makes_the_same_bytes(shared: Service, dsn: str) -> None:
     (first,) = mint(shared, downloads("d/a"))
     other = share(Service(load_settings(dsn)))
     (second,) = mint(other, downloads("d/b"))
@@ -133,7 +147,7 @@ def test_another_process_finds_it_and_makes_the_same_bytes(shared, dsn):
     assert count(shared) == 1
 
 
-def test_asked_twice_or_fetched_same_bytes(shared, dsn):
+def test_asked_twice_or_fetched_same_bytes(shared: Service, dsn: str) -> None:
     asked = downloads("d/a", "e/b")
     first, twin = mint(shared, asked, asked)
     (again,) = mint(shared, asked)
@@ -145,10 +159,10 @@ def test_asked_twice_or_fetched_same_bytes(shared, dsn):
     assert (count(shared), count(shared, "uses")) == (2, 2)
 
 
-def test_a_use_that_was_not_committed_is_not_kept(shared, monkeypatch):
+def test_a_use_that_was_not_committed_is_not_kept(shared: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as broken:
 
-        def fail(*_):
+        def fail(*_: object) -> Never:
             raise Unavailable("Postgres failed")
 
         broken.setattr(recording.PostgresRecording, "copy_uses", fail)
@@ -158,7 +172,7 @@ def test_a_use_that_was_not_committed_is_not_kept(shared, monkeypatch):
     assert rows(shared, "SELECT jti::text FROM tokens") == [(outcome.issued[0].jti,)]
 
 
-def test_a_ban_inside_the_directory_ends_the_sharing(shared):
+def test_a_ban_inside_the_directory_ends_the_sharing(shared: Service) -> None:
     asked = downloads("d/a")
     (first,) = mint(shared, asked)
     control_changes.add_ban(shared.pool, Ban("path", f"{DIR}/d/secret"), "leak", "test")
@@ -171,7 +185,7 @@ def test_a_ban_inside_the_directory_ends_the_sharing(shared):
     assert tokens(first)[0] not in tokens(narrow)
 
 
-def test_a_key_that_is_not_active_any_more_serves_no_new_use(shared):
+def test_a_key_that_is_not_active_any_more_serves_no_new_use(shared: Service) -> None:
     (first,) = mint(shared, downloads("d/a"))
     rotate(shared, "ES256")
     (second,) = mint(shared, downloads("d/b"))
@@ -179,23 +193,25 @@ def test_a_key_that_is_not_active_any_more_serves_no_new_use(shared):
     assert count(shared) == 2
 
 
-def test_narrow_mitigations_do_not_hold_for_a_shared_token(service):
-    long = {
+def test_narrow_mitigations_do_not_hold_for_a_shared_token(service: Service) -> None:
+    long: dict[str, Any] = {
         "max_lifetime_seconds": 48 * 3600,
         "mitigations": ("narrow_read", "narrow_write"),
         "risk_assessment": "docs/r",
     }
     (outcome,) = mint(share(service, **long), downloads("d/a"))
+    assert outcome.decision is not None
     (plan,) = {g.plan for g in outcome.decision.planned_tokens}
     assert plan.cap_seconds == 6 * 3600
     (alone,) = mint(share(service, "file", **long), downloads("d/a"))
+    assert alone.decision is not None
     assert alone.decision.planned_tokens[0].plan.cap_seconds == 48 * 3600
 
 
 # ── the life of uses ─────────────────────────────────────────────────────────────────────────
 
 
-def test_each_use_has_a_state_of_its_own(shared):
+def test_each_use_has_a_state_of_its_own(shared: Service) -> None:
     lifecycle = Lifecycle(shared.engine, shared.store)
     asked, other = downloads("d/a", "d/b"), downloads("d/c")
     made, _ = mint(shared, asked, other)
@@ -204,7 +220,7 @@ def test_each_use_has_a_state_of_its_own(shared):
         FileReport(state="active", external_id="d/a"),
         FileReport(state="finished", request_id=id_, file=1),
         FileReport(state="active", job_id=job, file=0),
-        FileReport(state="active", jti=made.issued[0].jti),  # the report names no file
+        FileReport(state="active", jti=UUID(made.issued[0].jti)),  # the report names no file
     )
     told = lifecycle.report(ME, ReportRequest((JobReport(job, id_, (0, 1)),), reports), clock.now())
     assert (told.changed, told.unknown) == (2, ["files[3]"])
@@ -219,7 +235,7 @@ def test_each_use_has_a_state_of_its_own(shared):
     assert tokens(new) == tokens(made)[:1]
 
 
-def test_a_renewal_of_a_use_is_decided_anew(shared):
+def test_a_renewal_of_a_use_is_decided_anew(shared: Service) -> None:
     asked = downloads("d/a", "d/b")
     (made,) = mint(shared, asked)
     lifecycle = Lifecycle(shared.engine, shared.store)
@@ -239,7 +255,9 @@ def test_a_renewal_of_a_use_is_decided_anew(shared):
     assert narrow.issued[0].scope == f"storage.read:{DIR}/d/b"
 
 
-def test_every_question_leads_to_the_uses_in_the_database_and_in_archives(shared, tmp_path):
+def test_every_question_leads_to_the_uses_in_the_database_and_in_archives(
+    shared: Service, tmp_path: Path
+) -> None:
     asked = downloads("d/a", "d/b", on_behalf_of="alice")
     (made,) = mint(shared, asked)
     (later,) = mint(shared, downloads("d/c", on_behalf_of="bob"))
@@ -262,7 +280,7 @@ def test_every_question_leads_to_the_uses_in_the_database_and_in_archives(shared
         "key": (kid, everything),
     }
 
-    def ask(find):
+    def ask(find: Callable[[str, Any], list[TraceRecord]]) -> None:
         for by, (value, expected) in questions.items():
             found = find(by, value)
             assert {s.external_id for s in found} == expected, by
@@ -289,7 +307,7 @@ def test_every_question_leads_to_the_uses_in_the_database_and_in_archives(shared
     assert [s.external_id for s in archived] == ["d/c"]
 
 
-def test_what_is_alive_under_a_ban_counts_every_user_of_a_shared_token(shared):
+def test_what_is_alive_under_a_ban_counts_every_user_of_a_shared_token(shared: Service) -> None:
     mint(shared, downloads("d/a", on_behalf_of="alice", activity="one"))
     (made,) = mint(shared, downloads("d/b", on_behalf_of="bob", activity="two"))
     for kind, value in (("on_behalf_of", "bob"), ("activity", "one"), ("path", f"{DIR}/d/b"), ("client", ME)):

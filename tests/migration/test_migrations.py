@@ -11,7 +11,7 @@ from schemas.tables import metadata
 from tests.conftest import _admin, _dsn
 
 
-def _dump(dsn):
+def _dump(dsn: str) -> list[str]:
     done = subprocess.run(
         [_postgres_programs() / "pg_dump", "--schema-only", "--no-owner", "--exclude-table=alembic_version", dsn],
         capture_output=True, text=True, check=True,
@@ -23,7 +23,7 @@ def _dump(dsn):
     ]
 
 
-def test_migrations_give_the_declared_schema(postgres_dsn):
+def test_migrations_give_the_declared_schema(postgres_dsn: str) -> None:
     names = [f"minter_{kind}_{uuid.uuid4().hex[:8]}" for kind in ("migrated", "declared")]
     for name in names:
         _admin(postgres_dsn, f"CREATE DATABASE {name}")

@@ -1,15 +1,25 @@
 """What `minter diagnose` predicts: each misconfiguration is named, and a sound token is allowed."""
 
+from typing import Any
+
 import pytest
 
+from minter.contract.operations import Operation
 from minter.policy.diagnose import storage_verdicts
+from minter.storages.dialects import Algorithm
 from minter.storages.directory import Directory, Endpoint, Storage
 
 ISSUER = "https://tokens.example.org/vo/"
 AUDIENCE = "https://se.example.org:1094"
 
 
-def refused(dialect="xrootd", operation="read", path="/dir/file1", algorithm="ES256", **claims):
+def refused(
+    dialect: str = "xrootd",
+    operation: Operation = "read",
+    path: str = "/dir/file1",
+    algorithm: Algorithm = "ES256",
+    **claims: object,
+) -> list[tuple[str, str]]:
     """Return the checks that a storage of this dialect refuses a token for."""
     storage = Storage(
         vo="vo", name="SE", endpoints=(Endpoint("se.example.org", 1094, "/data/vo"),), dialect=dialect, base_path="/data"
@@ -36,7 +46,7 @@ def refused(dialect="xrootd", operation="read", path="/dir/file1", algorithm="ES
     ],
     ids=str,
 )
-def test_a_sound_token_is_allowed(sound):
+def test_a_sound_token_is_allowed(sound: dict[str, Any]) -> None:
     assert refused(**sound) == []
 
 
@@ -64,7 +74,7 @@ def test_a_sound_token_is_allowed(sound):
     ],
     ids=str,
 )  # fmt: skip
-def test_each_misconfiguration_is_named(wrong, check, said):
+def test_each_misconfiguration_is_named(wrong: dict[str, Any], check: str, said: str) -> None:
     found = refused(**wrong)
     assert any(c == check and said in text for c, text in found), found
     assert {c for c, _ in found} == {check}

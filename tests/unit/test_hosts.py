@@ -32,17 +32,17 @@ A, B = "tokens.alpen.org", "tokens.boreal.org:8443"
         ("a:b:c", "/token", "/token"),
     ],
 )  # fmt: skip
-def test_the_host_chooses_then_the_path(host, path, placed):
+def test_the_host_chooses_then_the_path(host: str | None, path: str, placed: str) -> None:
     assert Hosts([ALPEN, BOREAL, FJORD]).place(host, path) == placed
 
 
-def test_one_host_is_meant_by_every_name():
+def test_one_host_is_meant_by_every_name() -> None:
     hosts = Hosts(["https://[2001:db8::1]:8443/vo/"])
     assert hosts.place("[2001:DB8:0::1]:8443", "/vo/token") == "/@[2001:db8::1]:8443/vo/token"
     assert hosts.place("localhost", "/vo/token") == "/@[2001:db8::1]:8443/vo/token"
 
 
-def test_metrics_name_an_endpoint_without_its_host():
+def test_metrics_name_an_endpoint_without_its_host() -> None:
     assert endpoint(f"{mounted(FJORD)}token") == "/fjord/token"
     assert endpoint("/health") == "/health"
     assert endpoint(None) == ""

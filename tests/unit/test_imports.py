@@ -2,6 +2,7 @@
 
 import ast
 import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -41,16 +42,16 @@ FILES = [*(ROOT / "minter").rglob("*.py"), *(ROOT / "workers").glob("*.py")]
 TREES = {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text()) for path in FILES}
 
 
-def _package(name):
+def _package(name: str) -> str:
     parts = name.removesuffix(".py").split("/")
     return parts[0] if parts[0] == "workers" else parts[1]
 
 
-def _inside(packages):
+def _inside(packages: Iterable[str]) -> list[str]:
     return [name for name in TREES if _package(name) in packages]
 
 
-def _imported(tree):
+def _imported(tree: ast.AST) -> Iterator[str]:
     """Return the dotted names of everything that a module imports, at any place in it."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -60,7 +61,7 @@ def _imported(tree):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def _packages_imported(tree):
+def _packages_imported(tree: ast.AST) -> Iterator[str]:
     for name in _imported(tree):
         root, _, rest = name.partition(".")
         package = root if root == "workers" else rest.partition(".")[0]
@@ -69,7 +70,7 @@ def _packages_imported(tree):
 
 
 @pytest.mark.parametrize("name", _inside(FLOOR))
-def test_imports_go_down_only(name):
+def test_imports_go_down_only(name: str) -> None:
     package = _package(name)
     allowed = {other for other, floor in FLOOR.items() if floor < FLOOR[package]} | {package}
     imported = set(_packages_imported(TREES[name]))
@@ -77,18 +78,18 @@ def test_imports_go_down_only(name):
 
 
 @pytest.mark.parametrize("name", _inside(PURE))
-def test_the_pure_packages_touch_nothing_of_the_world(name):
+def test_the_pure_packages_touch_nothing_of_the_world(name: str) -> None:
     assert not FORBIDDEN & {imported.partition(".")[0] for imported in _imported(TREES[name])}
     assert "datetime.now" not in (ROOT / name).read_text()
 
 
 @pytest.mark.parametrize("name", _inside(CLIENT_NEEDS))
-def test_the_client_needs_nothing_of_the_engine(name):
+def test_the_client_needs_nothing_of_the_engine(name: str) -> None:
     assert set(_packages_imported(TREES[name])) <= CLIENT_NEEDS
 
 
 @pytest.mark.parametrize("name", [n for n in TREES if _package(n) not in ("database", "policy")])
-def test_sql_stands_in_the_database_package_only(name):
+def test_sql_stands_in_the_database_package_only(name: str) -> None:
     strings = (
         n.value for n in ast.walk(TREES[name]) if isinstance(n, ast.Constant) and isinstance(n.value, str)
     )

@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import select
+from typing import Any
 
 import pytest
 
@@ -33,17 +34,17 @@ TOKEN = "eyJhbGciOiJFUzI1NiJ9.eyJzdWIiOiJ4IiwiZXhwIjoxfQ.c2lnbmF0dXJlLXNpZ25hdHV
         ("nothing to hide", "nothing to hide"),
     ],
 )
-def test_secrets_are_cut_out(text, shown):
+def test_secrets_are_cut_out(text: str, shown: str) -> None:
     assert logs.redact(text) == shown
 
 
-def line(message, *arguments, error=None, **event):
+def line(message: str, *arguments: object, error: Any = None, **event: object) -> Any:
     record = logging.LogRecord("minter", logging.INFO, "f", 1, message, arguments, error)
     record.event = event
     return json.loads(logs.JsonFormatter().format(record))
 
 
-def test_a_line_is_one_json_object_with_its_event():
+def test_a_line_is_one_json_object_with_its_event() -> None:
     made = line("request %s", "x", client="rucio", tokens=2, reason="eyJhbGciOiJIUzI1NiJ9.x.y")
     assert (made["message"], made["client"], made["tokens"], made["reason"]) == (
         "request x",
@@ -55,7 +56,7 @@ def test_a_line_is_one_json_object_with_its_event():
     assert made["time"].endswith("+00:00")
 
 
-def test_tracebacks_and_arguments_are_redacted():
+def test_tracebacks_and_arguments_are_redacted() -> None:
     try:
         int(f"bad {TOKEN}")
     except ValueError as error:
@@ -64,33 +65,33 @@ def test_tracebacks_and_arguments_are_redacted():
     assert "bad [token]" in made["traceback"]
 
 
-def test_what_json_has_no_form_for_is_still_logged():
+def test_what_json_has_no_form_for_is_still_logged() -> None:
     assert line("x", what=object())["what"].startswith("<object")
 
 
 class Stream(io.StringIO):
     """A stream that keeps each write apart."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
-        self.writes = []
+        self.writes: list[str] = []
 
-    def write(self, text):
+    def write(self, text: str) -> int:
         self.writes.append(text)
         return super().write(text)
 
 
 @pytest.fixture
-def written():
+def written() -> tuple[list[str], logging.Logger]:
     stream, logger = Stream(), logging.Logger("minter.requests", logging.INFO)  # noqa: LOG001 - one of its own
     logger.addHandler(logs.TurnHandler(stream))
     return stream.writes, logger
 
 
-def test_the_lines_of_one_turn_are_written_together(written):
+def test_the_lines_of_one_turn_are_written_together(written: tuple[list[str], logging.Logger]) -> None:
     writes, logger = written
 
-    async def run_once():
+    async def run_once() -> None:
         for number in range(3):
             logs.event(logger, f"event {number}")
         assert not writes
@@ -106,10 +107,10 @@ def test_the_lines_of_one_turn_are_written_together(written):
     assert writes[2:] == ["last\n"]
 
 
-def test_a_pipe_takes_each_write_as_one(written):
+def test_a_pipe_takes_each_write_as_one(written: tuple[list[str], logging.Logger]) -> None:
     writes, logger = written
 
-    async def run_once():
+    async def run_once() -> None:
         for number in range(50):
             logs.event(logger, f"{number} " + "ä" * 300)
         logs.event(logger, "x" * 5000)
@@ -121,7 +122,7 @@ def test_a_pipe_takes_each_write_as_one(written):
     assert "".join(writes).count("\n") == 51
 
 
-def test_without_a_loop_each_line_is_written_at_once(written):
+def test_without_a_loop_each_line_is_written_at_once(written: tuple[list[str], logging.Logger]) -> None:
     writes, logger = written
     logs.event(logger, "one")
     logs.event(logger, "two")

@@ -1,7 +1,9 @@
 """Dead letters as operators see them, and the environment file that commands read."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -11,33 +13,37 @@ from minter.cli.tables import as_table, console
 from minter.errors import SettingsError
 
 
-def letter(body=b"{}", **headers):
+def letter(body: bytes = b"{}", **headers: object) -> SimpleNamespace:
     return SimpleNamespace(headers=headers, body=body, properties={"user_id": "attacker"})
 
 
 @pytest.mark.parametrize("by_broker", [{"x-death": [{}]}, {"x-first-death-reason": "expired"}])
-def test_a_letter_of_the_broker_is_its_senders_whatever_its_headers_say(by_broker):
+def test_a_letter_of_the_broker_is_its_senders_whatever_its_headers_say(by_broker: dict[str, Any]) -> None:
     """A sender may set any header; the broker keeps them when a message expires."""
-    forged = {"minter-client": "victim", "minter-reason": "undeliverable", "task": "minter.mint"}
+    forged: dict[str, Any] = {
+        "minter-client": "victim",
+        "minter-reason": "undeliverable",
+        "task": "minter.mint",
+    }
     assert _described(letter(**forged)).client == "victim"  # written by a worker
     found = _described(letter(**forged, **by_broker))
     assert (found.client, found.reason) == ("attacker", "rejected")
 
 
-def test_no_token_of_a_letter_is_shown():
+def test_no_token_of_a_letter_is_shown() -> None:
     body = json.dumps(
         [[{"job": {"files": [{"source_tokens": ["eyJhbGciOi.eyJzdWIi.c2ln"]}]}}], {}, {}]
     ).encode()
     assert b"eyJ" not in bytes(_described(letter(body)).body)
 
 
-def test_text_in_tables_is_no_markup():
+def test_text_in_tables_is_no_markup() -> None:
     with console.capture() as told:
         console.print(as_table("dead", ("why",), [("[/x] and [args, kwargs]",)]))
     assert "[/x] and [args, kwargs]" in told.get()
 
 
-def test_the_environment_file_of_the_units_is_read(tmp_path):
+def test_the_environment_file_of_the_units_is_read(tmp_path: Path) -> None:
     path = tmp_path / "environment"
     path.write_text(
         "# comment\n;x=1\nMINTER_DSN=\"host=db password='my pass'\"\nPLAIN = value \nSINGLE='a b'\nHERE=file\n\nODD\n"

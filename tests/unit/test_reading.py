@@ -1,6 +1,7 @@
 """What external IAMs write differently: keys, dates, hosts and members of answers."""
 
 from datetime import UTC, datetime
+from typing import Any
 
 import jwt
 import pytest
@@ -43,7 +44,9 @@ ES256, RS256 = {"alg": "ES256", "kid": "1"}, {"alg": "RS256", "kid": "1"}
         ([], ES256, None),
     ],
 )  # fmt: skip
-def test_a_key_is_found_however_it_is_numbered(keys, header, found):
+def test_a_key_is_found_however_it_is_numbered(
+    keys: list[dict[str, Any]], header: dict[str, Any], found: dict[str, Any] | None
+) -> None:
     key = key_for(keys, header)
     told = None if key is None else type(key.Algorithm).to_jwk(key.key, as_dict=True)
     assert told == found
@@ -62,12 +65,12 @@ NOW = datetime(2026, 11, 25, 12, 0, 0, tzinfo=UTC)
         ("Fri, 25 Nov 2126 12:00:00 GMT", 3600),
     ],
 )  # fmt: skip
-def test_retry_after_is_read_in_every_form(header, seconds):
+def test_retry_after_is_read_in_every_form(header: str, seconds: int) -> None:
     assert seconds_of(header, NOW) == seconds
 
 
 @given(st.text())
-def test_retry_after_is_always_within_its_bounds(header):
+def test_retry_after_is_always_within_its_bounds(header: str) -> None:
     assert 0 <= seconds_of(header, NOW) <= 3600
 
 
@@ -95,15 +98,15 @@ ISSUER = "https://iam.example.org/realms/vo"
         ("", (), False),
     ],
 )
-def test_a_provider_points_at_its_own_hosts_only(url, hosts, may):
+def test_a_provider_points_at_its_own_hosts_only(url: str, hosts: tuple[str, ...], may: bool) -> None:
     assert may_point_at(url, ISSUER, hosts) is may
 
 
 @pytest.mark.parametrize("value", [None, 5, [], {}, True])
-def test_a_member_that_is_no_text_is_none(value):
+def test_a_member_that_is_no_text_is_none(value: object) -> None:
     assert text_of({"refresh_token": value}, "refresh_token") == ""
 
 
-def test_a_text_of_an_iam_shows_no_token():
+def test_a_text_of_an_iam_shows_no_token() -> None:
     token = jwt.encode({"sub": "x"}, "k" * 32, "HS256")
     assert plain(f"bad {token}\n\x07 request") == "bad request"

@@ -1,5 +1,6 @@
 import json
 import uuid
+from typing import Any
 
 import jsonschema
 import msgspec
@@ -14,6 +15,8 @@ from minter.contract.messages import (
     FillRequest,
     MintRequest,
     RefusedNeed,
+    Side,
+    Slot,
     TokenAnswer,
 )
 from minter.errors import BY_REASON, Banned, InvalidRequest, ServerError, from_dict
@@ -29,7 +32,7 @@ VALID = {"request_id": ID, "files": [{"sources": [URL]}]}
 JOB = {"files": [{"sources": [URL], "destinations": [URL + "2"]}], "params": {}}
 
 
-def spoil(**changes):
+def spoil(**changes: object) -> bytes:
     return json.dumps({**VALID, **changes}).encode()
 
 
@@ -63,7 +66,7 @@ def spoil(**changes):
     ],
     ids=lambda v: v if isinstance(v, str) else v[:40].decode("latin1"),
 )
-def test_a_spoiled_request_is_refused_and_says_where(body, why):
+def test_a_spoiled_request_is_refused_and_says_where(body: bytes, why: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
         decode_mint(body)
     assert why in caught.value.message
@@ -89,7 +92,7 @@ def test_a_spoiled_request_is_refused_and_says_where(body, why):
         ({"params": {"max_time_in_queue": 10**9}}, "$.job.params.max_time_in_queue"),
     ],
 )
-def test_a_spoiled_job_is_refused_and_says_where(change, where):
+def test_a_spoiled_job_is_refused_and_says_where(change: dict[str, Any], where: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
         decode_fill(json.dumps({"request_id": ID, "job": {**JOB, **change}}).encode())
     assert where in caught.value.message
@@ -114,7 +117,7 @@ def test_a_spoiled_job_is_refused_and_says_where(change, where):
         (0, None),
     ],
 )
-def test_ftss_durations(text, seconds):
+def test_ftss_durations(text: object, seconds: int | None) -> None:
     job = {**JOB, "params": {"max_time_in_queue": text}}
     request = decode_fill(msgspec.json.encode({"request_id": ID, "job": job}))
     assert request.files[0].needs[0].wait_seconds == seconds
@@ -124,7 +127,7 @@ def test_ftss_durations(text, seconds):
     ("offset", "why"),
     [(-31 * 86400, "31.0 days old"), (301, "in the future"), (0, None), (-29 * 86400, None), (299, None)],
 )
-def test_ids_from_the_far_past_or_future(offset, why):
+def test_ids_from_the_far_past_or_future(offset: int, why: str | None) -> None:
     now = 1_795_315_000.0
     id_ = uuid.UUID(int=(int((now + offset) * 1000) << 80) | 7 << 76 | 2 << 62)
     request = decode_mint(spoil(request_id=str(id_)))
@@ -135,12 +138,12 @@ def test_ids_from_the_far_past_or_future(offset, why):
         check_request_id(request, now, 30 * 86400)
 
 
-def test_an_id_that_is_no_uuid7():
+def test_an_id_that_is_no_uuid7() -> None:
     with pytest.raises(InvalidRequest, match="not a UUIDv7"):
         check_request_id(decode_mint(spoil(request_id=str(uuid.uuid4()))), 0, 1)
 
 
-def test_the_digest_is_of_the_content_not_of_its_spelling():
+def test_the_digest_is_of_the_content_not_of_its_spelling() -> None:
     one = decode_fill(json.dumps({"request_id": ID, "job": JOB}).encode())
     two = decode_fill(
         json.dumps({"job": dict(reversed(JOB.items())), "request_id": ID.upper()}, indent=3).encode()
@@ -150,7 +153,7 @@ def test_the_digest_is_of_the_content_not_of_its_spelling():
     assert one.digest != other.digest
 
 
-def test_every_job_that_rucio_wrote_is_read():
+def test_every_job_that_rucio_wrote_is_read() -> None:
     jobs = list(read_jobs(EXAMPLES / "rucio-41.5/jobs"))
     requests = [decode_fill(msgspec.json.encode({"request_id": ID, "job": job})) for _, job in jobs]
     assert len(requests) == 107
@@ -159,13 +162,17 @@ def test_every_job_that_rucio_wrote_is_read():
     assert {r.on_behalf_of for r in requests} == {"panda", "root"}
 
 
-def test_filling_changes_nothing_but_tokens_and_two_params():
+SIDES: tuple[Side, ...] = ("source", "destination")
+
+
+def test_filling_changes_nothing_but_tokens_and_two_params() -> None:
     for _, job in read_jobs(EXAMPLES / "rucio-41.5/jobs"):
         tokens = {
-            (n, s, i): f"t{n}{s}{i}"
-            for n, file in enumerate(job["files"]) for s in ("source", "destination") for i, _ in enumerate(file[f"{s}s"])
+            Slot(n, s, i): f"t{n}{s}{i}"
+            for n, file in enumerate(job["files"]) for s in SIDES for i, _ in enumerate(file[f"{s}s"])
         }  # fmt: skip
         filled = fill_job(job, tokens, [], 12)
+        assert filled is not None
         assert filled["params"] == {**job["params"], "unmanaged_tokens": True, "max_time_in_queue": 12}
         for before, after in zip(job["files"], filled["files"], strict=True):
             assert len(after["source_tokens"]) == len(after["sources"])
@@ -175,14 +182,15 @@ def test_filling_changes_nothing_but_tokens_and_two_params():
             }
 
 
-def test_refused_files_and_sources_are_left_out():
+def test_refused_files_and_sources_are_left_out() -> None:
     job = {
         "files": [
             {"sources": [URL, URL + "b"], "destinations": [URL + "c"]},
             {"sources": [URL], "destinations": [URL]},
         ]
     }
-    filled = fill_job(job, {(0, "source", 1): "s", (0, "destination", 0): "d"}, [1], 1)
+    filled = fill_job(job, {Slot(0, "source", 1): "s", Slot(0, "destination", 0): "d"}, [1], 1)
+    assert filled is not None
     assert filled["files"] == [
         {
             "sources": [URL + "b"],
@@ -194,20 +202,21 @@ def test_refused_files_and_sources_are_left_out():
     assert fill_job(job, {}, [0, 1], 1) is None
 
 
-def test_the_schemas_are_those_of_the_structs():
+def test_the_schemas_are_those_of_the_structs() -> None:
     for name, schema in generate().items():
         committed = json.loads((ROOT / "schemas" / name).read_text())
         assert committed == json.loads(json.dumps(schema)), f"run make schemas: {name}"
         jsonschema.Draft202012Validator.check_schema(schema)
 
 
-def test_schemas_and_structs_agree_on_real_and_spoiled_requests():
+def test_schemas_and_structs_agree_on_real_and_spoiled_requests() -> None:
     made = generate()
     mint, fill = (jsonschema.Draft202012Validator(made[f"{n}-request.json"]) for n in ("mint", "fill"))
     full = MintRequest(request_id=uuid.UUID(ID), files=(FileRequest(sources=(URL,), size=1),), activity="x")
     assert mint.is_valid(json.loads(msgspec.json.encode(full)))
     for _, job in read_jobs(EXAMPLES / "rucio-41.5/jobs"):
         assert fill.is_valid({"request_id": ID, "job": job})
+    spoiled: dict[str, Any]
     for spoiled in (
         {"files": []},
         {"files": [{"sources": [1]}]},
@@ -223,7 +232,7 @@ def test_schemas_and_structs_agree_on_real_and_spoiled_requests():
 
 
 @pytest.mark.parametrize("reason", sorted(BY_REASON))
-def test_every_error_survives_the_wire(reason):
+def test_every_error_survives_the_wire(reason: str) -> None:
     error = BY_REASON[reason]("what is wrong", expected=1, got=2)
     wire = json.loads(json.dumps(error.as_dict()))
     jsonschema.validate(wire, generate()["error.json"])
@@ -232,13 +241,14 @@ def test_every_error_survives_the_wire(reason):
     assert (back.message, back.fields) == (error.message, error.fields)
 
 
-def test_what_is_not_the_callers_stays_opaque():
+def test_what_is_not_the_callers_stays_opaque() -> None:
     answer = failure(ID, BY_REASON["token_rejected"]("claims differ in scope"))
+    assert answer.error is not None
     assert answer.error["reason"] == ServerError.reason
     assert "scope" not in answer.error["error_description"]
 
 
-def test_a_large_answer_comes_in_parts_and_is_whole_again():
+def test_a_large_answer_comes_in_parts_and_is_whole_again() -> None:
     tokens = [TokenAnswer(n, "source", 0, "SE", "storage.read:/f", "j", 1, "t" * 100) for n in range(100)]
     whole = Answer(request_id=ID, tokens=tokens)
     pieces = [msgspec.json.decode(p, type=Answer) for p in parts(whole, 5_000)]
@@ -248,7 +258,7 @@ def test_a_large_answer_comes_in_parts_and_is_whole_again():
     assert all(len(p) <= 5_000 for p in parts(whole, 5_000))
 
 
-def test_no_part_of_an_answer_is_larger_than_allowed_however_its_items_lie():
+def test_no_part_of_an_answer_is_larger_than_allowed_however_its_items_lie() -> None:
     """Large and small items in turn: equal counts of items would give parts of very different sizes."""
     tokens = [
         TokenAnswer(n, "source", 0, "SE", "s", "j", 1, "t" * (2_000 if n % 3 == 0 else 9)) for n in range(60)
@@ -266,7 +276,7 @@ def test_no_part_of_an_answer_is_larger_than_allowed_however_its_items_lie():
     assert [r.file for a in answers for r in a.refusals] == list(range(60, 90))
 
 
-def test_tokens_are_hidden_in_repr():
+def test_tokens_are_hidden_in_repr() -> None:
     answer = TokenAnswer(0, "source", 0, "SE", "s", "j", 1, "eyJsecret")
     assert "eyJsecret" not in repr(answer)
     assert "eyJsecret" not in repr(FillRequest(request_id=uuid.UUID(ID), job={}))

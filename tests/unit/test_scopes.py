@@ -43,7 +43,7 @@ ODD = [
 
 
 @pytest.mark.parametrize(("path", "why"), ODD)
-def test_odd_paths_are_refused(path, why):
+def test_odd_paths_are_refused(path: str, why: str) -> None:
     with pytest.raises(InvalidPath, match="path ") as error:
         check_path(path)
     assert why in error.value.message
@@ -55,18 +55,18 @@ def test_odd_paths_are_refused(path, why):
      "storage.read:/a%2fb/%2e./c", "storage.read:/a%252fb", "storage.read:/%5c", "storage.read:/%ff",
      "storage.modify:/a%00"],
 )  # fmt: skip
-def test_odd_scopes_are_refused(text):
+def test_odd_scopes_are_refused(text: str) -> None:
     with pytest.raises(InvalidPath):
         Scope.parse(text)
 
 
-def test_a_decoded_slash_is_a_border():
+def test_a_decoded_slash_is_a_border() -> None:
     # %2f decodes to /: the scope means the path that verifiers will see.
     assert Scope.parse("storage.read:/a%2fb") == Scope("storage.read", "/a/b")
 
 
 @given(paths)
-def test_encoding_is_undone_by_parsing(path):
+def test_encoding_is_undone_by_parsing(path: str) -> None:
     encoded = f"storage.read:{encode_path(path)}"
     assert Scope.parse(encoded) == Scope("storage.read", path)
     assert " " not in encoded
@@ -74,18 +74,18 @@ def test_encoding_is_undone_by_parsing(path):
 
 
 @given(scopes)
-def test_normalising_twice_is_once(scope):
+def test_normalising_twice_is_once(scope: Scope) -> None:
     once = Scope.parse(str(scope))
     assert Scope.parse(str(once)) == once == scope
 
 
-def test_a_trailing_slash_of_a_directory_is_dropped():
+def test_a_trailing_slash_of_a_directory_is_dropped() -> None:
     assert Scope.parse("storage.read:/a/b/") == Scope.parse("storage.read:/a/b")
     assert Scope.parse("storage.read:/").path == "/"
 
 
 @pytest.mark.parametrize("kept", list("!$&'()*+,;=:@-._~"))
-def test_pchar_stays_raw(kept):
+def test_pchar_stays_raw(kept: str) -> None:
     assert encode_path(f"/a{kept}b") == f"/a{kept}b"
 
 
@@ -93,17 +93,17 @@ def test_pchar_stays_raw(kept):
     ("character", "encoded"),
     [(" ", "%20"), ("#", "%23"), ("?", "%3F"), ('"', "%22"), ("ü", "%C3%BC"), ("^", "%5E")],
 )
-def test_all_else_is_percent_encoded(character, encoded):
+def test_all_else_is_percent_encoded(character: str, encoded: str) -> None:
     assert encode_path(f"/a{character}b") == f"/a{encoded}b"
 
 
 @pytest.mark.parametrize("space", [" ", "\u00a0", "\u2028", "\u3000"])
-def test_raw_paths_hold_no_white_space(space):
+def test_raw_paths_hold_no_white_space(space: str) -> None:
     with pytest.raises(InvalidPath, match="white space"):
         raw_path(f"/a{space}b")
 
 
-def test_the_prefix_of_a_name_is_not_its_parent():
+def test_the_prefix_of_a_name_is_not_its_parent() -> None:
     assert not path_contains("/foo", "/foobar")
     assert not path_contains("/foo/bar", "/foo/bargain")
     assert path_contains("/foo", "/foo/bar")
@@ -112,12 +112,12 @@ def test_the_prefix_of_a_name_is_not_its_parent():
 
 
 @given(paths, segments)
-def test_a_path_never_holds_a_longer_name(path, tail):
+def test_a_path_never_holds_a_longer_name(path: str, tail: str) -> None:
     if path != "/":
         assert not path_contains(path, path + tail)
 
 
-def test_modify_holds_create_and_stage_holds_poll_but_never_read():
+def test_modify_holds_create_and_stage_holds_poll_but_never_read() -> None:
     assert Scope("storage.modify", "/a").contains(Scope("storage.create", "/a/b"))
     assert not Scope("storage.create", "/a").contains(Scope("storage.modify", "/a"))
     assert Scope("storage.stage", "/a").contains(Scope("storage.poll", "/a"))
@@ -126,7 +126,7 @@ def test_modify_holds_create_and_stage_holds_poll_but_never_read():
 
 
 @given(scopes, scopes, scopes)
-def test_containment_is_a_partial_order(a, b, c):
+def test_containment_is_a_partial_order(a: Scope, b: Scope, c: Scope) -> None:
     assert a.contains(a)
     if a.contains(b) and b.contains(a):
         assert a == b
@@ -135,7 +135,7 @@ def test_containment_is_a_partial_order(a, b, c):
 
 
 @given(scope_sets, scope_sets)
-def test_an_intersection_is_inside_both(left, right):
+def test_an_intersection_is_inside_both(left: frozenset[Scope], right: frozenset[Scope]) -> None:
     both = intersect(left, right)
     assert contains(left, both)
     assert contains(right, both)
@@ -143,12 +143,14 @@ def test_an_intersection_is_inside_both(left, right):
 
 
 @given(scopes, scope_sets, scope_sets)
-def test_an_intersection_is_the_largest(scope, left, right):
+def test_an_intersection_is_the_largest(
+    scope: Scope, left: frozenset[Scope], right: frozenset[Scope]
+) -> None:
     if contains(left, [scope]) and contains(right, [scope]):
         assert contains(intersect(left, right), [scope])
 
 
-def test_scopes_without_a_path_are_kept_as_they_are():
+def test_scopes_without_a_path_are_kept_as_they_are() -> None:
     assert parse_scopes("fts offline_access compute.read") == {
         Scope("fts"), Scope("offline_access"), Scope("compute.read"),
     }  # fmt: skip

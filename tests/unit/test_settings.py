@@ -1,14 +1,17 @@
+from pathlib import Path
+
 import pytest
 
 from minter import checks, settings
 from minter.errors import SettingsError
+from minter.settings import Loaded
 from minter.tokens.keystore import MASTER_KEY_BYTES, MasterKey, new_master_key, read_master_key
 from tests.conftest import EXAMPLES
 
 BASE = '[issuers.vo]\niss = "https://t.example.org/vo/"\n'
 
 
-def load(tmp_path, text, **environ):
+def load(tmp_path: Path, text: str, **environ: str) -> settings.Loaded:
     path = tmp_path / "settings.toml"
     path.write_text(text)
     return settings.load(path, environ)
@@ -40,26 +43,26 @@ def load(tmp_path, text, **environ):
         (BASE + '[[rucio]]\nvo = "vo"\nexport = "missing.json"\n', "cannot be read"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_is_said(tmp_path, text, why):
+def test_what_is_wrong_is_said(tmp_path: Path, text: str, why: str) -> None:
     with pytest.raises(SettingsError) as caught:
         load(tmp_path, text)
     assert why in caught.value.message
 
 
-def test_the_examples_are_right_and_warn_of_what_is_doubtful(loaded):
+def test_the_examples_are_right_and_warn_of_what_is_doubtful(loaded: Loaded) -> None:
     assert len(loaded.storages) == 22
     said = "\n".join([*loaded.warnings, *checks.doubts(loaded)])
     for fragment in ("not tried", "share an endpoint", "risk assessment", "X.509 only"):
         assert fragment in said
 
 
-def test_a_route_whose_tokens_can_hardly_be_shared_is_doubtful(tmp_path):
+def test_a_route_whose_tokens_can_hardly_be_shared_is_doubtful(tmp_path: Path) -> None:
     route = '[[routes]]\nname = "r"\noperations = ["read"]\ngranularity = "directory"\nwait_seconds = {}\n'
     assert "few files will share" in "\n".join(checks.doubts(load(tmp_path, BASE + route.format(7200))))
     assert "few files will share" not in "\n".join(checks.doubts(load(tmp_path, BASE + route.format(600))))
 
 
-def test_the_environment_wins_and_is_not_shown(tmp_path):
+def test_the_environment_wins_and_is_not_shown(tmp_path: Path) -> None:
     loaded = load(
         tmp_path,
         BASE + '[database]\ndsn = "a"\n',
@@ -70,7 +73,7 @@ def test_the_environment_wins_and_is_not_shown(tmp_path):
     assert "hunter2" not in repr(loaded)
 
 
-def test_a_master_key_is_read_from_a_private_file_or_the_environment(tmp_path):
+def test_a_master_key_is_read_from_a_private_file_or_the_environment(tmp_path: Path) -> None:
     path = tmp_path / "key"
     path.write_text(new_master_key() + "\n")
     path.chmod(0o644)
@@ -85,7 +88,7 @@ def test_a_master_key_is_read_from_a_private_file_or_the_environment(tmp_path):
         read_master_key("vo", text=None, path=None)
 
 
-def test_a_ciphertext_opens_only_for_its_row_purpose_and_vo():
+def test_a_ciphertext_opens_only_for_its_row_purpose_and_vo() -> None:
     from minter.errors import NoUsableKey
 
     material = bytes(range(MASTER_KEY_BYTES))
@@ -105,18 +108,18 @@ def test_a_ciphertext_opens_only_for_its_row_purpose_and_vo():
         key.decrypt("signing_key", "kid1", sealed[:-1] + bytes([sealed[-1] ^ 1]))
 
 
-def test_the_examples_are_what_production_would_use():
+def test_the_examples_are_what_production_would_use() -> None:
     text = (EXAMPLES / "settings.toml").read_text()
     assert "dsn" not in text.lower().replace("minter_dsn", "").replace("the dsn", "")
 
 
-def test_a_listener_that_is_not_behind_a_web_server_is_doubted(tmp_path):
+def test_a_listener_that_is_not_behind_a_web_server_is_doubted(tmp_path: Path) -> None:
     assert not any("http.listen" in d for d in checks.doubts(load(tmp_path, BASE)))
     told = list(checks.doubts(load(tmp_path, BASE + '\n[http]\nlisten = "0.0.0.0"\n')))
     assert any("http.listen is 0.0.0.0" in d for d in told)
 
 
-def test_an_exchange_of_a_clients_own_token_that_a_rule_names_fails_the_check(tmp_path):
+def test_an_exchange_of_a_clients_own_token_that_a_rule_names_fails_the_check(tmp_path: Path) -> None:
     """Such a rule loads, and would never allow an exchange for refresh tokens."""
     text = (
         BASE
@@ -134,7 +137,7 @@ offline_access = true
     assert not list(checks.failures(load(tmp_path, text.replace('"rucio", "dirac"', '"rucio"'))))
 
 
-def test_a_storage_that_verifies_no_key_of_its_issuer_fails_the_check(tmp_path):
+def test_a_storage_that_verifies_no_key_of_its_issuer_fails_the_check(tmp_path: Path) -> None:
     text = (
         BASE.replace("[issuers.vo]\n", '[issuers.vo]\nalgorithms = ["ES256"]\n')
         + """

@@ -1,6 +1,7 @@
 """The configuration for sites, and storages from DIRAC's configuration."""
 
 import tomllib
+from typing import Any
 
 import msgspec
 import pytest
@@ -87,7 +88,7 @@ Resources
 """
 
 
-def test_diracs_storage_elements_become_storages():
+def test_diracs_storage_elements_become_storages() -> None:
     found, warnings = storages_from_cfg(CFG, "lhcb", (RSERule("CERN-DST", "eos"), RSERule("CERN-*", "cta")))
     by_name = {s.name: s for s in found}
     assert by_name["CERN-DST"] == Storage(
@@ -107,18 +108,18 @@ def test_diracs_storage_elements_become_storages():
 
 
 @pytest.mark.parametrize("text", ["", "StorageElements = 1", "{{{", "Resources\n{\n"])
-def test_what_is_no_dirac_configuration_is_refused(text):
+def test_what_is_no_dirac_configuration_is_refused(text: str) -> None:
     with pytest.raises(SettingsError, match="not a DIRAC configuration"):
         storages_from_cfg(text, "lhcb")
 
 
-def test_imported_storages_are_settings():
+def test_imported_storages_are_settings() -> None:
     found, _ = storages_from_cfg(CFG, "lhcb")
     read = tomllib.loads(settings_text(found))["storages"]
     assert msgspec.convert(read, list[Storage]) == found
 
 
-def fragment(dialect, **more):
+def fragment(dialect: str, **more: Any) -> str:
     storage = Storage(
         vo="vo", name="SE", endpoints=(Endpoint("se.example.org", 1094, "/data/vo"),), dialect=dialect, base_path="/data", **more
     )  # fmt: skip
@@ -153,7 +154,7 @@ def fragment(dialect, **more):
         ("profile", [f"# issuer:    {ISSUER}"]),
     ],
 )
-def test_a_fragment_says_issuer_audience_and_base_path(dialect, lines):
+def test_a_fragment_says_issuer_audience_and_base_path(dialect: str, lines: list[str]) -> None:
     text = fragment(dialect)
     assert set(lines) <= set(text.splitlines())
     assert "se.example.org" in text
@@ -162,14 +163,14 @@ def test_a_fragment_says_issuer_audience_and_base_path(dialect, lines):
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
-def test_a_fragment_says_what_the_dialect_says(dialect):
+def test_a_fragment_says_what_the_dialect_says(dialect: str) -> None:
     text = " ".join(line.removeprefix("#").strip() for line in fragment(dialect).splitlines())
     row = DIALECTS[dialect]
     told = [row.software, *row.algorithms, *(q.meaning for q in row.quirks), *row.unable.values()]
     assert [words for words in told if words not in text] == []
 
 
-def test_endpoints_with_base_paths_of_their_own_get_a_fragment_each():
+def test_endpoints_with_base_paths_of_their_own_get_a_fragment_each() -> None:
     storage = Storage(
         vo="vo", name="SE", dialect="xrootd", base_path="/data",
         endpoints=(Endpoint("a.example.org", 1094, "/data/vo"), Endpoint("b.example.org", 1094, "/pool/vo", "/pool")),

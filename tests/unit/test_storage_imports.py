@@ -1,7 +1,9 @@
 """Storages as Rucio and DIRAC describe them: odd ones are left out or told, the others are imported."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,7 +13,7 @@ from minter.policy.token_endpoint import decide
 from minter.policy.token_requests import TokenRequest
 from minter.policy.transfers import Policy
 from minter.scopes import Scope
-from minter.storages.directory import Directory, Endpoint
+from minter.storages.directory import Directory, Endpoint, Storage
 from minter.storages.from_dirac import storages_from_cfg
 from minter.storages.from_rucio import storages_from_export
 from minter.storages.urls import host_key
@@ -20,12 +22,12 @@ from minter.tokens.clock import new_uuid7, now
 CASES = Path(__file__).parents[1] / "vectors" / "fts-cases"
 
 
-def rucio(name):
+def rucio(name: str) -> tuple[dict[str, Storage], str]:
     found, warnings = storages_from_export(json.loads((CASES / name).read_text()), "norvo")
     return {s.name: s for s in found}, "\n".join(warnings)
 
 
-def export(protocols, **attributes):
+def export(protocols: object, **attributes: object) -> tuple[dict[str, Storage], str]:
     rse = {"rse": "ONE", "attributes": {"oidc_support": True, **attributes}, "protocols": protocols}
     nice = {
         "rse": "NICE",
@@ -38,7 +40,7 @@ def export(protocols, **attributes):
 
 
 @pytest.mark.parametrize("name", ["missing", "null", "empty", "with-port", "with-scheme"])
-def test_an_odd_hostname_leaves_out_its_own_protocol_only(name):
+def test_an_odd_hostname_leaves_out_its_own_protocol_only(name: str) -> None:
     found, warnings = rucio(f"16-import-odd-hostname/{name}.json")
     assert set(found) == {"NICE_DISK"}
     assert "ODD_DISK: protocol 0 (davs)" in warnings
@@ -51,7 +53,7 @@ def test_an_odd_hostname_leaves_out_its_own_protocol_only(name):
         {"prefix": 5}, {"prefix": "/a%20b"}, {"prefix": "/a/../b"}, {"prefix": "/a\\b"}, {"hostname": "2001:db8::zz"},
     ],
 )  # fmt: skip
-def test_an_odd_protocol_is_left_out_and_named(odd):
+def test_an_odd_protocol_is_left_out_and_named(odd: dict[str, Any]) -> None:
     good = {"scheme": "davs", "hostname": "good.example", "port": 443, "prefix": "/g"}
     found, warnings = export([good, {"scheme": "davs", "hostname": "odd.example", "prefix": "/o", **odd}])
     assert [e.host for e in found["ONE"].endpoints] == ["good.example"]
@@ -60,20 +62,20 @@ def test_an_odd_protocol_is_left_out_and_named(odd):
 
 
 @pytest.mark.parametrize("protocols", [None, {}, [None], "x", [{"scheme": None}]])
-def test_what_is_no_protocol_at_all_leaves_the_rse_out(protocols):
+def test_what_is_no_protocol_at_all_leaves_the_rse_out(protocols: object) -> None:
     found, warnings = export(protocols)
     assert "ONE" not in found
     assert "no usable davs protocol" in warnings
 
 
 @pytest.mark.parametrize("attributes", [[], "x", None])
-def test_what_are_no_attributes_make_an_rse_without_tokens(attributes):
+def test_what_are_no_attributes_make_an_rse_without_tokens(attributes: object) -> None:
     rse = {"attributes": attributes, "protocols": [{"scheme": "davs", "hostname": "h", "prefix": "/p"}]}
     (storage,), _ = storages_from_export({"rses": {"X": rse}}, "norvo")
     assert not storage.tokens
 
 
-def test_each_endpoint_has_its_own_base_path():
+def test_each_endpoint_has_its_own_base_path() -> None:
     protocols = [
         {"scheme": "davs", "hostname": "a", "prefix": "/pnfs/vo/data"},
         {"scheme": "davs", "hostname": "b", "prefix": "/other"},
@@ -85,7 +87,7 @@ def test_each_endpoint_has_its_own_base_path():
     assert "does not hold the prefix '/other'" in warnings
 
 
-def test_a_prefix_without_its_slash_is_read_and_told():
+def test_a_prefix_without_its_slash_is_read_and_told() -> None:
     found, warnings = rucio("18-prefix-without-slash/export.json")
     assert "/tapemc" in {e.prefix for s in found.values() for e in s.endpoints}
     assert "Rucio's own scopes" in warnings
@@ -98,19 +100,19 @@ def test_a_prefix_without_its_slash_is_read_and_told():
         ("[2001:0db8:0000:0000:0000:0000:0000:0017]", "[2001:DB8::17]"), ("SE.Example.ORG", "se.example.org."),
     ],
 )  # fmt: skip
-def test_hosts_are_compared_as_hosts(written, asked):
+def test_hosts_are_compared_as_hosts(written: str, asked: str) -> None:
     assert host_key(written) == host_key(asked)
     found, _ = export([{"scheme": "davs", "hostname": written, "port": 443, "prefix": "/p"}])
     assert Directory([found["ONE"]]).locate(f"davs://{asked}:443/p/f")[1] == "/p/f"
 
 
 @pytest.mark.parametrize("text", ["h:443", "https://h", "h/p", "a b", "", "-h", "[::1", "::1%eth0"])
-def test_what_is_no_host_is_refused(text):
+def test_what_is_no_host_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r".+"):
         host_key(text)
 
 
-def at_token(storages, scope, audience):
+def at_token(storages: Iterable[Storage], scope: tuple[str, ...], audience: tuple[str, ...]) -> str:
     policy = Policy({"norvo": Directory(storages)})
     client = Client(client_id=1, name="rucio", vo="norvo", sub="s")
     request = Request(
@@ -120,7 +122,7 @@ def at_token(storages, scope, audience):
     return decision.error.reason if decision.error else decision.planned_tokens[0].scope
 
 
-def test_rucio_gets_one_token_for_the_doors_of_one_rse():
+def test_rucio_gets_one_token_for_the_doors_of_one_rse() -> None:
     found, warnings = rucio("15-rse-with-two-doors/export.json")
     assert "different prefixes" in warnings
     hosts = ("door1.westmark.example", "door2.westmark.example")
@@ -130,7 +132,7 @@ def test_rucio_gets_one_token_for_the_doors_of_one_rse():
     assert at_token(found.values(), ("storage.read:/elsewhere",), hosts) == "invalid_scope"
 
 
-def test_two_ports_of_one_host_are_doors_too():
+def test_two_ports_of_one_host_are_doors_too() -> None:
     found, _ = rucio("15-rse-with-two-doors/export-ports.json")
     (storage,) = found.values()
     prefixes = sorted({e.prefix for e in storage.endpoints})
@@ -140,7 +142,7 @@ def test_two_ports_of_one_host_are_doors_too():
     assert at_token([storage], both, (host.upper(),)) == " ".join(both)
 
 
-def test_a_door_does_not_open_another_storage_that_is_there():
+def test_a_door_does_not_open_another_storage_that_is_there() -> None:
     found, _ = rucio("15-rse-with-two-doors/export.json")
     other, _ = export(
         [{"scheme": "davs", "hostname": "door2.westmark.example", "prefix": "/pnfs/westmark/norvo/x"}]
@@ -164,19 +166,19 @@ def test_a_door_does_not_open_another_storage_that_is_there():
         ("storage.read:///", "storage.read:/"), ("storage.modify:/%2Fdisk", "storage.modify:/disk"),
     ],
 )  # fmt: skip
-def test_repeated_slashes_in_a_scope_are_one(text, scope):
+def test_repeated_slashes_in_a_scope_are_one(text: str, scope: str) -> None:
     assert str(Scope.parse(text)) == scope
 
 
 # ── DIRAC ────────────────────────────────────────────────────────────────────────────────────
 
 
-def dirac(text, vo="glimmer"):
+def dirac(text: str, vo: str = "glimmer") -> tuple[dict[str, Storage], str]:
     found, warnings = storages_from_cfg(text, vo)
     return {s.name: s for s in found}, "\n".join(warnings)
 
 
-def test_a_vos_own_path_is_taken():
+def test_a_vos_own_path_is_taken() -> None:
     text = (CASES / "01-dirac-vopath" / "dirac.cfg").read_text()
     found, warnings = dirac(text)
     (storage,) = found.values()
@@ -190,7 +192,7 @@ def test_a_vos_own_path_is_taken():
     assert next(iter(found.values())).endpoints[0].prefix == "/pool/common"
 
 
-def test_tokens_only_where_the_element_says_so():
+def test_tokens_only_where_the_element_says_so() -> None:
     found, warnings = dirac((CASES / "02-dirac-tokensupport" / "dirac.cfg").read_text())
     assert {name: s.tokens for name, s in found.items()} == {
         "HAFEN-disk": True, "MOLE-disk": False, "PIER-disk": False,
@@ -222,12 +224,12 @@ Resources
 
 
 @pytest.mark.parametrize("value", ["True", "true", "yes", "Yes", "y", "1"])
-def test_spellings_of_yes(value):
+def test_spellings_of_yes(value: str) -> None:
     assert dirac(ELEMENT % (f"TokenSupport = {value}", ""))[0]["X"].tokens
 
 
 @pytest.mark.parametrize("value", ["False", "no", "0", "maybe"])
-def test_anything_else_is_no(value):
+def test_anything_else_is_no(value: str) -> None:
     assert not dirac(ELEMENT % (f"TokenSupport = {value}", ""))[0]["X"].tokens
 
 
@@ -238,7 +240,7 @@ def test_anything_else_is_no(value):
         ("", "Access = local", "local access only"), ("", "Host = https://h", "not a host"),
     ],
 )  # fmt: skip
-def test_who_may_use_an_element_and_how(element, section, said):
+def test_who_may_use_an_element_and_how(element: str, section: str, said: str) -> None:
     text = ELEMENT % (element, section)
     if section.startswith("Host"):
         text = text.replace("        Host = h.example\n", "")
@@ -247,5 +249,5 @@ def test_who_may_use_an_element_and_how(element, section, said):
     assert said in warnings
 
 
-def test_an_element_for_several_vos_is_ours_too():
+def test_an_element_for_several_vos_is_ours_too() -> None:
     assert "X" in dirac(ELEMENT % ("VO = otter, glimmer", ""))[0]

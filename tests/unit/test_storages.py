@@ -2,10 +2,17 @@ import json
 
 import pytest
 
-from minter.contract.operations import OPERATIONS
-from minter.errors import EndpointTakesNoToken, InvalidPath, PathNotAllowed, SettingsError, UnknownStorage
+from minter.contract.operations import OPERATIONS, Operation
+from minter.errors import (
+    EndpointTakesNoToken,
+    InvalidPath,
+    MinterError,
+    PathNotAllowed,
+    SettingsError,
+    UnknownStorage,
+)
 from minter.scopes import parse_scopes, path_contains
-from minter.storages.dialects import DIALECTS, audience, scopes_needed
+from minter.storages.dialects import DIALECTS, AudienceForm, Dialect, audience, scopes_needed
 from minter.storages.directory import Directory, Endpoint, Storage
 from minter.storages.from_rucio import RSERule, storages_from_export
 from minter.storages.urls import check_fts_url, split_url
@@ -33,7 +40,7 @@ PREFIX = "davs://door.example.org/eos/vo/disk"
         (f"{PREFIX}/ends with ", "/disk/ends with "),
     ],
 )
-def test_rucios_urls_as_they_are(url, path):
+def test_rucios_urls_as_they_are(url: str, path: str) -> None:
     assert DIRECTORY.locate(url)[1] == path
 
 
@@ -65,14 +72,16 @@ def test_rucios_urls_as_they_are(url, path):
         (f"{PREFIX}/{'x' * 4096}", InvalidPath, "too long"),
     ],
 )
-def test_what_is_odd_or_unknown_is_refused_with_a_reason(url, error, why):
+def test_what_is_odd_or_unknown_is_refused_with_a_reason(
+    url: str, error: type[MinterError], why: str
+) -> None:
     with pytest.raises(error) as caught:
         DIRECTORY.locate(url)
     assert why.replace("\\\\\\\\", "\\\\") in caught.value.message
     assert "secret" not in str(caught.value) + str(caught.value.fields)
 
 
-def test_the_longest_prefix_wins_and_two_claims_on_one_must_agree():
+def test_the_longest_prefix_wins_and_two_claims_on_one_must_agree() -> None:
     inner = Storage(
         vo="vo",
         name="INNER",
@@ -86,7 +95,7 @@ def test_the_longest_prefix_wins_and_two_claims_on_one_must_agree():
         Directory([DISK, other])
 
 
-def test_a_storage_without_token_support_is_known_but_refused():
+def test_a_storage_without_token_support_is_known_but_refused() -> None:
     x509 = Storage(vo="vo", name="OLD", tokens=False, endpoints=(Endpoint("old.example.org"),))
     with pytest.raises(EndpointTakesNoToken, match="takes no tokens"):
         Directory([x509]).locate("davs://old.example.org/f")
@@ -99,12 +108,12 @@ def test_a_storage_without_token_support_is_known_but_refused():
         ("host", 8443, "h"), ("host_with_port", 8443, "h:8443"), ("host_with_port", 443, "h"),
     ],
 )  # fmt: skip
-def test_audience_forms(form, port, expected):
+def test_audience_forms(form: AudienceForm, port: int, expected: str) -> None:
     assert audience(form, "h", port) == expected
 
 
 @pytest.mark.parametrize("dialect", DIALECTS.values(), ids=lambda d: d.name)
-def test_every_dialect_answers_every_operation_and_names_its_sources(dialect):
+def test_every_dialect_answers_every_operation_and_names_its_sources(dialect: Dialect) -> None:
     assert set(dialect.scopes) == set(OPERATIONS)
     assert dialect.source
     for needed in (n for group in dialect.scopes.values() for n in group):
@@ -113,11 +122,11 @@ def test_every_dialect_answers_every_operation_and_names_its_sources(dialect):
     assert dialect.max_token_bytes <= 16_000
 
 
-def _scopes(dialect, *operations):
+def _scopes(dialect: str, *operations: Operation) -> set[tuple[str, str]]:
     return {(n.scope, n.where) for n in scopes_needed(DIALECTS[dialect], operations)}
 
 
-def test_the_dialect_table_says_what_was_tried():
+def test_the_dialect_table_says_what_was_tried() -> None:
     assert _scopes("xrootd", "write") == {("storage.create", "file")}
     assert _scopes("xrootd", "overwrite", "retry", "make_parents") == {("storage.modify", "file")}
     assert _scopes("xrootd-5.5", "write") == {("storage.create", "file"), ("storage.read", "file")}
@@ -140,7 +149,7 @@ STORAGES, WARNINGS = storages_from_export(EXPORT, "vo", (RSERule("*"),))
 
 
 @pytest.mark.parametrize("storage", STORAGES, ids=lambda s: s.name)
-def test_ours_is_inside_what_rucio_asks_for(storage):
+def test_ours_is_inside_what_rucio_asks_for(storage: Storage) -> None:
     pair = PAIRS[storage.name]
     directory = Directory([storage])
     asked = pair["transfer_destination"]
@@ -158,20 +167,20 @@ def test_ours_is_inside_what_rucio_asks_for(storage):
         assert any(path_contains(wide, path) for wide in rse_wide)
 
 
-def _repaired(scope):
+def _repaired(scope: str) -> str:
     """Rucio's string prefixes lose the leading slash or the whole path; Rucio means a path below /."""
     words = (w.partition(":") for w in scope.split())
     return " ".join(f"{n}:/{p.lstrip('/')}" for n, c, p in words if c)
 
 
-def test_every_surprise_of_the_export_is_said():
+def test_every_surprise_of_the_export_is_said() -> None:
     said = "\n".join(WARNINGS)
     for fragment in ("CEDRO-T2_DATADISK: oidc_base_path '/atlas/' ends in /", "begins with //", "prefix equals oidc_base_path",
                      "JURA-T3_LOCALGROUPDISK: takes no tokens", "KELP-T3_OBJECTSTORE: takes no tokens"):  # fmt: skip
         assert fragment in said
 
 
-def test_an_export_keyed_by_id_gives_the_same_storages():
+def test_an_export_keyed_by_id_gives_the_same_storages() -> None:
     import gzip
 
     core = json.loads(gzip.decompress((EXAMPLES / "rucio-41.5/rses-export-core.json.gz").read_bytes()))
@@ -179,7 +188,7 @@ def test_an_export_keyed_by_id_gives_the_same_storages():
     assert sorted(storages_from_export(core, "vo", (RSERule("*"),))[0], key=str) == sorted(STORAGES, key=str)
 
 
-def test_a_base_path_that_only_looks_like_a_prefix_is_not_cut():
+def test_a_base_path_that_only_looks_like_a_prefix_is_not_cut() -> None:
     rse = {"protocols": [{"scheme": "davs", "hostname": "h", "port": 443, "prefix": "/a/data2/"}],
            "attributes": {"oidc_base_path": "/a/data", "oidc_support": True}}  # fmt: skip
     (storage,), warnings = storages_from_export({"rses": {"X": rse}}, "vo")
@@ -188,7 +197,7 @@ def test_a_base_path_that_only_looks_like_a_prefix_is_not_cut():
     assert any("does not hold the prefix" in w for w in warnings)
 
 
-def test_port_zero_means_none():
+def test_port_zero_means_none() -> None:
     assert split_url("davs://h:0/f") == ("h", 443, "/f")
     rse = {
         "protocols": [{"scheme": "davs", "hostname": "H", "port": 0, "prefix": ""}],
@@ -199,6 +208,6 @@ def test_port_zero_means_none():
 
 
 @pytest.mark.parametrize("url", ["https://[::1", "davs://[x]/a", "davs://se.example.org]/a", "davs://a[b/c"])
-def test_a_url_that_ftss_parser_cannot_read_is_refused(url):
+def test_a_url_that_ftss_parser_cannot_read_is_refused(url: str) -> None:
     with pytest.raises(UnknownStorage, match="cannot read the host"):
         check_fts_url(url)

@@ -18,16 +18,16 @@ from minter.policy.token_endpoint import ANY
 from minter.policy.token_requests import Family, TokenRequest, act_depth, present
 from minter.policy.transfers import Policy
 from minter.scopes import Scope, contains, parse_scopes, path_contains
-from minter.storages.directory import Directory, Endpoint, Storage
+from minter.storages.directory import Area, Directory, Endpoint, Storage
 from tests import strategies
 
 NOW = datetime(2026, 11, 22, 12, tzinfo=UTC)
-SEEN = Counter()
+SEEN: Counter[str] = Counter()
 NAMES = ("storage.read", "storage.create", "storage.modify", "storage.stage", "storage.poll")
 
 
 @st.composite
-def token_requests(draw, made):
+def token_requests(draw: st.DrawFn, made: list[Storage]) -> TokenRequest:
     audiences = []
     for storage in draw(st.lists(st.sampled_from(made), min_size=1, max_size=2)):
         door = storage.endpoints[0]
@@ -61,7 +61,9 @@ def token_requests(draw, made):
 
 @settings(max_examples=400)
 @given(st.data())
-def test_nothing_is_granted_beyond_what_was_asked_the_areas_of_every_audience_and_the_client(data):
+def test_nothing_is_granted_beyond_what_was_asked_the_areas_of_every_audience_and_the_client(
+    data: st.DataObject,
+) -> None:
     made = data.draw(strategies.storages())
     if data.draw(st.booleans()):  # one storage inside another, at the same endpoint
         outer = made[0]
@@ -83,6 +85,7 @@ def test_nothing_is_granted_beyond_what_was_asked_the_areas_of_every_audience_an
         directory = policy.directories["vo"]
         storage_scopes = [s for s in parse_scopes(planned.scope) if s.path is not None]
         for scope in storage_scopes:
+            assert scope.path is not None
             assert contains(asked, [scope])
             assert not client.paths or any(path_contains(p, scope.path) for p in client.paths)
             for audience in planned.audience:
@@ -97,13 +100,14 @@ def test_nothing_is_granted_beyond_what_was_asked_the_areas_of_every_audience_an
                         assert may(policy, client, area, scope.name)
         assert set(planned.audience) <= set(token_request.audience)
         if storage_scopes:
+            assert planned.extra is not None
             assert not planned.extra.groups
             assert set(planned.audience).isdisjoint(ANY) or planned.lifetime.seconds <= ANY_SECONDS
         assert planned.lifetime.seconds <= 6 * 3600
         assert not client.max_lifetime_seconds or planned.lifetime.seconds <= client.max_lifetime_seconds
 
 
-def may(policy, client, area, name):
+def may(policy: Policy, client: Client, area: Area, name: str) -> bool:
     """Say, independently of the engine, whether client and routes allow a scope on an area."""
     for operation in token_endpoint._OPERATIONS[name]:
         if client.operations and operation not in client.operations:
@@ -118,12 +122,12 @@ def may(policy, client, area, name):
     return False
 
 
-def test_enough_of_the_cases_ended_in_a_grant():
+def test_enough_of_the_cases_ended_in_a_grant() -> None:
     assert SEEN["granted"] > 50
     assert SEEN["refused"] > 50
 
 
-def test_areas_of_different_base_paths_at_one_door_must_all_allow_it():
+def test_areas_of_different_base_paths_at_one_door_must_all_allow_it() -> None:
     scratch = Storage(
         vo="vo", name="SCRATCH", base_path="/scratch", endpoints=(Endpoint("h.org", 443, "/scratch"),)
     )
@@ -163,12 +167,14 @@ FAMILY = Family(
         (4, timedelta(), 5),
     ],
 )
-def test_which_refresh_tokens_of_a_family_work(generation, after, expected):
+def test_which_refresh_tokens_of_a_family_work(
+    generation: int, after: timedelta, expected: int | None
+) -> None:
     made = present(FAMILY, generation, NOW + after)
     assert (made and made.generation) == expected
     if expected == 3:
         assert made == FAMILY  # the same bytes again
 
 
-def test_actors_are_counted():
+def test_actors_are_counted() -> None:
     assert [act_depth(a) for a in (None, {"sub": "a"}, {"sub": "a", "act": {"sub": "b"}})] == [0, 1, 2]

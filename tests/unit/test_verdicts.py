@@ -6,14 +6,17 @@ and its refused names must say the same.
 """
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
 import pytest
 
+from minter.contract.operations import Operation
 from minter.errors import InvalidPath
 from minter.scopes import IMPLIED, parent
-from minter.storages.dialects import DIALECTS, STAGE_READS
+from minter.storages.dialects import DIALECTS, STAGE_READS, Dialect
 from minter.storages.matching import opens, write_path
 
 FOLDER = Path(__file__).parents[1] / "vectors" / "verifiers"
@@ -28,26 +31,26 @@ VERDICTS = [
     for name, file in FILES.items()
     for number, line in enumerate((FOLDER / file).read_text().splitlines(), 1)
 ]
-OPERATION = {
+OPERATION: dict[str, Operation] = {
     "GET": "read", "HEAD": "stat", "PROPFIND": "stat", "PUT": "write", "DELETE": "delete", "MKCOL": "make_parents",
     "COPY": "overwrite", "STAGE": "stage", "ARCHIVEINFO": "poll",
 }  # fmt: skip
 
 
-def _scopes(claim):
+def _scopes(claim: str) -> Iterator[tuple[str, str]]:
     for word in claim.split(" "):
         name, _, path = word.partition(":")
         yield name, path
 
 
-def _held(claim):
+def _held(claim: str) -> Iterator[tuple[str, str]]:
     """The scopes of a verdict's token with what they imply, paths as they are spelt."""
     for name, path in _scopes(claim):
         yield name, path
         yield from ((implied, path) for implied in IMPLIED.get(name, ()))
 
 
-def _predicted(dialect, verdict):
+def _predicted(dialect: Dialect, verdict: dict[str, Any]) -> bool:
     """What the table says of a request: is there a scope that covers each thing that its operation needs?"""
     path = verdict["path"].removeprefix("/grid")
     operation = OPERATION[verdict["method"]]
@@ -69,7 +72,9 @@ def _predicted(dialect, verdict):
 
 
 @pytest.mark.parametrize(("name", "verdict"), VERDICTS)
-def test_what_the_table_gives_an_operation_is_what_the_storage_wants(name, verdict):
+def test_what_the_table_gives_an_operation_is_what_the_storage_wants(
+    name: str, verdict: dict[str, Any]
+) -> None:
     """A token with exactly the table's scopes is allowed, and one that the table holds for too little is refused."""
     dialect = DIALECTS[name]
     operation = OPERATION[verdict["method"]]
@@ -85,7 +90,7 @@ def test_what_the_table_gives_an_operation_is_what_the_storage_wants(name, verdi
         assert verdict["allowed"], "the table calls this enough, the storage does not"
 
 
-def _check_name(dialect, verdict):
+def _check_name(dialect: Dialect, verdict: dict[str, Any]) -> None:
     """Names: the spelling that the table writes is one that was allowed, or the table refuses the name."""
     path, (scope,) = verdict["path"].removeprefix("/grid"), _scopes(verdict["scope"])
     asked = scope[1] if verdict["case"].startswith("regex") else path
@@ -103,7 +108,7 @@ def _check_name(dialect, verdict):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_unable_operations_were_refused_with_the_profile_scope(name):
+def test_unable_operations_were_refused_with_the_profile_scope(name: str) -> None:
     lines = [json.loads(line) for line in (FOLDER / FILES[name]).read_text().splitlines()]
     profile = {"poll": "storage.poll", "stage": "storage.stage", "make_parents": "storage.create"}
     methods = {"poll": ("ARCHIVEINFO", "PROPFIND"), "stage": ("STAGE",), "make_parents": ("MKCOL",)}
@@ -117,12 +122,12 @@ def test_unable_operations_were_refused_with_the_profile_scope(name):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_verdict_stands_behind_each_row_that_counts_as_tried(name):
+def test_a_verdict_stands_behind_each_row_that_counts_as_tried(name: str) -> None:
     assert DIALECTS[name].tried
     assert all(q.tried or q.name == "storm-stat-needs-read" for q in DIALECTS[name].quirks)
 
 
-def test_rows_without_a_verdict_say_so():
+def test_rows_without_a_verdict_say_so() -> None:
     told = {name for name, dialect in DIALECTS.items() if not dialect.tried}
     assert told == {"profile"} | {
         f"{software}{v}" for software in ("eos", "cta") for v in ("", "-5.2.19", "-5.4.11")
