@@ -480,7 +480,7 @@ def test_workers_find_the_queue_of_a_new_client(running: Running) -> None:
 def test_a_client_uses_the_common_queue_until_its_own_is_set_up(running: Running) -> None:
     if not isinstance(running.broker, RabbitMQ):
         pytest.skip("the embedded broker serves one local client")
-    ctl = [running.broker.ctl, "--quiet", "set_permissions", "rucio-alpen"]
+    ctl = [str(running.broker.ctl), "--quiet", "set_permissions", "rucio-alpen"]
     own, write, read = rabbitmq.permissions("rucio-alpen")
     before = f"^{names.REQUEST_EXCHANGE}$".replace(".", "[.]")
     try:
