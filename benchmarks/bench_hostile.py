@@ -1,8 +1,9 @@
-"""Measure what a greedy client costs honest ones over HTTP: `python -m benchmarks.bench_hostile [--json FILE]`.
+"""Measure what a greedy client costs honest ones: `python -m benchmarks.bench_hostile [--json FILE]`.
 
-Ten honest clients mint one file after the other, first alone, then beside a client with 60 connections that
-sends requests of 500 files without pause. Both phases are of the same run, on the same service. In both,
-an operator bans and lifts a path once a second.
+Ten honest clients mint one file after the other, first alone, then beside a client that always has 60
+requests of 500 files under way. Over HTTP it has 60 connections; over AMQP (RabbitMQ) its 60 requests wait in
+its own queue, then in the common one, and at last it sends 3 000 requests of 100 files at once. All phases of
+one transport are of the same run, on the same service. In each, an operator bans and lifts a path once a second.
 """
 
 import argparse
@@ -12,16 +13,23 @@ import multiprocessing
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from multiprocessing import Queue
 from pathlib import Path
 from statistics import median, quantiles
 
+import kombu
 import urllib3
 
 from benchmarks.bench_http import minter
-from benchmarks.engine import versions
+from benchmarks.engine import bench, versions
+from benchmarks.load import Load, body
+from minter.broker import rabbitmq
+from minter.broker.publisher import declare
 from minter.client import new_request_id
+from minter.contract import names
 from minter.database import control_changes
 from minter.local import stack
 from minter.policy.clients import Ban
@@ -78,26 +86,35 @@ def bans(service: Service, until: float) -> list[float]:
     return took
 
 
-def phase(
-    url: str, secrets: dict[str, str], seconds: float, service: Service, *, greedy: bool
+def ask_amqp(
+    url: str, name: str, files: int, in_flight: int, exchange: str, until: float, out: "Queue[Told]"
+) -> None:
+    """Keep `in_flight` requests of `files` files under way until `until`; put seconds and outcomes."""
+    load = Load(url, name, {"keys": []}, exchange)
+    number, outcomes = 0, Counter[int]()
+    while time.monotonic() < until:
+        if room := in_flight - len(load.sent):
+            fresh = [body(files, number + n, 200) for n in range(room)]
+            number += room
+            load.publisher.publish([load.message(raw, f"{id_}") for id_, raw in fresh])
+        with suppress(TimeoutError):
+            load.connection.drain_events(timeout=1)
+    outcomes[200] = load.answers
+    out.put((name, load.latencies, outcomes))
+
+
+def told(
+    processes: Sequence[multiprocessing.Process], out: "Queue[Told]", service: Service, seconds: float
 ) -> dict[str, object]:
-    """Return the honest clients' latencies, the answers that the greedy one got, and how long bans took."""
-    out: Queue[Told] = multiprocessing.Queue()
-    until = time.monotonic() + seconds
-    who = [(name, 1, 1) for name in secrets if name != "greedy"]
-    who += [("greedy", GREEDY_FILES, GREEDY // 3)] * (3 if greedy else 0)
-    processes = [
-        multiprocessing.Process(target=ask, args=(url, name, secrets[name], files, connections, until, out))
-        for name, files, connections in who
-    ]
+    """Run the clients; return the honest ones' latencies, what the greedy one got, and how long bans took."""
     for process in processes:
         process.start()
-    changes = bans(service, until)
-    told = [out.get() for _ in processes]
+    changes = bans(service, time.monotonic() + seconds)
+    found = [out.get() for _ in processes]
     for process in processes:
         process.join()
-    honest = [t for name, took, _ in told if name != "greedy" for t in took]
-    answers = sum((statuses for name, _, statuses in told if name == "greedy"), Counter())
+    honest = [t for name, took, _ in found if name != "greedy" for t in took]
+    answers = sum((statuses for name, _, statuses in found if name == "greedy"), Counter[int]())
     return {
         "honest_per_s": round(len(honest) / seconds),
         "honest_p50_ms": round(median(honest) * 1000, 1),
@@ -108,21 +125,83 @@ def phase(
     }
 
 
-def main() -> None:
-    """Run both phases and print the figures."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=15)
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder, minter(Path(folder), 2) as (base, _, service):
+def over_http(folder: Path, seconds: float) -> dict[str, object]:
+    """Return the figures of the HTTP service."""
+    phases = {}
+    with minter(folder, 2) as (base, _, service):
         secrets = {name: new_secret() for name in [*(f"honest{n}" for n in range(HONEST)), "greedy"]}
         for name, secret in secrets.items():
             service.set_secret(stack.add_client(service, name, "vo", "bench"), secret, "bench")
         time.sleep(2)  # every process of the service reads the new clients once a second
-        phases = {
-            name: phase(f"{base}/vo/v1/mint", secrets, options.seconds, service, greedy=greedy)
-            for name, greedy in (("alone", False), ("beside a greedy client", True))
-        }
+        for phase, greedy in (("alone", False), ("beside a greedy client", True)):
+            out: Queue[Told] = multiprocessing.Queue()
+            until = time.monotonic() + seconds
+            who = [(name, 1, 1) for name in secrets if name != "greedy"]
+            who += [("greedy", GREEDY_FILES, GREEDY // 3)] * (3 if greedy else 0)
+            url = f"{base}/vo/v1/mint"
+            clients = [
+                multiprocessing.Process(
+                    target=ask, args=(url, name, secrets[name], files, connections, until, out)
+                )
+                for name, files, connections in who
+            ]
+            phases[phase] = told(clients, out, service, seconds)
+    return phases
+
+
+def over_amqp(folder: Path, seconds: float) -> dict[str, object]:
+    """Return the figures of two workers on RabbitMQ."""
+    phases = {}
+    with bench(folder, "rabbitmq") as running:
+        clients = [*(f"honest{n}" for n in range(HONEST)), "greedy"]
+        for name in clients:
+            stack.add_client(running.service, name, "vo", "bench")
+        passwords = folder / "passwords.json"
+        rabbitmq.setup_users(
+            dict.fromkeys(clients, ()), running.broker.url, str(running.broker.ctl), passwords
+        )
+        secrets = json.loads(passwords.read_text())
+        with kombu.Connection(running.broker.url) as connection:
+            declare(connection, clients=clients)
+        running.workers(2)
+        own = names.client_requests("greedy")
+        for phase, greedy in (
+            ("alone", None),
+            ("beside a greedy client, own queue", (GREEDY_FILES, GREEDY, own)),
+            ("beside a greedy client, common queue", (GREEDY_FILES, GREEDY, names.REQUEST_EXCHANGE)),
+            ("beside a flood in its own queue", (100, 3_000, own)),
+        ):
+            out: Queue[Told] = multiprocessing.Queue()
+            until = time.monotonic() + seconds
+            url = f"amqp://{{0}}:{{1}}@127.0.0.1:{running.broker.port}//"
+            who = [(name, 1, 1, names.client_requests(name)) for name in clients if name != "greedy"]
+            who += [("greedy", *greedy)] if greedy else []
+            processes = [
+                multiprocessing.Process(
+                    target=ask_amqp, args=(url.format(name, secrets[name]), name, *rest, until, out)
+                )
+                for name, *rest in who
+            ]
+            phases[phase] = told(processes, out, running.service, seconds)
+            with kombu.Connection(running.broker.url) as connection:
+                for queue in (own, names.REQUEST_QUEUE):
+                    connection.default_channel.queue_purge(queue)
+            time.sleep(3)
+    return phases
+
+
+def main() -> None:
+    """Run all phases and print the figures."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=15)
+    parser.add_argument("--only", choices=["http", "amqp"])
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    phases: dict[str, object] = {}
+    for transport, measure in (("http", over_http), ("amqp", over_amqp)):
+        if options.only in (None, transport):
+            with tempfile.TemporaryDirectory() as folder:
+                phases[transport] = measure(Path(folder), options.seconds)
     found = {"versions": versions(), "phases": phases}
     print(json.dumps(found, indent=2))
     if options.json:

@@ -61,7 +61,10 @@ def body(files: int, number: int, storages: int, algorithm: str = "") -> tuple[s
 class Load:
     """One connection that keeps `in_flight` requests under way."""
 
-    def __init__(self, url: str, client: str, jwks: dict[str, object]) -> None:
+    def __init__(
+        self, url: str, client: str, jwks: dict[str, object], exchange: str = names.REQUEST_EXCHANGE
+    ) -> None:
+        self.exchange = exchange
         self.user = {"user_id": client} if url.startswith("amqp") else {}
         self.keys = {k["kid"]: jwt.PyJWK(k) for k in jwks["keys"]}
         self.connection = kombu.Connection(url)
@@ -83,7 +86,7 @@ class Load:
         self.refused += bool(answer.error)
         for token in answer.tokens:
             self.tokens += 1
-            if self.tokens % 100 == 0:
+            if self.keys and self.tokens % 100 == 0:
                 kid = jwt.get_unverified_header(token.token)["kid"]
                 jwt.decode(
                     token.token,
@@ -98,8 +101,8 @@ class Load:
         self.sent[correlation] = time.perf_counter()
         return Outgoing(
             raw,
-            names.REQUEST_QUEUE,
-            names.REQUEST_EXCHANGE,
+            self.exchange,
+            self.exchange,
             properties,
             {"task": names.MINT, "id": correlation},
             persistent=True,

@@ -121,7 +121,7 @@ class WorkerSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
     batch_seconds: Annotated[float, Meta(ge=0, le=1)] = 0.002
     batch_messages: Positive = 128
-    batch_bytes: Positive = 1024 * 1024
+    batch_bytes: Positive = 64 * 1024
     prefetch: Positive = 256
 
 

@@ -93,7 +93,7 @@ class MessageBatcher:
         *,
         batch_seconds: float = 0.002,
         batch_messages: int = 64,
-        batch_bytes: int = 1024 * 1024,
+        batch_bytes: int = 64 * 1024,
         local_client: str | None = None,
     ) -> None:
         self.engine = engine

@@ -44,12 +44,13 @@ small, so that few rows remain to be stored after the last signature."""
 
 NULL = "\\N"
 
-# Each statement of the string takes its own snapshot, so `version` is read under the lock.
-_BEGIN_RECORDING = sql.SQL(
+_BEGIN = sql.SQL(
     "BEGIN; SET LOCAL synchronous_commit TO on; SET LOCAL lock_timeout TO '4s';"
-    " SET LOCAL idle_in_transaction_session_timeout TO '60s'; SELECT pg_advisory_xact_lock_shared({});"
-    " SELECT version, clock_timestamp() FROM control"
-).format(CONTROL_LOCK)
+    " SET LOCAL idle_in_transaction_session_timeout TO '60s'; "
+)
+_READ = sql.SQL("SELECT version, clock_timestamp() FROM control")
+# Each statement of the string takes its own snapshot, so `version` is read under the lock.
+_LOCK_AND_READ = sql.SQL("SELECT pg_advisory_xact_lock_shared({}); ").format(CONTROL_LOCK) + _READ
 
 
 class PostgresStore:
@@ -88,18 +89,15 @@ class PostgresStore:
             control, _skew = self.control(connection)
             yield connection, control
 
-    def control(self, connection: "psycopg.Connection[Any]") -> tuple[Control, float]:
-        """Take the shared control lock; return the control tables and the skew of the clocks.
+    def control(self, connection: "psycopg.Connection[Any]", *, locked: bool = True) -> tuple[Control, float]:
+        """Return the control tables, by default under the shared control lock, and the skew of the clocks.
 
         The tables are read only if their version changed. The skew is this process's clock minus Postgres's,
         in seconds.
         """
         # One round trip: psycopg would send its own BEGIN first, hence autocommit for this moment.
         connection.autocommit = True
-        cursor = connection.execute(_BEGIN_RECORDING)
-        while cursor.nextset():
-            pass
-        version, database_now = one(cursor)
+        version, database_now = _last(connection, _BEGIN + _LOCK_AND_READ if locked else _BEGIN + _READ)
         skew = (self.clock() - database_now).total_seconds()
         if version != self._version or self._control is None:
             self._control = read_control(connection)
@@ -108,6 +106,11 @@ class PostgresStore:
             self._vo_of = {c.client_id: c.vo for c in self._control.clients.values()}
             self._version = version
         return self._control, skew
+
+    def unchanged(self, connection: "psycopg.Connection[Any]") -> bool:
+        """Take the shared control lock; say whether the control tables are as `control` read them."""
+        version, _ = _last(connection, _LOCK_AND_READ)
+        return bool(version == self._version)
 
     def seal(self, client_id: int, jti: UUID, what: str, secret: str) -> bytes:
         """Encrypt one secret of a client's managed token."""
@@ -123,6 +126,15 @@ class PostgresStore:
         return self._storage_ids[self._vo_of[client_id], name]
 
 
+def _last(connection: "psycopg.Connection[Any]", statements: sql.Composed) -> tuple[Any, ...]:
+    """Run several statements in one round trip; return the row of the last one."""
+    cursor = connection.execute(statements)
+    while cursor.nextset():
+        pass
+    row: tuple[Any, ...] = one(cursor)
+    return row
+
+
 class PostgresRecording:
     """The open recording transaction (`records.Recording`)."""
 
@@ -131,9 +143,13 @@ class PostgresRecording:
         self._connection = connection
         self.new_rules: dict[bytes, int] = {}
 
-    def control(self) -> tuple[Control, float]:
+    def control(self, *, locked: bool = True) -> tuple[Control, float]:
         """Read the control tables, and the skew of this process's clock to Postgres's, in seconds."""
-        return self._store.control(self._connection)
+        return self._store.control(self._connection, locked=locked)
+
+    def unchanged(self) -> bool:
+        """Take the shared control lock; say whether the control tables are as `control` read them."""
+        return self._store.unchanged(self._connection)
 
     def rules(self, plans: Iterable[Plan]) -> dict[Plan, int]:
         """Return the rule_id of each plan; new plans are recorded, in a fixed order to avoid deadlocks."""

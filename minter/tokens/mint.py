@@ -4,7 +4,8 @@
 the invariants, so their order matters:
 
 1. Open the recording transaction, and read clients, bans and keys under its lock: a change that an operator
-   made before binds this batch, and a change made now waits for the end of the batch (I9).
+   made before binds this batch, and a change made now waits for the end of the batch (I9). A batch that takes
+   long takes the lock before step 5 only, and is made anew if there was a change meanwhile.
 2. Decide each request. Decisions are pure functions.
 3. Insert the requests. If a request_id is recorded already, read its record instead (I4).
 4. Build, sign and check each new token, and COPY its row while the next token is signed. A shared token gets
@@ -39,6 +40,18 @@ from minter.tokens.records import OWN_KINDS, Control, JtiRange, Recording, Reque
 from minter.tokens.reissue import Reissuer, Repeats, opens_none, read_repeats
 from minter.tokens.shared import Shared, SharedKey, SharedTokenCache
 from minter.tokens.sign import SigningBatch
+
+MAX_LOCKED_NEEDS = 500
+"""A batch with more needs takes so long that operators' changes do not wait for it."""
+
+
+class _ControlChanged(Exception):
+    """An operator changed the control tables while a batch was made."""
+
+
+def _confirm(tx: Recording) -> None:
+    if not tx.unchanged():
+        raise _ControlChanged
 
 
 class Engine:
@@ -77,17 +90,29 @@ class Engine:
 
         If the store is unavailable, its error is raised, and nothing was recorded or handed out.
         """
+        self._observe("received", [Outcome(s, [], []) for s in submissions], now)
+        quick = sum(s.request.weight for s in submissions) <= MAX_LOCKED_NEEDS
+        try:
+            return self._mint_many(submissions, now, locked=quick)
+        except _ControlChanged:
+            return self._mint_many(submissions, now, locked=True)
+
+    def _mint_many(self, submissions: Sequence[Submission], now: datetime, *, locked: bool) -> list[Outcome]:
         outcomes = [Outcome(s, [], []) for s in submissions]
-        self._observe("received", outcomes, now)
         with self.store.recording() as tx:
-            control, skew = tx.control()
+            control, skew = tx.control(locked=locked)
             try:
                 check_clock(skew)
             except ClockSkew as error:
                 return [structs.replace(o, error=error) for o in outcomes]
             pending, duplicates = self._decide(tx, outcomes, control, now)
             self._observe("decided", outcomes, now)
+            if not locked and any(one.locks_rows for one in pending):
+                _confirm(tx)  # an operator's change locks these rows after the control tables, too
+                locked = True
             shared, repeats = self._record(tx, pending, outcomes, control, now)
+            if not locked:
+                _confirm(tx)
         self._shared_tokens.remember(shared)
         self._observe("committed", outcomes, now)
         self._hand_out(pending, duplicates, repeats, control, now)

@@ -155,8 +155,15 @@ class UseRow(Struct, frozen=True, gc=False):
 class Recording(Protocol):
     """The recording transaction; leaving it without an error commits it durably."""
 
-    def control(self) -> tuple[Control, float]:
-        """Read the control tables under a shared lock, and the clock's skew to the database's, in seconds."""
+    def control(self, *, locked: bool = True) -> tuple[Control, float]:
+        """Read the control tables, and the clock's skew to the database's, in seconds.
+
+        By default under a shared lock, for which operators' changes wait until the transaction ends.
+        """
+        ...
+
+    def unchanged(self) -> bool:
+        """Take the shared lock; say whether the control tables are as `control` read them."""
         ...
 
     def rules(self, plans: Iterable[Plan]) -> dict[Plan, int]:

@@ -14,6 +14,8 @@ from minter.policy.clients import Ban
 from minter.service import Service
 from minter.tokens import clock, keys, keystore
 from minter.tokens.keystore import new_master_key
+from minter.tokens.mint import MAX_LOCKED_NEEDS
+from minter.tokens.outcomes import Observed
 from tests.conftest import MASTER_KEY, load_settings, rows, with_one_algorithm
 from tests.integration.test_mint import mint, submission, tokens
 
@@ -166,6 +168,29 @@ def test_a_path_ban_finds_encoded_names_and_wider_grants(service: Service) -> No
     )
     assert found
     assert all("run%201" in t.scope for t in found)
+
+
+@pytest.mark.parametrize("stage", ["decided", "inserted", "copied"])
+def test_a_ban_does_not_wait_for_a_large_batch_and_binds_it(service: Service, stage: str) -> None:
+    """The batch is made anew: nothing that it recorded before the ban is kept or handed out."""
+    large = submission(*(f"f{n}" for n in range(MAX_LOCKED_NEEDS // 2 + 1)))
+    assert large.request.weight > MAX_LOCKED_NEEDS
+    banned: list[str] = []
+
+    def observe(observed: Observed) -> None:
+        if observed.stage == stage and not banned:
+            banned.append(stage)
+            control_changes.add_ban(service.pool, Ban("client", ME), "test", "me")
+
+    service.engine.observe = observe
+    (outcome,) = mint(service, large)
+    assert banned
+    assert isinstance(outcome.error, Banned)
+    assert outcome.issued == []
+    assert rows(service, "SELECT count(*) FROM tokens") == [(0,)]
+    assert rows(service, "SELECT error->>'reason' FROM requests") == [("banned",)]
+    control_changes.lift_ban(service.pool, Ban("client", ME), "me")
+    assert len(mint(service, submission(*(f"g{n}" for n in range(300))))[0].issued) == 600
 
 
 def test_bans_that_cannot_be(service: Service) -> None:
