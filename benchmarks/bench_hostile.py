@@ -19,13 +19,14 @@ from contextlib import suppress
 from multiprocessing import Queue
 from pathlib import Path
 from statistics import median, quantiles
+from uuid import uuid4
 
 import kombu
 import urllib3
 
 from benchmarks.bench_http import minter
 from benchmarks.engine import bench, versions
-from benchmarks.load import Load, body
+from benchmarks.load import Load
 from minter.broker import rabbitmq
 from minter.broker.publisher import declare
 from minter.client import new_request_id
@@ -41,18 +42,19 @@ SOURCE = "davs://se3.example.org:443/data/vo/{name}"
 Told = tuple[str, list[float], "Counter[int]"]
 
 
+def request(name: str, files: int) -> str:
+    """Return a request to read files, with `ID` where its request_id belongs."""
+    sources = [{"sources": [SOURCE.format(name=f"{name}/{i}")]} for i in range(files)]
+    return json.dumps({"request_id": "ID", "files": sources})
+
+
 def ask(
     url: str, name: str, secret: str, files: int, connections: int, until: float, out: "Queue[Told]"
 ) -> None:
     """Mint `files` files a request on each connection until `until`; put seconds and statuses."""
     http = urllib3.PoolManager(maxsize=connections)
     basic = "Basic " + base64.b64encode(f"{name}:{secret}".encode()).decode()
-    parts = json.dumps(
-        {
-            "request_id": "ID",
-            "files": [{"sources": [SOURCE.format(name=f"{name}/{i}")]} for i in range(files)],
-        }
-    ).partition("ID")
+    parts = request(name, files).partition("ID")
     took: list[float] = []
     statuses: Counter[int] = Counter()
 
@@ -91,12 +93,18 @@ def ask_amqp(
 ) -> None:
     """Keep `in_flight` requests of `files` files under way until `until`; put seconds and outcomes."""
     load = Load(url, name, {"keys": []}, exchange)
-    number, outcomes = 0, Counter[int]()
+    parts = request(name, files)
+    outcomes = Counter[int]()
     while time.monotonic() < until:
         if room := in_flight - len(load.sent):
-            fresh = [body(files, number + n, 200) for n in range(room)]
-            number += room
-            load.publisher.publish([load.message(raw, f"{id_}") for id_, raw in fresh])
+            load.publisher.publish(
+                [
+                    load.message(
+                        b"[[%b],{},{}]" % parts.replace("ID", str(new_request_id()), 1).encode(), uuid4().hex
+                    )
+                    for _ in range(room)
+                ]
+            )
         with suppress(TimeoutError):
             load.connection.drain_events(timeout=1)
     outcomes[200] = load.answers

@@ -41,6 +41,8 @@ START_FAILED = 3
 class RequestConsumer(Consumer):
     """A Celery consumer that answers every message and logs no body."""
 
+    _repeated: Any = None
+
     class Blueprint(Consumer.Blueprint):
         """Celery's steps without delayed delivery, which would declare 28 queues for ETAs."""
 
@@ -50,11 +52,13 @@ class RequestConsumer(Consumer):
 
     def update_strategies(self) -> None:
         """Install the batching strategy; called at each new connection."""
-        app.batcher.reset(self.timer, Intake(self._stop_intake, self._resume_intake))
+        app.batcher.reset(self.timer, Intake(self._stop_intake, self._resume_intake, self._read))
         self._taking = True
         if _on_amqp(app.loaded):
             self._add_client_queues()
-            self.timer.call_repeatedly(CLIENTS_SECONDS, self._add_client_queues)
+            if self._repeated is not None:  # of the connection before
+                self._repeated.cancel()
+            self._repeated = self.timer.call_repeatedly(CLIENTS_SECONDS, self._add_client_queues)
         self.strategies = {
             name: task.start_strategy(self.app, self)
             for name, task in self.app.tasks.items()
@@ -78,6 +82,16 @@ class RequestConsumer(Consumer):
     def _consume(self) -> None:
         if self._taking:
             self.task_consumer.consume()
+
+    def _read(self) -> bool:
+        """Take one message that has arrived; the embedded broker's loop hands them over by itself."""
+        if not _on_amqp(app.loaded):
+            return False
+        try:
+            self.connection.drain_events(timeout=0)
+        except TimeoutError:
+            return False
+        return True
 
     def _stop_intake(self) -> None:
         self._taking = False

@@ -53,8 +53,8 @@ SMALL_BYTES = 4_096
 MAX_HELD_BYTES = 64 * 1024 * 1024
 """Bodies of messages that one worker holds at most. Beyond, it reads no more before it has served some; while
 Postgres is away, it leaves them to the broker."""
-READ_SECONDS = 0.0002
-"""Pause between two batches; without one, the event loop would serve ten of them before it reads messages."""
+PAUSE_SECONDS = 0.0002
+"""Pause between two batches; without one, the event loop would do nothing else during ten of them."""
 CLOCK_SECONDS = 5.0
 """A worker whose clock is off looks at it again after this time."""
 MAX_EXTENSIONS = 16
@@ -69,13 +69,18 @@ class RedeliveryCounts(Struct, eq=False):
 
 
 class Intake(Struct, eq=False):
-    """Functions that stop and resume the broker's deliveries to this worker."""
+    """Functions that stop and resume the broker's deliveries to this worker, and that read one.
+
+    `read` hands over a message that has arrived, and returns False if there is none. The event loop would
+    read one message between two batches.
+    """
 
     stop: Callable[[], None]
     resume: Callable[[], None]
+    read: Callable[[], bool]
 
 
-NO_INTAKE = Intake(lambda: None, lambda: None)
+NO_INTAKE = Intake(lambda: None, lambda: None, lambda: False)
 
 
 class MessageBatcher:
@@ -117,7 +122,7 @@ class MessageBatcher:
         self._bytes = 0
         self._armed: Any = None
         self._soon = self._pausing = False
-        self._retrying = False
+        self._retrying = self._reading = False
         self.outbox.reset(timer, self._return)
         self._delay = FIRST_DELAY_SECONDS
 
@@ -144,7 +149,7 @@ class MessageBatcher:
     def _add(self, pending: PendingMessage) -> None:
         self._turns.add(pending)
         self._bytes += len(pending.body)
-        if self._retrying:
+        if self._retrying or self._reading:
             return  # Postgres is down: all messages wait for the same timer
         if self._bytes > MAX_HELD_BYTES:
             self.serve()
@@ -199,11 +204,11 @@ class MessageBatcher:
         self._armed, self._soon, self._pausing = None, False, False
 
     def _serve_soon(self) -> None:
-        """Serve the next batch when the messages that arrived meanwhile are read."""
-        wait = max(READ_SECONDS, self._turns.wait_seconds(time.monotonic()))
+        """Serve the next batch when the event loop has done what else there is to do."""
+        wait = max(PAUSE_SECONDS, self._turns.wait_seconds(time.monotonic()))
         if not self._soon:
             self._arm(wait, self.serve)
-            self._soon = wait == READ_SECONDS
+            self._soon = wait == PAUSE_SECONDS
             self._pausing = not self._soon
 
     def _still_coming(self, seen: int, extensions: int) -> None:
@@ -218,6 +223,7 @@ class MessageBatcher:
         self._disarm()
         if self._clock_off:
             return
+        self._read()
         started = time.monotonic()
         batch = self._turns.take(started)
         try:
@@ -242,6 +248,15 @@ class MessageBatcher:
             elif self._stopped:
                 self._stopped = False
                 self._intake.resume()
+
+    def _read(self) -> None:
+        """Read the messages that have arrived, so that their clients take turns with the others."""
+        self._reading = True
+        try:
+            while not self._retrying and self._bytes <= MAX_HELD_BYTES and self._intake.read():
+                pass
+        finally:
+            self._reading = False
 
     def _serve_batch(self, batch: Sequence[PendingMessage]) -> None:
         try:
