@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import msgspec
 from msgspec import Struct, structs
 
-from minter.contract.messages import RefusedNeed
 from minter.contract.operations import Operation
 from minter.errors import RequestError
 from minter.policy.requests import Need, refusal
@@ -19,6 +18,8 @@ from minter.policy.routes import Granularity, Route
 from minter.storages.dialects import Needed
 from minter.storages.directory import Area
 
+MAX_DESCRIBED = 2_000
+"""Most refusals of one request that say what was wrong; the others have their reason only."""
 SEVERAL_STORAGES = "(several)"
 """Recorded storage of a token that is for no storage or for several."""
 
@@ -123,10 +124,6 @@ class Refused(NamedTuple):
     need: Need | None
     error: RequestError
 
-    def record(self) -> RefusedNeed:
-        """Return the refusal as it is recorded and sent."""
-        return refusal(self.need, self.error)
-
 
 class Decision(Struct, frozen=True, eq=False):
     """Planned tokens and refusals of a request; with `error`, it is refused as a whole and gets no token."""
@@ -135,8 +132,9 @@ class Decision(Struct, frozen=True, eq=False):
     refused: list[Refused]
     error: RequestError | None = None
 
-    def refused_files(self) -> list[int]:
-        """Return the numbers of the files that get no token at all."""
-        granted = {g.need.file for g in self.planned_tokens}
-        refused = {r.need.file for r in self.refused if r.need is not None}
-        return sorted(refused - granted)
+    def records(self) -> list[dict[str, Any]]:
+        """Return the refusals as they are recorded and sent; those beyond MAX_DESCRIBED are brief."""
+        return [
+            structs.asdict(refusal(r.need, r.error, brief=number >= MAX_DESCRIBED))
+            for number, r in enumerate(self.refused)
+        ]

@@ -19,6 +19,11 @@ from minter.policy.token_requests import SubjectToken, TokenRequest
 
 SEVERAL = "(several)"
 """The recorded activity of a request whose files have different ones."""
+MAX_DESCRIPTION_CHARACTERS = 500
+"""Longest description of one refusal; a longer one loses its middle."""
+BRIEF = "refused; this request has too many refusals to describe each, so send fewer files at once"
+_OF_REQUEST = {"path", "url"}
+"""Fields of errors that repeat what the request says."""
 
 
 class Need(Struct, frozen=True, gc=False):
@@ -171,8 +176,20 @@ def _native_file(number: int, file: FileRequest) -> File:
     return File(tuple(needs), file.size, int(file.retry), file.transfer_seconds, "", file.external_id)
 
 
-def refusal(need: Need | None, error: RequestError) -> RefusedNeed:
-    """Return a refusal as it is recorded and sent; if `need` is None, it refuses the whole request."""
+def refusal(need: Need | None, error: RequestError, *, brief: bool = False) -> RefusedNeed:
+    """Return a refusal as it is recorded and sent; if `need` is None, it refuses the whole request.
+
+    The path and URL of a need are not repeated: file, side and index name them in the request. A description
+    has at most MAX_DESCRIPTION_CHARACTERS; with `brief` it is BRIEF.
+    """
+    told = error.as_dict()
     if need is None:
-        return RefusedNeed(-1, "request", -1, error.as_dict())
-    return RefusedNeed(need.file, need.side, need.index, error.as_dict())
+        return RefusedNeed(-1, "request", -1, told)
+    for field in _OF_REQUEST & told.keys():
+        del told[field]
+    text = BRIEF if brief else told["error_description"]
+    if len(text) > MAX_DESCRIPTION_CHARACTERS:
+        half = MAX_DESCRIPTION_CHARACTERS // 2 - 2
+        text = f"{text[:half]} … {text[-half:]}"
+    told["error_description"] = text
+    return RefusedNeed(need.file, need.side, need.index, told)

@@ -172,7 +172,7 @@ class Engine:
             if outcome.family is not None:
                 lookups.note(outcome.family)
         outcome.client, outcome.decision, outcome.error = client, decision, decision.error
-        outcome.refusals = [structs.asdict(r.record()) for r in decision.refused]
+        outcome.refusals = decision.records()
         return PendingRequest(outcome, client, decision, on_behalf_of, activity)
 
     # ── record and sign ──────────────────────────────────────────────────────────────────────

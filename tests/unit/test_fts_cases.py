@@ -67,7 +67,7 @@ def filled(content: dict[str, Any], later: int = 0) -> Answer:
         outcome.issued.append(
             Issued(slot, planned.plan.area.storage, planned.scope, str(n), exp, b"t", iat=at - 60)
         )
-    outcome.refusals = [msgspec.structs.asdict(r.record()) for r in decision.refused]
+    outcome.refusals = decision.records()
     from datetime import UTC, datetime
 
     return answer(outcome, datetime.fromtimestamp(at + later, UTC))

@@ -4,20 +4,21 @@ import uuid
 from collections.abc import Iterable
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec import structs
 
-from minter.contract.messages import FileOperation, FileRequest, FillRequest, MintRequest
+from minter.contract.messages import MAX_NEEDS, FileOperation, FileRequest, FillRequest, MintRequest
 from minter.contract.operations import OPERATIONS, Operation
 from minter.errors import OperationNotAllowed, SettingsError
 from minter.fts.jobs import from_fill
 from minter.policy.clients import Ban, Bans, Client
 from minter.policy.explain import asked_scopes, explain
 from minter.policy.limits import PROFILE_MAX_SECONDS
-from minter.policy.plans import Decision
-from minter.policy.requests import from_mint
+from minter.policy.plans import MAX_DESCRIBED, Decision
+from minter.policy.requests import BRIEF, MAX_DESCRIPTION_CHARACTERS, from_mint
 from minter.policy.routes import SHIPPED_ROUTES, FTSInstance, Granularity, Route
 from minter.policy.transfers import Policy
 from minter.scopes import parent, path_contains
@@ -436,3 +437,23 @@ def test_half_an_hour_of_queue_is_rounded_up_to_what_fts_can_say() -> None:
     assert all(
         g.lifetime.seconds - g.lifetime.fixed >= 3600 for g in planned_tokens if g.need.side != "service"
     )
+
+
+# ── what a refusal says ──────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("letter", ["a", "\u00e9", "\\", "\U0001f642"])
+def test_refusals_of_the_largest_request_are_bounded_in_bytes(letter: str) -> None:
+    url = "davs://se01.boreas.example.org:443/elsewhere/" + letter * 4_000
+    files = tuple(FileRequest(sources=(url,)) for _ in range(MAX_NEEDS))
+    records = mint(files=files).records()
+    assert [r["file"] for r in records] == list(range(MAX_NEEDS))
+    assert len(msgspec.json.encode(records)) < 6 * 1024**2
+    reasons = {r["error"]["reason"] for r in records}
+    assert len(reasons) == 1
+    assert all("path" not in r["error"] and "url" not in r["error"] for r in records)
+    first, last = records[0]["error"]["error_description"], records[-1]["error"]["error_description"]
+    assert len(first) <= MAX_DESCRIPTION_CHARACTERS
+    assert first.endswith(mint(sources=(url,)).refused[0].error.message[-100:])
+    assert last == BRIEF
+    assert [r["error"]["error_description"] for r in records].index(BRIEF) == MAX_DESCRIBED
