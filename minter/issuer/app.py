@@ -9,7 +9,7 @@ import logging
 import math
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -38,7 +38,7 @@ from minter.issuer import well_known
 from minter.issuer.batches import Batcher
 from minter.issuer.client_authentication import WRONG, Account, Credentials, Presented, presented
 from minter.issuer.hosts import Hosts, endpoint
-from minter.issuer.ratelimits import RateLimit
+from minter.issuer.ratelimits import RateLimit, Room
 from minter.metrics import Metrics
 from minter.policy.token_requests import SubjectToken
 from minter.providers.subject_tokens import Subjects
@@ -50,6 +50,9 @@ logger = logging.getLogger(__name__)
 HEALTH, READY = "/health", "/ready"
 MAX_FORM_BYTES = 64 * 1024
 MAX_FORM_FIELDS = 32
+MAX_HELD_BYTES = 64 * 1024 * 1024
+"""Bodies of requests that one process holds, at most; a quarter of them may be one client's."""
+PIECE_BYTES = 64 * 1024
 WATCH_SECONDS = 1.0
 """Every process reads changed keys and clients at this interval."""
 READY_SECONDS = 1.5
@@ -130,6 +133,7 @@ class Web:
         self._built: tuple[int, datetime] | None = None
         self._ready_at = float("-inf")
         self.heartbeat = Heartbeat("serve", service)
+        self.room = Room(MAX_HELD_BYTES)
         self._limit = RateLimit(self.settings.requests_per_second)
         self._failures = RateLimit(FAILURES_PER_SECOND)
 
@@ -186,13 +190,23 @@ class Web:
 
     # ── reading requests ─────────────────────────────────────────────────────────────────────
 
-    async def body(self, req: asgi.Request, most: int, kind: str) -> bytes:
-        """Read a body of content type `kind`; raises InvalidRequest if it is too large or too slow."""
+    async def body(
+        self, req: asgi.Request, most: int, kind: str, take: Callable[[int], None] = lambda _: None
+    ) -> bytes:
+        """Read a body of content type `kind`; raises InvalidRequest if it is too large or too slow.
+
+        `take` is told the number of bytes of each piece that has arrived.
+        """
         if (req.content_type or "").partition(";")[0].strip().lower() != kind:
             raise InvalidRequest(f"the content type is not {kind}")
+        body = bytearray()
         try:
             async with asyncio.timeout(self.settings.body_seconds):
-                body = await req.stream.read(most + 1)
+                while len(body) <= most and (
+                    piece := await req.stream.read(min(PIECE_BYTES, most + 1 - len(body)))
+                ):
+                    take(len(piece))
+                    body += piece
         except TimeoutError:
             raise InvalidRequest(f"the body did not come within {self.settings.body_seconds} s") from None
         if len(body) > most:

@@ -15,6 +15,7 @@ from datetime import datetime
 from typing import ParamSpec, TypeVar
 
 from minter.errors import MinterError, ServerError, TooManyRequests, Unavailable
+from minter.issuer.ratelimits import SHARE
 from minter.tasks.turns import Limits, Turns
 from minter.tokens.mint import Engine
 from minter.tokens.outcomes import Outcome, Submission
@@ -25,8 +26,6 @@ R = TypeVar("R")
 
 LIMITS = Limits(requests=128, weight=500, small=20)
 """Limits of one batch; a request's weight is the number of tokens that it needs."""
-SHARE = 4
-"""One client's requests may be this part of those that wait, a quarter."""
 
 Waiting = tuple[Submission, asyncio.Future[Outcome]]
 

@@ -1,8 +1,14 @@
-"""Rate limits by caller: GCRA, computed from values only. A limit keeps one number for each caller."""
+"""Limits by caller: calls a second (GCRA, computed from values only), and bytes at once."""
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from minter.errors import TooManyRequests
 
 MOST_CALLERS = 10_000
+SHARE = 4
+"""One client may have this part of what all may have at once, a quarter."""
 
 
 class RateLimit:
@@ -29,3 +35,37 @@ class RateLimit:
         self._due.move_to_end(name)
         if len(self._due) > MOST_CALLERS:
             self._due.popitem(last=False)
+
+
+class Room:
+    """The bytes of requests that one process holds at once: `most`, of which each client gets its share."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._held: Counter[str] = Counter()
+
+    @contextmanager
+    def of(self, client: str) -> Iterator[Callable[[int], None]]:
+        """Yield a function that takes bytes for one request of a client; they are given back at the end.
+
+        The function raises TooManyRequests if they are not free.
+        """
+        taken = 0
+
+        def take(size: int) -> None:
+            nonlocal taken
+            if self._held[client] + size > self._most // SHARE or self._held.total() + size > self._most:
+                raise TooManyRequests(
+                    f"{self._held[client]} bytes of requests of this client are in work already; "
+                    "send the same request again later",
+                    retry_after=1,
+                )
+            self._held[client] += size
+            taken += size
+
+        try:
+            yield take
+        finally:
+            self._held[client] -= taken
+            if not self._held[client]:
+                del self._held[client]

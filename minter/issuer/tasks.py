@@ -51,10 +51,11 @@ class _Task:
     async def on_post(self, req: asgi.Request, resp: asgi.Response) -> None:
         req.context.answers = True
         account = await self._web.authenticate(req, self._vo, {})
-        body = await self._web.body(req, MAX_BODY_BYTES, "application/json")
-        answer, outcome = await self._answer(account, body)
-        self._note(req, account, answer, outcome)
-        send(resp, answer, status_of(from_dict(answer.error)) if answer.error else 200)
+        with self._web.room.of(account.name) as take:
+            body = await self._web.body(req, MAX_BODY_BYTES, "application/json", take)
+            answer, outcome = await self._answer(account, body)
+            self._note(req, account, answer, outcome)
+            send(resp, answer, status_of(from_dict(answer.error)) if answer.error else 200)
 
     async def _answer(self, account: Account, body: bytes) -> tuple[Answer, Outcome | None]:
         batcher, now = self._web.batcher, self._web.service.clock()

@@ -4,14 +4,15 @@ import asyncio
 import threading
 import uuid
 from collections.abc import Sequence
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 
 from minter.errors import TooManyRequests
-from minter.issuer.batches import LIMITS, SHARE, Batcher
-from minter.issuer.ratelimits import RateLimit
+from minter.issuer.batches import LIMITS, Batcher
+from minter.issuer.ratelimits import SHARE, RateLimit, Room
 from minter.policy.requests import File, Need, Request
 from minter.tokens.outcomes import Submission
 
@@ -83,3 +84,27 @@ def test_work_is_paid_for_by_the_next_calls(calls: int) -> None:
     assert wait == pytest.approx(max(0, (calls + 1) / 10 - 1))
     assert limit.wait("a", wait) == 0
     assert limit.wait("b", 0.0) == 0
+
+
+def test_bytes_of_one_client_are_its_share() -> None:
+    room = Room(400)
+    with room.of("greedy") as take:
+        take(60)
+        with room.of("greedy") as more, pytest.raises(TooManyRequests, match="60 bytes"):
+            more(41)
+        take(40)
+        with room.of("honest") as others:
+            others(100)
+            with pytest.raises(TooManyRequests):
+                others(1)
+    with room.of("greedy") as take:
+        take(100)
+
+
+def test_bytes_of_all_clients_are_bounded() -> None:
+    room = Room(400)
+    with ExitStack() as stack:
+        for n in range(4):
+            stack.enter_context(room.of(f"c{n}"))(100)
+        with pytest.raises(TooManyRequests, match="0 bytes"):
+            stack.enter_context(room.of("late"))(1)
