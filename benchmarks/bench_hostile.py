@@ -31,13 +31,14 @@ from minter.broker import rabbitmq
 from minter.broker.publisher import declare
 from minter.client import new_request_id
 from minter.contract import names
+from minter.contract.messages import MAX_NEEDS
 from minter.database import control_changes
 from minter.local import stack
 from minter.policy.clients import Ban
 from minter.service import Service
 from minter.tokens.keystore import new_secret
 
-HONEST, GREEDY, GREEDY_FILES = 10, 60, 500
+HONEST, GREEDY, GREEDY_FILES, SOURCES = 10, 60, 500, 4
 SOURCE = "davs://se3.example.org:443/data/vo/{name}"
 Told = tuple[str, list[float], "Counter[int]"]
 
@@ -157,6 +158,51 @@ def over_http(folder: Path, seconds: float) -> dict[str, object]:
     return phases
 
 
+def largest_requests(folder: Path) -> dict[str, object]:
+    """Return the memory of the HTTP service while three clients send the largest requests at once."""
+    with minter(folder, 1) as (base, _, service):
+        sources = [SOURCE.format(name=f"{n}{'x' * 900}") for n in range(SOURCES)]
+        files = [{"sources": sources}] * (MAX_NEEDS // SOURCES)
+        request = json.dumps({"request_id": "ID", "files": files}).encode()
+        secrets = {f"large{n}": new_secret() for n in range(3)}
+        for client, secret in secrets.items():
+            service.set_secret(stack.add_client(service, client, "vo", "bench"), secret, "bench")
+        time.sleep(2)
+
+        def send(client: str) -> int:
+            headers = urllib3.make_headers(basic_auth=f"{client}:{secrets[client]}") | {
+                "Content-Type": "application/json"
+            }
+            body = request.replace(b"ID", str(new_request_id()).encode(), 1)
+            return urllib3.request(
+                "POST", f"{base}/vo/v1/mint", body=body, headers=headers, retries=False, timeout=300
+            ).status
+
+        before = serving_mb()
+        with ThreadPoolExecutor(6) as threads:
+            statuses = Counter(threads.map(send, list(secrets) * 2))
+        return {
+            "request_mb": round(len(request) / 1e6, 1),
+            "answers": dict(statuses),
+            "rss_mb_before": before,
+            "rss_mb_peak": serving_mb(),
+        }
+
+
+def serving_mb() -> int:
+    """Return the largest resident memory so far of a child process of this machine's `minter serve`, in MB."""
+    peaks = []
+    for status in Path("/proc").glob("[0-9]*/status"):
+        with suppress(OSError):
+            if b"serve" in (status.parent / "cmdline").read_bytes():
+                peaks += [
+                    int(line.split()[1])
+                    for line in status.read_text().splitlines()
+                    if line.startswith("VmHWM")
+                ]
+    return max(peaks) // 1000
+
+
 def over_amqp(folder: Path, seconds: float) -> dict[str, object]:
     """Return the figures of two workers on RabbitMQ."""
     phases = {}
@@ -200,17 +246,17 @@ def over_amqp(folder: Path, seconds: float) -> dict[str, object]:
 
 def main() -> None:
     """Run all phases and print the figures."""
+    measures = {"http": over_http, "amqp": over_amqp, "largest": lambda folder, _: largest_requests(folder)}
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=15)
-    parser.add_argument("--only", choices=["http", "amqp"])
+    parser.add_argument("--only", choices=list(measures))
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    phases: dict[str, object] = {}
-    for transport, measure in (("http", over_http), ("amqp", over_amqp)):
+    found: dict[str, object] = {"versions": versions()}
+    for transport, measure in measures.items():
         if options.only in (None, transport):
             with tempfile.TemporaryDirectory() as folder:
-                phases[transport] = measure(Path(folder), options.seconds)
-    found = {"versions": versions(), "phases": phases}
+                found[transport] = measure(Path(folder), options.seconds)
     print(json.dumps(found, indent=2))
     if options.json:
         options.json.write_text(json.dumps(found, indent=2) + "\n")
