@@ -64,7 +64,7 @@ class Bench:
         self.fake = iam
         self.provider = Provider(
             name="iam", issuer=iam.issuer, client_id="minter", secret_file="-",
-            **{"requests_per_second": 500.0, "timeout_seconds": 2.0} | provider,
+            **{"requests_per_second": 500.0, "timeout_seconds": 10.0} | provider,
         )  # fmt: skip
         self.routes = routes
         old = service.engine.policy
@@ -108,7 +108,7 @@ class Bench:
         told = {"sub": "atlas-user", "aud": "minter", "scope": "storage.read:/", **claims}
         return self.fake.sign(told)
 
-    def run_once(self, seconds: float = 5.0, until: Callable[..., object] | None = None) -> None:
+    def run_once(self, seconds: float = 30.0, until: Callable[..., object] | None = None) -> None:
         """Let the refresher do what is due now, or whatever it takes until something has happened."""
         end = time.monotonic() + seconds
         quiet = 0
@@ -116,6 +116,7 @@ class Bench:
             self.refresher._maintained_at = float("-inf")
             quiet = 0 if self.refresher.run_once() or self.refresher._out.total() else quiet + 1
             time.sleep(0.005)
+        assert quiet >= 3 or (until and until()), f"not done within {seconds} s"
 
     def fetch(self, outcome: Outcome, client: str = ME) -> Answer:
         return self.lifecycle.fetch(client, FetchRequest(outcome.submission.request.request_id), self.clock())
@@ -369,7 +370,7 @@ def test_dropped_scopes_are_reported(
 
 
 def test_a_lost_refresh_is_exchanged_again(service: Service, iam: FakeIAM) -> None:
-    bench = Bench(service, iam, exchange(), timeout_seconds=0.5, outage_margin_seconds=300)
+    bench = Bench(service, iam, exchange(), timeout_seconds=1.0, outage_margin_seconds=300)
     outcome = bench.ask("a", subject=bench.subject())
     bench.run_once()
     iam.behaviour = Behaviour(fault="lost_answer")
@@ -386,7 +387,7 @@ def test_a_lost_refresh_is_exchanged_again(service: Service, iam: FakeIAM) -> No
 
 @pytest.mark.parametrize("reuse", ["safe", "spent"])
 def test_a_lost_refresh_without_a_subject(service: Service, iam: FakeIAM, reuse: Reuse) -> None:
-    bench = Bench(service, iam, exchange(), timeout_seconds=0.5, reuse=reuse, outage_margin_seconds=300)
+    bench = Bench(service, iam, exchange(), timeout_seconds=1.0, reuse=reuse, outage_margin_seconds=300)
     outcome = bench.ask("a", subject=bench.subject())
     bench.run_once()
     with transaction(service.pool) as connection:
@@ -711,7 +712,7 @@ def test_the_refresh_token_beside_an_odd_access_token_is_kept(service: Service, 
 
 
 def test_a_spent_refresh_token_is_never_tried_again(service: Service, iam: FakeIAM) -> None:
-    bench, _ = due_again(service, iam, timeout_seconds=0.5)
+    bench, _ = due_again(service, iam, timeout_seconds=1.0)
     iam.behaviour = structs.replace(iam.behaviour, fault="lost_answer")
     bench.run_once(until=lambda: len(bench.asked) == 2)
     iam.behaviour = structs.replace(iam.behaviour, fault="error_500")
