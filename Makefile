@@ -4,7 +4,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-all test-lowest fuzz mutants lint schemas dist docs clean
+.PHONY: demo test test-all test-lowest fuzz mutants lint schemas dist book clean
 
 demo: $(STAMP)
 	$(RUN)/minter demo
@@ -47,6 +47,12 @@ dist: $(STAMP)
 	rm -rf build dist
 	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(RUN)/pip wheel --quiet --no-deps --wheel-dir dist .
 	cd dist && sha256sum *.whl | tee SHA256SUMS
+
+# Build the book from docs/, into .venv/site; a broken link or page fails.
+book:
+	$(PYTHON) -m venv --clear $(VENV)/book
+	$(VENV)/book/bin/pip install --quiet --disable-pip-version-check --editable '.[docs]'
+	$(VENV)/book/bin/mkdocs build --strict --quiet --site-dir $(VENV)/site
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
