@@ -22,6 +22,7 @@ from minter.policy.clients import fits
 from minter.policy.exchanges import Exchange
 from minter.policy.plans import SEVERAL_STORAGES
 from minter.policy.routes import SHIPPED_ROUTES, FTSInstance, Route
+from minter.policy.token_endpoint import ANY
 from minter.policy.transfers import Policy
 from minter.private_files import read_private_file
 from minter.providers.dialects import Provider
@@ -266,6 +267,12 @@ class Loaded:
     def _check_providers(self) -> None:
         for provider in self.settings.providers:
             provider.check()
+            for audience in provider.extra_audiences:
+                if audience in ANY or any(d.at(audience) for d in self.policy.directories.values()):
+                    raise SettingsError(
+                        f"provider {provider.name!r}: extra audience {audience!r} is of a storage, and would "
+                        "widen tokens"
+                    )
         names = [p.name for p in self.settings.providers]
         if twice := {name for name in names if names.count(name) > 1}:
             raise SettingsError(f"providers named twice: {', '.join(sorted(twice))}")

@@ -29,7 +29,7 @@ Fault = Literal[
     "", "down", "slow", "error_500", "busy_429", "garbage", "html", "huge", "redirect", "wrong_key",
     "wrong_issuer", "wrong_audience", "wider_scope", "no_expiry", "long_life", "short_life", "future",
     "narrow_scope", "lost_answer", "invalid_client", "opaque", "trickle", "gateway_504",
-    "odd_audience", "fat", "echo", "trickle_head",
+    "odd_audience", "extra_audience", "fat", "echo", "trickle_head",
 ]  # fmt: skip
 """Ways to fail: no answer, a late answer, an error status, an invalid answer, or a token that differs from
 the request. With `lost_answer` the request is served, but not answered."""
@@ -108,7 +108,8 @@ class FakeIAM(ThreadingHTTPServer):
         now, key = int(self.now()), self._key
         life = {"long_life": 10 * 86400, "short_life": 30}.get(fault, self.behaviour.life_seconds)
         claims = {"iss": self.issuer, "iat": now, "exp": now + life, "jti": secrets.token_hex(8), **claims}
-        scope = claims.get("scope", "")
+        scope, audience = claims.get("scope", ""), claims.get("aud", [])
+        audience = [audience] if isinstance(audience, str) else audience
         spoilt: dict[str, dict[str, Any]] = {
             "wrong_issuer": {"iss": "https://elsewhere.example.org/"},
             "wrong_audience": {"aud": "https://elsewhere.example.org"},
@@ -116,6 +117,7 @@ class FakeIAM(ThreadingHTTPServer):
             "narrow_scope": {"scope": scope.rpartition(" ")[0] or scope},
             "future": {"iat": now + 900, "nbf": now + 900, "exp": now + 4500},
             "odd_audience": {"aud": 5},
+            "extra_audience": {"aud": [*audience, "account"]},
             "fat": {"groups": ["/alpen/" + "x" * 9_000]},
         }
         claims |= spoilt.get(fault, {})

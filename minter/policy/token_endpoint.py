@@ -420,7 +420,8 @@ class _Decider:
 
     def _groups(self, word: str) -> list[str]:
         if self.authority is not None:
-            return []  # groups are only for the client itself, never for an exchange or refresh
+            self.left_out.add(Step("profile", "leaves out wlcg.groups, which an exchange does not pass on"))
+            return []
         _, colon, group = word.partition(":")
         return [g for g in self.client.groups if not colon or g == group]
 

@@ -87,6 +87,8 @@ class Provider(Struct, frozen=True, eq=False, forbid_unknown_fields=True, kw_onl
     VO's issuer URL, by the `client_id`, or by one of `subject_audiences`. `hosts` lists patterns of further
     hosts at which its discovery document may place its endpoints and keys. `key_id` is the kid of our key in
     the key set that is registered there: with it, a new key can be registered beside the old one.
+    `extra_audiences` may be in its tokens although they were not requested, such as Keycloak's `account`;
+    none may be of a storage.
     """
 
     name: Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
@@ -106,6 +108,7 @@ class Provider(Struct, frozen=True, eq=False, forbid_unknown_fields=True, kw_onl
     hosts: tuple[str, ...] = ()
     key_id: str = ""
     subject_audiences: tuple[str, ...] = ()
+    extra_audiences: tuple[str, ...] = ()
 
     def check(self) -> None:
         """Raise SettingsError if the provider cannot be used with these settings."""

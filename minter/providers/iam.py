@@ -300,7 +300,8 @@ class IAM:
             raise self._rejected("it is bound to a key that nobody here has", "cnf")
         audience = claims.get("aud", [])
         names = [audience] if isinstance(audience, str) else audience
-        if not isinstance(names, list) or {str(name) for name in names} != set(asked.audience):
+        extra_audiences = {*self.provider.extra_audiences} - {*asked.audience}
+        if not isinstance(names, list) or {*map(str, names)} - extra_audiences != {*asked.audience}:
             raise self._rejected(f"its audience is {str(audience)[:200]!r}", "aud")
         words = scope_words(claims.get("scope", ""))
         if words is None:

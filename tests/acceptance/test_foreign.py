@@ -11,6 +11,7 @@ from typing import Any
 
 import jwt
 import pytest
+from joserfc import jwk
 
 from tests.acceptance.conftest import environment
 from tests.acceptance.served import Served
@@ -49,12 +50,18 @@ def run(served: Served, python: Path, script: str, *arguments: object, **environ
 
 def test_authlib_requests_oauthlib_and_scitokens(served: Served, tmp_path: Path) -> None:
     python = environment(tmp_path / "env", "authlib", "requests-oauthlib", "scitokens", "requests")
-    assert run(served, python, "oauth.py") == [
+    key = jwk.RSAKey.generate_key(2048)
+    served.add_client("signer", auth_key={**key.as_dict(private=False), "alg": "RS256"})
+    pem = tmp_path / "signer.pem"
+    pem.write_bytes(key.as_pem(private=True))
+    assert run(served, python, "oauth.py", pem) == [
         "authlib client_credentials",
         "authlib exchange and refresh",
         "authlib introspect and revoke",
         "requests-oauthlib client_credentials",
         "authlib error",
+        "authlib private_key_jwt",
+        "authlib discovery",
         "scitokens Enforcer",
     ]
 

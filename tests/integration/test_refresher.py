@@ -277,6 +277,17 @@ def test_the_stored_subject_token_serves(service: Service, iam: FakeIAM) -> None
     assert "no valid subject token" in late.refusals[0]["error"]["error_description"]
 
 
+@pytest.mark.parametrize(("extra", "given"), [((), False), (("account",), True), (("other",), False)])
+def test_an_audience_that_the_iam_adds_is_taken_if_its_settings_say_so(
+    service: Service, iam: FakeIAM, extra: tuple[str, ...], given: bool
+) -> None:
+    bench = Bench(service, iam, own(), extra_audiences=extra)
+    iam.behaviour = Behaviour(fault="extra_audience")
+    outcome = bench.ask("a")
+    bench.run_once(until=lambda: bench.asked)
+    assert bool(bench.fetch(outcome).tokens) is given
+
+
 REJECTED = {
     "wrong_key": "does not verify", "wrong_issuer": "its iss is", "wrong_audience": "audience",
     "wider_scope": "was not asked for", "no_expiry": "does not verify", "long_life": "at most",

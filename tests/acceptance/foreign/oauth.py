@@ -2,10 +2,14 @@
 
 import json
 import sys
+from pathlib import Path
 
 import requests
 import scitokens
 from authlib.integrations.requests_client import OAuth2Session as Authlib
+from authlib.oauth2.rfc7523 import PrivateKeyJWT
+from authlib.oauth2.rfc8414 import AuthorizationServerMetadata
+from authlib.oidc.discovery import OpenIDProviderMetadata
 from oauthlib.oauth2 import BackendApplicationClient
 from requests_oauthlib import OAuth2Session
 
@@ -52,6 +56,20 @@ try:
 except Exception as error:
     assert getattr(error, "error", "") == "invalid_client", error
     done.append("authlib error")
+
+signer = Authlib(
+    "signer", Path(sys.argv[3]).read_text(), token_endpoint_auth_method=PrivateKeyJWT(url, alg="RS256")
+)
+assert signer.fetch_token(url, grant_type="client_credentials", scope=SCOPE, audience=HOST)["access_token"]
+done.append("authlib private_key_jwt")
+
+OpenIDProviderMetadata(found).validate()
+place = issuer.split("/", 3)
+server = requests.get(
+    f"{'/'.join(place[:3])}/.well-known/oauth-authorization-server/{place[3]}".rstrip("/"), timeout=30
+).json()
+AuthorizationServerMetadata(server).validate()
+done.append("authlib discovery")
 
 token = scitokens.SciToken.deserialize(told["access_token"], audience=HOST)
 enforcer = scitokens.Enforcer(issuer, audience=HOST)
