@@ -8,7 +8,7 @@ from sqlalchemy.engine import Engine as Pool
 from minter.database.connection import one, synchronous_standbys, transaction
 
 
-class Server(Struct, frozen=True, kw_only=True):
+class PostgresServer(Struct, frozen=True, kw_only=True):
     """The Postgres server; `standbys` are (name, state, kind of synchronisation)."""
 
     version: str
@@ -21,7 +21,7 @@ class Server(Struct, frozen=True, kw_only=True):
     standbys: list[tuple[str | None, str | None, str | None]]
 
 
-def server(pool: Pool, patience: float) -> Server:
+def server(pool: Pool, patience: float) -> PostgresServer:
     """Return what the server says of itself; raises Unavailable."""
     with transaction(pool, patience) as connection:
         version, size, now, connections, most, read_only = one(
@@ -36,7 +36,7 @@ def server(pool: Pool, patience: float) -> Server:
             "SELECT application_name, state, sync_state FROM pg_stat_replication ORDER BY 1"
         ).fetchall()
         wanted = synchronous_standbys(connection)
-    return Server(
+    return PostgresServer(
         version=version, size=size, now=now, connections=connections, max_connections=most,
         read_only=read_only, wanted_standbys=wanted, standbys=standbys,
     )  # fmt: skip

@@ -46,7 +46,7 @@ class Issued(Struct, frozen=True, gc=False):
         return f"Issued({self.jti}, {self.slot})"
 
 
-class Pending(Struct, frozen=True, gc=False):
+class PendingManaged(Struct, frozen=True, gc=False):
     """A managed token that has no usable access token yet; it can be fetched later by its handle."""
 
     slot: Slot
@@ -66,7 +66,7 @@ class Outcome(Struct, eq=False):
     client: Client | None = None
     decision: Decision | None = None
     family: Family | None = None
-    pending: list[Pending] = []
+    pending: list[PendingManaged] = []
 
     def keep_whole(self, *, all_or_nothing: bool) -> None:
         """Withhold all tokens of an all-or-nothing request while some are pending, or refused on a repeat."""

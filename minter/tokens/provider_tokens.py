@@ -7,7 +7,7 @@ from typing import NamedTuple
 from minter.policy.plans import Plan, PlannedToken
 from minter.tokens import managed
 from minter.tokens.managed import ManagedToken, Wanted
-from minter.tokens.outcomes import Pending, PendingRequest
+from minter.tokens.outcomes import PendingManaged, PendingRequest
 from minter.tokens.records import Recording, TokenRow
 from minter.tokens.reissue import Reissuer
 
@@ -63,4 +63,4 @@ def _note_use(use: _Use, token: ManagedToken, reissuer: Reissuer, lasts_until: d
     if given is not None:
         use.request.outcome.issued.append(given)
     else:
-        use.request.outcome.pending.append(Pending(slot, storage, use.planned.scope, use.handle))
+        use.request.outcome.pending.append(PendingManaged(slot, storage, use.planned.scope, use.handle))

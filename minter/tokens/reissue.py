@@ -32,7 +32,7 @@ from minter.tokens.claims import unverified_claims
 from minter.tokens.clock import check_clock
 from minter.tokens.keys import Key, RotationPolicy, Signer
 from minter.tokens.managed import ManagedToken
-from minter.tokens.outcomes import Issued, Outcome, Pending, PendingRequest, Submission
+from minter.tokens.outcomes import Issued, Outcome, PendingManaged, PendingRequest, Submission
 from minter.tokens.records import OWN_KINDS, Control, Recording, RequestRow, Store, TokenRow, known_client
 
 
@@ -190,7 +190,7 @@ class Reissuer:
         waits = token is not None and token.state in ("queued", "issued") and token.deadline > now
         if waits and not ended:
             scope = str(json.loads(row.payload)["scope"])
-            outcome.pending.append(Pending(row.slot, row.storage, scope, row.use_id))
+            outcome.pending.append(PendingManaged(row.slot, row.storage, scope, row.use_id))
             return
         over = f"was {row.state}" if ended else "is past its deadline"
         expired = Expired(f"token {row.id} {over}; renew it under a new request_id", renew=True)

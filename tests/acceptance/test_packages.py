@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from tests.acceptance.conftest import environment
+from tests.acceptance.served import Served
 from tests.conftest import ROOT
+from tests.lowest import lowest
 
 pytestmark = pytest.mark.slow
 
@@ -34,6 +36,27 @@ def test_the_client_alone_needs_no_server(wheel: Path, tmp_path: Path) -> None:
     )
     assert command.returncode == 2
     assert "pip install 'gridminter[server]'" in command.stderr
+
+
+def test_the_client_works_with_its_lowest_versions(wheel: Path, tmp_path: Path, served: Served) -> None:
+    python = environment(
+        tmp_path / "env", f"{wheel}[amqp]", *(f"{n}=={v}" for n, v in lowest(("amqp",)).items())
+    )
+    code = (
+        "import sys; from minter.client import FileRequest, MinterClient; import minter.client.amqp;"
+        "client = MinterClient(sys.argv[1], 'rucio', sys.argv[2], ca=sys.argv[3]);"
+        "url = 'davs://se01.boreas.example.org:443/atlas/atlasdatadisk/rucio/f';"
+        "result = client.mint([FileRequest(sources=(url,))]); print(result.tokens[0].scope);"
+        "print(len(client.trace(jti=result.tokens[0].jti)));"
+        "other = client.mint([FileRequest(sources=('davs://nowhere.example.org/f',))]);"
+        "print(other.refusals[0].error.reason)"
+    )
+    done = subprocess.run(
+        [python, "-c", code, served.iss, served.secrets["rucio"], served.ca],
+        capture_output=True, text=True, check=False, cwd="/",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["storage.read:/atlas/atlasdatadisk/rucio/f", "1", "unknown_storage"]
 
 
 def test_the_client_lives_beside_rucio(wheel: Path, tmp_path: Path) -> None:

@@ -96,3 +96,13 @@ def test_sql_stands_in_the_database_package_only(name: str) -> None:
     assert not [
         s for s in strings if re.match(r"\s*(SELECT|INSERT INTO|UPDATE \w+ SET|DELETE FROM|WITH \w+ AS)\b", s)
     ]
+
+
+def test_no_two_classes_share_a_name() -> None:
+    found: dict[str, list[str]] = {}
+    for name, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                found.setdefault(node.name, []).append(name)
+    twice = {name: files for name, files in found.items() if len(files) > 1}
+    assert not twice
