@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import urlparse
 
 from minter.cli.demo import fts_objections
-from workers.fts_forwarder import BASE_ID
+from minter.fts.rest import BASE_ID
 
 VO = "alpen"
 

@@ -9,71 +9,45 @@ message is dead-lettered. FTS makes the job's id from the request_id, so a job t
 answer is found in FTS (409) and not made twice. While FTS is down, the forwarder waits and tries again.
 """
 
-import hashlib
 import logging
 import os
 import random
-import re
 import signal
-import ssl
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
-import httpx
 import kombu
 import msgspec
 from joserfc import jwe, jwk
 from joserfc.errors import JoseError
-from msgspec import Struct
 from prometheus_client import CollectorRegistry
 
 from minter import logs
-from minter.broker.publisher import connect, trust
+from minter.broker.publisher import connect
 from minter.client import JobReport, MinterClient
 from minter.contract.messages import Answer, TokenAnswer
 from minter.errors import (
-    FTSAway,
     FTSBlocked,
     InvalidRequest,
     JobBroken,
     JobRefused,
     JobTooLate,
     MinterError,
-    RequestError,
     SettingsError,
     Unavailable,
 )
+from minter.fts.rest import FTSClient, Submitted
 from minter.metrics import FTS_JOBS, new_counter, serve
 
 logger = logging.getLogger("minter.fts")
 
-BASE_ID = uuid.UUID("01874efb-4735-4595-bc9c-591aef8240c9")
-"""FTS's namespace of deterministic job ids: uuid5(uuid5(BASE_ID, VO), sid)."""
 FIRST_DELAY_SECONDS = 1.0
 MAX_DELAY_SECONDS = 60.0
 MAX_HOLD_SECONDS = 25 * 60.0
 """A message is requeued after this time, before RabbitMQ takes it back after 30 minutes."""
-_FINAL = (
-    httpx.codes.BAD_REQUEST,
-    httpx.codes.REQUEST_ENTITY_TOO_LARGE,
-    httpx.codes.UNPROCESSABLE_ENTITY,
-)
-"""Statuses with which FTS refuses a job for good. Any other error comes from a proxy or is temporary: 401
-and 403 mean that FTS does not know Minter's issuer, perhaps only for now."""
-
-
-_OPERATORS = re.compile(
-    r"unmanaged tokens are not allowed|unmanaged_tokens|issuer|token provider|not support\w* token",
-    re.IGNORECASE,
-).search
-"""Refusals that are about FTS's settings for this VO, not about the job (FTS 3.13 and 3.14)."""
-CONFLICT, FAILED = httpx.codes.CONFLICT, httpx.codes.INTERNAL_SERVER_ERROR
-BROKEN_DELAYS_SECONDS = (1.0, 2.0)
-"""Pauses between the tries of a job that FTS answers with 500."""
 
 
 class _Registry(jwe.JWERegistry):
@@ -83,141 +57,6 @@ class _Registry(jwe.JWERegistry):
 
 
 _registry = _Registry(algorithms=["ECDH-ES+A256KW", "RSA-OAEP-256", "A256GCM"])
-
-
-class Submitted(Struct, frozen=True):
-    """A job that FTS has; `replica_ids` are its ids of each file, in the job's order, empty if unknown."""
-
-    job_id: uuid.UUID
-    replica_ids: tuple[tuple[int, ...], ...]
-
-
-class FTSClient:
-    """A client of FTS's REST interface that submits jobs."""
-
-    def __init__(self, url: str, *, ca: str | None = None, timeout_seconds: float = 60.0) -> None:
-        verify = True if ca is None else ssl.create_default_context(**trust(ca))
-        self._http = httpx.Client(base_url=url, verify=verify, timeout=timeout_seconds)
-        self._vo: str | None = None
-
-    def submit(self, job: Mapping[str, Any], bearer: TokenAnswer, request_id: str) -> Submitted:
-        """Submit a job, or find it if FTS has it already; raises FTSAway or JobRefused."""
-        params = dict(job.get("params") or {})
-        if params.get("id_generator") != "deterministic" or not params.get("sid"):
-            params |= {"id_generator": "deterministic", "sid": request_id}
-        made = {**job, "params": params}
-        for delay in (*BROKEN_DELAYS_SECONDS, None):
-            answer = self._call("POST", "/jobs", bearer, made, told=(CONFLICT, FAILED))
-            if answer.status_code != FAILED:
-                break
-            # FTS may have the job all the same: its answer was lost, or it failed after the commit.
-            job_id = self._job_id(bearer, str(params["sid"]))
-            if self._has(job_id, bearer):
-                break
-            if delay is None:
-                said = logs.redact(answer.text)[:300]
-                raise JobBroken(f"FTS answers 500 to this job each time, and does not have it: {said}")
-            time.sleep(delay)
-        if answer.status_code in (CONFLICT, FAILED):
-            job_id = self._job_id(bearer, str(params["sid"]))
-            if not self._is_ours(job_id, bearer, made):
-                raise JobRefused(
-                    f"FTS has another job under the sid {params['sid']}; submit it under a new one"
-                )
-            logger.info("FTS has job %s already", job_id)
-        else:
-            job_id = uuid.UUID(_said(answer, "job_id"))
-        return Submitted(job_id, self._replica_ids(job_id, bearer, made))
-
-    def _has(self, job_id: uuid.UUID, bearer: TokenAnswer) -> bool:
-        answer = self._call("GET", f"/jobs/{job_id}", bearer, told=(httpx.codes.NOT_FOUND,))
-        return answer.status_code != httpx.codes.NOT_FOUND
-
-    def _job_id(self, bearer: TokenAnswer, sid: str) -> uuid.UUID:
-        if self._vo is None:
-            self._vo = _said(self._call("GET", "/whoami", bearer), "vos", 0)
-        return uuid.uuid5(uuid.uuid5(BASE_ID, self._vo), sid)
-
-    def _files(self, job_id: uuid.UUID, bearer: TokenAnswer) -> list[dict[str, Any]]:
-        files = _json(self._call("GET", f"/jobs/{job_id}/files", bearer))
-        if not isinstance(files, list) or not all(isinstance(f, dict) for f in files):
-            raise FTSAway("FTS lists a job's files in an unexpected form")
-        return files
-
-    def _is_ours(self, job_id: uuid.UUID, bearer: TokenAnswer, job: Mapping[str, Any]) -> bool:
-        """Say whether the job that FTS has was made with these tokens: FTS may write URLs otherwise."""
-        theirs = self._files(job_id, bearer)
-        if all({"src_token_id", "dst_token_id"} <= f.keys() for f in theirs):
-            return {(f["src_token_id"], f["dst_token_id"]) for f in theirs} == {
-                (_token_id(source), _token_id(destination))
-                for file in job["files"]
-                for source in file["source_tokens"]
-                for destination in file["destination_tokens"]
-            }
-        return {f.get("dest_surl") for f in theirs} == {
-            urlparse(url.strip()).geturl() for file in job["files"] for url in file["destinations"]
-        }
-
-    def _replica_ids(
-        self, job_id: uuid.UUID, bearer: TokenAnswer, job: Mapping[str, Any]
-    ) -> tuple[tuple[int, ...], ...]:
-        """Return FTS's ids of each file, in the job's order; none if they cannot be read."""
-        try:
-            found: dict[int, list[int]] = {}
-            for place, file in enumerate(self._files(job_id, bearer)):
-                found.setdefault(int(file.get("file_index", place)), []).append(int(file["file_id"]))
-        except (Unavailable, RequestError, KeyError, TypeError, ValueError):
-            return ()
-        if len(found) != len(job["files"]):
-            return ()
-        return tuple(tuple(sorted(found[index])) for index in sorted(found))
-
-    def _call(
-        self,
-        method: str,
-        path: str,
-        bearer: TokenAnswer,
-        body: object | None = None,
-        told: Sequence[int] = (),
-    ) -> httpx.Response:
-        """Ask FTS; errors other than those `told` are raised: JobRefused for good, FTSBlocked, or FTSAway."""
-        headers = {"Authorization": f"Bearer {bearer.token}", "Content-Type": "application/json"}
-        content = None if body is None else msgspec.json.encode(body)
-        try:
-            answer = self._http.request(method, path, headers=headers, content=content)
-        except httpx.HTTPError as error:
-            raise FTSAway(f"FTS cannot be reached ({type(error).__name__})") from None
-        if answer.is_success or answer.status_code in told:
-            return answer
-        if answer.status_code not in _FINAL:
-            raise FTSAway(f"FTS answers {answer.status_code}")
-        said = logs.redact(answer.text)[:300]
-        if _OPERATORS(said):
-            raise FTSBlocked(f"FTS refuses every job ({answer.status_code}), its operators must act: {said}")
-        raise JobRefused(f"FTS refuses the job ({answer.status_code}): {said}")
-
-
-def _token_id(token: str) -> str:
-    """Return FTS's id of a token: the first 16 hex digits of its SHA-1."""
-    return hashlib.sha1(token.encode(), usedforsecurity=False).hexdigest()[:16]
-
-
-def _json(answer: httpx.Response) -> Any:
-    try:
-        return msgspec.json.decode(answer.content)
-    except msgspec.DecodeError:
-        raise FTSAway(f"FTS answers {answer.status_code} without valid JSON") from None
-
-
-def _said(answer: httpx.Response, *keys: str | int) -> str:
-    """Return one value of a JSON answer as text; raises FTSAway if the answer does not have it."""
-    value = _json(answer)
-    try:
-        for key in keys:
-            value = value[key]
-    except (KeyError, IndexError, TypeError):
-        raise FTSAway(f"FTS answers without {'.'.join(map(str, keys))}") from None
-    return str(value)
 
 
 class Forwarder:
@@ -400,7 +239,7 @@ def run(
 ) -> None:
     """Submit filled jobs until SIGTERM; `fts` has REST URLs, or NAME=URL for each of several."""
     logs.configure(logging.INFO)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    logging.getLogger("urllib3").setLevel(logging.WARNING)
     url = os.environ.get("MINTER_BROKER_URL")
     if not url:
         raise SettingsError("MINTER_BROKER_URL is not set; it names the broker and this client's user")

@@ -10,7 +10,6 @@ import logging
 import uuid
 from collections.abc import Callable, Mapping
 from datetime import datetime
-from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote_plus, urlencode, urlsplit
 
@@ -20,6 +19,7 @@ import urllib3
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from msgspec import Struct
 
+from minter.bounded_http import pool_manager, read
 from minter.errors import (
     InvalidGrant,
     Lost,
@@ -32,7 +32,6 @@ from minter.errors import (
 )
 from minter.jws import UNREADABLE, is_compact
 from minter.policy.limits import MAX_DATE
-from minter.providers import bounded
 from minter.providers.dialects import Provider, Target
 from minter.providers.reading import (
     key_for,
@@ -49,7 +48,7 @@ from minter.storages.dialects import DEFAULT_MAX_TOKEN_BYTES
 
 logger = logging.getLogger(__name__)
 
-CONNECT_SECONDS = 5.0
+MAX_ANSWER_BYTES = 256 * 1024
 LEEWAY_SECONDS = 60
 """Largest accepted difference, in seconds, between an IAM's clock and ours."""
 _ALGORITHMS = ["RS256", "RS384", "RS512", "PS256", "ES256", "ES384", "ES512", "EdDSA"]
@@ -127,15 +126,7 @@ class IAM:
         self._key = private_key(provider, secret) if provider.authentication == "private_key_jwt" else None
         self.documents = documents
         self._clock = clock
-        folder = ca is not None and Path(ca).is_dir()
-        self._http = urllib3.PoolManager(
-            maxsize=provider.in_flight,
-            ca_certs=None if folder else ca,
-            ca_cert_dir=ca if folder else None,
-            retries=False,
-            timeout=urllib3.Timeout(connect=CONNECT_SECONDS, read=provider.timeout_seconds),
-        )
-        self._http.pool_classes_by_scheme = bounded.pools(provider.timeout_seconds)
+        self._http = pool_manager(provider.timeout_seconds, ca, provider.in_flight)
 
     def __repr__(self) -> str:
         """Name the provider; the secret stays hidden."""
@@ -416,7 +407,7 @@ class IAM:
             with self._http.request(
                 method, url, body=body, headers=headers, redirect=False, preload_content=False
             ) as response:
-                content = bounded.read(response)
+                content = read(response, MAX_ANSWER_BYTES)
                 status, said = response.status, response.headers.get("Retry-After", "")
         except (urllib3.exceptions.NewConnectionError, urllib3.exceptions.ConnectTimeoutError) as error:
             raise self._away(error) from None

@@ -12,15 +12,16 @@ import pytest
 from minter.client import JobReport
 from minter.contract.messages import Answer, FillRequest
 from minter.errors import FTSAway, FTSBlocked, JobBroken, JobRefused, JobTooLate, Unavailable
+from minter.fts import rest
 from minter.fts.jobs import from_fill
+from minter.fts.rest import FTSClient, Submitted
 from minter.service import Service
 from minter.tasks.answers import answer
 from minter.tokens import clock
 from minter.tokens.outcomes import Submission
 from tests.integration.test_mint import OTHER, SE, mint
 from tests.simulators import FakeFTS
-from workers import fts_forwarder
-from workers.fts_forwarder import Forwarder, FTSClient, Submitted
+from workers.fts_forwarder import Forwarder
 
 _Client: Any = object  # so that the fake may stand where a MinterClient does
 
@@ -99,7 +100,7 @@ def test_fts_is_told_the_token_and_keeps_the_jobs_own_params(fts: FakeFTS, fille
 def test_a_job_that_breaks_fts_is_set_aside_and_keeps_its_tokens(
     fts: FakeFTS, filled: Answer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fts_forwarder, "BROKEN_DELAYS_SECONDS", (0.0, 0.0))
+    monkeypatch.setattr(rest, "BROKEN_DELAYS_SECONDS", (0.0, 0.0))
     engine = Engine()
     forwarder = Forwarder(engine, FTSClient(fts.url), None)
     fts.faults = ["500"] * 3
@@ -114,7 +115,7 @@ def test_a_job_that_breaks_fts_is_set_aside_and_keeps_its_tokens(
 def test_a_job_that_fts_has_although_it_answered_500_is_found(
     fts: FakeFTS, filled: Answer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fts_forwarder, "BROKEN_DELAYS_SECONDS", (0.0, 0.0))
+    monkeypatch.setattr(rest, "BROKEN_DELAYS_SECONDS", (0.0, 0.0))
     fts.faults = ["500-kept"]
     submitted = Forwarder(Engine(), FTSClient(fts.url), None).forward(filled)
     assert submitted is not None

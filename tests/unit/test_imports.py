@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 FLOORS = [
-    {"errors", "jws", "logs"},
+    {"bounded_http", "errors", "jws", "logs"},
     {"private_files"},
     {"scopes"},
     {"contract"},

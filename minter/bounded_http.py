@@ -5,13 +5,18 @@ import io
 import socket
 import time
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import urllib3
 
-MAX_ANSWER_BYTES = 256 * 1024
+CONNECT_SECONDS = 5.0
 MAX_INFORMATIONAL = 16
 _INFORMATIONAL, _SWITCHES, _FINAL = 100, 101, 200
+
+
+class TooLarge(urllib3.exceptions.HTTPError):
+    """A response has more bytes than its reader takes."""
 
 
 class _Reader(io.RawIOBase):
@@ -61,21 +66,33 @@ class _Response(http.client.HTTPResponse):
             super().begin()
 
 
-def pools(seconds: float) -> dict[str, type[urllib3.HTTPConnectionPool]]:
-    """Return classes of urllib3 pools by scheme, whose responses must arrive within `seconds`."""
-    made: dict[str, type[urllib3.HTTPConnectionPool]] = {}
+def pool_manager(seconds: float, ca: str | None, connections: int = 10) -> urllib3.PoolManager:
+    """Return a client whose responses must arrive within `seconds`; it follows no redirect, repeats nothing.
+
+    `ca` is a file or a hashed directory; None means the system's CAs.
+    """
+    folder = ca is not None and Path(ca).is_dir()
+    made = urllib3.PoolManager(
+        maxsize=connections,
+        ca_certs=None if folder else ca,
+        ca_cert_dir=ca if folder else None,
+        retries=False,
+        timeout=urllib3.Timeout(connect=CONNECT_SECONDS, read=seconds),
+    )
+    classes: dict[str, type[urllib3.HTTPConnectionPool]] = {}
     for scheme, pool in (("http", urllib3.HTTPConnectionPool), ("https", urllib3.HTTPSConnectionPool)):
-        bounded = type("Bounded", (_Bounded, pool.ConnectionCls), {"seconds": seconds})
-        made[scheme] = type("BoundedPool", (pool,), {"ConnectionCls": bounded})
+        connection = type("Bounded", (_Bounded, pool.ConnectionCls), {"seconds": seconds})
+        classes[scheme] = type("BoundedPool", (pool,), {"ConnectionCls": connection})
+    made.pool_classes_by_scheme = classes
     return made
 
 
-def read(response: urllib3.BaseHTTPResponse) -> bytes:
-    """Return the body of a response; raises TimeoutError if it has more than MAX_ANSWER_BYTES."""
+def read(response: urllib3.BaseHTTPResponse, most: int) -> bytes:
+    """Return the body of a response; raises TooLarge if it has more than `most` bytes."""
     parts, size = [], 0
     while chunk := response.read1(16_384):
         parts.append(chunk)
         size += len(chunk)
-        if size > MAX_ANSWER_BYTES:
-            raise TimeoutError(f"an answer of more than {MAX_ANSWER_BYTES} bytes")
+        if size > most:
+            raise TooLarge(f"an answer of more than {most} bytes")
     return b"".join(parts)
