@@ -126,3 +126,27 @@ def with_one_algorithm(service: Service) -> Service:
     with transaction(service.pool) as connection:
         connection.execute("DELETE FROM signing_keys WHERE algorithm = 'RS256'")
     return service
+
+
+# ── order ────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep the order inside each module of acceptance tests, which share running servers.
+
+    pytest-randomly shuffled everything before.
+    """
+    places: dict[Path, list[int]] = {}
+    for number, item in enumerate(items):
+        if item.path.parent.name == "acceptance":
+            places.setdefault(item.path, []).append(number)
+    for numbers in places.values():
+        ordered = sorted((items[n] for n in numbers), key=lambda item: item.location[1] or 0)
+        for number, item in zip(numbers, ordered, strict=True):
+            items[number] = item
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    seed = config.getoption("randomly_seed", default=None)
+    terminalreporter.write_line(f"to repeat this order: --randomly-seed={seed}")
