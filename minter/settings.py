@@ -18,11 +18,11 @@ import msgspec
 from msgspec import Meta, Struct
 
 from minter.errors import SettingsError
+from minter.policy.audiences import ANY
 from minter.policy.clients import fits
 from minter.policy.exchanges import Exchange
 from minter.policy.plans import SEVERAL_STORAGES
 from minter.policy.routes import SHIPPED_ROUTES, FTSInstance, Route
-from minter.policy.token_endpoint import ANY
 from minter.policy.transfers import Policy
 from minter.private_files import read_private_file
 from minter.providers.dialects import Provider

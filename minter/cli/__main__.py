@@ -30,7 +30,7 @@ from minter.database.control import read_control
 from minter.errors import SettingsError, Unavailable
 from minter.issuer import well_known
 from minter.local import drill, stack
-from minter.policy.token_endpoint import ANY
+from minter.policy.audiences import ANY
 from minter.service import Service, load_settings
 
 ENVIRONMENT = Path("/etc/minter/environment")

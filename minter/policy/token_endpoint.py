@@ -17,11 +17,11 @@ from msgspec import structs
 from minter.contract.operations import OPERATIONS, Operation
 from minter.errors import (
     InvalidScope,
-    InvalidTarget,
     LifetimeNotAllowed,
     RequestError,
 )
 from minter.policy import exchanges
+from minter.policy.audiences import Audience
 from minter.policy.clients import Bans, Client, fits
 from minter.policy.lifetimes import cap_of
 from minter.policy.limits import (
@@ -43,12 +43,10 @@ from minter.policy.subject_tokens import (
 from minter.policy.token_requests import Family, Subject, TokenRequest, as_held
 from minter.policy.transfers import Policy
 from minter.scopes import STORAGE_SCOPES, Scope, intersect, parse_scopes, path_contains
-from minter.storages.dialects import BOTH, DIALECTS, RSA_ONLY, Matching, Needed, scopes_needed
-from minter.storages.directory import LOOSEST_FIRST, Area
+from minter.storages.dialects import DIALECTS, Needed, scopes_needed
+from minter.storages.directory import Area
 from minter.storages.matching import opens
-from minter.storages.urls import host_of
 
-ANY = ("https://wlcg.cern.ch/jwt/v1/any",)
 CACHE_SIZE = 4_096
 """Most cached decisions on clients' own behalf: Rucio and FTS send equal token requests again and again."""
 
@@ -165,15 +163,7 @@ class _Decider:
         """The client whose token the subject token is, None if there is none here."""
         held = authority.scope if authority else ""
         self.wanted = dict.fromkeys(as_held(token_request.scope, held) or held.split())
-        self.audience = self._audience(tuple(dict.fromkeys(token_request.audience)))
-        self.is_any = any(a in ANY for a in self.audience)
-        self.all_at_storages = True
-        """Whether each audience is that of a storage."""
-        self.algorithms = BOTH
-        """JWS algorithms that every verifier of the audiences takes."""
-        self.endpoints = self._endpoints()
-        matchings = {area.matching for areas in self.endpoints for area in areas}
-        self.matching: Matching = next((m for m in LOOSEST_FIRST if m in matchings), "exact")
+        self.audience = Audience(policy, client, authority, tuple(dict.fromkeys(token_request.audience)))
         self.allowed: dict[tuple[str, str], _Allowed] = {}
         """Permissions found so far, by scope name and storage."""
         self.left_out: set[Step] = set()
@@ -203,14 +193,14 @@ class _Decider:
         if not words.keys() - {"offline_access"}:
             raise InvalidScope(
                 f"nothing of scope {' '.join(self.wanted)[:200]!r} may be granted to client "
-                f"{self.client.name!r} for {' '.join(self.audience)[:200]!r}"
+                f"{self.client.name!r} for {' '.join(self.audience.names)[:200]!r}"
             )
         return self._planned_token(" ".join(words), tuple(dict.fromkeys(groups)), list(storage.values()))
 
     def _planned_token(
         self, scope: str, groups: tuple[str, ...], on_storage: Sequence[Scope]
     ) -> PlannedToken:
-        if len(scope) > MAX_CLAIM_CHARACTERS or len(" ".join(self.audience)) > MAX_CLAIM_CHARACTERS:
+        if len(scope) > MAX_CLAIM_CHARACTERS or len(" ".join(self.audience.names)) > MAX_CLAIM_CHARACTERS:
             raise InvalidScope(
                 f"scope or audience is longer than {MAX_CLAIM_CHARACTERS} characters; ask for less at once"
             )
@@ -222,9 +212,9 @@ class _Decider:
         storages = {a.area.storage: a.area for a in self.allowed.values()}
         one = next(iter(storages.values())) if len(storages) == 1 else None
         area = Area(
-            self.client.vo, one.storage if one else SEVERAL_STORAGES, "/", "/", self.audience,
-            (one.dialect if one else DIALECTS["profile"])._replace(algorithms=self.algorithms),
-            self.matching, False, True,
+            self.client.vo, one.storage if one else SEVERAL_STORAGES, "/", "/", self.audience.names,
+            (one.dialect if one else DIALECTS["profile"])._replace(algorithms=self.audience.algorithms),
+            self.audience.matching, False, True,
         )  # fmt: skip
         # No text of the caller's: all tokens with equal steps share one recorded rule.
         steps = {
@@ -258,57 +248,9 @@ class _Decider:
             for limits in (self.client, self.holder)
             if limits is not None and limits.max_lifetime_seconds is not None
         ]
-        if self.is_any and on_storage:
+        if self.audience.is_any and on_storage:
             caps.append((ANY_SECONDS, "audience any", "every storage of the VO takes it"))
         return min(caps)
-
-    # ── audiences ────────────────────────────────────────────────────────────────────────────
-
-    def _audience(self, asked: tuple[str, ...]) -> tuple[str, ...]:
-        if self.authority is not None and self.authority.ours:
-            if outside := [a for a in asked if a not in self.authority.audience]:
-                raise InvalidTarget(f"audience {outside[0][:200]!r} is not the subject token's")
-            return asked or self.authority.audience
-        audience = asked or self.client.default_audience
-        if not audience:
-            raise InvalidTarget(
-                f"no audience: name one, or set a default for client {self.client.name!r} with: "
-                "minter clients change --default-audience"
-            )
-        return audience
-
-    def _endpoints(self) -> list[list[Area]]:
-        """Return the endpoints of all audiences, each once.
-
-        Raises InvalidTarget for an audience that is neither of a storage or FTS, nor listed for the client.
-        """
-        directory = self.policy.directories[self.client.vo]
-        found: dict[int, list[Area]] = {}
-        for audience in self.audience:
-            if audience in ANY:
-                endpoints = directory.endpoints()
-                known = audience in self.client.audiences  # never by an accidental pattern match
-            else:
-                endpoints = directory.at(audience)
-                listed = fits(audience, self.client.audiences)
-                known = bool(endpoints) or self._fts(audience) or listed
-            if not (known or (self.authority and self.authority.ours)):
-                raise InvalidTarget(
-                    f"audience {audience[:200]!r} is of no storage or FTS here, and not listed for client "
-                    f"{self.client.name!r}"
-                )
-            self.all_at_storages &= bool(endpoints)
-            if not endpoints and not self._fts(audience):
-                self.algorithms &= RSA_ONLY  # nobody knows what it verifies
-            for areas in endpoints:
-                found[id(areas)] = areas
-                self.algorithms &= frozenset.intersection(*(a.dialect.algorithms for a in areas))
-        return list(found.values())
-
-    def _fts(self, audience: str) -> bool:
-        services = self.policy.fts[self.client.vo]
-        host = host_of(audience if "//" in audience else f"//{audience}")
-        return host in services or any(audience in p.area.audience for p in services.values())
 
     # ── scopes ───────────────────────────────────────────────────────────────────────────────
 
@@ -331,7 +273,7 @@ class _Decider:
             granted = set(intersect(granted, parse_scopes(self.authority.scope)))
         granted = {one for one in granted if self._may_be_written(one)}
         for one in granted:
-            self.bans.check_path(self.client.vo, one.path or "/", self.matching)
+            self.bans.check_path(self.client.vo, one.path or "/", self.audience.matching)
         # oauthlib warns of a scope that is spelt differently from the request; a directory's slash may stay.
         if len(granted) == 1 and word in {f"{s}{end}" for s in granted for end in ("", "/")}:
             return dict.fromkeys([word], *granted)
@@ -340,24 +282,24 @@ class _Decider:
     def _paths(self, path: str, name: str) -> list[str]:
         """Return the parts of a path that the storages, and the clients' own limits, allow for a scope."""
         paths = [path]
-        if self.is_any:
-            paths = [p for areas in self.endpoints for p in self._within(paths, [areas], name)]
+        if self.audience.is_any:
+            paths = [p for areas in self.audience.endpoints for p in self._within(paths, [areas], name)]
         else:
             by_storage: dict[frozenset[str], list[list[Area]]] = {}
-            for areas in self.endpoints:
+            for areas in self.audience.endpoints:
                 by_storage.setdefault(frozenset(a.storage for a in areas), []).append(areas)
             for endpoints in by_storage.values():
                 paths = self._within(paths, endpoints, name)
-            if not self.all_at_storages:
+            if not self.audience.all_at_storages:
                 return []
         for limits in filter(None, (self.client, self.holder)):
             if limits.paths:
-                paths = [p for p in _meet(paths, limits.paths) if limits.may_reach(p, self.matching)]
+                paths = [p for p in _meet(paths, limits.paths) if limits.may_reach(p, self.audience.matching)]
         return paths
 
     def _may_be_written(self, scope: Scope) -> bool:
         """Say whether every storage of the token reads the scope's path as this path alone."""
-        for area in (a for areas in self.endpoints for a in areas):
+        for area in (a for areas in self.audience.endpoints for a in areas):
             if area.dialect.refused is not None and area.dialect.refused.search(scope.path or ""):
                 self.left_out.add(
                     Step(f"dialect {area.dialect.name}", f"leaves out {scope.name} on a name read otherwise")
@@ -387,7 +329,7 @@ class _Decider:
         around = {a.base_path: a for a in reversed(areas) if path_contains(a.root, path)}
         return [
             *around.values(),
-            *(a for a in areas if a.root != path and opens(self.matching, path, a.root)),
+            *(a for a in areas if a.root != path and opens(self.audience.matching, path, a.root)),
         ]
 
     def _allow(self, area: Area, name: str) -> _Allowed | None:
@@ -431,7 +373,7 @@ class _Decider:
         if self.authority is not None:
             return word in self.authority.scope.split(" ") and exchanges.allows(self.authority.rule, word)
         listed = fits(word, self.client.scopes)
-        return listed or (word == "fts" and any(map(self._fts, self.audience)))
+        return listed or (word == "fts" and any(map(self.audience.is_fts, self.audience.names)))
 
 
 def _meet(left: Sequence[str], right: Sequence[str]) -> list[str]:

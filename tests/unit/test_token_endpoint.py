@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from msgspec import structs
 
 from minter.policy import token_endpoint
+from minter.policy.audiences import ANY
 from minter.policy.clients import Bans, Client
 from minter.policy.limits import ANY_SECONDS, GRACE
 from minter.policy.requests import Request
 from minter.policy.routes import Route
-from minter.policy.token_endpoint import ANY
 from minter.policy.token_requests import Family, TokenRequest, act_depth, present
 from minter.policy.transfers import Policy
 from minter.scopes import Scope, contains, parse_scopes, path_contains
