@@ -12,12 +12,10 @@ from typing import Any
 from uuid import UUID
 
 import psycopg
-from msgspec import structs
 from psycopg import sql
-from psycopg.types.json import Jsonb
 from sqlalchemy.engine import Engine as Pool
 
-from minter.database import managed
+from minter.database import families, managed
 from minter.database.connection import (
     CONTROL_LOCK,
     QUICK_SECONDS,
@@ -30,7 +28,6 @@ from minter.database.connection import (
 )
 from minter.database.control import read_control
 from minter.database.requests import REQUEST_COLUMNS, TOKEN_COLUMNS, USE_COLUMNS, request_row, tokens_of
-from minter.database.states import end_family_tokens
 from minter.policy.limits import HARD_MAX_SECONDS
 from minter.policy.plans import Plan
 from minter.policy.token_requests import Family, Subject
@@ -342,62 +339,20 @@ class PostgresRecording:
 
     def families(self, ids: Sequence[UUID]) -> dict[UUID, Family]:
         """Read refresh families and lock their rows, in a fixed order to avoid deadlocks."""
-        return self._families("family_id = ANY(%s)", list(ids))
+        return families.read(self._connection, ids)
 
     def families_on(
         self, subjects: Sequence[UUID], since: datetime, ids: Sequence[UUID]
     ) -> dict[UUID, Family]:
-        """Read refresh families by id, and the unused ones of these subject tokens started after `since`.
-
-        Subject tokens are locked before any family is, and all families at once, in a fixed order: batches
-        cannot deadlock.
-        """
-        self._connection.execute(
-            "SELECT pg_advisory_xact_lock(hashtextextended(jti::text, 0))"
-            " FROM (SELECT DISTINCT unnest(%s::uuid[]) AS jti ORDER BY jti) AS w",
-            (list(subjects),),
-        )
-        return self._families(
-            "family_id = ANY(%s) OR (subject_jti = ANY(%s) AND generation = 1 AND revoked_at IS NULL"
-            " AND rotated_at > %s)",
-            list(ids), list(subjects), since,
-        )  # fmt: skip
-
-    def _families(self, which: str, *values: object) -> dict[UUID, Family]:
-        names = Family.__struct_fields__
-        rows = self._connection.execute(
-            f"SELECT {', '.join(names)} FROM families WHERE {which} ORDER BY family_id FOR UPDATE", values
-        ).fetchall()
-        found = [Family(**dict(zip(names, row, strict=True))) for row in rows]
-        return {f.family_id: structs.replace(f, audience=tuple(f.audience)) for f in found}
+        """Read refresh families by id, and the unused ones of these subject tokens started after `since`."""
+        return families.read_on(self._connection, subjects, since, ids)
 
     def save_families(
-        self, families: Sequence[Family], tokens: Sequence[tuple[UUID, UUID]], now: datetime
+        self, changed: Sequence[Family], tokens: Sequence[tuple[UUID, UUID]], now: datetime
     ) -> None:
-        """Add refresh families, or update their generation; `tokens` are (family_id, jti) of access tokens.
-
-        The revocation of a family is audited, and ends its access tokens.
-        """
-        if not families:
-            return
-        names = Family.__struct_fields__
-        with self._connection.cursor() as cursor:
-            cursor.executemany(
-                f"INSERT INTO families ({', '.join(names)}) VALUES ({', '.join(['%s'] * len(names))})"
-                " ON CONFLICT (family_id) DO UPDATE SET generation = excluded.generation,"
-                " rotated_at = excluded.rotated_at, revoked_at = excluded.revoked_at",
-                [
-                    structs.astuple(structs.replace(f, act=f.act and Jsonb(f.act), audience=list(f.audience)))
-                    for f in families
-                ],
-            )
-            cursor.executemany(
-                "INSERT INTO audit (actor, action, subject, details) SELECT name, 'refresh.reused', %s,"
-                " jsonb_build_object('subject_jti', %s::text) FROM clients WHERE client_id = %s",
-                [(str(f.family_id), str(f.subject_jti), f.client_id) for f in families if f.revoked_at],
-            )
-            cursor.executemany("INSERT INTO family_tokens (family_id, jti) VALUES (%s, %s)", tokens)
-        end_family_tokens(self._connection, [f.family_id for f in families if f.revoked_at], now)
+        """Add or update refresh families; `tokens` are (family_id, jti) of access tokens."""
+        if changed:
+            families.save(self._connection, changed, tokens, now)
 
     def recorded(
         self, ids: Sequence[tuple[UUID, int]]

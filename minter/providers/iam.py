@@ -5,18 +5,15 @@ followed, and a token with more scope, a longer life or another audience than re
 (RFC 6749, RFC 8693).
 """
 
-import base64
 import logging
-import uuid
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from typing import Any, Literal
-from urllib.parse import quote_plus, urlencode, urlsplit
+from urllib.parse import urlencode, urlsplit
 
 import jwt
 import msgspec
 import urllib3
-from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from msgspec import Struct
 
 from minter.bounded_http import pool_manager, read
@@ -32,12 +29,12 @@ from minter.errors import (
 )
 from minter.jws import UNREADABLE, is_compact
 from minter.policy.limits import MAX_DATE
+from minter.providers.authentication import Authenticator, Form
 from minter.providers.dialects import Provider, Target
 from minter.providers.reading import (
     key_for,
     may_point_at,
     plain,
-    private_key,
     reason_of,
     scope_words,
     seconds_of,
@@ -54,16 +51,11 @@ LEEWAY_SECONDS = 60
 _ALGORITHMS = ["RS256", "RS384", "RS512", "PS256", "ES256", "ES384", "ES512", "EdDSA"]
 _TYPE = "urn:ietf:params:oauth:token-type:"
 _GRANT_EXCHANGE = "urn:ietf:params:oauth:grant-type:token-exchange"
-_ASSERTION_TYPE = "urn:ietf:params:oauth:client-assertion-type:jwt-bearer"
-_ASSERTION_SECONDS = 60
 _TRANSIENT_CODES = frozenset({"temporarily_unavailable", "server_error", "slow_down"})
 _OK, _UNAUTHORIZED, _NOT_FOUND, _TOO_MANY, _SERVER = 200, 401, 404, 429, 500
 _REDIRECTS = range(300, 400)
 _SECRET_LENGTH = 8
 MAX_JTI = 255
-
-
-Form = list[tuple[str, str]]
 
 
 class Documents(Struct, frozen=True):
@@ -123,7 +115,7 @@ class IAM:
     ) -> None:
         self.provider = provider
         self._secret = secret
-        self._key = private_key(provider, secret) if provider.authentication == "private_key_jwt" else None
+        self._authenticated = Authenticator(provider, secret)
         self.documents = documents
         self._clock = clock
         self._http = pool_manager(provider.timeout_seconds, ca, provider.in_flight)
@@ -400,7 +392,9 @@ class IAM:
         headers = {"Accept": "application/json"}
         body = None
         if form is not None:
-            form = self._authenticated(form, headers)
+            form = self._authenticated(
+                form, headers, lambda: self.documents().token_endpoint, self._clock().timestamp()
+            )
             headers["Content-Type"] = "application/x-www-form-urlencoded"
             body = urlencode(form)
         try:
@@ -423,30 +417,6 @@ class IAM:
 
     def _away(self, error: Exception) -> ProviderAway:
         return ProviderAway(f"provider {self.provider.name} cannot be reached ({reason_of(error)})")
-
-    def _authenticated(self, form: Form, headers: dict[str, str]) -> Form:
-        """Add our authentication, by the method set for the provider (RFC 6749 §2.3, RFC 7523 §2.2)."""
-        provider = self.provider
-        if provider.authentication == "client_secret_basic":
-            pair = f"{quote_plus(provider.client_id)}:{quote_plus(self._secret)}"
-            headers["Authorization"] = "Basic " + base64.b64encode(pair.encode()).decode()
-            return form
-        if self._key is None:
-            return [*form, ("client_id", provider.client_id), ("client_secret", self._secret)]
-        now = int(self._clock().timestamp())
-        claims = {
-            "iss": provider.client_id, "sub": provider.client_id, "aud": self.documents().token_endpoint,
-            "iat": now, "exp": now + _ASSERTION_SECONDS, "jti": str(uuid.uuid4()),
-        }  # fmt: skip
-        algorithm = "ES256" if isinstance(self._key, EllipticCurvePrivateKey) else "RS256"
-        kid = {"kid": self.provider.key_id} if self.provider.key_id else {}
-        assertion = jwt.encode(claims, self._key, algorithm, headers=kid)
-        return [
-            *form,
-            ("client_id", provider.client_id),
-            ("client_assertion_type", _ASSERTION_TYPE),
-            ("client_assertion", assertion),
-        ]
 
 
 def check_subject(iam: IAM, token: str, audience: tuple[str, ...]) -> dict[str, Any]:

@@ -9,15 +9,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import jwt
-from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
-from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
-from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from minter.errors import (
     MinterError,
-    SettingsError,
 )
-from minter.providers.dialects import Provider
 from minter.scopes import Scope, contains
 from minter.storages.urls import host_key
 
@@ -126,16 +121,3 @@ def plain(text: str) -> str:
     """Return a text of an IAM, fit for a log line: printable, short, and without anything like a token."""
     words = ["".join(c for c in word if c.isprintable()) for word in text.split()]
     return " ".join(w for w in words if w and not _TOKEN_LIKE(w))[:200]
-
-
-def private_key(provider: Provider, pem: str) -> RSAPrivateKey | EllipticCurvePrivateKey:
-    """Return our private key at a provider, RSA or EC; raises SettingsError."""
-    try:
-        key = load_pem_private_key(pem.encode(), None)
-    except (ValueError, TypeError):
-        key = None
-    if not isinstance(key, RSAPrivateKey | EllipticCurvePrivateKey):
-        raise SettingsError(
-            f"provider {provider.name}: secret_file is no PEM private key, RSA or EC"
-        ) from None
-    return key
