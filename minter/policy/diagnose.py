@@ -5,9 +5,10 @@ from typing import Any, NamedTuple
 
 from minter.contract.operations import Operation
 from minter.scopes import IMPLIED, encode_path, parent, parse_scopes
-from minter.storages.dialects import STAGE_READS, Needed, scopes_needed
+from minter.storages.dialects import STAGE_READS, Needed
 from minter.storages.directory import Area
 from minter.storages.matching import opens
+from minter.storages.needed import scopes_needed
 
 
 class Verdict(NamedTuple):

@@ -9,8 +9,8 @@ from minter.policy.lifetimes import cap_of
 from minter.policy.plans import Plan, Step
 from minter.policy.requests import Need
 from minter.policy.routes import Granularity, Route
-from minter.storages.dialects import scopes_needed
 from minter.storages.directory import Area
+from minter.storages.needed import scopes_needed
 
 
 def matches(route: Route, client: Client, activity: str, via_fts: bool, area: Area, need: Need) -> bool:

@@ -43,9 +43,10 @@ from minter.policy.subject_tokens import (
 from minter.policy.token_requests import Family, Subject, TokenRequest, as_held
 from minter.policy.transfers import Policy
 from minter.scopes import STORAGE_SCOPES, Scope, intersect, parse_scopes, path_contains
-from minter.storages.dialects import DIALECTS, Needed, scopes_needed
+from minter.storages.dialects import DIALECTS, Needed
 from minter.storages.directory import Area
 from minter.storages.matching import opens
+from minter.storages.needed import scopes_needed
 
 CACHE_SIZE = 4_096
 """Most cached decisions on clients' own behalf: Rucio and FTS send equal token requests again and again."""

@@ -11,9 +11,7 @@ from typing import Any
 
 from minter.contract.operations import Operation
 from minter.errors import (
-    InvalidGrant,
     InvalidRequest,
-    InvalidScope,
     NeighbourRefused,
     OperationNotAllowed,
     ReplyNotAllowed,
@@ -28,15 +26,11 @@ from minter.policy.limits import (
     BACKDATE_SECONDS,
 )
 from minter.policy.paths import area_path, check_reach, scope_on, shared_path
+from minter.policy.permissions import check_plaintext, check_reply_queue, check_subject
 from minter.policy.planning import make_plan, matches
 from minter.policy.plans import Decision, Lifetime, Plan, PlannedToken, Refused, Step
 from minter.policy.requests import File, Need, Request
 from minter.policy.routes import SHIPPED_ROUTES, FTSInstance, Route
-from minter.scopes import (
-    Scope,
-    contains,
-    parse_scopes,
-)
 from minter.storages.dialects import FTS_REST, Matching
 from minter.storages.directory import LOOSEST_FIRST, Area, Directory
 from minter.storages.urls import check_fts_url, host_of
@@ -93,7 +87,7 @@ class Policy:
         if planned_tokens:
             planned_tokens += service
         try:
-            _check_plaintext(request, client, planned_tokens)
+            check_plaintext(request, client, planned_tokens)
         except ReplyNotAllowed as error:
             return Decision([], [Refused(None, error)], error)
         return Decision(planned_tokens, refused)
@@ -196,7 +190,7 @@ class Policy:
                 plan = self._narrow(plan, key, plans, request, need, client)
         scope = scope_on(plan, path, shared, client, bans)
         if plan.route is not None and plan.route.mode == "exchange":
-            _check_subject(plan.route, request, client, scope)
+            check_subject(plan.route, request, client, scope)
         return PlannedToken(
             need,
             plan,
@@ -339,54 +333,6 @@ def _there(fitting: Sequence[Route], away: frozenset[str]) -> tuple[Route, Seque
         return first, (Step(f"provider {first.provider}", "is not available: the token stays pending"),)
     why = f"provider {first.provider} is not available: fallback route {instead.name} is used"
     return instead, (Step(f"route {first.name}, fallback", why),)
-
-
-def _words(scopes: Sequence[Scope]) -> str:
-    return " ".join(map(str, sorted(scopes)))[:200]
-
-
-def _check_subject(route: Route, request: Request, client: Client, scope: str) -> None:
-    """Raise InvalidGrant or InvalidScope unless a token of the route's provider may be exchanged."""
-    subject = request.subject
-    provider = subject.provider if subject is not None else client.subject_provider
-    if provider == route.provider:
-        held = parse_scopes(subject.scope if subject is not None else client.subject_scope)
-        on_storage = [s for s in held if s.path is not None]
-        # A subject token with storage scopes is never exchanged for more than these.
-        if on_storage and not contains(on_storage, parse_scopes(scope)):
-            raise InvalidScope(f"the subject token does not hold {scope[:200]!r}, only {_words(on_storage)}")
-        return
-    what = f"the subject token is of provider {provider!r}" if provider else "there is no valid subject token"
-    raise InvalidGrant(
-        f"{what}, and route {route.name!r} exchanges one of provider {route.provider!r}; send one with the "
-        "request, or store the client's with: minter clients subject-token"
-    )
-
-
-def check_reply_queue(queue: str | None, client: Client) -> None:
-    """Raise ReplyNotAllowed unless the client may receive answers on this durable queue."""
-    if queue is not None and queue not in client.reply_queues:
-        raise ReplyNotAllowed(
-            f"queue {queue!r} is not listed for client {client.name!r}; register it with the client"
-        )
-
-
-def _check_plaintext(request: Request, client: Client, planned_tokens: Sequence[PlannedToken]) -> None:
-    """Raise ReplyNotAllowed for tokens that would lie unencrypted on a durable queue (I5)."""
-    if request.reply_queue is None:
-        return
-    if request.job is not None and any(g.managed for g in planned_tokens):
-        raise ReplyNotAllowed(
-            "a job with tokens of a provider may be filled only later, so it cannot go to a durable "
-            "queue; send the same request without reply_queue until the job is filled"
-        )
-    if client.jwe_key is not None:
-        return
-    if not all(g.plan.route is None or g.plan.route.plaintext_queue for g in planned_tokens):
-        raise ReplyNotAllowed(
-            f"client {client.name!r} has no key to encrypt to, and tokens lie on a durable queue only "
-            "encrypted; register a public JWK with the client"
-        )
 
 
 def _services(vo: str, fts: Sequence[FTSInstance]) -> dict[str, Plan]:

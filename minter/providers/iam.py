@@ -14,13 +14,11 @@ from urllib.parse import urlencode, urlsplit
 import jwt
 import msgspec
 import urllib3
-from msgspec import Struct
 
 from minter.bounded_http import pool_manager, read
 from minter.errors import (
     InvalidGrant,
     Lost,
-    MinterError,
     Misconfigured,
     ProviderAway,
     ProviderRefused,
@@ -29,6 +27,7 @@ from minter.errors import (
 )
 from minter.jws import UNREADABLE, is_compact
 from minter.policy.limits import MAX_DATE
+from minter.providers.answers import Asked, Documents, Obtained
 from minter.providers.authentication import Authenticator, Form
 from minter.providers.dialects import Provider, Target
 from minter.providers.reading import (
@@ -56,46 +55,6 @@ _OK, _UNAUTHORIZED, _NOT_FOUND, _TOO_MANY, _SERVER = 200, 401, 404, 429, 500
 _REDIRECTS = range(300, 400)
 _SECRET_LENGTH = 8
 MAX_JTI = 255
-
-
-class Documents(Struct, frozen=True):
-    """The published metadata of an IAM: its endpoints (RFC 8414, OpenID Discovery) and its keys."""
-
-    issuer: str
-    token_endpoint: str
-    jwks: list[dict[str, Any]]
-    introspection_endpoint: str = ""
-    revocation_endpoint: str = ""
-
-
-class Asked(Struct, frozen=True):
-    """Properties of a requested token: scope, audience, longest life and shortest useful life, in seconds."""
-
-    scope: str
-    audience: tuple[str, ...]
-    cap_seconds: int
-    least_seconds: int = 0
-
-
-class Obtained(Struct, frozen=True):
-    """An IAM's answer: a checked access token or the error that rejected it, and a refresh token.
-
-    `jti` is the IAM's id of the access token, which storages log. `dropped` are requested scopes that the
-    IAM left out without an error. `refresh` may be set beside `error`: it must be kept, because the previous
-    refresh token is spent. `repr` shows no token.
-    """
-
-    access: str = ""
-    scope: str = ""
-    expires_at: int = 0
-    refresh: str = ""
-    jti: str = ""
-    dropped: tuple[str, ...] = ()
-    error: MinterError | None = None
-
-    def __repr__(self) -> str:
-        """Describe the answer without showing a token."""
-        return f"Obtained({self.scope!r}, exp={self.expires_at}, refresh={bool(self.refresh)})"
 
 
 class IAM:

@@ -12,8 +12,9 @@ from sqlalchemy.engine import Engine as Pool
 
 from minter.database import providers
 from minter.errors import ProviderAway, Unavailable
+from minter.providers.answers import Documents
 from minter.providers.dialects import Provider
-from minter.providers.iam import IAM, Documents
+from minter.providers.iam import IAM
 
 FRESH = timedelta(hours=1)
 """Documents older than this are fetched again."""

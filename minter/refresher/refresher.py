@@ -21,7 +21,7 @@ from contextlib import suppress
 from datetime import datetime, timedelta
 from queue import Empty, SimpleQueue
 
-from msgspec import Struct, structs
+from msgspec import structs
 from sqlalchemy.engine import Engine as Pool
 
 from minter import logs
@@ -38,13 +38,14 @@ from minter.errors import (
     NoUsableKey,
     ProviderAway,
     ProviderRefused,
-    ProviderTokenRejected,
     RefreshTokenLost,
     Unavailable,
     UnknownClient,
 )
+from minter.providers.answers import Asked, Obtained
 from minter.providers.budgets import HORIZON, backoff_seconds
-from minter.providers.iam import IAM, Asked, Obtained
+from minter.providers.iam import IAM
+from minter.refresher.answers import ProviderAnswer, health_of, kept, threads_of
 from minter.refresher.fallbacks import Fallbacks, failure
 from minter.refresher.notifications import Pushes, Send
 from minter.tasks.lifecycle import Lifecycle
@@ -71,16 +72,6 @@ FALLBACKS_AT_ONCE = 100
 
 Observe = Callable[[str, str, str, float], None]
 """Called for each request with the provider's name, the OAuth grant type, the outcome and the seconds."""
-
-
-class ProviderAnswer(Struct, frozen=True):
-    """The result of one request to a provider; `sent` is False if the request was not sent."""
-
-    grant: str
-    obtained: Obtained | None = None
-    error: MinterError | None = None
-    sent: bool = True
-    seconds: float = 0.0
 
 
 class Refresher:
@@ -120,7 +111,7 @@ class Refresher:
         self._out: Counter[str] = Counter()
         self._came: SimpleQueue[tuple[IAM, Taken, Leased, ProviderAnswer]] = SimpleQueue()
         self._unsaved: list[tuple[IAM, Taken, Leased, ProviderAnswer]] = []
-        self._threads = {name: ThreadPoolExecutor(_threads(iam), name) for name, iam in iams.items()}
+        self._threads = {name: ThreadPoolExecutor(threads_of(iam), name) for name, iam in iams.items()}
         self._version = -1
         self._control: Control
         self._maintained_at = float("-inf")
@@ -176,7 +167,7 @@ class Refresher:
 
     def _take(self, iam: IAM) -> bool:
         provider, now, started = iam.provider, self._clock(), time.monotonic()
-        free = _threads(iam) - self._out[provider.name]
+        free = threads_of(iam) - self._out[provider.name]
         if free <= 0:
             return False
         control = self._current()  # before the lease: after it nothing may fail before the requests
@@ -278,7 +269,7 @@ class Refresher:
                 made = self._result(iam, taken, token, answer, now)
             except NoUsableKey as closed:  # the tokens of other VOs are saved
                 logger.error("token %s cannot be saved: %s", token.jti, closed)  # noqa: TRY400 - told in full
-                made = structs.replace(_kept(taken, token), retry_at=now + KEYLESS, spent=True)
+                made = structs.replace(kept(taken, token), retry_at=now + KEYLESS, spent=True)
             if isinstance(made, Result):
                 results.append(made)
             elif token.fallback and not isinstance(made, Banned | UnknownClient):
@@ -301,7 +292,7 @@ class Refresher:
         """Return the result to save after one request, or the error that ends the token."""
         # A refresh token that may be spent is deleted once another grant type was used.
         forget = token.spent and answer.grant != "refresh_token"
-        keep = structs.replace(_kept(taken, token), refresh=b"" if forget else None)
+        keep = structs.replace(kept(taken, token), refresh=b"" if forget else None)
         again = structs.replace(
             keep,
             tries=token.tries + 1,
@@ -362,7 +353,7 @@ class Refresher:
             sent = [(t, k, a) for i, t, k, a in answers if i is iam and a.sent and a.grant != "none"]
             if not sent:
                 continue
-            told = [_health(answer) for _, _, answer in sent]
+            told = [health_of(answer) for _, _, answer in sent]
             before, after = providers.note_answers(self._pool, name, told, now, self._jitter)
             if before.open_until != after.open_until:
                 until = after.open_until.isoformat() if after.open_until else None
@@ -382,7 +373,7 @@ class Refresher:
                     error=error.message if error else None,
                 )  # fmt: skip
 
-    # ── chores ───────────────────────────────────────────────────────────────────────────────
+    # ── maintenance ───────────────────────────────────────────────────────────────────────────────
 
     def _maintenance(self) -> None:
         """Give fallback tokens for paused providers, probe these providers, finish overdue tokens."""
@@ -409,23 +400,3 @@ class Refresher:
             failed = False
             logs.event(logger, "provider is back", provider=iam.provider.name, until=None)
         providers.note_answers(self._pool, iam.provider.name, [(failed, 0.0)], now, self._jitter)
-
-
-def _kept(taken: Taken, token: Leased) -> Result:
-    """Return the result that ends a lease and leaves the token unchanged."""
-    return Result(
-        jti=token.jti, lease=taken.lease, lead_seconds=token.lead_seconds, needed_at=token.needed_at,
-        tries=token.tries,
-    )  # fmt: skip
-
-
-def _health(answer: ProviderAnswer) -> tuple[bool, float]:
-    """Return whether an answer counts as a failure of the provider, and its Retry-After in seconds."""
-    rejected = answer.obtained is not None and isinstance(answer.obtained.error, ProviderTokenRejected)
-    retry_after = float(answer.error.fields.get("retry_after", 0)) if answer.error else 0.0
-    return rejected or isinstance(answer.error, ProviderAway), retry_after
-
-
-def _threads(iam: IAM) -> int:
-    """Return how many requests this process may have in progress, with those that wait for their slots."""
-    return min(2 * iam.provider.in_flight, 64)

@@ -7,10 +7,10 @@ software answered so (tests/vectors/verifiers, tests/acceptance/test_xrootd.py);
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
-from minter.contract.operations import OPERATIONS, Operation
+from minter.contract.operations import Operation
 
 Where = Literal["file", "parent"]
 AudienceForm = Literal["url", "url_with_port", "host", "host_with_port"]
@@ -378,32 +378,3 @@ def audience(form: AudienceForm, host: str, port: int) -> str:
     """Return a storage's audience: host lower case, no default port, no trailing slash."""
     netloc = host if port == HTTPS_PORT or form in ("url", "host") else f"{host}:{port}"
     return f"https://{netloc}" if form.startswith("url") else netloc
-
-
-def scopes_needed(
-    dialect: Dialect, operations: Iterable[Operation], forbidden: frozenset[str] = frozenset()
-) -> tuple[Needed, ...]:
-    """Return the scopes that several operations need in one token, without scopes that others imply.
-
-    A scope that only a quirk named in `forbidden` needs is left out. The order is that of OPERATIONS,
-    so equal arguments give equal claims.
-    """
-    wanted: dict[tuple[str, Where], Needed] = {}
-    for operation in OPERATIONS:
-        if operation not in operations:
-            continue
-        for needed in dialect.scopes[operation]:
-            if needed.quirk is not None and needed.quirk.name in forbidden:
-                continue
-            known = wanted.get((needed.scope, needed.where))
-            if known is None or known.quirk is not None:
-                wanted[needed.scope, needed.where] = needed
-    return tuple(needed for needed in wanted.values() if not _implied(needed, wanted))
-
-
-def _implied(needed: Needed, wanted: Mapping[tuple[str, Where], Needed]) -> bool:
-    """Say whether another scope on the same path grants this one, too."""
-    if needed.quirk in (POLL_NEEDS_READ, STORM_POLL):  # a stage token polls by itself
-        return ("storage.stage", needed.where) in wanted
-    wider = {"storage.create": "storage.modify", "storage.poll": "storage.stage"}.get(needed.scope)
-    return (wider, needed.where) in wanted

@@ -23,8 +23,8 @@ from minter.errors import (
 )
 from minter.policy.clients import Client
 from minter.policy.limits import COVER_SECONDS
+from minter.policy.permissions import check_reply_queue
 from minter.policy.requests import SEVERAL, Request
-from minter.policy.transfers import check_reply_queue
 from minter.scopes import parse_scopes
 from minter.storages.dialects import Matching
 from minter.tokens import keys

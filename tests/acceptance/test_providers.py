@@ -11,8 +11,9 @@ import pytest
 from msgspec import structs
 
 from minter.errors import InvalidGrant, MinterError, Misconfigured, ProviderRefused
+from minter.providers.answers import Asked, Documents
 from minter.providers.dialects import Provider
-from minter.providers.iam import IAM, Asked, Documents, check_subject
+from minter.providers.iam import IAM, check_subject
 from tests.conftest import ROOT
 from tests.iam_servers import Fake, Keycloak, OidcProvider
 

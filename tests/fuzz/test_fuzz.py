@@ -23,8 +23,9 @@ from jwt.algorithms import ECAlgorithm
 from minter.client import new_request_id
 from minter.contract import names
 from minter.errors import MinterError
+from minter.providers.answers import Asked, Documents
 from minter.providers.dialects import Provider
-from minter.providers.iam import IAM, Asked, Documents
+from minter.providers.iam import IAM
 from tests.acceptance.conftest import Raw, Running
 from tests.acceptance.served import VO, Served
 from tests.acceptance.test_token import HOST, TOP

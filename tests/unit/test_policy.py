@@ -22,8 +22,9 @@ from minter.policy.requests import BRIEF, MAX_DESCRIPTION_CHARACTERS, from_mint
 from minter.policy.routes import SHIPPED_ROUTES, FTSInstance, Granularity, Route
 from minter.policy.transfers import Policy
 from minter.scopes import parent, path_contains
-from minter.storages.dialects import DIALECTS, scopes_needed
+from minter.storages.dialects import DIALECTS
 from minter.storages.directory import Directory, Endpoint, Storage
+from minter.storages.needed import scopes_needed
 from minter.tokens.clock import new_uuid7
 from tests import strategies
 

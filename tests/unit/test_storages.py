@@ -12,9 +12,10 @@ from minter.errors import (
     UnknownStorage,
 )
 from minter.scopes import parse_scopes, path_contains
-from minter.storages.dialects import DIALECTS, AudienceForm, Dialect, audience, scopes_needed
+from minter.storages.dialects import DIALECTS, AudienceForm, Dialect, audience
 from minter.storages.directory import Directory, Endpoint, Storage
 from minter.storages.from_rucio import RSERule, storages_from_export
+from minter.storages.needed import scopes_needed
 from minter.storages.urls import check_fts_url, split_url
 from tests.conftest import EXAMPLES
 
