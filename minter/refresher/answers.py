@@ -1,5 +1,7 @@
 """One answer of a provider to the refresher, and what follows from it."""
 
+from collections.abc import Callable
+
 from msgspec import Struct
 
 from minter.database.leases import Leased, Result, Taken
@@ -10,6 +12,9 @@ from minter.errors import (
 )
 from minter.providers.answers import Obtained
 from minter.providers.iam import IAM
+
+Observe = Callable[[str, str, str, float], None]
+"""Called for each request with the provider's name, the OAuth grant type, the outcome and the seconds."""
 
 
 class ProviderAnswer(Struct, frozen=True):

@@ -45,7 +45,7 @@ from minter.errors import (
 from minter.providers.answers import Asked, Obtained
 from minter.providers.budgets import HORIZON, backoff_seconds
 from minter.providers.iam import IAM
-from minter.refresher.answers import ProviderAnswer, health_of, kept, threads_of
+from minter.refresher.answers import Observe, ProviderAnswer, health_of, kept, threads_of
 from minter.refresher.fallbacks import Fallbacks, failure
 from minter.refresher.notifications import Pushes, Send
 from minter.tasks.lifecycle import Lifecycle
@@ -69,9 +69,6 @@ KEYLESS = timedelta(minutes=5)
 """Delay until the next request for a token whose secrets could not be encrypted."""
 FALLBACKS_AT_ONCE = 100
 """Tokens of one provider that get a fallback in one run of the maintenance, at most."""
-
-Observe = Callable[[str, str, str, float], None]
-"""Called for each request with the provider's name, the OAuth grant type, the outcome and the seconds."""
 
 
 class Refresher:
