@@ -14,58 +14,26 @@ from minter.policy.clients import Ban, Bans, Client
 from minter.tokens.keys import Key
 from minter.tokens.records import Control
 
+_CLIENT = ", ".join(
+    {"disabled": "disabled_at IS NOT NULL", "subject_until": "subject_expires_at"}.get(name, name)
+    for name in Client.__struct_fields__
+)
+
+
+def _client(row: tuple[Any, ...]) -> Client:
+    values = [tuple(value) if isinstance(value, list) else value for value in row]
+    fields = dict(zip(Client.__struct_fields__, values, strict=True))
+    return Client(**fields | {"operations": frozenset(fields["operations"])})
+
 
 def read_control(connection: "psycopg.Connection[Any]") -> Control:
     """Read clients, bans, keys, issuers and paused providers in the transaction of `connection`."""
-    clients = connection.execute(
-        "SELECT client_id, name, vo, sub, operations, paths, max_lifetime_seconds, reply_queues,"
-        " jwe_key, disabled_at IS NOT NULL, default_audience, audiences, scopes, groups,"
-        " subject_provider, subject_scope, subject_expires_at FROM clients"
-    ).fetchall()
+    clients = map(_client, connection.execute(f"SELECT {_CLIENT} FROM clients").fetchall())
     bans = connection.execute("SELECT kind, value, vo FROM bans WHERE lifted_at IS NULL").fetchall()
     issuers = connection.execute("SELECT vo, iss FROM issuers").fetchall()
     away = connection.execute("SELECT name FROM providers WHERE open_until IS NOT NULL").fetchall()
     return Control(
-        {
-            name: Client(
-                client_id=number,
-                name=name,
-                vo=vo,
-                sub=sub,
-                operations=frozenset(operations),
-                paths=tuple(paths),
-                max_lifetime_seconds=longest,
-                reply_queues=tuple(queues),
-                jwe_key=jwe_key,
-                disabled=disabled,
-                default_audience=tuple(default_audience),
-                audiences=tuple(audiences),
-                scopes=tuple(scopes),
-                groups=tuple(groups),
-                subject_provider=subject_provider,
-                subject_scope=subject_scope,
-                subject_until=subject_until,
-            )
-            for (
-                number,
-                name,
-                vo,
-                sub,
-                operations,
-                paths,
-                longest,
-                queues,
-                jwe_key,
-                disabled,
-                default_audience,
-                audiences,
-                scopes,
-                groups,
-                subject_provider,
-                subject_scope,
-                subject_until,
-            ) in clients
-        },
+        {client.name: client for client in clients},
         Bans(Ban(*row) for row in bans),
         read_keys(connection),
         dict(issuers),
