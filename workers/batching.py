@@ -8,7 +8,6 @@ message that fails alone is dead-lettered with its reason.
 """
 
 import logging
-import random
 import time
 from collections.abc import Callable, Sequence
 from datetime import datetime
@@ -18,6 +17,7 @@ from typing import Any
 from msgspec import Struct
 
 from minter import logs
+from minter.backoff import Backoff
 from minter.broker.publisher import Publisher
 from minter.contract import names
 from minter.contract.messages import MAX_BODY_BYTES, Answer
@@ -110,6 +110,7 @@ class MessageBatcher:
         self.batch_seconds = batch_seconds
         self.local_client = local_client
         self._limits = Limits(batch_messages, batch_bytes, SMALL_BYTES)
+        self._backoff = Backoff(FIRST_DELAY_SECONDS, MAX_DELAY_SECONDS)
         self.outbox = Outbox(publisher, on_stage)
         self.reset(None)
 
@@ -124,7 +125,7 @@ class MessageBatcher:
         self._soon = self._pausing = False
         self._retrying = self._reading = False
         self.outbox.reset(timer, self._return)
-        self._delay = FIRST_DELAY_SECONDS
+        self._backoff.reset()
 
     def client_of(self, message: Any) -> str | None:
         """Return the sender: the user_id that the broker checked, or the only client of a local broker."""
@@ -170,7 +171,8 @@ class MessageBatcher:
         """Give all messages back to the broker for other workers, until this worker's clock is right."""
         logger.error("this worker takes no requests: %s", error)
         self._bytes, self._stopped, self._clock_off = 0, True, True
-        self._retrying, self._delay = False, FIRST_DELAY_SECONDS
+        self._retrying = False
+        self._backoff.reset()
         self._intake.stop()
         for pending in waiting:
             pending.message.requeue()
@@ -235,14 +237,15 @@ class MessageBatcher:
             self._turns.put_back(_unserved(batch))
             self._bytes -= sum(len(p.body) for p in batch if p.message.acknowledged)
             self._retrying = True
-            logger.warning("requests cannot be recorded, trying again in %.1f s: %s", self._delay, error)
-            self._arm(self._delay * random.uniform(0.5, 1.5), self.serve)  # noqa: S311 - jitter
-            self._delay = min(2 * self._delay, MAX_DELAY_SECONDS)
+            pause = self._backoff.pause()
+            logger.warning("requests cannot be recorded, trying again in %.1f s: %s", pause, error)
+            self._arm(pause, self.serve)
         else:
             if batch:
                 self._turns.served(started, time.monotonic())
                 self._bytes -= sum(len(p.body) for p in batch)
-                self._retrying, self._delay = False, FIRST_DELAY_SECONDS
+                self._retrying = False
+                self._backoff.reset()
             if self._turns:
                 self._serve_soon()
             elif self._stopped:

@@ -11,7 +11,6 @@ answer is found in FTS (409) and not made twice. While FTS is down, the forwarde
 
 import logging
 import os
-import random
 import signal
 import time
 import uuid
@@ -26,6 +25,7 @@ from joserfc.errors import JoseError
 from prometheus_client import CollectorRegistry
 
 from minter import logs
+from minter.backoff import Backoff
 from minter.broker.publisher import connect
 from minter.client import JobReport, MinterClient
 from minter.contract.messages import Answer, TokenAnswer
@@ -155,15 +155,16 @@ class JobConsumer:
 
     def run(self) -> None:
         """Consume until `stopped`; reconnect when the connection breaks."""
-        delay = FIRST_DELAY_SECONDS
+        backoff = Backoff(FIRST_DELAY_SECONDS, MAX_DELAY_SECONDS)
         while not self.stopped:
             connection = connect(self._url, self._ca)
             try:
                 self._consume(connection)
-                delay = FIRST_DELAY_SECONDS
+                backoff.reset()
             except (*connection.connection_errors, *connection.channel_errors) as error:
-                logger.warning("the broker is down (%s), trying again in %.0f s", type(error).__name__, delay)
-                delay = _wait(delay)
+                pause = backoff.pause()
+                logger.warning("the broker is down (%s), trying again in %.0f s", type(error).__name__, pause)
+                time.sleep(pause)
             finally:
                 connection.release()
 
@@ -188,7 +189,7 @@ class JobConsumer:
             self._count("set_aside")
             message.reject()
             return
-        started, delay = time.monotonic(), FIRST_DELAY_SECONDS
+        started, backoff = time.monotonic(), Backoff(FIRST_DELAY_SECONDS, MAX_DELAY_SECONDS)
         done: dict[str, Submitted] = {}
         while not self.stopped and time.monotonic() - started < MAX_HOLD_SECONDS:
             try:
@@ -196,9 +197,10 @@ class JobConsumer:
             except Unavailable as error:
                 blocked = isinstance(error, FTSBlocked)
                 say = logger.error if blocked else logger.warning
-                say("request %s: %s; trying again in %.0f s", answer.request_id, error, delay)
+                pause = backoff.pause()
+                say("request %s: %s; trying again in %.0f s", answer.request_id, error, pause)
                 self._count("blocked" if blocked else "retried")
-                delay = _wait(delay)
+                time.sleep(pause)
             else:
                 return
         message.requeue()
@@ -227,11 +229,6 @@ class JobConsumer:
         else:
             self._count("submitted" if submitted else "nothing")
         message.ack()
-
-
-def _wait(delay: float) -> float:
-    time.sleep(delay * random.uniform(0.5, 1.5))  # noqa: S311 - jitter
-    return min(2 * delay, MAX_DELAY_SECONDS)
 
 
 def run(

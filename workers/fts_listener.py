@@ -5,7 +5,6 @@ record it twice changes nothing. Each broker has one connection, made again with
 """
 
 import logging
-import random
 import signal
 import time
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from msgspec import Struct
 from prometheus_client import CollectorRegistry
 
 from minter import logs
+from minter.backoff import Backoff
 from minter.errors import InvalidRequest, SettingsError, Unavailable
 from minter.fts.events import FTSEvent, read_event
 from minter.heartbeats import Heartbeat
@@ -106,7 +106,7 @@ class Source:
 
     def run(self, stopped: Event) -> None:
         """Stay connected to the broker until `stopped`."""
-        delay = FIRST_DELAY_SECONDS
+        backoff = Backoff(FIRST_DELAY_SECONDS, MAX_DELAY_SECONDS)
         while not stopped.is_set():
             started = time.monotonic()
             try:
@@ -114,9 +114,8 @@ class Source:
             except (stomp.exception.StompException, OSError, ValueError) as error:
                 logger.warning("broker %s cannot be reached (%s)", self.address, type(error).__name__)
             if time.monotonic() - started > MAX_DELAY_SECONDS:
-                delay = FIRST_DELAY_SECONDS
-            stopped.wait(delay * random.uniform(0.5, 1.5))  # noqa: S311 - jitter
-            delay = min(2 * delay, MAX_DELAY_SECONDS)
+                backoff.reset()
+            stopped.wait(backoff.pause())
 
     def _consume(self, stopped: Event) -> None:
         wanted = self.wanted
@@ -163,20 +162,21 @@ class EventConsumer:
 
     def run(self) -> None:
         """Record events until `stopped`; while Postgres is down, no message is acknowledged."""
-        delay = FIRST_DELAY_SECONDS
+        backoff = Backoff(FIRST_DELAY_SECONDS, MAX_DELAY_SECONDS)
         batch: list[Message] = []
         while not self.stopped.is_set():
             batch = batch or self._next_batch()
             try:
                 self._note(batch)
             except Unavailable as error:
-                logger.warning("events cannot be recorded, trying again in %.0f s: %s", delay, error)
-                self.stopped.wait(delay * random.uniform(0.5, 1.5))  # noqa: S311 - jitter
-                delay = min(2 * delay, MAX_DELAY_SECONDS)
+                pause = backoff.pause()
+                logger.warning("events cannot be recorded, trying again in %.0f s: %s", pause, error)
+                self.stopped.wait(pause)
                 continue
             except Exception as error:  # noqa: BLE001 - logged by `_alone`
                 self._alone(batch, error)
-            batch, delay = [], FIRST_DELAY_SECONDS
+            batch = []
+            backoff.reset()
 
     def _alone(self, batch: Sequence[Message], error: Exception) -> None:
         """Record each message of a failed batch alone; drop a message that fails alone."""

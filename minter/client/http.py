@@ -1,6 +1,5 @@
 """The client's HTTP transport, the default: repeats a request, under the same id, until it is answered."""
 
-import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +11,7 @@ import msgspec
 import urllib3
 from msgspec import Struct
 
+from minter.backoff import Backoff
 from minter.contract.messages import Answer
 from minter.contract.names import endpoint
 from minter.errors import InvalidRequest, MinterError, ServerError, SettingsError, Unavailable, from_dict
@@ -98,13 +98,13 @@ class HttpTransport:
 
     def _until_answered(self, method: str, path: str, body: bytes | None = None) -> tuple[int, bytes]:
         """Repeat a request until its answer is final; return the answer's status and body."""
-        started, delay = time.monotonic(), FIRST_DELAY_SECONDS
+        started, backoff = time.monotonic(), Backoff(FIRST_DELAY_SECONDS, MAX_DELAY_SECONDS)
         headers = {**self._pool.headers, "Content-Type": "application/json"}
         said_last = ""
         while True:
             left = self.timeout_seconds - (time.monotonic() - started)
             cause: Exception
-            wait = delay * random.uniform(0.5, 1.5)  # noqa: S311 - jitter
+            wait = backoff.pause()
             try:
                 response = self._pool.request(
                     method, self._base + path, body=body, headers=headers,
@@ -126,7 +126,6 @@ class HttpTransport:
                     f"request_id may be sent again{said_last}"
                 ) from cause
             time.sleep(wait)
-            delay = min(2 * delay, MAX_DELAY_SECONDS)
 
 
 def _refusal(status: int, body: bytes) -> MinterError:

@@ -25,6 +25,7 @@ from msgspec import structs
 from sqlalchemy.engine import Engine as Pool
 
 from minter import logs
+from minter.backoff import Backoff
 from minter.database import leases, managed, providers
 from minter.database.connection import transaction
 from minter.database.control import read_control, read_version
@@ -116,15 +117,15 @@ class Refresher:
 
     def run(self) -> None:
         """Keep tokens fresh until `stopped`, then wait for unanswered requests and save their answers."""
-        delay = FIRST_DELAY_SECONDS
+        backoff = Backoff(FIRST_DELAY_SECONDS, MAX_DELAY_SECONDS)
         while not self.stopped or self._out.total() or self._unsaved:
             try:
                 busy = self.run_once()
-                delay = FIRST_DELAY_SECONDS
+                backoff.reset()
             except Unavailable as error:
-                logger.warning("cannot go on, trying again in %.1f s: %s", delay, error)
-                time.sleep(delay * random.uniform(0.5, 1.5))  # noqa: S311 - jitter
-                delay = min(2 * delay, MAX_DELAY_SECONDS)
+                pause = backoff.pause()
+                logger.warning("cannot go on, trying again in %.1f s: %s", pause, error)
+                time.sleep(pause)
                 continue
             if self._out.total() > TOGETHER:
                 time.sleep(TOGETHER_SECONDS)
