@@ -18,7 +18,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from minter.errors import SettingsError
-from minter.policy.audiences import ANY
+from minter.policy.audiences import ANY, is_fts
 from minter.policy.clients import fits
 from minter.policy.exchanges import Exchange
 from minter.policy.plans import SEVERAL_STORAGES
@@ -268,10 +268,14 @@ class Loaded:
         for provider in self.settings.providers:
             provider.check()
             for audience in provider.extra_audiences:
-                if audience in ANY or any(d.at(audience) for d in self.policy.directories.values()):
+                known = (
+                    d.at(audience) or is_fts(self.policy, vo, audience)
+                    for vo, d in self.policy.directories.items()
+                )
+                if audience in ANY or any(known):
                     raise SettingsError(
-                        f"provider {provider.name!r}: extra audience {audience!r} is of a storage, and would "
-                        "widen tokens"
+                        f"provider {provider.name!r}: extra audience {audience!r} is of a storage or FTS, "
+                        "and would widen tokens"
                     )
         names = [p.name for p in self.settings.providers]
         if twice := {name for name in names if names.count(name) > 1}:

@@ -6,6 +6,7 @@ the same. A line is `ok`, `warning` (look at it today) or `failed` (requests wai
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import Literal
 
@@ -185,11 +186,11 @@ def _broker(pool: Pool, loaded: Loaded) -> Iterator[Line]:
 
 def _requests(connection: kombu.Connection, pool: Pool) -> Line:
     """Return the line of all queues for requests, which names the longest."""
-    try:
-        queues = control_changes.request_queues(pool)
-    except Unavailable:  # the lines of Postgres say it; the common queue can be asked all the same
-        queues = [names.REQUEST_QUEUE]
-    counts = {queue: _count(connection, queue) for queue in queues}
+    clients: list[str] = []
+    with suppress(Unavailable):  # the lines of Postgres say it; the common queue can be asked all the same
+        clients = control_changes.client_names(pool, SECONDS)
+    counts = {queue: _count(connection, queue) for queue in map(names.client_requests, clients)}
+    counts[names.REQUEST_QUEUE] = _count(connection, names.REQUEST_QUEUE)
     if counts[names.REQUEST_QUEUE] is None:
         return failed(names.REQUEST_QUEUE, "does not exist; run: minter broker setup")
     waiting = {queue: count for queue, count in counts.items() if count}

@@ -7,6 +7,7 @@ answered with a typed error and dead-lettered. Bodies are never logged.
 import logging
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ logger = logging.getLogger("minter.app")
 MAINTAIN_SECONDS = 3600.0
 CLIENTS_SECONDS = 5.0
 """A worker looks for the queues of new clients in this interval."""
+CLIENTS_PATIENCE_SECONDS = 1.0
+"""Longest wait for Postgres then: no message is served meanwhile."""
 START_FAILED = 3
 """Exit code of a process that could not start: try again later."""
 
@@ -42,6 +45,8 @@ class RequestConsumer(Consumer):
     """A Celery consumer that answers every message and logs no body."""
 
     _repeated: Any = None
+    task_consumer: Any
+    _left_out: set[str] = set()  # noqa: RUF012 - one consumer in each process
 
     class Blueprint(Consumer.Blueprint):
         """Celery's steps without delayed delivery, which would declare 28 queues for ETAs."""
@@ -54,6 +59,7 @@ class RequestConsumer(Consumer):
         """Install the batching strategy; called at each new connection."""
         app.batcher.reset(self.timer, Intake(self._stop_intake, self._resume_intake, self._read))
         self._taking = True
+        self.task_consumer = None  # the consumer of the connection before
         if _on_amqp(app.loaded):
             self._add_client_queues()
             if self._repeated is not None:  # of the connection before
@@ -66,18 +72,26 @@ class RequestConsumer(Consumer):
         }
 
     def _add_client_queues(self) -> None:
-        """Consume from the queue of each registered client."""
+        """Consume from the queue of each registered client; one that cannot be declared is left out."""
         try:
-            clients = control_changes.names(app.service.pool, "client") or ()
+            clients = control_changes.client_names(app.service.pool, CLIENTS_PATIENCE_SECONDS)
         except Unavailable as error:
             logger.warning("queues of new clients are looked for later: %s", error)
             return
-        for queue in map(client_queue, sorted(clients)):
-            if queue.name not in self.app.amqp.queues:
-                self.app.amqp.queues.select_add(queue)
-                if self.task_consumer is not None:
-                    self.task_consumer.add_queue(queue)
-                    self._consume()
+        for queue in map(client_queue, clients):
+            if queue.name in self.app.amqp.queues or queue.name in self._left_out:
+                continue
+            try:
+                with self.connection.channel() as channel:  # an error closes the channel
+                    queue(channel).declare()
+            except self.connection.channel_errors as error:
+                self._left_out.add(queue.name)
+                logger.error("queue %s cannot be used, delete it: %s", queue.name, error)  # noqa: TRY400 - told
+                continue
+            self.app.amqp.queues.select_add(queue)
+            if self.task_consumer is not None:
+                self.task_consumer.add_queue(queue)
+                self._consume()
 
     def _consume(self) -> None:
         if self._taking:
@@ -91,6 +105,9 @@ class RequestConsumer(Consumer):
             self.connection.drain_events(timeout=0)
         except TimeoutError:
             return False
+        except self.connection.channel_errors as error:
+            # Celery reconnects on connection errors only, so a broken channel is raised as one.
+            raise ConnectionError(f"messages could not be read: {type(error).__name__}") from error
         return True
 
     def _stop_intake(self) -> None:
@@ -259,7 +276,12 @@ def _start_beat(**_: Any) -> None:
 
 
 def _request_queues(service: Service) -> list[str]:
-    return control_changes.request_queues(service.pool) if _on_amqp(app.loaded) else [names.REQUEST_QUEUE]
+    """Return the queues of requests: while Postgres is away, the common one can be asked all the same."""
+    clients: list[str] = []
+    if _on_amqp(app.loaded):
+        with suppress(Unavailable):
+            clients = control_changes.client_names(service.pool, CLIENTS_PATIENCE_SECONDS)
+    return [names.REQUEST_QUEUE, *map(names.client_requests, clients)]
 
 
 def _observe(metrics: Metrics) -> Callable[[Observed], None]:

@@ -8,6 +8,7 @@ message that fails alone is dead-lettered with its reason.
 """
 
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from datetime import datetime
@@ -51,8 +52,10 @@ MAX_DELAY_SECONDS = 10.0
 SMALL_BYTES = 4_096
 """A message with a larger body, of about ten files and more, is large."""
 MAX_HELD_BYTES = 64 * 1024 * 1024
-"""Bodies of messages that one worker holds at most. Beyond, it reads no more before it has served some; while
-Postgres is away, it leaves them to the broker."""
+"""Bodies of messages that one worker holds at most, but for the last one. Beyond, it serves before it reads
+more; while Postgres is away, it leaves them to the broker."""
+MAX_READ = 256
+"""Messages read before one batch, at most: whoever sends faster than we serve must not stop the serving."""
 PAUSE_SECONDS = 0.0002
 """Pause between two batches; without one, the event loop would do nothing else during ten of them."""
 CLOCK_SECONDS = 5.0
@@ -151,9 +154,10 @@ class MessageBatcher:
         self._turns.add(pending)
         self._bytes += len(pending.body)
         if self._retrying or self._reading:
-            return  # Postgres is down: all messages wait for the same timer
+            return  # all messages wait until Postgres is back, or until the reading ends
         if self._bytes > MAX_HELD_BYTES:
-            self.serve()
+            while self._turns and self._bytes > MAX_HELD_BYTES and not (self._retrying or self._clock_off):
+                self.serve()
         elif len(self._turns) >= self._limits.requests or self._bytes >= self._limits.weight:
             self._serve_soon()
         elif self._armed is None or self._pausing:
@@ -192,8 +196,8 @@ class MessageBatcher:
         self._intake.resume()
 
     def reject(self, message: Any, error: MinterError) -> None:
-        """Answer a message that is not of a public task with an error, and dead-letter it."""
-        self.outbox.dead_letter(PendingMessage(message, "", self.client_of(message)), error)
+        """Answer a message that is not of a public task with an error, and dead-letter it, in its turn."""
+        self._add(PendingMessage(message, "", self.client_of(message), rejected=error))
 
     def _arm(self, seconds: float, callback: Callable[..., None], *arguments: int) -> None:
         # Never hub.call_soon: from inside a callback it waits for the next poll, up to 2 s.
@@ -227,15 +231,16 @@ class MessageBatcher:
             return
         self._read()
         started = time.monotonic()
-        batch = self._turns.take(started)
+        batch = self._turns.take(math.inf if self._bytes > MAX_HELD_BYTES else started)
         try:
-            if batch:
-                self._serve_batch(batch)
+            if requests := self._requests(batch):
+                self._serve_batch(requests)
         except ClockSkew as error:
-            self._leave_all(_unserved(batch) + self._turns.clear(), error)
+            self._leave_all(self._unserved(batch) + self._turns.clear(), error)
         except Unavailable as error:
-            self._turns.put_back(_unserved(batch))
-            self._bytes -= sum(len(p.body) for p in batch if p.message.acknowledged)
+            unserved = self._unserved(batch)
+            self._turns.put_back(unserved)
+            self._bytes -= _size(batch) - _size(unserved)
             self._retrying = True
             pause = self._backoff.pause()
             logger.warning("requests cannot be recorded, trying again in %.1f s: %s", pause, error)
@@ -243,7 +248,7 @@ class MessageBatcher:
         else:
             if batch:
                 self._turns.served(started, time.monotonic())
-                self._bytes -= sum(len(p.body) for p in batch)
+                self._bytes -= _size(batch)
                 self._retrying = False
                 self._backoff.reset()
             if self._turns:
@@ -252,14 +257,26 @@ class MessageBatcher:
                 self._stopped = False
                 self._intake.resume()
 
+    def _unserved(self, batch: Sequence[PendingMessage]) -> list[PendingMessage]:
+        """Return the messages that are neither answered nor wait in the outbox."""
+        return [p for p in batch if not (p.message.acknowledged or self.outbox.holds(p))]
+
     def _read(self) -> None:
         """Read the messages that have arrived, so that their clients take turns with the others."""
         self._reading = True
         try:
-            while not self._retrying and self._bytes <= MAX_HELD_BYTES and self._intake.read():
-                pass
+            for _ in range(MAX_READ):
+                if self._retrying or self._bytes > MAX_HELD_BYTES or not self._intake.read():
+                    break
         finally:
             self._reading = False
+
+    def _requests(self, batch: Sequence[PendingMessage]) -> list[PendingMessage]:
+        """Dead-letter the messages that are no requests; return the others."""
+        for pending in batch:
+            if pending.rejected is not None:
+                self.outbox.dead_letter(pending, pending.rejected)
+        return [pending for pending in batch if pending.rejected is None]
 
     def _serve_batch(self, batch: Sequence[PendingMessage]) -> None:
         try:
@@ -379,5 +396,5 @@ class MessageBatcher:
             self._add(pending)
 
 
-def _unserved(batch: Sequence[PendingMessage]) -> list[PendingMessage]:
-    return [pending for pending in batch if not pending.message.acknowledged]
+def _size(batch: Sequence[PendingMessage]) -> int:
+    return sum(len(pending.body) for pending in batch)

@@ -30,6 +30,8 @@ class PendingMessage(Struct, eq=False):
     tries: int = 0
     refusals: int = 0
     queued: list[Outgoing] = []
+    rejected: MinterError | None = None
+    """Why the message is no request, so that it is answered and dead-lettered in its turn."""
 
     @property
     def headers(self) -> dict[str, Any]:

@@ -43,6 +43,10 @@ class Outbox:
         self._serve_again = serve_again
         self._refused = []
 
+    def holds(self, pending: PendingMessage) -> bool:
+        """Say whether the answer to a message waits to be offered again."""
+        return pending in self._refused
+
     def finish(
         self, done: Sequence[tuple[PendingMessage, Answer]], dead: dict[int, MinterError] | None = None
     ) -> None:

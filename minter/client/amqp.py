@@ -53,7 +53,7 @@ class AmqpTransport:
         self.timeout_seconds = timeout_seconds
         self.window = window
         self._user_id = user or None
-        self._exchange = client_requests(self.client) if user else REQUEST_EXCHANGE
+        self._exchange = self._own = client_requests(user) if user else REQUEST_EXCHANGE
         self._connection = connect(broker_url, ca, min(CONNECT_SECONDS, timeout_seconds))
         self._publisher = Publisher(self._connection, min(CONFIRM_SECONDS, timeout_seconds))
         self._consumer: kombu.Consumer | None = None
@@ -121,11 +121,14 @@ class AmqpTransport:
             yield self._answers.pop(correlation_id)
 
     def _disconnected(self, error: Exception) -> None:
-        """Forget the connection; use the common exchange if the client's own is not set up yet."""
+        """Forget the connection; use the common exchange if the client's own is not set up yet.
+
+        After the loss of a later connection its own is tried again.
+        """
         self._consumer = None
         self._publisher.close()
-        if getattr(error, "code", None) in _NO_EXCHANGE:
-            self._exchange = REQUEST_EXCHANGE
+        missing = getattr(error, "code", None) in _NO_EXCHANGE and self._own in str(error)
+        self._exchange = REQUEST_EXCHANGE if missing else self._own
 
     def _check_time(self, since: float, error: Exception | None) -> None:
         if time.monotonic() - since > self.timeout_seconds:

@@ -12,7 +12,6 @@ import psycopg
 from psycopg.types.json import Jsonb
 from sqlalchemy.engine import Engine as Pool
 
-from minter.contract.names import REQUEST_QUEUE, client_requests
 from minter.database.connection import CONTROL_LOCK, one, transaction
 from minter.errors import InvalidRequest, SettingsError, UnknownClient, UnknownVO
 from minter.policy.clients import Ban, Client
@@ -221,9 +220,11 @@ def names(pool: Pool, kind: str) -> set[str] | None:
         return {name for (name,) in connection.execute(_NAMES[kind]).fetchall()}
 
 
-def request_queues(pool: Pool) -> list[str]:
-    """Return the names of the queues for requests: the common one, and those of the clients."""
-    return [REQUEST_QUEUE, *map(client_requests, sorted(names(pool, "client") or ()))]
+def client_names(pool: Pool, patience: float) -> list[str]:
+    """Return the names of all clients in order; `patience` is the longest wait for Postgres, in seconds."""
+    with transaction(pool, patience) as connection:
+        rows = connection.execute("SELECT name FROM clients ORDER BY name").fetchall()
+    return [name for (name,) in rows]
 
 
 def list_bans(pool: Pool) -> list[dict[str, Any]]:

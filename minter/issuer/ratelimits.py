@@ -56,8 +56,8 @@ class Room:
             nonlocal taken
             if self._held[client] + size > self._most // SHARE or self._held.total() + size > self._most:
                 raise TooManyRequests(
-                    f"{self._held[client]} bytes of requests of this client are in work already; "
-                    "send the same request again later",
+                    f"{self._held[client]} bytes of requests of this client and {self._held.total()} of all "
+                    "are in work already; send the same request again later",
                     retry_after=1,
                 )
             self._held[client] += size

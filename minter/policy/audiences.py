@@ -12,6 +12,13 @@ ANY = ("https://wlcg.cern.ch/jwt/v1/any",)
 """The audience that every storage of a VO takes (WLCG §4.2)."""
 
 
+def is_fts(policy: Policy, vo: str, name: str) -> bool:
+    """Say whether an audience is that of an FTS of a VO."""
+    services = policy.fts[vo]
+    host = host_of(name if "//" in name else f"//{name}")
+    return host in services or any(name in plan.area.audience for plan in services.values())
+
+
 class Audience:
     """The audiences of one token, `names`, with the areas of each of their `endpoints`.
 
@@ -37,9 +44,7 @@ class Audience:
 
     def is_fts(self, name: str) -> bool:
         """Say whether an audience is that of an FTS of the client's VO."""
-        services = self._policy.fts[self._client.vo]
-        host = host_of(name if "//" in name else f"//{name}")
-        return host in services or any(name in p.area.audience for p in services.values())
+        return is_fts(self._policy, self._client.vo, name)
 
     def _names(self, authority: SubjectAuthority | None, asked: tuple[str, ...]) -> tuple[str, ...]:
         if authority is not None and authority.ours:

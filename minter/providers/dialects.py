@@ -88,7 +88,7 @@ class Provider(Struct, frozen=True, eq=False, forbid_unknown_fields=True, kw_onl
     hosts at which its discovery document may place its endpoints and keys. `key_id` is the kid of our key in
     the key set that is registered there: with it, a new key can be registered beside the old one.
     `extra_audiences` may be in its tokens although they were not requested, such as Keycloak's `account`;
-    none may be of a storage.
+    none may be of a storage or FTS.
     """
 
     name: Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]

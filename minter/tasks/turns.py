@@ -69,7 +69,7 @@ class Turns(Generic[T]):
         return self._count
 
     @property
-    def has_small(self) -> bool:
+    def _has_small(self) -> bool:
         """Whether a small request waits."""
         return bool(self._small.queues)
 
@@ -91,7 +91,7 @@ class Turns(Generic[T]):
     def take(self, now: float) -> list[T]:
         """Remove and return the next batch; it is empty if large requests must wait (see `wait_seconds`)."""
         large = bool(self._large.queues) and now >= self._large_from
-        self._taken_large = large and (self._large_next or not self.has_small)
+        self._taken_large = large and (self._large_next or not self._has_small)
         batch = (self._large if self._taken_large else self._small).take(self._limits)
         self._large_next = not self._taken_large
         self._count -= len(batch)
@@ -106,7 +106,7 @@ class Turns(Generic[T]):
 
     def wait_seconds(self, now: float) -> float:
         """Return for how many seconds `take` returns nothing, unless a small request comes."""
-        return 0.0 if self.has_small else max(0.0, self._large_from - now)
+        return 0.0 if self._has_small else max(0.0, self._large_from - now)
 
     def clear(self) -> list[T]:
         """Remove and return all requests."""

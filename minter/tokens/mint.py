@@ -91,7 +91,10 @@ class Engine:
         If the store is unavailable, its error is raised, and nothing was recorded or handed out.
         """
         self._observe("received", [Outcome(s, [], []) for s in submissions], now)
-        quick = sum(s.request.weight for s in submissions) <= MAX_LOCKED_NEEDS
+        # Token requests lock rows of refresh families; an operator's change does so after the control tables.
+        quick = sum(s.request.weight for s in submissions) <= MAX_LOCKED_NEEDS or any(
+            s.request.token_request is not None for s in submissions
+        )
         try:
             return self._mint_many(submissions, now, locked=quick)
         except _ControlChanged:
@@ -107,8 +110,8 @@ class Engine:
                 return [structs.replace(o, error=error) for o in outcomes]
             pending, duplicates = self._decide(tx, outcomes, control, now)
             self._observe("decided", outcomes, now)
-            if not locked and any(one.locks_rows for one in pending):
-                _confirm(tx)  # an operator's change locks these rows after the control tables, too
+            if not locked and any(p.managed for one in pending for p in one.decision.planned_tokens):
+                _confirm(tx)  # so it is with rows of managed tokens
                 locked = True
             shared, repeats = self._record(tx, pending, outcomes, control, now)
             if not locked:

@@ -125,12 +125,6 @@ class PendingRequest:
         """The key for tokens whose audiences all verify these algorithms."""
         self.uses: list[UseRow] = []
 
-    @property
-    def locks_rows(self) -> bool:
-        """Whether recording it locks rows of refresh families or managed tokens."""
-        of_family = self.outcome.submission.request.token_request is not None
-        return of_family or any(planned.managed for planned in self.decision.planned_tokens)
-
     def choose_keys(self, active: Mapping[Algorithm, Key]) -> None:
         """Choose the key of each planned token among the issuer's active keys."""
         for planned in self.decision.planned_tokens:
