@@ -8,6 +8,7 @@ from typing import Any
 
 import psycopg
 import pytest
+from _pytest.fixtures import reorder_items
 from msgspec import structs
 
 from minter import settings
@@ -145,6 +146,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         ordered = sorted((items[n] for n in numbers), key=lambda item: item.location[1] or 0)
         for number, item in zip(numbers, ordered, strict=True):
             items[number] = item
+    items[:] = reorder_items(items)  # as pytest did before: each parameter of a shared server once
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

@@ -458,6 +458,40 @@ def test_a_greedy_client_delays_its_own_requests_only(running: Running, own: boo
         raw.connection.release()
 
 
+def test_messages_that_are_no_requests_take_turns_too(running: Running) -> None:
+    if not running.on_rabbitmq:
+        pytest.skip("the embedded broker serves one local client")
+    greedy, honest = Raw(running, "dirac"), Raw(running)
+    own = names.client_requests("dirac")
+    for _ in range(3_000):
+        greedy.send(b"{", headers={"task": "none"}, exchange=own, key=own)
+    for _ in range(3):
+        assert "error" not in honest.ask(request())
+    with kombu.Connection(running.broker.url) as connection:
+        left = connection.default_channel.queue_declare(own, passive=True).message_count
+        connection.default_channel.queue_purge(own)
+    assert left > 0, "the honest client waited for all of them"
+    for raw in (greedy, honest):
+        raw.connection.release()
+
+
+def test_a_queue_that_cannot_be_used_stops_nobody(running: Running, client: MinterClient) -> None:
+    if not running.on_rabbitmq:
+        pytest.skip("the embedded broker serves one local client")
+    name = f"odd-{uuid.uuid4().hex[:6]}"
+    with kombu.Connection(running.broker.url) as connection:
+        kombu.Queue(names.client_requests(name), channel=connection.default_channel, durable=True).declare()
+    running.minter("clients", "add", name, "--vo", "alpen")
+    deadline = time.monotonic() + 30
+    while f"minter.requests.{name} cannot be used" not in running.logs():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    time.sleep(0.5)  # the worker that told it goes on
+    assert client.mint(files(1)).tokens
+    with kombu.Connection(running.broker.url) as connection:
+        connection.default_channel.queue_delete(names.client_requests(name))
+
+
 def test_nobody_else_may_write_to_a_clients_queue(running: Running, raw: Raw) -> None:
     if not running.on_rabbitmq:
         pytest.skip("the embedded broker checks no permissions")
