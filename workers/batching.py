@@ -99,10 +99,10 @@ class MessageBatcher:
         on_stage: Callable[[str], None] = lambda _: None,
         on_follow_up: Callable[[str, str], None] = lambda *_: None,
         *,
-        batch_seconds: float = 0.002,
-        batch_messages: int = 64,
-        batch_bytes: int = 64 * 1024,
-        local_client: str | None = None,
+        batch_seconds: float,
+        batch_messages: int,
+        batch_bytes: int,
+        local_client: str | None,
     ) -> None:
         self.engine = engine
         self.lifecycle = lifecycle

@@ -80,6 +80,15 @@ class Taken(Struct, frozen=True):
     slots: Slots
 
 
+_LEASE = f"""
+    WITH due AS MATERIALIZED ({_DUE.format(lock="FOR UPDATE SKIP LOCKED")})
+    UPDATE managed m SET leased_until = %(until)s, lease = %(lease)s,
+        spent = m.refresh IS NOT NULL AND NOT %(replays)s
+    FROM due d, clients c
+    WHERE m.jti = d.jti AND c.client_id = m.client_id RETURNING {LEASED}
+    """
+
+
 def take(
     pool: Pool,
     provider: Provider,
@@ -112,13 +121,7 @@ def take(
             return None
         until = now + timedelta(seconds=lease_seconds)
         tokens = connection.execute(
-            f"""
-            WITH due AS MATERIALIZED ({_DUE.format(lock="FOR UPDATE SKIP LOCKED")})
-            UPDATE managed m SET leased_until = %(until)s, lease = %(lease)s,
-                spent = m.refresh IS NOT NULL AND NOT %(replays)s
-            FROM due d, clients c
-            WHERE m.jti = d.jti AND c.client_id = m.client_id RETURNING {LEASED}
-            """,
+            _LEASE,
             values | {"count": slots.count, "until": until, "lease": lease, "replays": provider.replays},
         ).fetchall()
         if not tokens:

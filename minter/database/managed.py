@@ -28,40 +28,43 @@ _TOO_SHORT = (
 )
 
 
+_JOIN = f"""
+    WITH new AS (
+        INSERT INTO managed AS m (jti, client_id, digest, provider, mode, state, scope, audience, storage,
+            on_behalf_of, activity, fallback, uses, cap_seconds, least_seconds, deadline,
+            lead_seconds, needed_at, subject, pushes)
+        SELECT j, c, d, p, o::token_mode, 'queued', s,
+            ARRAY(SELECT jsonb_array_elements_text(a::jsonb)), g, b, v,
+            ARRAY(SELECT jsonb_array_elements_text(f::jsonb)), u, x, l, e, t, w, z, q
+        FROM unnest(%s::uuid[], %s::int[], %s::bytea[], %s::text[], %s::text[], %s::text[], %s::text[],
+            %s::text[], %s::text[], %s::text[], %s::text[], %s::int[], %s::int[], %s::int[],
+            %s::timestamptz[], %s::int[], %s::timestamptz[], %s::bytea[],
+            %s::bool[])
+            AS w (j, c, d, p, o, s, a, g, b, v, f, u, x, l, e, t, w, z, q)
+        ON CONFLICT (digest) WHERE state IN ('queued', 'issued') DO UPDATE SET
+            uses = m.uses + excluded.uses,
+            pushes = m.pushes OR excluded.pushes,
+            deadline = greatest(m.deadline, excluded.deadline),
+            least_seconds = greatest(m.least_seconds, excluded.least_seconds),
+            -- Due at once if the life left of the token is too short for this use.
+            lead_seconds = CASE WHEN {_TOO_SHORT} THEN excluded.lead_seconds
+                WHEN excluded.deadline > m.expires_at THEN coalesce(m.lead_seconds, 60)
+                ELSE m.lead_seconds END,
+            needed_at = CASE WHEN {_TOO_SHORT} THEN excluded.needed_at
+                WHEN excluded.deadline > m.expires_at THEN coalesce(m.needed_at, m.expires_at)
+                ELSE m.needed_at END
+        RETURNING m.*)
+    SELECT m.digest, {_SHOWN} FROM new m JOIN clients c USING (client_id)
+    """
+
+
 def join(
     connection: "psycopg.Connection[Any]", wanted: Sequence[Wanted], seal: Seal
 ) -> dict[bytes, ManagedToken]:
     """Add managed tokens, or add uses to existing ones with the same digest; return them by digest."""
     wanted = sorted(wanted, key=lambda w: w.digest)  # a fixed order, to avoid deadlocks
     rows = connection.execute(
-        f"""
-        WITH new AS (
-            INSERT INTO managed AS m (jti, client_id, digest, provider, mode, state, scope, audience, storage,
-                on_behalf_of, activity, fallback, uses, cap_seconds, least_seconds, deadline,
-                lead_seconds, needed_at, subject, pushes)
-            SELECT j, c, d, p, o::token_mode, 'queued', s,
-                ARRAY(SELECT jsonb_array_elements_text(a::jsonb)), g, b, v,
-                ARRAY(SELECT jsonb_array_elements_text(f::jsonb)), u, x, l, e, t, w, z, q
-            FROM unnest(%s::uuid[], %s::int[], %s::bytea[], %s::text[], %s::text[], %s::text[], %s::text[],
-                %s::text[], %s::text[], %s::text[], %s::text[], %s::int[], %s::int[], %s::int[],
-                %s::timestamptz[], %s::int[], %s::timestamptz[], %s::bytea[],
-                %s::bool[])
-                AS w (j, c, d, p, o, s, a, g, b, v, f, u, x, l, e, t, w, z, q)
-            ON CONFLICT (digest) WHERE state IN ('queued', 'issued') DO UPDATE SET
-                uses = m.uses + excluded.uses,
-                pushes = m.pushes OR excluded.pushes,
-                deadline = greatest(m.deadline, excluded.deadline),
-                least_seconds = greatest(m.least_seconds, excluded.least_seconds),
-                -- Due at once if the life left of the token is too short for this use.
-                lead_seconds = CASE WHEN {_TOO_SHORT} THEN excluded.lead_seconds
-                    WHEN excluded.deadline > m.expires_at THEN coalesce(m.lead_seconds, 60)
-                    ELSE m.lead_seconds END,
-                needed_at = CASE WHEN {_TOO_SHORT} THEN excluded.needed_at
-                    WHEN excluded.deadline > m.expires_at THEN coalesce(m.needed_at, m.expires_at)
-                    ELSE m.needed_at END
-            RETURNING m.*)
-        SELECT m.digest, {_SHOWN} FROM new m JOIN clients c USING (client_id)
-        """,
+        _JOIN,
         (
             [w.jti for w in wanted],
             [w.client_id for w in wanted],

@@ -81,6 +81,19 @@ class RefreshReused(Exception):
         self.family = family
 
 
+def _presented(subject: Subject | None, payload: str, now: datetime) -> tuple[Subject, int]:
+    """Return a subject token that may be exchanged, and the seconds that it lives; raises InvalidGrant."""
+    if subject is None or subject.payload != payload:
+        raise InvalidGrant("the subject token is not on record here, or its retention is over")
+    if subject.shared:
+        raise InvalidGrant("the subject token is shared by several files; exchange a token of one file")
+    _check_subject(subject)
+    left = int((subject.expires_at - now).total_seconds())
+    if left < MIN_LEFT_SECONDS:
+        raise InvalidGrant(f"the subject token lives {max(left, 0)} s more")
+    return subject, left
+
+
 def on_subject_token(
     policy: Policy,
     token_request: TokenRequest,
@@ -91,15 +104,7 @@ def on_subject_token(
     """Return the family that an exchange of Minter's own token starts, and its authority (RFC 8693 §2.1)."""
     assert token_request.subject is not None
     jti, payload = token_request.subject
-    subject = subjects.get(jti)
-    if subject is None or subject.payload != payload:
-        raise InvalidGrant("the subject token is not on record here, or its retention is over")
-    if subject.shared:
-        raise InvalidGrant("the subject token is shared by several files; exchange a token of one file")
-    _check_subject(subject)
-    left = int((subject.expires_at - now).total_seconds())
-    if left < MIN_LEFT_SECONDS:
-        raise InvalidGrant(f"the subject token lives {max(left, 0)} s more")
+    subject, left = _presented(subjects.get(jti), payload, now)
     rule = exchanges.find(
         policy.exchanges, client.vo, client.name, subject.client, offline=token_request.offline
     )
