@@ -4,9 +4,9 @@ import json
 import sys
 import uuid
 from contextlib import ExitStack, suppress
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 import typer
@@ -29,6 +29,7 @@ from minter.service import Service, load_settings
 from minter.storages.directory import Area
 from minter.storages.urls import readings
 from minter.tokens import claims, keys
+from minter.tokens.keys import Key
 
 JobFile = Annotated[Path, typer.Option("--job", help="File with an FTS job as JSON; - reads standard input.")]
 
@@ -179,49 +180,17 @@ def diagnose(
     The prediction rests on the settings and on the storage's dialect; the storage itself is not asked.
     """
     service = open_service()
-    now = service.clock()
     with transaction(service.pool) as connection:
         ring = read_keys(connection)
-    jti = _uuid(token)
-    if jti is not None:
-        found = traces.find(service.pool, "jti", jti, service.since(400, jti), now + timedelta(days=1))
-        if not found:
-            raise InvalidRequest(f"no token with the jti {jti} is on record")
-        kid, payload = found[0].kid, json.loads(found[0].payload)
-        ended = found[0].state == "cancelled"
-    else:
-        text = _token_in(Path(token))
-        header, payload = claims.unverified_claims(text.encode())
-        kid, ended = str(header.get("kid")), False
-    key = next((k for k in ring if k.kid == kid), None)
-    verdicts = [
-        Verdict(
-            key is not None and keys.is_public(key, now), "key", f"key {kid} must be in the issuer's JWKS"
-        ),
-        Verdict(
-            int(payload["exp"]) > now.timestamp(),
-            "expiry",
-            f"the token ends at {instant(int(payload['exp'])):%F %T} UTC",
-        ),
-        Verdict(
-            int(payload.get("nbf", 0)) <= now.timestamp(),
-            "not before",
-            "the token is not valid yet: are the clocks right?",
-        ),
-        Verdict(
-            not ended,
-            "state",
-            "the token was cancelled; storages take it until it expires, and it is not given again",
-        ),
-    ]
-    if jti is None and key is not None:
-        verdicts.append(Verdict(_signed(text, key), "signature", "the signature must verify with the key"))
+    presented = _presented(service, token)
+    key = next((k for k in ring if k.kid == presented.kid), None)
+    verdicts = _token_verdicts(presented, key, service.clock())
     vo = key.vo if key is not None else next(iter(service.loaded.issuers))
     if operation not in OPERATIONS:
         raise InvalidRequest(f"operation {operation!r} is not one of {', '.join(OPERATIONS)}")
     area, path = _located(service, vo, url)
     verdicts += storage_verdicts(
-        payload, key.algorithm if key else "none", area, path, operation, service.loaded.issuers[vo]
+        presented.payload, key.algorithm if key else "none", area, path, operation, service.loaded.issuers[vo]
     )
     refused = [v for v in verdicts if not v.passes]
     facts = {
@@ -242,6 +211,54 @@ def diagnose(
     )
     if refused:
         raise typer.Exit(1)
+
+
+class _Presented(NamedTuple):
+    """A token by its jti, or as it is (`text`)."""
+
+    kid: str
+    payload: dict[str, Any]
+    cancelled: bool = False
+    text: str | None = None
+
+
+def _presented(service: Service, token: str) -> _Presented:
+    """Return the token with a jti from the record, or that of a file; raises InvalidRequest."""
+    jti = _uuid(token)
+    if jti is None:
+        text = _token_in(Path(token))
+        header, payload = claims.unverified_claims(text.encode())
+        return _Presented(str(header.get("kid")), payload, text=text)
+    until = service.clock() + timedelta(days=1)
+    found = traces.find(service.pool, "jti", jti, service.since(400, jti), until)
+    if not found:
+        raise InvalidRequest(f"no token with the jti {jti} is on record")
+    return _Presented(found[0].kid, json.loads(found[0].payload), found[0].state == "cancelled")
+
+
+def _token_verdicts(presented: _Presented, key: Key | None, now: datetime) -> list[Verdict]:
+    """Return what can be said of a token without its storage: key, times, state and signature."""
+    payload = presented.payload
+    known = key is not None and keys.is_public(key, now)
+    end = int(payload["exp"])
+    verdicts = [
+        Verdict(known, "key", f"key {presented.kid} must be in the issuer's JWKS"),
+        Verdict(end > now.timestamp(), "expiry", f"the token ends at {instant(end):%F %T} UTC"),
+        Verdict(
+            int(payload.get("nbf", 0)) <= now.timestamp(),
+            "not before",
+            "the token is not valid yet: are the clocks right?",
+        ),
+        Verdict(
+            not presented.cancelled,
+            "state",
+            "the token was cancelled; storages take it until it expires, and it is not given again",
+        ),
+    ]
+    if presented.text is not None and key is not None:
+        signed = _signed(presented.text, key)
+        verdicts.append(Verdict(signed, "signature", "the signature must verify with the key"))
+    return verdicts
 
 
 def _uuid(text: str) -> uuid.UUID | None:
