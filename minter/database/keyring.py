@@ -5,7 +5,7 @@ of every worker sees the whole change (I6). The change is audited in the same tr
 `minter.tokens.keys` computes the states of the keys.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -85,36 +85,33 @@ def destroy_spent(pool: Pool, now: datetime, policy: RotationPolicy, actor: str)
     return sorted(spent)
 
 
+_SEALED: tuple[tuple[str, str, str, Callable[[Keystore, str, str, bytes], bytes]], ...] = (
+    ("signing_keys", "private_key", "kid", lambda store, vo, kid, s: store.reseal(vo, SIGNING_KEY, kid, s)),
+    ("issuers", "secrets_key", "vo", lambda store, vo, _, s: store.reseal(vo, PEPPER, vo, s)),
+    (
+        "clients", "subject_token", "name",
+        lambda store, vo, name, s: store.reseal_token(vo, name, "client_subject", s),
+    ),
+)  # fmt: skip
+"""Encrypted columns: table, column, the column that names a row, and the function that encrypts anew."""
+
+
 def rewrap(pool: Pool, keystore: Keystore, vo: str, actor: str) -> int:
     """Re-encrypt a VO's secrets under the first of its master keys; return the number of secrets."""
     details: dict[str, object] = {}
+    count = 0
     with controlling(pool, actor, "master_key.rewrap", vo, details) as tx:
-        held = tx.execute(
-            "SELECT kid, private_key FROM signing_keys WHERE vo = %s AND private_key IS NOT NULL", (vo,)
-        ).fetchall()
-        for kid, sealed in held:
-            tx.execute(
-                "UPDATE signing_keys SET private_key = %s WHERE kid = %s",
-                (keystore.reseal(vo, SIGNING_KEY, kid, bytes(sealed)), kid),
-            )
-        peppers = tx.execute(
-            "SELECT secrets_key FROM issuers WHERE vo = %s AND secrets_key IS NOT NULL", (vo,)
-        ).fetchall()
-        for (sealed,) in peppers:
-            tx.execute(
-                "UPDATE issuers SET secrets_key = %s WHERE vo = %s",
-                (keystore.reseal(vo, PEPPER, vo, bytes(sealed)), vo),
-            )
-        subjects = tx.execute(
-            "SELECT name, subject_token FROM clients WHERE vo = %s AND subject_token IS NOT NULL", (vo,)
-        ).fetchall()
-        for name, sealed in subjects:
-            tx.execute(
-                "UPDATE clients SET subject_token = %s WHERE name = %s",
-                (keystore.reseal_token(vo, name, "client_subject", bytes(sealed)), name),
-            )
-        managed = _rewrap_managed(tx, keystore, vo)
-        count = len(held) + len(peppers) + len(subjects) + managed
+        for table, column, name, anew in _SEALED:
+            held = tx.execute(
+                f"SELECT {name}, {column} FROM {table} WHERE vo = %s AND {column} IS NOT NULL", (vo,)
+            ).fetchall()
+            for named, sealed in held:
+                tx.execute(
+                    f"UPDATE {table} SET {column} = %s WHERE {name} = %s",
+                    (anew(keystore, vo, named, bytes(sealed)), named),
+                )
+            count += len(held)
+        count += _rewrap_managed(tx, keystore, vo)
         details["secrets"] = count
     return count
 
