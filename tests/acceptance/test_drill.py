@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 def drill(tmp_path: Path, *options: str) -> dict[str, Any]:
     plot = tmp_path / "drill.svg"
     done = subprocess.run(
-        [sys.executable, "-m", "minter.cli", "drill", "--scale", "450", "--budget", "0.5", "--json", "--output", str(plot), *options],
+        [sys.executable, "-m", "minter.cli", "drill", "--scale", "225", "--budget", "0.5", "--json", "--output", str(plot), *options],
         capture_output=True, text=True, check=False, cwd=ROOT, timeout=300,
     )  # fmt: skip
     report: dict[str, Any] = json.loads(done.stdout)
