@@ -25,6 +25,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 from sqlalchemy.engine import Engine as Pool
 
+from minter.broker.publisher import count_waiting
 from minter.database import partitions, processes
 from minter.database.connection import transaction
 from minter.database.control import read_keys
@@ -276,11 +277,7 @@ class StateCollector(Collector):
         connection = self._broker()
         try:
             for queue in self._queues():
-                try:
-                    declared = connection.channel().queue_declare(queue, passive=True)
-                    waiting[queue,] = declared.message_count
-                except connection.channel_errors:
-                    waiting[queue,] = 0  # Valkey has no empty queues
+                waiting[queue,] = count_waiting(connection, queue) or 0
         except connection.connection_errors as error:
             raise Unavailable(f"the broker cannot be reached ({type(error).__name__})") from error
         finally:

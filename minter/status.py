@@ -19,7 +19,7 @@ from msgspec import Struct
 from sqlalchemy.engine import Engine as Pool
 
 from minter import __version__
-from minter.broker.publisher import connect
+from minter.broker.publisher import connect, count_waiting
 from minter.contract import names
 from minter.database import control_changes, migrations, overview, partitions, processes
 from minter.database.connection import open_pool, transaction
@@ -189,8 +189,8 @@ def _requests(connection: kombu.Connection, pool: Pool) -> Line:
     clients: list[str] = []
     with suppress(Unavailable):  # the lines of Postgres say it; the common queue can be asked all the same
         clients = control_changes.client_names(pool, SECONDS)
-    counts = {queue: _count(connection, queue) for queue in map(names.client_requests, clients)}
-    counts[names.REQUEST_QUEUE] = _count(connection, names.REQUEST_QUEUE)
+    counts = {queue: count_waiting(connection, queue) for queue in map(names.client_requests, clients)}
+    counts[names.REQUEST_QUEUE] = count_waiting(connection, names.REQUEST_QUEUE)
     if counts[names.REQUEST_QUEUE] is None:
         return failed(names.REQUEST_QUEUE, "does not exist; run: minter broker setup")
     waiting = {queue: count for queue, count in counts.items() if count}
@@ -202,21 +202,13 @@ def _requests(connection: kombu.Connection, pool: Pool) -> Line:
 
 
 def _queue(connection: kombu.Connection, queue: str) -> Line:
-    count = _count(connection, queue)
+    count = count_waiting(connection, queue)
     if count is None:
         return failed(queue, "does not exist; run: minter broker setup")
     if queue == names.DEAD_LETTER_QUEUE:
         level: Level = "warning" if count else "ok"
         return Line(level, queue, f"{count} dead letters" + ("; see: minter dead list" if count else ""))
     return Line("warning" if count > QUEUE_LONG else "ok", queue, f"{count} waiting")
-
-
-def _count(connection: kombu.Connection, queue: str) -> int | None:
-    """Return how many messages wait in a queue, None if it does not exist."""
-    try:
-        return int(connection.channel().queue_declare(queue, passive=True).message_count)
-    except connection.channel_errors:
-        return 0 if "redis" in str(connection.transport.driver_type) else None  # Valkey has no empty queues
 
 
 # ── keys ─────────────────────────────────────────────────────────────────────────────────────

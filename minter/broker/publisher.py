@@ -73,6 +73,15 @@ def declare(connection: kombu.Connection, durable: Iterable[str] = (), clients: 
             queue(channel).declare()
 
 
+def count_waiting(connection: kombu.Connection, queue: str) -> int | None:
+    """Return how many messages wait in a queue, None if it does not exist."""
+    try:
+        with connection.channel() as channel:
+            return int(channel.queue_declare(queue, passive=True).message_count)
+    except connection.channel_errors:
+        return 0 if "redis" in str(connection.transport.driver_type) else None  # Valkey has no empty queues
+
+
 def trust(ca: str | None) -> dict[str, Any]:
     """Return the CAs for `ssl.create_default_context`: a file, a hashed directory, or the system's."""
     return {} if not ca else {"capath": ca} if Path(ca).is_dir() else {"cafile": ca}
