@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Two processes, each with a Postgres of its own; the tests of one file share servers and stay together.
+FAST := -m "not slow and not rabbitmq" -n 2 --dist loadfile
 
 .PHONY: demo test test-all test-lowest fuzz mutants lint schemas dist book clean
 
@@ -10,7 +12,7 @@ demo: $(STAMP)
 	$(RUN)/minter demo
 
 test: $(STAMP)
-	$(RUN)/pytest -m "not slow and not rabbitmq"
+	$(RUN)/pytest $(FAST)
 
 test-all: $(STAMP)
 	$(RUN)/pytest
@@ -20,7 +22,7 @@ test-lowest: $(STAMP)
 	$(PYTHON) -m venv --clear $(VENV)/lowest
 	$(RUN)/python -m tests.lowest > $(VENV)/lowest/constraints.txt
 	$(VENV)/lowest/bin/pip install --quiet --disable-pip-version-check --constraint $(VENV)/lowest/constraints.txt --editable '.[dev]'
-	$(VENV)/lowest/bin/pytest -m "not slow and not rabbitmq"
+	$(VENV)/lowest/bin/pytest $(FAST)
 
 # 100 000 odd inputs at every entrance; prints its seed.
 fuzz: $(STAMP)
