@@ -159,11 +159,36 @@ def over_http(folder: Path, seconds: float) -> dict[str, object]:
 
 
 def largest_requests(folder: Path) -> dict[str, object]:
-    """Return the memory of the HTTP service while three clients send the largest requests at once."""
+    """Return the memory of the HTTP service, then of a worker, under six of the largest requests at once."""
+    sources = [SOURCE.format(name=f"{n}{'x' * 900}") for n in range(SOURCES)]
+    files = [{"sources": sources}] * (MAX_NEEDS // SOURCES)
+    request = json.dumps({"request_id": "ID", "files": files}).encode()
+    return {
+        "request_mb": round(len(request) / 1e6, 1),
+        "http": largest_over_http(folder / "http", request),
+        "amqp": largest_over_amqp(folder / "amqp", request),
+    }
+
+
+def largest_over_amqp(folder: Path, request: bytes) -> dict[str, object]:
+    """Return the memory of one worker on RabbitMQ while six requests wait."""
+    with bench(folder, "rabbitmq") as running:
+        load = Load(running.broker.url, running.client, {"keys": []})
+        bodies = [
+            b"[[%b],{},{}]" % request.replace(b"ID", str(new_request_id()).encode(), 1) for _ in range(6)
+        ]
+        running.workers(1)
+        before = peak_mb("workers.app")
+        load.publisher.publish([load.message(body, uuid4().hex) for body in bodies])
+        while load.answers < len(bodies):
+            load.connection.drain_events(timeout=300)
+        return {"answers": load.answers, "refused": load.refused, "rss_mb_before": before,
+                "rss_mb_peak": peak_mb("workers.app")}  # fmt: skip
+
+
+def largest_over_http(folder: Path, request: bytes) -> dict[str, object]:
+    """Return the memory of the HTTP service while three clients send six requests at once."""
     with minter(folder, 1) as (base, _, service):
-        sources = [SOURCE.format(name=f"{n}{'x' * 900}") for n in range(SOURCES)]
-        files = [{"sources": sources}] * (MAX_NEEDS // SOURCES)
-        request = json.dumps({"request_id": "ID", "files": files}).encode()
         secrets = {f"large{n}": new_secret() for n in range(3)}
         for client, secret in secrets.items():
             service.set_secret(stack.add_client(service, client, "vo", "bench"), secret, "bench")
@@ -178,23 +203,22 @@ def largest_requests(folder: Path) -> dict[str, object]:
                 "POST", f"{base}/vo/v1/mint", body=body, headers=headers, retries=False, timeout=300
             ).status
 
-        before = serving_mb()
+        before = peak_mb("serve")
         with ThreadPoolExecutor(6) as threads:
             statuses = Counter(threads.map(send, list(secrets) * 2))
         return {
-            "request_mb": round(len(request) / 1e6, 1),
             "answers": dict(statuses),
             "rss_mb_before": before,
-            "rss_mb_peak": serving_mb(),
+            "rss_mb_peak": peak_mb("serve"),
         }
 
 
-def serving_mb() -> int:
-    """Return the largest resident memory so far of a child process of this machine's `minter serve`, in MB."""
+def peak_mb(word: str) -> int:
+    """Return the largest resident memory so far of a process with `word` in its command, in MB."""
     peaks = []
     for status in Path("/proc").glob("[0-9]*/status"):
         with suppress(OSError):
-            if b"serve" in (status.parent / "cmdline").read_bytes():
+            if word.encode() in (status.parent / "cmdline").read_bytes():
                 peaks += [
                     int(line.split()[1])
                     for line in status.read_text().splitlines()
