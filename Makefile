@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # Two processes, each with a Postgres of its own; the tests of one file share servers and stay together.
 FAST := -m "not slow and not rabbitmq" -n 2 --dist loadfile
 
-.PHONY: demo test test-all test-lowest fuzz mutants lint schemas dist book clean
+.PHONY: demo test test-all test-lowest fuzz mutants coverage lint schemas dist book clean
 
 demo: $(STAMP)
 	$(RUN)/minter demo
@@ -35,6 +35,15 @@ mutants: $(STAMP)
 	rm -f mutants/mutmut-stats.json
 	$(RUN)/mutmut run --max-children 2 $(MUTANTS)
 	$(RUN)/mutmut results
+
+# Lines that the tests run in every process that they start, RabbitMQ's tests included; the figure is in CONTRIBUTING.md.
+# A process that is killed tells nothing.
+coverage: $(STAMP)
+	$(RUN)/pip install --quiet --disable-pip-version-check 'coverage>=7.10,<8'
+	rm -f .coverage .coverage.*
+	$(RUN)/coverage run -m pytest -m "not slow"
+	$(RUN)/coverage combine --quiet
+	$(RUN)/coverage report
 
 lint: $(STAMP)
 	$(RUN)/ruff check .

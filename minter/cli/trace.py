@@ -1,7 +1,7 @@
 """The commands `trace` (show what is recorded of tokens) and `archive` (move old records to files)."""
 
 import uuid
-from datetime import timedelta
+from datetime import datetime, timedelta
 from itertools import product
 from pathlib import Path
 from typing import Annotated
@@ -63,13 +63,8 @@ def trace(
     ((by, value),) = asked
     since, until = service.since(days, jti), service.clock() + timedelta(days=1)
     folder = folder or service.loaded.archive_folder
-    refusals: list[traces.Refusals] = []
-    if isinstance(value, uuid.UUID) and by == "request":
-        found, refusals = traces.find_request(service.pool, value)
-        if folder is not None and not found:
-            found, archived = archives.find_request(folder, value, until)
-            refusals = refusals or archived
-    else:
+    found, refusals = _of_request(service, request, folder, until) if request else ([], [])
+    if not request:
         values, at = _files_of(service, path) if path is not None and "://" in path else ({value}, None)
         found = [t for v in values for t in traces.find(service.pool, by, v, since, until, limit)]
         if folder is not None and len(found) < limit:
@@ -80,6 +75,17 @@ def trace(
         show(False, None, lambda: _refusals_table(refusals))
     if not found and not refusals:
         raise typer.Exit(1)
+
+
+def _of_request(
+    service: Service, request: uuid.UUID, folder: Path | None, until: datetime
+) -> tuple[list[traces.TraceRecord], list[traces.Refusals]]:
+    """Return the tokens and refusals of a request, from the archive where the database has no token of it."""
+    found, refusals = traces.find_request(service.pool, request)
+    if folder is not None and not found:
+        found, archived = archives.find_request(folder, request, until)
+        refusals = refusals or archived
+    return found, refusals
 
 
 def _files_of(service: Service, url: str) -> tuple[set[object], set[str]]:

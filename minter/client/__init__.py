@@ -1,16 +1,10 @@
 """The Python client: HTTP works without extras, AMQP needs the extra `amqp`."""
 
-from minter.client.client import (
-    FileOperation,
-    FileReport,
-    FileRequest,
-    JobReport,
-    LiveToken,
-    MinterClient,
-    MinterError,
-    new_request_id,
-)
+from minter.client.client import MinterClient, new_request_id
 from minter.client.results import Changed, FilledJob, MintResult, Pending, Refusal, Token
+from minter.contract.followups import FileReport, JobReport
+from minter.contract.messages import FileOperation, FileRequest, LiveToken
+from minter.errors import MinterError
 
 __all__ = [
     "Changed",

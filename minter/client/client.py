@@ -23,8 +23,6 @@ from minter.client.results import (
     Changed,
     FilledJob,
     MintResult,
-    Pending,
-    Refusal,
     Token,
     minted,
     shifted,
@@ -42,31 +40,12 @@ from minter.contract.messages import (
     MAX_FILES,
     MAX_NEEDS,
     Answer,
-    FileOperation,
     FileRequest,
     FillRequest,
-    LiveToken,
     MintRequest,
 )
 from minter.contract.names import CANCEL, FETCH, FILL_JOB, MINT, RENEW, REPORT
 from minter.errors import InvalidRequest, MinterError, SettingsError, Unavailable, from_dict
-
-__all__ = [
-    "Changed",
-    "FileOperation",
-    "FileReport",
-    "FileRequest",
-    "FilledJob",
-    "JobReport",
-    "LiveToken",
-    "MintResult",
-    "MinterClient",
-    "MinterError",
-    "Pending",
-    "Refusal",
-    "Token",
-    "new_request_id",
-]  # fmt: skip
 
 DEFAULT_TIMEOUT_SECONDS = 60.0
 PENDING_POLL_SECONDS = 0.2
