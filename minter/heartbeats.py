@@ -1,11 +1,13 @@
-"""Heartbeats: each process tells every few seconds that it runs, by a connection of its own."""
+"""Heartbeats: each process tells every few seconds that it runs and what it did, by its own connection."""
 
 import atexit
 import logging
 import threading
+from collections import Counter
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 
-from minter.database import processes
+from minter.database import activity, processes
 from minter.database.connection import open_pool
 from minter.errors import Unavailable
 from minter.service import Service
@@ -15,9 +17,21 @@ logger = logging.getLogger(__name__)
 
 
 class Heartbeat:
-    """The heartbeat of one process. A thread writes it; `problem` says why the last one failed."""
+    """The heartbeat of one process. A thread writes it; `problem` says why the last one failed.
 
-    def __init__(self, role: str, service: Service) -> None:
+    `counts` returns what the process counted since its start, `facts` what only it knows. Where the answer to
+    a heartbeat is lost, its counts are written again with the next one.
+    """
+
+    def __init__(
+        self,
+        role: str,
+        service: Service,
+        counts: Callable[[], activity.Counts] = dict,
+        facts: Callable[[], Mapping[str, object]] = dict,
+    ) -> None:
+        self._counts, self._facts = counts, facts
+        self._written: Counter[tuple[str, str, str]] = Counter()
         self._process = processes.this_process(role, new_uuid7(), service.clock())
         self._clock = service.store.clock
         self._pool = open_pool(service.loaded.dsn, 1, 2)
@@ -45,7 +59,11 @@ class Heartbeat:
         if not self._one.acquire(timeout=patience):
             raise self.problem or Unavailable(f"Postgres gives no answer within {patience:g} s")
         try:
-            check_clock(processes.beat(self._pool, self._process, self._clock, patience))
+            counted = Counter(self._counts())
+            new = counted - self._written
+            skew = processes.beat(self._pool, self._process, self._clock, patience, self._facts(), new)
+            self._written = counted
+            check_clock(skew)
         except Unavailable as error:
             self.problem = error
             raise

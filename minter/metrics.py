@@ -5,6 +5,7 @@ closed lists. No sub, jti, path or request_id is ever a label.
 """
 
 import logging
+import platform
 import time
 from collections import Counter as Tally
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -25,6 +26,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 from sqlalchemy.engine import Engine as Pool
 
+from minter import __version__
 from minter.broker.publisher import count_waiting
 from minter.database import partitions, processes
 from minter.database.connection import transaction
@@ -115,11 +117,25 @@ STANDBY = Spec(
     "When the standby key may sign, in seconds since the epoch; no value means no standby key (beat).",
 )  # fmt: skip
 PARTITIONS = Spec("gauge", "minter_partitions_ahead_days", (), "Days after today with partitions (beat).")
+PART = Spec(
+    "gauge", "minter_part_level", ("part",),
+    "Worst line of `minter status` about a part: 0 ok, 1 warning, 2 failed; asked once a minute (beat).",
+)  # fmt: skip
+BUILD = Spec(
+    "gauge",
+    "minter_build_info",
+    ("role", "version", "python"),
+    "1 for each process, by role and version.",
+)
 
 SPECS = (
     TOKENS, REQUESTS, REFUSALS, FOLLOW_UPS, HTTP, FTS_JOBS, EVENTS, LAST_EVENT, PROVIDER,
     PROVIDER_SECONDS, STAGE, BATCH, AGE, QUEUE, PROCESSES, LIVE, EXPIRING, SIGNS_UNTIL, STANDBY, PARTITIONS,
+    PART, BUILD,
 )  # fmt: skip
+
+OF_BEAT = (QUEUE, PROCESSES, LIVE, EXPIRING, SIGNS_UNTIL, STANDBY, PARTITIONS)
+"""Gauges of `StateCollector`."""
 
 _STAGE_BUCKETS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
 _AGE_BUCKETS = (0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 10, 60, 300, 1800, 7200)
@@ -183,6 +199,24 @@ class Metrics:
         self._provider.labels(provider, grant, outcome).inc()
         self._provider_seconds.labels(provider).observe(seconds)
 
+    def activity(self) -> Tally[tuple[str, str, str]]:
+        """Return what this process counted since its start, as `minter.database.activity` keeps it."""
+        found: Tally[tuple[str, str, str]] = Tally()
+        for counter, kind, name in (
+            (self._tokens, "tokens", "mode"),
+            (self._requests, "requests", "outcome"),
+            (self._refusals, "refusals", "reason"),
+        ):
+            for labels, value in _samples(counter, "_total"):
+                label = "repeated" if labels.get("outcome") == "repeated" else labels[name]
+                found[labels["vo"], kind, label] += int(value)
+        for histogram, times, numbers in ((self._stage, "stage_us", "stages"), (self._age, "age_us", "ages")):
+            for labels, value in _samples(histogram, "_sum"):
+                found["", times, labels.get("stage", "")] += int(value * 1_000_000)
+            for labels, value in _samples(histogram, "_count"):
+                found["", numbers, labels.get("stage", "")] += int(value)
+        return found
+
     def _count(self, outcomes: Iterable[Outcome]) -> None:
         """Count a batch: equal labels are added up, then counted at once."""
         requests: Tally[tuple[str, ...]] = Tally()
@@ -209,6 +243,13 @@ class Metrics:
             operation = "+".join(plan.operations) or plan.rule
             mode = plan.route.mode if plan.route else "mint"
             self._tokens.labels(vo, mode, operation, plan.area.storage, what).inc(count)
+
+
+def _samples(metric: Counter | Histogram, suffix: str) -> Iterator[tuple[dict[str, str], float]]:
+    for family in metric.collect():
+        for sample in family.samples:
+            if sample.name.endswith(suffix):
+                yield sample.labels, sample.value
 
 
 def new_gauge(spec: Spec, registry: CollectorRegistry) -> Gauge:
@@ -240,7 +281,7 @@ class StateCollector(Collector):
     def describe(self) -> Iterator[Metric]:
         """Name the metrics without reading the database or the broker."""
         for spec in SPECS:
-            if spec.kind == "gauge":
+            if spec in OF_BEAT:
                 yield GaugeMetricFamily(spec.name, spec.help, labels=spec.labels)
 
     def collect(self) -> Iterator[Metric]:
@@ -301,21 +342,36 @@ def _gauge(spec: Spec, values: Mapping[tuple[str, ...], float]) -> GaugeMetricFa
     return family
 
 
-def serve_process(registry: CollectorRegistry, wanted: MetricsSettings) -> None:
-    """Serve the registry of this process on a port of [metrics] in the settings, if a port is set there."""
+_PORTS = {"beat": (0, 1), "events": (1, 1), "refresher": (2, 8), "serve": (10, 20)}
+"""First port of each role, counted from `first_port`, and how many ports it has."""
+_WORKER_PORTS = 30
+
+
+def ports_of(role: str, wanted: MetricsSettings) -> range:
+    """Return the ports of [metrics] on which processes of a role serve Prometheus."""
+    first, count = _PORTS.get(role, (_WORKER_PORTS, wanted.ports))
+    return range(wanted.first_port + first, wanted.first_port + first + count)
+
+
+def serve_process(registry: CollectorRegistry, wanted: MetricsSettings, role: str) -> None:
+    """Serve the registry of this process on a port of its role, if [metrics] of the settings has a port."""
     if wanted.first_port:
-        port = serve(registry, wanted.listen, wanted.first_port, wanted.ports)
+        port = serve(registry, role, wanted.listen, ports_of(role, wanted))
         logger.info("metrics are on port %d", port)
 
 
-def serve(registry: CollectorRegistry, host: str, first_port: int, ports: int) -> int:
-    """Serve a registry on the first free port of a range; return the port. Raises SettingsError."""
-    for port in range(first_port, first_port + ports):
+def serve(registry: CollectorRegistry, role: str, host: str, ports: range) -> int:
+    """Serve a registry, with the role and version of this process, on the first free port; return the port.
+
+    Raises SettingsError if no port is free.
+    """
+    new_gauge(BUILD, registry).labels(role, __version__, platform.python_version()).set(1)
+    for port in ports:
         try:
             start_http_server(port, host, registry)
         except OSError:
             continue  # another process of this machine uses the port
         return port
     raise SettingsError(
-        f"no free port for metrics in {first_port} to {first_port + ports - 1}; give [metrics] more ports"
+        f"no free port for metrics of {role} in {ports.start} to {ports.stop - 1}; see [metrics]"
     )

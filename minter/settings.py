@@ -62,11 +62,15 @@ class BrokerSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
 
 class MetricsSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Each process serves Prometheus on the first free of `ports` ports from `first_port` on; 0 is off."""
+    """Where each process serves Prometheus: on a port of its role, counted from `first_port`; 0 is off.
+
+    Beat has the first port, `minter events` the next, refreshers the 8 after it, processes of `minter serve`
+    the 20 from 10 on, and workers `ports` ports from 30 on; each takes the first free one of its role.
+    """
 
     listen: str = "127.0.0.1"
-    first_port: Annotated[int, Meta(ge=0, le=65_535)] = 0
-    ports: Positive = 16
+    first_port: Annotated[int, Meta(ge=0, le=65_000)] = 0
+    ports: Annotated[int, Meta(ge=1, le=500)] = 70
 
 
 class HttpSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -4,8 +4,10 @@ Nothing here changes anything. A part that cannot be asked gives a failed line, 
 the same. A line is `ok`, `warning` (look at it today) or `failed` (requests wait, or soon will).
 """
 
+import os
+import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import Literal
@@ -19,7 +21,7 @@ from msgspec import Struct
 from sqlalchemy.engine import Engine as Pool
 
 from minter import __version__
-from minter.broker.publisher import connect, count_waiting
+from minter.broker.publisher import Outgoing, Publisher, connect, count_waiting
 from minter.contract import names
 from minter.database import control_changes, migrations, overview, partitions, processes
 from minter.database.connection import open_pool, transaction
@@ -28,15 +30,22 @@ from minter.errors import MinterError, NoUsableKey, Unavailable
 from minter.service import Service
 from minter.settings import Loaded
 from minter.tokens import keys
-from minter.tokens.clock import check_clock
+from minter.tokens.clock import check_clock, new_uuid7
 
 Level = Literal["ok", "warning", "failed"]
+LEVELS: tuple[Level, ...] = ("ok", "warning", "failed")
+"""From well to worst."""
 SECONDS = 3.0
 """Longest wait for one part."""
 CERTIFICATE_DAYS = 14
 """A certificate that ends sooner gives a warning."""
 QUEUE_LONG = 10_000
 """Waiting requests that give a warning."""
+EVENTS_SILENT = timedelta(hours=1)
+"""A broker of FTS that has sent nothing for longer gives a warning."""
+DISK_LOW, DISK_FULL = 0.15, 0.03
+"""Free shares of a disk below which there is a warning, and a failure."""
+EPOCH = datetime.fromtimestamp(0, UTC)
 CONNECTIONS_LEFT = 10
 """Free connections of Postgres below which there is a warning."""
 
@@ -72,6 +81,8 @@ def lines(loaded: Loaded) -> list[Line]:
         ("postgres", lambda: _postgres(pool, service)),
         ("processes", lambda: _processes(pool, loaded)),
         ("broker", lambda: _broker(pool, loaded)),
+        ("FTS events", lambda: _events(pool, loaded)),
+        ("disk", lambda: _disk(pool, loaded)),
         ("keys", lambda: key_lines(pool, service)),
         ("issuers", lambda: issuer_lines(pool, loaded)),
         ("published keys", lambda: _published(pool, loaded, service.clock())),
@@ -94,8 +105,15 @@ def lines(loaded: Loaded) -> list[Line]:
 
 def worst(found: Sequence[Line]) -> Level:
     """Return the worst level of all lines."""
-    levels = {line.level for line in found}
-    return "failed" if "failed" in levels else "warning" if "warning" in levels else "ok"
+    return max((line.level for line in found), key=LEVELS.index, default="ok")
+
+
+def by_part(found: Iterable[Line]) -> dict[str, Level]:
+    """Return the worst level of each part."""
+    parts: dict[str, Level] = {}
+    for line in found:
+        parts[line.part] = max(line.level, parts.get(line.part, "ok"), key=LEVELS.index)
+    return parts
 
 
 # ── Postgres ─────────────────────────────────────────────────────────────────────────────────
@@ -119,7 +137,7 @@ def _postgres(pool: Pool, service: Service) -> Iterator[Line]:
     if not found.wanted_standbys:
         yield warning("standby", f"commits wait for none ({told}): a lost disk loses rows of issued tokens")
     elif found.standbys and all(state is None for _, state, _ in found.standbys):
-        yield warning("standby", "its state is hidden from this role; run: GRANT pg_read_all_stats TO minter")
+        yield warning("standby", "its state is hidden from this role; run: GRANT pg_monitor TO minter")
     elif not in_step:
         yield failed("standby", f"commits wait for {found.wanted_standbys!r}, and none is in step ({told})")
     else:
@@ -174,7 +192,11 @@ def _broker(pool: Pool, loaded: Loaded) -> Iterator[Line]:
     connection = connect(loaded.broker_url, loaded.broker_ca, SECONDS)
     try:
         connection.connect()
-        yield ok("broker", f"{connection.transport.driver_name} at {connection.host}")
+        where = f"{connection.transport.driver_name} at {connection.host}"
+        if takes_messages(loaded):
+            yield ok("broker", where)
+        else:
+            yield failed("broker", f"{where} takes no messages: see its memory and disk alarms")
         yield _requests(connection, pool)
         for queue in (names.INTERNAL_QUEUE, names.DEAD_LETTER_QUEUE):
             yield _queue(connection, queue)
@@ -182,6 +204,23 @@ def _broker(pool: Pool, loaded: Loaded) -> Iterator[Line]:
         raise Unavailable(f"the broker cannot be reached: {error or type(error).__name__}"[:300]) from error
     finally:
         connection.release()
+
+
+def takes_messages(loaded: Loaded) -> bool:
+    """Say whether the broker takes a message; RabbitMQ reads none while a memory or disk alarm is on.
+
+    The messages go to no queue, and RabbitMQ confirms and returns them. A blocked one takes the first message
+    of each connection.
+    """
+    publisher = Publisher(connect(loaded.broker_url, loaded.broker_ca, SECONDS), SECONDS)
+    try:
+        for _ in range(2 if publisher.confirms else 0):
+            publisher.publish([Outgoing(b"", f"minter.status.{new_uuid7()}")])
+    except (ConnectionError, TimeoutError):
+        return False
+    finally:
+        publisher.close()
+    return True
 
 
 def _requests(connection: kombu.Connection, pool: Pool) -> Line:
@@ -209,6 +248,37 @@ def _queue(connection: kombu.Connection, queue: str) -> Line:
         level: Level = "warning" if count else "ok"
         return Line(level, queue, f"{count} dead letters" + ("; see: minter dead list" if count else ""))
     return Line("warning" if count > QUEUE_LONG else "ok", queue, f"{count} waiting")
+
+
+# ── FTS's messages, and disks ────────────────────────────────────────────────────────────────
+
+
+def _events(pool: Pool, loaded: Loaded) -> Iterator[Line]:
+    """Yield a line for each broker of FTS: when its last message came to a process of the last day."""
+    last: dict[str, datetime] = {}
+    for process, _ in processes.known(pool):
+        for broker, at in process.facts.get("last_events", {}).items():
+            last[broker] = max(datetime.fromisoformat(at), last.get(broker, EPOCH))
+    now = datetime.now(UTC)
+    for broker in dict.fromkeys(b for wanted in loaded.settings.fts_events for b in wanted.brokers):
+        if broker not in last:
+            yield warning("FTS events", f"no message of {broker} since minter events started")
+        else:
+            ago = timedelta(seconds=round((now - last[broker]).total_seconds()))
+            level: Level = "warning" if ago > EVENTS_SILENT else "ok"
+            yield Line(level, "FTS events", f"last message of {broker} {ago} ago")
+
+
+def _disk(pool: Pool, loaded: Loaded) -> Iterator[Line]:
+    """Yield a line for each disk of this machine that Postgres or the archive is on."""
+    folders = {"archive": loaded.archive_folder, "postgres": overview.data_folder(pool, SECONDS)}
+    for what, folder in folders.items():
+        if folder is None or not os.access(folder, os.F_OK):
+            continue  # not known, not for this user's eyes, or on another machine
+        disk = shutil.disk_usage(folder)
+        share = disk.free / disk.total
+        level: Level = "failed" if share < DISK_FULL else "warning" if share < DISK_LOW else "ok"
+        yield Line(level, "disk", f"{share:.0%} free ({disk.free >> 30} GiB) for {what} at {folder}")
 
 
 # ── keys ─────────────────────────────────────────────────────────────────────────────────────

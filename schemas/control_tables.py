@@ -202,6 +202,20 @@ processes = Table(
     Column("started_at", Instant, nullable=False),
     Column("seen_at", Instant, nullable=False),
     Column("skew_seconds", Float, nullable=False),
+    Column("facts", JSONB, nullable=False, server_default=text("'{}'")),
+)
+
+# What each process counted in a minute, written with its heartbeats: rates of the whole cluster in one query.
+# `kind` and `label` are those of `minter.database.activity`; rows of 8 days are kept.
+activity = Table(
+    "activity",
+    metadata,
+    Column("minute", Instant, primary_key=True),
+    Column("process_id", UUID(as_uuid=True), primary_key=True),
+    Column("vo", Text, primary_key=True),
+    Column("kind", Text, primary_key=True),
+    Column("label", Text, primary_key=True),
+    Column("amount", BigInteger, nullable=False),
 )
 
 CONTROLLED = ("issuers", "storages", "clients", "bans", "signing_keys")

@@ -132,8 +132,8 @@ def metrics_page() -> str:
     lines = [
         "# Metrics",
         "",
-        "Written from `minter/metrics.py` by `python -m tests.write_docs`; a test compares. Workers and beat each serve theirs at",
-        "`/metrics` on the first free port of `[metrics]`; counters end in `_total`. Durations are in seconds. Labels are bounded:",
+        "Written from `minter/metrics.py` by `python -m tests.write_docs`; a test compares. Each process serves its own at",
+        "`/metrics` on the first free port of its role (`[metrics]` in docs/settings.md); counters end in `_total`. Durations are in seconds. Labels are bounded:",
         "none holds a sub, a jti, a path or a request_id.",
         "",
         "| metric | type | labels | what it says |",

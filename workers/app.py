@@ -6,6 +6,7 @@ answered with a typed error and dead-lettered. Bodies are never logged.
 
 import logging
 import os
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -17,13 +18,13 @@ from celery.worker.consumer import Consumer
 from kombu import compression
 from prometheus_client import CollectorRegistry
 
-from minter import logs
-from minter.broker.publisher import Publisher, client_queue, connect, declare, queues, tls
+from minter import logs, status
+from minter.broker.publisher import TRANSPORT_OPTIONS, Publisher, client_queue, connect, declare, queues, tls
 from minter.contract import names
 from minter.database import control_changes, partitions
 from minter.errors import InvalidRequest, MinterError, Unavailable
 from minter.heartbeats import Heartbeat
-from minter.metrics import Metrics, StateCollector, serve_process
+from minter.metrics import PART, Metrics, StateCollector, new_gauge, serve_process
 from minter.service import Service, load_settings, tune_gc
 from minter.settings import Loaded
 from minter.tasks.lifecycle import Lifecycle
@@ -37,6 +38,8 @@ CLIENTS_SECONDS = 5.0
 """A worker looks for the queues of new clients in this interval."""
 CLIENTS_PATIENCE_SECONDS = 1.0
 """Longest wait for Postgres then: no message is served meanwhile."""
+PARTS_SECONDS = 60.0
+"""Beat asks every part of the system for its state in this interval."""
 START_FAILED = 3
 """Exit code of a process that could not start: try again later."""
 
@@ -188,12 +191,12 @@ def create_app(loaded: Loaded) -> App:
 
 
 def _transport_options(loaded: Loaded) -> dict[str, float]:
-    """Return options with which the embedded broker soon redelivers a dead worker's messages.
+    """Return options of connections: the embedded broker soon redelivers a dead worker's messages.
 
     With kombu's defaults the redelivery takes 100 s.
     """
     if not loaded.broker_url.startswith("redis"):
-        return {}
+        return dict(TRANSPORT_OPTIONS)
     visibility = loaded.settings.broker.visibility_seconds
     return {
         "visibility_timeout": visibility,
@@ -243,8 +246,8 @@ def _open_engine() -> None:
         batch_bytes=settings.worker.batch_bytes,
         local_client=_local_client(app.loaded),
     )
-    serve_process(metrics.registry, settings.metrics)
-    Heartbeat("worker", service).start()
+    serve_process(metrics.registry, settings.metrics, "worker")
+    Heartbeat("worker", service, metrics.activity).start()
 
 
 @beat_init.connect
@@ -271,8 +274,24 @@ def _start_beat(**_: Any) -> None:
             service.clock,
         )
     )
-    serve_process(registry, app.loaded.settings.metrics)
+    serve_process(registry, app.loaded.settings.metrics, "beat")
+    threading.Thread(target=_watch_parts, args=(registry,), name="status", daemon=True).start()
     Heartbeat("beat", service).start()
+
+
+def _watch_parts(registry: CollectorRegistry) -> None:
+    """Export the lines of `minter status` once a minute, without end."""
+    level, pause = new_gauge(PART, registry), threading.Event()
+    while True:
+        try:
+            found = status.lines(app.loaded)
+        except Exception:
+            logger.exception("the state of the system could not be asked")
+        else:
+            level.clear()
+            for part, worst in status.by_part(found).items():
+                level.labels(part).set(status.LEVELS.index(worst))
+        pause.wait(PARTS_SECONDS)
 
 
 def _request_queues(service: Service) -> list[str]:

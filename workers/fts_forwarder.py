@@ -248,7 +248,7 @@ def run(
     registry = CollectorRegistry()
     jobs = new_counter(FTS_JOBS, registry)
     if metrics_port:
-        serve(registry, "127.0.0.1", metrics_port, 1)
+        serve(registry, "fts", "127.0.0.1", range(metrics_port, metrics_port + 1))
     with MinterClient(url, client, ca=ca) as minter:
         forwarder = Forwarder(minter, services, private)
         consumer = JobConsumer(url, queue, forwarder, ca, lambda outcome: jobs.labels(outcome).inc())

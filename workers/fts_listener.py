@@ -8,6 +8,7 @@ import logging
 import signal
 import time
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from queue import Empty, Queue
 from threading import Event, Thread
@@ -159,6 +160,11 @@ class EventConsumer:
         self.queue: Queue[Message] = Queue(4 * PREFETCH)
         self.stopped = Event()
         self._foreign: set[str] = set()
+        self._seen: dict[str, datetime] = {}
+
+    def facts(self) -> dict[str, object]:
+        """Return when each broker's last message came, for `minter status`."""
+        return {"last_events": {address: at.isoformat() for address, at in self._seen.copy().items()}}
 
     def run(self) -> None:
         """Record events until `stopped`; while Postgres is down, no message is acknowledged."""
@@ -232,6 +238,7 @@ class EventConsumer:
             self._count.labels(vo, outcome).inc(count)
         for message in batch:
             self._last.labels(message.source.address).set_to_current_time()
+            self._seen[message.source.address] = self._clock()
             _acknowledge(message)
 
     def _tell_foreign(self, foreign: str, vo: str, fts_vo: str) -> None:
@@ -274,8 +281,8 @@ def run() -> None:
     ]
     if not sources:
         raise SettingsError("no [[fts_events]] in the settings: there is nothing to listen to")
-    serve_process(registry, service.loaded.settings.metrics)
-    Heartbeat("events", service).start()
+    serve_process(registry, service.loaded.settings.metrics, "events")
+    Heartbeat("events", service, facts=consumer.facts).start()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: consumer.stopped.set())
     threads = [Thread(target=source.run, args=(consumer.stopped,), daemon=True) for source in sources]

@@ -23,6 +23,10 @@ from minter.contract import names
 logger = logging.getLogger(__name__)
 
 CONFIRM_SECONDS = 30.0
+WRITE_SECONDS = 10
+"""A write to the broker fails if it makes no progress for so long: a blocked RabbitMQ reads nothing."""
+END_SECONDS = 1.0
+"""How long the broker's goodbye is waited for."""
 MAX_UNCONFIRMED = 1_000
 """Number of unconfirmed messages at which publishing waits for the broker."""
 
@@ -30,6 +34,9 @@ PERSISTENT, TRANSIENT = 2, 1
 
 DELIVERY_LIMIT = 1_000
 """Most deliveries of a message; RabbitMQ 4 would drop it after 20, which outages can cause (I3)."""
+
+TRANSPORT_OPTIONS = {"write_timeout": WRITE_SECONDS}
+"""Options of every connection to RabbitMQ."""
 
 _QUORUM = {
     "x-queue-type": "quorum",
@@ -103,7 +110,18 @@ def tls(broker_url: str, ca: str | None = None) -> dict[str, Any] | bool:
 
 def connect(broker_url: str, ca: str | None = None, seconds: float = 5.0) -> kombu.Connection:
     """Return a connection to the broker, which opens at first use, within `seconds`."""
-    return kombu.Connection(broker_url, ssl=tls(broker_url, ca), connect_timeout=seconds)
+    return kombu.Connection(
+        broker_url, ssl=tls(broker_url, ca), connect_timeout=seconds, transport_options=TRANSPORT_OPTIONS
+    )
+
+
+def end(connection: kombu.Connection) -> None:
+    """Close a connection; a blocked RabbitMQ says no goodbye, which is not waited for."""
+    if connection.connected:
+        transport = getattr(connection.connection, "transport", None)  # AMQP's only
+        if transport is not None:
+            transport.sock.settimeout(END_SECONDS)
+    connection.release()
 
 
 class Outgoing(Struct, eq=False):
@@ -174,12 +192,12 @@ class Publisher:
         """Drop the connection; the next `publish` makes a new one."""
         self._channel = None
         self._waiting.clear()
-        self.connection.release()
+        end(self.connection)
 
     def _open(self) -> Any:
         if not self.connection.connected:
             self._channel = None
-            self.connection.release()  # a broken transport cannot be repaired, only replaced
+            end(self.connection)  # a broken transport cannot be repaired, only replaced
             self.connection.connect()
         if self._channel is None:
             self._waiting.clear()

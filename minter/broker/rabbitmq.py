@@ -64,6 +64,17 @@ def setup_users(
     return list(new)
 
 
+def new_password(client: str, rabbitmqctl: str, passwords: Path) -> None:
+    """Give a client's user a new password, which is written to the new file `passwords` first.
+
+    Connections that are open stay so. Raises InvalidRequest if the file exists, Unavailable with the error of
+    rabbitmqctl, such as for a user that does not exist.
+    """
+    password = secrets.token_urlsafe(32)
+    write_private_file(passwords, json.dumps({client: password}, indent=1))
+    _call(rabbitmqctl, "change_password", client, stdin=password)
+
+
 def _call(rabbitmqctl: str, *arguments: str, stdin: str | None = None) -> str:
     try:
         done = subprocess.run(  # noqa: S603 - the operator names the program

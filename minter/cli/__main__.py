@@ -23,9 +23,23 @@ from minter.broker.publisher import connect, declare
 from minter.cli import clients as cli_clients
 from minter.cli import control as cli_control
 from minter.cli import demo, operations, processes, publish, storages, tokens, trace
-from minter.cli.tables import AsJson, SettingsPath, console, guarded, open_service, show
-from minter.database import migrations, partitions
-from minter.database.connection import BoundedConnection, synchronous_standbys, transaction
+from minter.cli.tables import (
+    AsJson,
+    SettingsPath,
+    console,
+    guarded,
+    not_registered,
+    open_service,
+    show,
+    whoami,
+)
+from minter.database import audit, control_changes, migrations, partitions
+from minter.database.connection import (
+    LONG_SECONDS,
+    BoundedConnection,
+    synchronous_standbys,
+    transaction,
+)
 from minter.database.control import read_control
 from minter.errors import SettingsError, Unavailable
 from minter.issuer import well_known
@@ -314,6 +328,24 @@ def broker_setup(
             declare(connection, [q for listed in queues.values() for q in listed], queues)
         made = rabbitmq.setup_users(queues, loaded.broker_url, rabbitmqctl, passwords)
     show(as_json, {"users": made}, lambda: f"exchanges and queues declared; {len(made)} users made")
+
+
+@broker_app.command("password")
+@guarded
+def broker_password(
+    client: Annotated[str, typer.Argument(help="Name of the client.")],
+    passwords: Annotated[Path, typer.Option(help="New file for the password (mode 600).")],
+    rabbitmqctl: Annotated[str, typer.Option(help="Path of the program rabbitmqctl.")] = "rabbitmqctl",
+    as_json: AsJson = False,
+) -> None:
+    """Give a client's RabbitMQ user a new password; the old one opens no new connection."""
+    service = open_service()
+    known = control_changes.client_names(service.pool, LONG_SECONDS)
+    if client not in known:
+        raise not_registered(client, known)
+    rabbitmq.new_password(client, rabbitmqctl, passwords)
+    audit.note(service.pool, whoami(), "client.amqp_password", client, {})
+    show(as_json, {"client": client}, lambda: f"{client} has a new password, written to {passwords}")
 
 
 @app.callback(invoke_without_command=True)

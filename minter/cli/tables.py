@@ -13,7 +13,8 @@ from typing import Annotated, Any
 
 import msgspec
 import typer
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -67,14 +68,43 @@ def show(as_json: bool, data: Any, text: Callable[[], Any]) -> None:
             console.print(shown)
 
 
-def as_table(title: str, headings: tuple[str, ...], rows: list[tuple[Any, ...]]) -> Table:
+_ANY_WIDTH = 100_000
+
+
+class Listing:
+    """Rows under headings: a table where the terminal is wide enough for it, else a block for each row."""
+
+    def __init__(self, title: str, headings: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        self._title = title
+        self._headings = headings
+        self._rows = [["" if value is None else str(value) for value in row] for row in rows]
+
+    def __rich_console__(self, shown: Console, options: ConsoleOptions) -> RenderResult:
+        """Yield the table or the blocks; values are text, never rich's markup."""
+        table = Table(title=self._title)
+        for heading in self._headings:
+            table.add_column(heading, overflow="fold")
+        for row in self._rows:
+            table.add_row(*map(Text, row))
+        if Measurement.get(shown, options.update(max_width=_ANY_WIDTH), table).maximum <= options.max_width:
+            yield table
+            return
+        yield Text(self._title)
+        wide = max(map(len, self._headings))
+        for row in self._rows:
+            block = Table.grid(padding=(0, 2))
+            block.add_column(min_width=wide)
+            block.add_column(overflow="fold")
+            for heading, value in zip(self._headings, row, strict=True):
+                if value:
+                    block.add_row(Text(heading), Text(value))
+            yield Text()
+            yield block
+
+
+def as_table(title: str, headings: tuple[str, ...], rows: list[tuple[Any, ...]]) -> Listing:
     """Return a table for a terminal; None is an empty cell."""
-    table = Table(title=title)
-    for heading in headings:
-        table.add_column(heading, overflow="fold")
-    for row in rows:
-        table.add_row(*(Text("" if v is None else str(v)) for v in row))  # text, never rich's markup
-    return table
+    return Listing(title, headings, rows)
 
 
 def open_service() -> Service:
@@ -106,13 +136,13 @@ def read_object(path: Path, what: str) -> dict[str, Any]:
     return job
 
 
-def trace_table(found: Sequence[TraceRecord]) -> Table:
+def trace_table(found: Sequence[TraceRecord]) -> Listing:
     """Return a table of traces: who asked for each token, which rule allowed it, and its state."""
     return as_table(
         f"{len(found)} tokens",
         (
-            "issued", "jti, FTS id", "who asked", "storage", "side", "scope", "rule", "expires",
-            "state",
+            "issued", "jti, FTS id", "who asked", "storage", "side", "scope", "audience, issuer", "rule",
+            "expires", "state",
         ),
         [
             (
@@ -122,6 +152,7 @@ def trace_table(found: Sequence[TraceRecord]) -> Table:
                 one.storage,
                 f"{one.side}[{one.position}] of file {one.file}" if one.file >= 0 else one.side,
                 one.scope,
+                "\n".join(one.addressed),
                 f"{one.route}: {', '.join(one.operations)}" if one.operations else one.route,
                 f"{one.expires_at:%F %T}",
                 _fate(one),

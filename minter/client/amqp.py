@@ -7,7 +7,6 @@ confirms. After a lost connection it connects again, and sends unanswered reques
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from itertools import islice
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -68,9 +67,6 @@ class AmqpTransport:
 
     def close(self) -> None:
         """Close the connection, which deletes the reply queue."""
-        if self._consumer is not None:
-            with suppress(*self._publisher.errors):  # closing the connection deletes the queue anyway
-                self._consumer.cancel()
         self._consumer = None
         self._publisher.close()
 

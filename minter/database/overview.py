@@ -1,6 +1,7 @@
 """SQL of `minter status`: the server, its standbys, the recorded issuers, and managed tokens by provider."""
 
 from datetime import datetime
+from pathlib import Path
 
 from msgspec import Struct
 from sqlalchemy.engine import Engine as Pool
@@ -40,6 +41,18 @@ def server(pool: Pool, patience: float) -> PostgresServer:
         version=version, size=size, now=now, connections=connections, max_connections=most,
         read_only=read_only, wanted_standbys=wanted, standbys=standbys,
     )  # fmt: skip
+
+
+def data_folder(pool: Pool, patience: float) -> Path | None:
+    """Return the server's data folder, None if this role may not see it (pg_monitor may)."""
+    with transaction(pool, patience) as connection:
+        (folder,) = one(
+            connection.execute(
+                "SELECT CASE WHEN pg_has_role(current_user, 'pg_read_all_settings', 'MEMBER')"
+                " THEN current_setting('data_directory') END"
+            )
+        )
+    return Path(folder) if folder else None
 
 
 def issuers(pool: Pool, patience: float) -> dict[str, str]:

@@ -2,14 +2,18 @@
 
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime
+from types import MappingProxyType
+from typing import Any
 from uuid import UUID
 
 from msgspec import Struct
+from psycopg.types.json import Jsonb
 from sqlalchemy.engine import Engine as Pool
 
 from minter import __version__
+from minter.database import activity
 from minter.database.connection import one, transaction
 
 ROLES = ("worker", "beat", "serve", "refresher", "events")
@@ -33,6 +37,8 @@ class Process(Struct, frozen=True, kw_only=True):
     started_at: datetime
     seen_at: datetime | None = None
     skew_seconds: float = 0.0
+    facts: dict[str, Any] = {}
+    """What only this process knows: `last_events` has the time of each FTS broker's last message."""
 
 
 def this_process(role: str, process_id: UUID, now: datetime) -> Process:
@@ -43,22 +49,34 @@ def this_process(role: str, process_id: UUID, now: datetime) -> Process:
     )  # fmt: skip
 
 
-def beat(pool: Pool, process: Process, clock: Callable[[], datetime], patience: float) -> float:
-    """Write a process's heartbeat durably; return the skew of its clock in seconds. Raises Unavailable."""
+def beat(
+    pool: Pool,
+    process: Process,
+    clock: Callable[[], datetime],
+    patience: float,
+    facts: Mapping[str, object] = MappingProxyType({}),
+    counts: activity.Counts = MappingProxyType({}),
+) -> float:
+    """Write a process's heartbeat durably, with its facts and what it counted since the last one.
+
+    Return the skew of its clock in seconds. Raises Unavailable.
+    """
     with transaction(pool, patience) as connection:
         connection.execute(f"SET LOCAL lock_timeout = {int(patience * 500)}")
         database_now = one(connection.execute("SELECT clock_timestamp()"))[0]
         skew = float((clock() - database_now).total_seconds())
         connection.execute(
-            "INSERT INTO processes (process_id, role, host, pid, version, started_at, seen_at, skew_seconds)"
-            " VALUES (%s, %s, %s, %s, %s, %s, clock_timestamp(), %s)"
+            "INSERT INTO processes (process_id, role, host, pid, version, started_at, seen_at, skew_seconds,"
+            " facts) VALUES (%s, %s, %s, %s, %s, %s, clock_timestamp(), %s, %s)"
             " ON CONFLICT (process_id) DO UPDATE SET seen_at = excluded.seen_at,"
-            " skew_seconds = excluded.skew_seconds",
+            " skew_seconds = excluded.skew_seconds, facts = excluded.facts",
             (
                 process.process_id, process.role, process.host, process.pid, process.version,
-                process.started_at, skew,
+                process.started_at, skew, Jsonb(dict(facts)),
             ),
         )  # fmt: skip
+        if counts:
+            activity.add(connection, process.process_id, counts)
         connection.execute("SET LOCAL synchronous_commit TO on")
     return skew
 

@@ -65,6 +65,13 @@ class TraceRecord(Struct, frozen=True, kw_only=True):
         return str(json.decode(self.payload)["scope"])
 
     @property
+    def addressed(self) -> list[str]:
+        """The audiences and the issuer."""
+        claims = json.decode(self.payload)
+        audience = claims.get("aud", [])
+        return [*([audience] if isinstance(audience, str) else audience), claims["iss"]]
+
+    @property
     def issued_at(self) -> datetime:
         """Time at which the token was made or its use recorded, from the UUIDv7 (RFC 9562 §5.7)."""
         return datetime.fromtimestamp(unix_time(self.id), self.expires_at.tzinfo)

@@ -39,7 +39,7 @@ def create() -> Callable[..., Awaitable[None]]:
     tasks.add_routes(app, made)
     oauth.add_routes(app, made)
     tune_gc()
-    serve_process(metrics.registry, loaded.settings.metrics)
+    serve_process(metrics.registry, loaded.settings.metrics, "serve")
     made.heartbeat.start()
 
     async def served(scope: dict[str, Any], receive: Any, sent: Any) -> None:

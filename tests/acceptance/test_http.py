@@ -379,7 +379,7 @@ def test_each_process_tells_prometheus_of_itself(postgres_dsn: str, tmp_path: Pa
     from tests.integration.test_metrics import scrape
 
     (port,) = free_ports(1)
-    served = Served(tmp_path, postgres_dsn, f"[metrics]\nfirst_port = {port}\nports = 4\n", processes=1)
+    served = Served(tmp_path, postgres_dsn, f"[metrics]\nfirst_port = {port - 10}\n", processes=1)
     try:
         served.add_client("rucio")
         with served.client() as one:

@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,23 +11,26 @@ from uuid import UUID
 
 import kombu
 import pytest
+from amqp.exceptions import AccessRefused
 
 from minter.broker.publisher import Publisher
 from minter.client import FileRequest, MinterClient, new_request_id
 from minter.contract import names
 from minter.database import migrations
-from minter.errors import Undeliverable
+from minter.errors import Unavailable, Undeliverable
 from minter.service import Service
 from minter.tokens.keystore import new_master_key
 from tests.acceptance.conftest import Running
 from tests.acceptance.test_workers import OTHER, SE
 from tests.conftest import _admin, _dsn, load_settings
+from tests.servers import RabbitMQ
 from workers import replies
 
 
 def status(running: Running, **environ: str) -> tuple[int, str, dict[str, dict[str, Any]]]:
     """Return exit code, worst level, and the lines by part."""
     done = With(running, environ).minter("status", "--json", check=False)
+    assert done.stdout, done.stderr
     told = json.loads(done.stdout)
     return done.returncode, told["status"], {line["part"]: line for line in told["lines"]}
 
@@ -195,3 +199,69 @@ def test_a_leaked_secret_is_refused_at_once(running: Running, tmp_path: Path) ->
     assert running.rows(kept) == [(0,)]
     wrong = running.minter("clients", "rotate", "rucio-alpn", "--secret-file", tmp_path / "x", check=False)
     assert "did you mean 'rucio-alpen'?" in wrong.stderr
+
+
+# ── the broker ───────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.slow
+@pytest.mark.rabbitmq
+def test_a_broker_that_takes_no_messages_is_told_and_nobody_hangs(running: Running) -> None:
+    """RabbitMQ takes the first message of each connection while its alarm is on, and then reads no more."""
+    if not isinstance(running.broker, RabbitMQ):
+        pytest.skip("the embedded broker has no alarms")
+    ctl, file = str(running.broker.ctl), FileRequest(sources=(SE + "blocked",))
+
+    def watermark(share: str) -> None:
+        subprocess.run([ctl, "set_vm_memory_high_watermark", share], check=True, capture_output=True)
+
+    request_id = new_request_id()
+    with running.client() as before:  # both workers have sent answers
+        tokens = [before.mint([file], request_id=request_id).tokens[0].reveal() for _ in range(20)]
+    try:
+        watermark("0.0000001")
+        _until(lambda: status(running)[2]["broker"]["level"] == "failed")
+        code, _, parts = status(running)
+        assert (code, "takes no messages" in parts["broker"]["text"]) == (1, True)
+        started = time.monotonic()
+        with running.client(timeout_seconds=4) as client, pytest.raises(Unavailable):
+            client.mint([file])
+        assert time.monotonic() - started < 15, "the client waits beyond its time-out"
+    finally:
+        watermark("0.6")
+    _until(lambda: status(running)[2]["broker"]["level"] == "ok")
+    with running.client(timeout_seconds=60) as after:
+        again = after.mint([file], request_id=request_id).tokens[0].reveal()
+    assert {again} == set(tokens)
+
+
+@pytest.mark.rabbitmq
+def test_a_new_amqp_password_replaces_the_old_one(running: Running, tmp_path: Path) -> None:
+    if not isinstance(running.broker, RabbitMQ):
+        pytest.skip("the embedded broker has no users")
+    old, path = running.url(), tmp_path / "password.json"
+    ctl = ("--rabbitmqctl", running.broker.ctl)
+    running.minter("broker", "password", "rucio-alpen", "--passwords", path, *ctl)
+    assert path.stat().st_mode & 0o777 == 0o600
+    running.passwords |= json.loads(path.read_text())
+    (running.broker.folder / "passwords.json").write_text(json.dumps(running.passwords))
+    with running.client() as client:
+        assert client.mint([FileRequest(sources=(SE + "password",))]).tokens
+    with pytest.raises((OSError, AccessRefused)), kombu.Connection(old) as refused:
+        refused.connect()
+    again = running.minter("broker", "password", "rucio-alpen", "--passwords", path, *ctl, check=False)
+    assert again.returncode == 1, "a file with another password was overwritten"
+    wrong = running.minter(
+        "broker", "password", "rucio-alpn", "--passwords", tmp_path / "x", *ctl, check=False
+    )
+    assert "did you mean 'rucio-alpen'?" in wrong.stderr
+    changes = running.minter("audit", "--action", "client.amqp_password", "--json").stdout
+    assert "rucio-alpen" in changes
+    assert running.passwords["rucio-alpen"] not in changes
+
+
+def _until(condition: Callable[[], object], seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)

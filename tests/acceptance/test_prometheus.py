@@ -15,6 +15,7 @@ import pytest
 
 from minter import metrics
 from minter.local.servers import Valkey
+from minter.settings import MetricsSettings
 from tests.acceptance.conftest import Running
 from tests.acceptance.test_workers import files
 from tests.conftest import EXAMPLES, ROOT
@@ -39,7 +40,8 @@ def scraped(broker: Valkey | RabbitMQ, database_dsn: str, tmp_path: Path) -> Ite
     engine.start_worker()
     engine.start_worker()
     beat = engine.start_beat()
-    targets = [f"127.0.0.1:{first + n}" for n in range(PORTS)]
+    wanted = MetricsSettings(first_port=first, ports=PORTS)
+    targets = [f"127.0.0.1:{p}" for role in ("worker", "beat") for p in metrics.ports_of(role, wanted)]
     config = {
         "scrape_configs": [
             {"job_name": "minter", "scrape_interval": "1s", "static_configs": [{"targets": targets}]}

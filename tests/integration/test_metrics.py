@@ -1,18 +1,25 @@
 """Metrics come from the engine's observations and have a bounded number of labels."""
 
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
+from platform import python_version
 from typing import Any
 
 import pytest
+from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
-from minter import metrics
+from minter import __version__, metrics
 from minter.contract.messages import FileRequest, MintRequest
+from minter.database import activity, processes
 from minter.errors import SettingsError
+from minter.heartbeats import Heartbeat
 from minter.policy.requests import from_mint
 from minter.service import Service
+from minter.settings import MetricsSettings
 from minter.tokens import clock
 from minter.tokens.outcomes import Submission
 from tests.conftest import load_settings
@@ -44,7 +51,7 @@ def test_tokens_requests_and_refusals_are_counted(observed: tuple[Service, metri
     mint(service, one, half)
     mint(service, one, submission("c", client="nobody"))
     made.http("/health", 200)
-    port = metrics.serve(made.registry, "127.0.0.1", 21_400, 100)
+    port = metrics.serve(made.registry, "worker", "127.0.0.1", range(21_400, 21_500))
     seen = scrape(port)
 
     def value(name: str, **labels: str) -> float:
@@ -99,14 +106,51 @@ def test_beat_tells_of_keys_partitions_living_tokens_and_queues(service: Service
             found["minter_key_signs_until_timestamp_seconds", "alpen", "RS256"] > service.clock().timestamp()
         )
         assert ("minter_key_standby_ready_timestamp_seconds", "alpen", "RS256") not in found
-        assert {f.name for f in collector.describe()} == {s.name for s in metrics.SPECS if s.kind == "gauge"}
+        assert {f.name for f in collector.describe()} == {s.name for s in metrics.OF_BEAT}
     finally:
         broker.stop()
 
 
 def test_each_process_takes_a_port_of_its_own(observed: tuple[Service, metrics.Metrics]) -> None:
     _, made = observed
-    first = metrics.serve(made.registry, "127.0.0.1", 21_500, 100)
-    assert metrics.serve(made.registry, "127.0.0.1", first, 100) > first
-    with pytest.raises(SettingsError, match="no free port"):
-        metrics.serve(made.registry, "127.0.0.1", first, 1)
+    first = metrics.serve(made.registry, "worker", "127.0.0.1", range(21_500, 21_600))
+    assert scrape(first)[
+        "minter_build_info", ("python", python_version()), ("role", "worker"), ("version", __version__)
+    ]
+    assert metrics.serve(CollectorRegistry(), "worker", "127.0.0.1", range(first, 21_600)) > first
+    with pytest.raises(SettingsError, match="no free port for metrics of worker"):
+        metrics.serve(CollectorRegistry(), "worker", "127.0.0.1", range(first, first + 1))
+
+
+def test_ports_of_two_roles_never_meet() -> None:
+    wanted = MetricsSettings(first_port=9400, ports=70)
+    ports = [p for role in processes.ROLES for p in metrics.ports_of(role, wanted)]
+    assert len(ports) == len(set(ports)) == 100
+    assert set(ports) == set(range(9400, 9500))
+
+
+def test_a_heartbeat_brings_what_the_process_counted_since_the_last_one(
+    observed: tuple[Service, metrics.Metrics],
+) -> None:
+    service, made = observed
+    heartbeat = Heartbeat("worker", service, made.activity, lambda: {"last_events": {}})
+    mint(service, submission("a", "b"))
+    heartbeat.beat()
+    mint(service, submission("a"), submission("c", client="nobody"))
+    heartbeat.beat()
+    heartbeat.beat()
+    kinds, hour = ("tokens", "requests", "refusals", "ages"), timedelta(hours=1)
+    seen = activity.amounts(service.pool, kinds, service.clock() - hour, hour, 3)
+    totals: Counter[tuple[str, str, str]] = Counter()
+    for _, vo, kind, label, amount in seen:  # the hour may end during the test
+        totals[vo, kind, label] += amount
+    assert totals == {
+        ("alpen", "tokens", "mint"): 6,
+        ("alpen", "requests", "granted"): 2,
+        ("", "requests", "refused"): 1,
+        ("", "refusals", "unknown_client"): 1,
+        ("", "ages", ""): 3,
+    }
+    activity.prune(service.pool)
+    assert activity.amounts(service.pool, kinds, service.clock() - hour, hour, 3) == seen
+    heartbeat.stop()
