@@ -1,6 +1,5 @@
 """Commands for bans and signing keys at run time; every change is audited (I8)."""
 
-from difflib import get_close_matches
 from typing import Annotated, Literal
 
 import typer
@@ -9,12 +8,10 @@ from minter.cli.tables import AsJson, as_table, guarded, open_service, show, sho
 from minter.database import control_changes, keyring, live_tokens
 from minter.database.connection import transaction
 from minter.database.control import read_keys
-from minter.errors import InvalidRequest, SettingsError
+from minter.errors import SettingsError
 from minter.policy.clients import Ban
-from minter.scopes import check_path
-from minter.service import Service
 from minter.storages.dialects import Algorithm
-from minter.storages.urls import squash
+from minter.tasks import bans as ban_names
 from minter.tokens import keys
 from minter.tokens.keystore import new_master_key
 
@@ -36,20 +33,6 @@ def register(app: typer.Typer) -> None:
 # ── bans ─────────────────────────────────────────────────────────────────────────────────────
 
 
-def _ban(kind: str, value: str, vo: str | None) -> Ban:
-    if kind == "path":
-        value = check_path(squash(value))
-    return Ban(kind, value, vo)
-
-
-def _check_known(service: Service, ban: Ban) -> None:
-    """Raise InvalidRequest if nothing has the banned name: a ban with a typing error would ban nobody."""
-    known = control_changes.names(service.pool, ban.kind)
-    if known is not None and ban.value not in known:
-        near = ", ".join(get_close_matches(ban.value, known, 3)) or "none"
-        raise InvalidRequest(f"no {ban.kind} is named {ban.value!r}; similar names: {near}")
-
-
 @guarded
 def ban(
     kind: BanKind,
@@ -60,8 +43,8 @@ def ban(
 ) -> None:
     """Ban a client, account, VO, activity, storage or path, and list its tokens that are still valid."""
     service = open_service()
-    made = _ban(kind, value, vo)
-    _check_known(service, made)
+    made = ban_names.named(kind, value, vo)
+    ban_names.check_known(service.pool, made)
     control_changes.add_ban(service.pool, made, reason, whoami())
     show_live_tokens(service, as_json, f"{kind} {value} is banned", made)
 
@@ -74,7 +57,7 @@ def unban(
     as_json: AsJson = False,
 ) -> None:
     """Lift a ban."""
-    control_changes.lift_ban(open_service().pool, _ban(kind, value, vo), whoami())
+    control_changes.lift_ban(open_service().pool, ban_names.named(kind, value, vo), whoami())
     show(as_json, {"kind": kind, "value": value}, lambda: f"{kind} {value} is not banned any more")
 
 
@@ -90,7 +73,7 @@ def bans(
     """List the bans in force, or the live tokens that one ban covers."""
     service = open_service()
     if kind is not None and value is not None:
-        show_live_tokens(service, as_json, f"{kind} {value}", _ban(kind, value, None))
+        show_live_tokens(service, as_json, f"{kind} {value}", ban_names.named(kind, value, None))
         return
     found = control_changes.list_bans(service.pool)
     headings = ("kind", "value", "vo", "reason", "since")

@@ -1,26 +1,22 @@
 """The commands `audit` (who changed what) and `dead` (messages that no worker could serve)."""
 
 from collections.abc import Callable
-from hashlib import sha256
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
 import typer
-from msgspec import Raw, Struct
 
 from minter.broker.publisher import connect
 from minter.cli.tables import AsJson, as_table, guarded, open_service, show, whoami
 from minter.contract import names
 from minter.database import audit as audits
-from minter.errors import InvalidRequest, MinterError, Unavailable
-from minter.jws import without_tokens
+from minter.errors import InvalidRequest, MinterError
 from minter.service import Service
-from minter.tasks import dispatch
+from minter.tasks import dead_letters, dispatch
+from minter.tasks.dead_letters import DeadLetter
 from minter.tasks.lifecycle import Lifecycle
 
 dead_app = typer.Typer(no_args_is_help=True, help="Look at messages that no worker could serve.")
-MOST_DEAD = 1_000
-"""Dead letters that one command looks at."""
 Name = Annotated[str, typer.Argument(help="Id of the dead letter, as `minter dead list` shows it.")]
 Done = tuple[str, str]
 Everything = Annotated[bool, typer.Option("--all", help="All dead letters.")]
@@ -65,66 +61,8 @@ def audit(
 # ── dead letters ─────────────────────────────────────────────────────────────────────────────
 
 
-class DeadLetter(Struct, frozen=True, kw_only=True):
-    """One dead letter; its id is a digest of sender, task and body."""
-
-    id: str
-    client: str
-    task: str
-    reason: str
-    why: str
-    bytes: int
-    body: Raw
-
-
-def _described(message: Any) -> DeadLetter:
-    headers = message.headers if isinstance(message.headers, dict) else {}
-    body = message.body if isinstance(message.body, bytes) else str(message.body).encode()
-    client, reason = str(headers.get("minter-client", "")), str(headers.get("minter-reason", ""))
-    why, task = str(headers.get("minter-description", "")), str(headers.get("task", ""))
-    if {"x-death", "x-first-death-reason"} & headers.keys():
-        # The broker put it here by itself: its headers are the sender's, and only user_id was checked.
-        client, reason = str(message.properties.get("user_id") or ""), "rejected"
-        why = f"by the broker: {headers.get('x-first-death-reason', 'see its x-death header')}"
-    safe = without_tokens(body)
-    return DeadLetter(
-        id=sha256(f"{client} {task}".encode() + body).hexdigest()[:12], client=client, task=task[:255],
-        reason=reason, why=why, bytes=len(body),
-        body=Raw(safe if _is_json(safe) else msgspec.json.encode(repr(safe[:200]))),
-    )  # fmt: skip
-
-
-def _is_json(body: bytes) -> bool:
-    try:
-        msgspec.json.decode(body, type=Raw)
-    except msgspec.DecodeError:
-        return False
-    return True
-
-
-def _each(service: Service, handle: Any) -> list[DeadLetter]:
-    """Give each dead letter to `handle`, which returns True to take it off the queue; return those taken.
-
-    All others stay, in their order. A letter is acknowledged after it was handled, so a lost connection
-    loses none.
-    """
-    loaded, taken = service.loaded, []
-    connection = connect(loaded.broker_url, loaded.broker_ca)
-    try:
-        channel = connection.channel()
-        for _ in range(MOST_DEAD):
-            message = channel.basic_get(names.DEAD_LETTER_QUEUE)
-            if message is None:
-                break
-            letter = _described(message)
-            if handle(letter):
-                channel.basic_ack(message.delivery_tag)
-                taken.append(letter)
-    except (*connection.connection_errors, *connection.channel_errors) as error:
-        raise Unavailable(f"the broker cannot be asked: {error or type(error).__name__}"[:300]) from error
-    finally:
-        connection.release()  # the broker puts back what was not acknowledged
-    return taken
+def _each(service: Service, handle: Callable[[DeadLetter], object]) -> list[DeadLetter]:
+    return dead_letters.each(connect(service.loaded.broker_url, service.loaded.broker_ca), handle)
 
 
 @dead_app.command("list")

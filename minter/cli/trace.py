@@ -1,22 +1,17 @@
 """The commands `trace` (show what is recorded of tokens) and `archive` (move old records to files)."""
 
 import uuid
-from datetime import datetime, timedelta
-from itertools import product
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from minter import search
 from minter.cli.tables import AsJson, as_table, guarded, open_service, show, trace_table
 from minter.database import archive as archives
 from minter.database import traces
-from minter.errors import InvalidRequest, RequestError, SettingsError
-from minter.policy.plans import SEVERAL_STORAGES
-from minter.service import Service
-from minter.storages.urls import readings
+from minter.errors import InvalidRequest, SettingsError
 
-_FTS_ID_BYTES = 8
 Folder = Annotated[
     Path | None, typer.Option("--archive", help="Archive folder; the folder of the settings if not given.")
 ]
@@ -51,7 +46,7 @@ def trace(
     The command searches the database and the archive; times are UTC.
     """
     service = open_service()
-    fts_id = None if fts_token_id is None else _fts_token_id(fts_token_id)
+    fts_id = None if fts_token_id is None else search.fts_token_id(fts_token_id)
     questions = {
         "jti": jti, "path": path, "external_id": external_id, "request": request,
         "fts_token_id": fts_id, "client": client, "storage": storage, "key": key,
@@ -61,50 +56,17 @@ def trace(
         names = ", ".join("--" + by.replace("_", "-") for by in questions)
         raise InvalidRequest(f"expected exactly one of {names}")
     ((by, value),) = asked
-    since, until = service.since(days, jti), service.clock() + timedelta(days=1)
     folder = folder or service.loaded.archive_folder
-    found, refusals = _of_request(service, request, folder, until) if request else ([], [])
-    if not request:
-        values, at = _files_of(service, path) if path is not None and "://" in path else ({value}, None)
-        found = [t for v in values for t in traces.find(service.pool, by, v, since, until, limit)]
-        if folder is not None and len(found) < limit:
-            found += [t for v in values for t in archives.find(folder, by, v, since, until, limit)]
-        found = traces.newest([t for t in found if at is None or t.storage in at], limit)
+    refusals: list[traces.Refusals] = []
+    if request is not None:
+        found, refusals = search.of_request(service, request, folder)
+    else:
+        found = search.find(service, by, value, service.since(days, jti), limit, folder)
     show(as_json, {"tokens": found, "refusals": refusals}, lambda: trace_table(found))
     if refusals and not as_json:
         show(False, None, lambda: _refusals_table(refusals))
     if not found and not refusals:
         raise typer.Exit(1)
-
-
-def _of_request(
-    service: Service, request: uuid.UUID, folder: Path | None, until: datetime
-) -> tuple[list[traces.TraceRecord], list[traces.Refusals]]:
-    """Return the tokens and refusals of a request, from the archive where the database has no token of it."""
-    found, refusals = traces.find_request(service.pool, request)
-    if folder is not None and not found:
-        found, archived = archives.find_request(folder, request, until)
-        refusals = refusals or archived
-    return found, refusals
-
-
-def _files_of(service: Service, url: str) -> tuple[set[object], set[str]]:
-    """Return the VO-relative paths and the storages that a URL names, as it is or percent-encoded.
-
-    Raises the error of `Directory.locate` if it names a file of no VO.
-    """
-    paths, storages = set[object](), set[str]()
-    for directory, spelling in product(service.loaded.policy.directories.values(), readings(url)):
-        try:
-            area, found = directory.locate(spelling)
-        except RequestError as error:
-            wrong = error
-            continue
-        paths.add(found)
-        storages |= {area.storage, SEVERAL_STORAGES}
-    if not paths:
-        raise wrong
-    return paths, storages
 
 
 def _refusals_table(refusals: list[traces.Refusals]) -> object:
@@ -119,16 +81,6 @@ def _refusals_table(refusals: list[traces.Refusals]) -> object:
             error = refused["error"]
             rows.append((one.received_at, one.client, where, error["reason"], error["error_description"]))
     return as_table("Refused", ("when", "client", "what", "reason", "why"), rows)
-
-
-def _fts_token_id(text: str) -> int:
-    try:
-        raw = bytes.fromhex(text)
-    except ValueError:
-        raw = b""
-    if len(raw) != _FTS_ID_BYTES:
-        raise InvalidRequest(f"{text!r} is not an FTS token id, expected 16 hex digits")
-    return int.from_bytes(raw, signed=True)
 
 
 @guarded

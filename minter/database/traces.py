@@ -238,6 +238,15 @@ def find_request(pool: Pool, request_id: UUID) -> tuple[list[TraceRecord], list[
     return found, [Refusals(*rest) for _, _, *rest in requests if rest[-1] or rest[-2]]
 
 
+def request_of_job(pool: Pool, job_id: UUID) -> UUID | None:
+    """Return the request whose tokens a job of FTS has, None if none was reported."""
+    with transaction(pool, LONG_SECONDS) as connection:
+        row = connection.execute(
+            "SELECT request_id FROM jobs WHERE job_id = %s LIMIT 1", (job_id,)
+        ).fetchone()
+    return row[0] if row else None
+
+
 _OF_IDS = f"""
     SELECT {COLUMNS} FROM (
         SELECT t.jti AS id, t AS token, NULL::uses AS u FROM tokens t WHERE t.jti = ANY (%(ids)s) AND {OWN}

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from minter.cli.__main__ import read_environment
-from minter.cli.operations import _described
 from minter.cli.tables import as_table, console
 from minter.errors import SettingsError
+from minter.tasks.dead_letters import _described
 
 
 def letter(body: bytes = b"{}", **headers: object) -> SimpleNamespace:
