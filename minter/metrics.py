@@ -101,7 +101,7 @@ AGE = Spec(
 QUEUE = Spec("gauge", "minter_queue_messages", ("queue",), "Messages that wait in a queue (beat).")
 PROCESSES = Spec(
     "gauge", "minter_processes_alive", ("role",),
-    "Processes with a heartbeat in the last seconds, by role: worker, beat, serve, refresher, events (beat).",
+    "Processes with a heartbeat, by role: worker, beat, serve, refresher, events, console (beat).",
 )  # fmt: skip
 LIVE = Spec(
     "gauge", "minter_tokens_alive", ("vo",),

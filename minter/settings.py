@@ -93,6 +93,28 @@ class HttpSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     token_lifetime_seconds: Annotated[int, Meta(ge=900, le=21_600)] = 7200
 
 
+class ConsoleSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The web console (`minter console`): where it listens, and who may sign in.
+
+    `url` is its public URL, without a slash at its end. People sign in by OpenID Connect at `oidc_issuer`,
+    where the console is the client `client_id`; `group_claim` of the ID token or of the userinfo has their
+    groups. Members of a group that matches one of `operators` may act, those of `viewers` only look. Without
+    `oidc_issuer`, the console prints a link that signs in once, and listens on this machine only.
+    """
+
+    listen: str = "127.0.0.1"
+    port: Annotated[int, Meta(ge=1, le=65_535)] = 8445
+    url: Annotated[str, Meta(pattern="^(https?://[^/]+(/.*[^/])?)?$")] = ""
+    oidc_issuer: str = ""
+    oidc_scope: str = "openid profile email"
+    client_id: str = ""
+    client_secret_file: str = ""
+    group_claim: str = "groups"
+    operators: tuple[str, ...] = ()
+    viewers: tuple[str, ...] = ()
+    ca: str = ""
+
+
 class FTSEventsSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """STOMP brokers, as `host:port`, that send FTS's monitoring messages to `minter events`.
 
@@ -165,6 +187,7 @@ class Settings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     broker: BrokerSettings = BrokerSettings()
     worker: WorkerSettings = WorkerSettings()
     http: HttpSettings = HttpSettings()
+    console: ConsoleSettings = ConsoleSettings()
     metrics: MetricsSettings = MetricsSettings()
     rotation: RotationPolicy = RotationPolicy()
     storages: tuple[Storage, ...] = ()

@@ -73,6 +73,7 @@ PARTS: dict[str, type[msgspec.Struct]] = {
     "[broker]": settings.BrokerSettings,
     "[worker]": settings.WorkerSettings,
     "[http]": settings.HttpSettings,
+    "[console]": settings.ConsoleSettings,
     "[metrics]": settings.MetricsSettings,
     "[rotation]": RotationPolicy,
     "[issuers.VO]": settings.IssuerSettings,

@@ -92,12 +92,14 @@ def up(
         names = ("MINTER_SETTINGS", "MINTER_DSN", "MINTER_BROKER_URL")
         environ = {name: running.environ[name] for name in names}
         curl = running.serve() if running.service.loaded.settings.broker.local_client else ""
+        link = running.console()
         show(
             as_json,
-            environ | ({"curl": curl} if curl else {}),
+            environ | ({"curl": curl} if curl else {}) | {"console": link},
             lambda: (
                 "\n".join(f"export {k}='{v}'" for k, v in environ.items())
                 + (f"\nA token: {curl}" if curl else "")
+                + (f"\nThe console, once: {link}" if link else "")
                 + f"\n{workers} workers, beat and the HTTP service are running; Ctrl-C stops them all."
             ),
         )

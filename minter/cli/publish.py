@@ -21,12 +21,21 @@ def register(app: typer.Typer) -> None:
     """Add these commands to `app`."""
     app.command("publish")(publish)
     app.command("serve")(serve)
+    app.command("console")(console)
 
 
 @guarded
 def serve() -> None:
     """Serve tokens and transfers over HTTP until SIGTERM, as configured by [http] of the settings."""
     from minter.issuer.server import run  # noqa: PLC0415 - only this command needs the server's libraries
+
+    run(load_settings())
+
+
+@guarded
+def console() -> None:
+    """Serve the web console until SIGTERM, as configured by [console] of the settings."""
+    from minter.console.server import run  # noqa: PLC0415 - needs the extra `console`
 
     run(load_settings())
 

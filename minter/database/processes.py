@@ -16,7 +16,7 @@ from minter import __version__
 from minter.database import activity
 from minter.database.connection import one, transaction
 
-ROLES = ("worker", "beat", "serve", "refresher", "events")
+ROLES = ("worker", "beat", "serve", "refresher", "events", "console")
 BEAT_SECONDS = 5.0
 LEAVE_SECONDS = 2.0
 """A process that ends waits at most so long for Postgres."""

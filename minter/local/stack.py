@@ -163,6 +163,17 @@ class Stack:
             f" http{'s' if http.certificate else ''}://{http.listen}:{http.port}/{client.vo}/token"
         )
 
+    def console(self) -> str:
+        """Start the web console; return the link that signs in once, empty if it did not start."""
+        path = self.folder / "console-link"
+        path.unlink(missing_ok=True)
+        self.environ["MINTER_CONSOLE_LINK"] = str(path)
+        started = self.spawn("console", MINTER, "console")
+        deadline = time.monotonic() + STOP_SECONDS
+        while not path.exists() and started.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return path.read_text() if path.exists() else ""
+
     def stop_processes(self) -> None:
         """Stop the processes with SIGTERM; kill those that do not stop in time."""
         for process in self.processes:

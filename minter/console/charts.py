@@ -1,0 +1,94 @@
+"""Charts of what all processes counted, drawn by pygal as SVG pictures for light and dark pages."""
+
+from collections import Counter
+from datetime import UTC, datetime, timedelta
+from typing import NamedTuple
+
+import pygal
+from pygal.style import Style
+from sqlalchemy.engine import Engine as Pool
+
+from minter.database import activity
+from minter.errors import InvalidRequest
+
+PATIENCE_SECONDS = 5.0
+
+
+class Period(NamedTuple):
+    """A period of a chart: its length, its steps, and the form of its labels."""
+
+    length: timedelta
+    step: timedelta
+    label: str
+
+
+PERIODS = {
+    "hour": Period(timedelta(hours=1), timedelta(minutes=1), "%H:%M"),
+    "day": Period(timedelta(days=1), timedelta(minutes=15), "%H:%M"),
+    "week": Period(timedelta(days=7), timedelta(hours=2), "%d. %H:%M"),
+}
+KINDS = {"tokens": "Tokens a second", "requests": "Requests a second", "refusals": "Refusals a second"}
+_ORIGIN = datetime(2020, 1, 1, tzinfo=UTC)
+_GREY = "#808080"  # readable on white and on black
+_STYLE = Style(
+    background="transparent", plot_background="transparent", foreground=_GREY, foreground_strong=_GREY,
+    foreground_subtle=_GREY, opacity=".6",
+    colors=("#2a78d6", "#e07a1f", "#2f9e6e", "#b5459e", "#c9a40c", "#c23b3b", "#6b6fc9", "#5b8c2a"),
+    font_family="sans-serif", label_font_size=16, major_label_font_size=16,
+    legend_font_size=16, title_font_size=18, no_data_font_size=24,
+)  # fmt: skip
+
+
+class Rates(NamedTuple):
+    """Rates by label at each step of a period."""
+
+    times: list[datetime]
+    per_second: dict[str, list[float]]
+
+
+def rates(pool: Pool, kind: str, period: Period, now: datetime) -> Rates:
+    """Return the rates of a kind by label, and by VO where there are several; the last step is now."""
+    counted = activity.amounts(pool, [kind], now - period.length, period.step, PATIENCE_SECONDS)
+    several = len({vo for _, vo, *_ in counted if vo}) > 1
+    first = now - period.length - (now - period.length - _ORIGIN) % period.step  # as Postgres bins them
+    times = [first + n * period.step for n in range(int((now - first) / period.step) + 1)]
+    place = {at: n for n, at in enumerate(times)}
+    found: dict[str, list[float]] = {}
+    for at, vo, _, label, amount in counted:
+        series = found.setdefault(f"{vo} {label}" if several and vo else label, [0.0] * len(times))
+        series[place[at]] += amount / period.step.total_seconds()
+    return Rates(times, found)
+
+
+def svg(pool: Pool, kind: str, period: str, now: datetime) -> bytes:
+    """Return the chart of a kind; raises InvalidRequest for a kind or period that there is not."""
+    if kind not in KINDS or period not in PERIODS:
+        raise InvalidRequest(f"no chart of {kind} by {period}, expected {list(KINDS)} by {list(PERIODS)}")
+    shown = rates(pool, kind, PERIODS[period], now)
+    chart = pygal.StackedLine(
+        fill=True, show_dots=False, style=_STYLE, js=[], title=KINDS[kind], width=800, height=260,
+        legend_at_bottom=True, x_labels_major_count=6, show_minor_x_labels=False, no_data_text="nothing yet",
+        show_x_guides=False,
+    )  # fmt: skip
+    chart.x_labels = [f"{at:{PERIODS[period].label}}" for at in shown.times]
+    for label, values in sorted(shown.per_second.items()):
+        chart.add(label, [round(v, 4) for v in values])
+    return bytes(chart.render())
+
+
+def means(pool: Pool, period: Period, now: datetime) -> dict[str, float]:
+    """Return the mean seconds of each stage of a batch in a period, and `waiting`, of a request before it."""
+    totals: Counter[tuple[str, str]] = Counter()
+    kinds = ("stage_us", "stages", "age_us", "ages")
+    for _, _, kind, label, amount in activity.amounts(
+        pool, kinds, now - period.length, period.length, PATIENCE_SECONDS
+    ):
+        totals[kind, label] += amount
+    found = {
+        label: totals["stage_us", label] / number / 1e6
+        for (kind, label), number in sorted(totals.items())
+        if kind == "stages" and number
+    }
+    if number := totals["ages", ""]:
+        found = {"waiting": totals["age_us", ""] / number / 1e6, **found}
+    return found

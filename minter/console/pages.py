@@ -1,0 +1,205 @@
+"""What the console's pages show, and the changes that operators make there."""
+
+import logging
+import threading
+from collections.abc import Mapping
+from datetime import datetime, timedelta
+from typing import Any
+
+import msgspec
+
+from minter import search, status
+from minter.broker.publisher import connect
+from minter.console import charts
+from minter.database import audit, control_changes, keyring, overview
+from minter.database.connection import transaction
+from minter.database.control import read_control, read_keys
+from minter.database.live_tokens import count_live
+from minter.errors import InvalidRequest, MinterError, RequestError
+from minter.policy.clients import Client
+from minter.service import Service
+from minter.storages.dialects import DIALECTS
+from minter.tasks import bans as ban_names
+from minter.tasks import dead_letters
+from minter.tasks.dead_letters import DeadLetter
+from minter.tokens import keys
+
+logger = logging.getLogger(__name__)
+
+LOOK_SECONDS = 15.0
+PATIENCE_SECONDS = 5.0
+MOST_TOKENS, MOST_CHANGES = 50, 200
+AUDITED = ("actor", "action", "subject")
+BAN_KINDS = ("client", "on_behalf_of", "vo", "activity", "storage", "path")
+
+
+class Overview:
+    """The state of the whole system, asked for in a thread: a part that is down would hold up a page."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self.at: datetime | None = None
+        self.lines: list[status.Line] = []
+        self.live: dict[str, tuple[int, int]] = {}
+
+    def start(self) -> None:
+        """Start the thread."""
+        threading.Thread(target=self._run, name="overview", daemon=True).start()
+
+    def look(self) -> None:
+        """Ask every part now."""
+        self.lines = status.lines(self._service.loaded)
+        try:
+            self.live = count_live(self._service.pool, self._service.clock(), timedelta(hours=1))
+        except MinterError as error:
+            logger.warning("live tokens cannot be counted: %s", error)
+        self.at = self._service.clock()
+
+    def _run(self) -> None:
+        pause = threading.Event()
+        while True:
+            try:
+                self.look()
+            except Exception:
+                logger.exception("the state of the system could not be asked")
+            pause.wait(LOOK_SECONDS)
+
+
+class Pages:
+    """Reads for pages, and writes for forms; every write is audited under the person's name."""
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+        self.overview = Overview(service)
+
+    # ── reading ──────────────────────────────────────────────────────────────────────────────
+
+    def home(self, period: str) -> dict[str, Any]:
+        """Return what the overview shows; raises InvalidRequest for an unknown period."""
+        if period not in charts.PERIODS:
+            raise InvalidRequest(f"no period {period!r}, expected one of {', '.join(charts.PERIODS)}")
+        now = self.service.clock()
+        kinds = {
+            kind: charts.rates(self.service.pool, kind, charts.PERIODS[period], now) for kind in charts.KINDS
+        }
+        return {
+            "period": period, "periods": list(charts.PERIODS), "kinds": charts.KINDS,
+            "lines": self.overview.lines, "at": self.overview.at, "live": self.overview.live,
+            "worst": status.worst(self.overview.lines),
+            "totals": {kind: _totals(shown, charts.PERIODS[period]) for kind, shown in kinds.items()},
+            "means": charts.means(self.service.pool, charts.PERIODS[period], now),
+        }  # fmt: skip
+
+    def search(self, text: str) -> dict[str, Any]:
+        """Return the tokens and refusals that a text names; `wrong` says why it names nothing."""
+        text = text.strip()
+        if not text:
+            return {"text": "", "tokens": None, "refusals": [], "wrong": ""}
+        try:
+            found, refusals = search.by_text(self.service, text, MOST_TOKENS)
+        except RequestError as error:
+            return {"text": text, "tokens": [], "refusals": [], "wrong": error.message}
+        told = [{"trace": one, "claims": msgspec.json.decode(one.payload)} for one in found]
+        return {"text": text, "tokens": told, "refusals": refusals, "wrong": ""}
+
+    def newest(self, by: str, name: str) -> dict[str, Any]:
+        """Return the newest tokens of a client, storage or key."""
+        folder, since = self.service.loaded.archive_folder, self.service.since()
+        found = search.find(self.service, by, name, since, MOST_TOKENS, folder)
+        told = [{"trace": one, "claims": msgspec.json.decode(one.payload)} for one in found]
+        return {"text": f"{by} {name}", "tokens": told, "refusals": [], "wrong": ""}
+
+    def storages(self) -> dict[str, Any]:
+        """Return the storages of the settings with their dialects."""
+        listed = sorted(self.service.loaded.storages, key=lambda s: (s.vo, s.name))
+        return {"storages": [(s, DIALECTS[s.dialect]) for s in listed]}
+
+    def clients(self) -> dict[str, Any]:
+        """Return the registered clients with their limits."""
+        with transaction(self.service.pool, PATIENCE_SECONDS) as connection:
+            found: Mapping[str, Client] = read_control(connection).clients
+        return {"clients": sorted(found.values(), key=lambda c: c.name)}
+
+    def bans(self) -> dict[str, Any]:
+        """Return the bans in force."""
+        return {"bans": control_changes.list_bans(self.service.pool), "kinds": BAN_KINDS,
+                "vos": list(self.service.loaded.issuers)}  # fmt: skip
+
+    def keys(self) -> dict[str, Any]:
+        """Return the signing keys with their times."""
+        with transaction(self.service.pool, PATIENCE_SECONDS) as connection:
+            ring = read_keys(connection)
+        rotation, now = self.service.engine.rotation, self.service.clock()
+        return {
+            "keys": [
+                {
+                    "key": k, "signs_from": k.activated_at or keys.may_sign_from(k, rotation),
+                    "signs_until": keys.signs_until(k, rotation), "public": keys.is_public(k, now),
+                }
+                for k in sorted(ring, key=lambda k: (k.vo, k.algorithm, k.published_at))
+            ],
+            "vos": list(self.service.loaded.issuers),
+        }  # fmt: skip
+
+    def providers(self) -> dict[str, Any]:
+        """Return the external IAMs: circuit breaker, pending and fresh tokens."""
+        found = {p.name: p for p in self.service.loaded.settings.providers}
+        rows = [row for row in overview.providers(self.service.pool, PATIENCE_SECONDS) if row[0] in found]
+        return {"providers": [(found[row[0]], *row[1:]) for row in rows], "now": self.service.clock()}
+
+    def dead(self) -> dict[str, Any]:
+        """Return the dead letters."""
+        loaded = self.service.loaded
+        found: list[DeadLetter] = []
+        if loaded.broker_url:
+            dead_letters.each(connect(loaded.broker_url, loaded.broker_ca), found.append)
+        return {"letters": found}
+
+    def audit(self, query: Mapping[str, str]) -> dict[str, Any]:
+        """Return the newest changes, of an actor, action or subject if the query names one."""
+        wanted = {name: query[name].strip() for name in AUDITED}
+        actor, action, subject = (value or None for value in wanted.values())
+        since = self.service.since()
+        found = audit.changes(self.service.pool, since, actor, action, subject, MOST_CHANGES)
+        return {"changes": found, **wanted}
+
+    # ── writing ──────────────────────────────────────────────────────────────────────────────
+
+    def ban(self, form: Mapping[str, str], actor: str) -> str:
+        """Ban what the form names; return what was done. Raises InvalidRequest."""
+        reason = form.get("reason", "").strip()
+        if form.get("kind") not in BAN_KINDS or not reason:
+            raise InvalidRequest(f"expected a kind of {', '.join(BAN_KINDS)}, and a reason")
+        made = ban_names.named(form["kind"], form.get("value", "").strip(), form.get("vo") or None)
+        ban_names.check_known(self.service.pool, made)
+        control_changes.add_ban(self.service.pool, made, reason, actor)
+        return f"{made.kind} {made.value} is banned"
+
+    def unban(self, form: Mapping[str, str], actor: str) -> str:
+        """Lift the ban that the form names; return what was done."""
+        made = ban_names.named(form.get("kind", ""), form.get("value", ""), form.get("vo") or None)
+        control_changes.lift_ban(self.service.pool, made, actor)
+        return f"{made.kind} {made.value} is not banned any more"
+
+    def able(self, form: Mapping[str, str], actor: str) -> str:
+        """Disable or enable the client that the form names; return what was done."""
+        name, disabled = form.get("client", ""), form.get("to") == "disabled"
+        control_changes.disable_client(self.service.pool, name, actor, disabled=disabled)
+        return f"client {name} is {'disabled' if disabled else 'enabled'}"
+
+    def rotate(self, form: Mapping[str, str], actor: str) -> str:
+        """Let the standby key of a VO and algorithm sign; return what was done. Raises NoUsableKey."""
+        now, rotation = self.service.clock(), self.service.engine.rotation
+        with transaction(self.service.pool, PATIENCE_SECONDS) as connection:
+            ring = read_keys(connection)
+        of = next((k for k in ring if k.kid == form.get("kid")), None)
+        if of is None:
+            raise InvalidRequest("no key has this kid")
+        key = keyring.rotate(self.service.pool, of.vo, of.algorithm, now, rotation, actor)
+        self.service.maintain_keys(actor)  # a new standby
+        return f"key {key.kid} signs now"
+
+
+def _totals(shown: charts.Rates, period: charts.Period) -> dict[str, int]:
+    step = period.step.total_seconds()
+    return {label: round(sum(values) * step) for label, values in sorted(shown.per_second.items())}

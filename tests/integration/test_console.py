@@ -1,0 +1,266 @@
+"""The console: who may see and change what, and that it shows no token."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from falcon.testing import Result, TestClient
+
+from minter.console import server
+from minter.console.app import application
+from minter.console.pages import Pages
+from minter.console.signin import MOST, SESSION_SECONDS, Once, SignIn
+from minter.contract.followups import JobReport
+from minter.contract.messages import FileRequest, MintRequest
+from minter.database import activity, states
+from minter.database.connection import transaction
+from minter.errors import SettingsError
+from minter.heartbeats import Heartbeat
+from minter.metrics import Metrics
+from minter.policy.requests import from_mint
+from minter.service import Service
+from minter.settings import ConsoleSettings
+from minter.tokens import clock
+from minter.tokens.outcomes import Submission
+from tests.conftest import load_settings
+from tests.integration.test_mint import SE
+
+BASE = "http://127.0.0.1:8445"
+PAGES = ["/", "/search", "/storages", "/clients", "/bans", "/keys", "/providers", "/audit"]
+MARKUP = "<script>alert(1)</script>"
+
+
+class Console:
+    """The console on a real database, and a browser that is signed in."""
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+        self.pages = Pages(service)
+        self.sign_in = SignIn(ConsoleSettings(), "")
+        self.http = TestClient(application(self.pages, self.sign_in, BASE))
+        self.session = ""
+
+    def enter(self, role: str) -> None:
+        self.session = self.sign_in.open(f"a {role}", "operator" if role == "operator" else "viewer")
+
+    def get(self, path: str, **params: str) -> Result:
+        return self.http.simulate_get(path, params=params, cookies={"minter-session": self.session})
+
+    def post(self, path: str, **form: str) -> Result:
+        headers = {"Content-Type": "application/x-www-form-urlencoded"}
+        if origin := form.pop("origin", ""):
+            headers["Origin"] = origin
+        return self.http.simulate_post(
+            path, params=form, params_csv=False, headers=headers, cookies={"minter-session": self.session},
+            body="&".join(f"{name}={value}" for name, value in form.items()),
+        )  # fmt: skip
+
+    @property
+    def form_key(self) -> str:
+        person = self.sign_in.sessions.find(self.session)
+        assert person is not None
+        return person.form_key
+
+
+@pytest.fixture
+def console(dsn: str) -> Iterator[Console]:
+    metrics = Metrics()
+    service = Service(load_settings(dsn), metrics.observe)
+    yield Console(service)
+    service.pool.dispose()
+
+
+def minted(service: Service, external_id: str = "") -> tuple[MintRequest, list[str]]:
+    """Mint a token with its own request; return the request and the tokens."""
+    file = FileRequest(sources=(f"{SE}console/a",), external_id=external_id)
+    request = MintRequest(request_id=clock.new_uuid7(), files=(file,))
+    (outcome,) = service.engine.mint_many([Submission(from_mint(request), "rucio-alpen")], service.clock())
+    return request, [issued.token.decode() for issued in outcome.issued]
+
+
+def test_nobody_sees_a_page_without_signing_in(console: Console) -> None:
+    for path in [*PAGES, "/dead", "/chart/tokens/hour.svg", "/nothing"]:
+        answer = console.get(path)
+        assert answer.status_code == 401, path
+        assert "Parts" not in answer.text
+    for path in ("/style.css", "/health"):
+        assert console.get(path).status_code == 200
+    assert console.get("/enter", key="wrong").status_code == 401
+    assert console.get("/callback", state="x", code="y").status_code == 401
+    assert console.post("/bans/add", kind="vo", value="alpen", reason="x").status_code == 401
+
+
+def test_the_link_signs_in_once(console: Console) -> None:
+    key = console.sign_in.link(BASE).split("key=")[1]
+    answer = console.get("/enter", key=key)
+    assert (answer.status_code, answer.headers["location"]) == (303, "./")
+    cookie = answer.headers["set-cookie"]
+    assert "HttpOnly" in cookie
+    assert "SameSite=Lax" in cookie
+    console.session = answer.cookies["minter-session"].value
+    assert console.get("/").status_code == 200
+    assert console.get("/enter", key=key).status_code == 401
+    assert console.get("/enter", key="").status_code == 401
+    assert console.post("/sign-out").status_code == 200
+    assert console.get("/").status_code == 401
+
+
+@pytest.mark.parametrize("path", PAGES)
+def test_pages_hold_no_script_and_no_token(console: Console, path: str) -> None:
+    console.enter("viewer")
+    _, (token,) = minted(console.service, MARKUP)
+    answer = console.get(path, **({"q": MARKUP} if path == "/search" else {}))
+    assert answer.status_code == 200
+    assert "<script" not in answer.text
+    assert token.rpartition(".")[2] not in answer.text
+    assert "script-src" not in answer.headers["content-security-policy"]
+    assert answer.headers["content-security-policy"].startswith("default-src 'none'")
+    assert answer.headers["cache-control"] == "no-store"
+    assert 'lang="en"' in answer.text
+    for label in re.findall(r"<(?:input|select)(?![^>]*hidden)[^>]*>", answer.text):
+        assert "name=" in label
+
+
+def test_a_token_is_found_by_whatever_is_known_of_it(console: Console) -> None:
+    console.enter("viewer")
+    service = console.service
+    request, _ = minted(service, "rucio-1")
+    job = clock.new_uuid7()
+    with transaction(service.pool) as connection:
+        (client_id,) = connection.execute("SELECT client_id FROM clients").fetchone() or (0,)
+        states.note_jobs(connection, client_id, [JobReport(job, request.request_id, (0,))])
+    (one,) = console.pages.search(str(request.request_id))["tokens"]
+    trace, path = one["trace"], one["claims"]["scope"].partition(":")[2]
+    asked = [str(request.request_id), str(trace.jti), f"{SE}console/a", path, "rucio-1",
+             trace.fts_token_id, str(job)]  # fmt: skip
+    for text in asked:
+        answer = console.get("/search", q=f" {text} ")
+        assert answer.status_code == 200
+        assert str(trace.jti) in answer.text, text
+        assert "BOREAS-T2_DATADISK" in answer.text
+    for by, name in (("client", "rucio-alpen"), ("storage", "BOREAS-T2_DATADISK"), ("key", trace.kid)):
+        assert str(trace.jti) in console.get("/search", **{by: name}).text
+    nothing = console.get("/search", q="davs://nowhere.example.org/f")
+    assert (nothing.status_code, 'role="alert"' in nothing.text) == (200, True)
+    assert "0 tokens" in console.get("/search", q=str(clock.new_uuid7())).text
+
+
+def test_an_operator_acts_after_a_second_question_and_under_the_own_name(console: Console) -> None:
+    console.enter("operator")
+    form = {
+        "form_key": console.form_key,
+        "kind": "path",
+        "value": "/data//x",
+        "vo": "alpen",
+        "reason": "broken",
+    }
+    asked = console.post("/bans/add", **form)
+    assert (asked.status_code, "Are you sure" in asked.text) == (200, True)
+    assert console.pages.bans()["bans"] == []
+    done = console.post("/bans/add", **form, sure="yes")
+    assert "path /data/x is banned" in done.text
+    (ban,) = console.pages.bans()["bans"]
+    assert (ban["value"], ban["vo"], ban["reason"]) == ("/data/x", "alpen", "broken")
+    console.post(
+        "/bans/lift", form_key=console.form_key, kind="path", value="/data/x", vo="alpen", sure="yes"
+    )
+    assert console.pages.bans()["bans"] == []
+    for to, disabled in (("disabled", True), ("enabled", False)):
+        console.post("/clients/able", form_key=console.form_key, client="rucio-alpen", to=to, sure="yes")
+        (client,) = console.pages.clients()["clients"]
+        assert client.disabled is disabled
+    text = console.get("/audit", actor="a operator").text
+    for action in ("ban", "unban", "client.disable", "client.enable"):
+        assert action in text
+    (active, *_) = (k["key"] for k in console.pages.keys()["keys"] if k["key"].state == "active")
+    early = console.post("/keys/rotate", form_key=console.form_key, kid=active.kid, sure="yes")
+    assert (early.status_code, "no prepared" in early.text) == (503, True)
+    wrong = console.post("/bans/add", **{**form, "kind": "storage", "value": "BOREAS"}, sure="yes")
+    assert (wrong.status_code, "similar names" in wrong.text) == (400, True)
+
+
+@pytest.mark.parametrize(
+    ("role", "change"),
+    [
+        ("viewer", {}),
+        ("operator", {"form_key": "another"}),
+        ("operator", {"form_key": ""}),
+        ("operator", {"origin": "https://evil.example.org"}),
+        ("operator", {"origin": "null"}),
+    ],
+)
+def test_others_change_nothing(console: Console, role: str, change: dict[str, str]) -> None:
+    console.enter(role)
+    form = {"form_key": console.form_key, "kind": "vo", "value": "alpen", "reason": "x", "sure": "yes"}
+    assert console.post("/bans/add", **{**form, **change}).status_code == 403
+    assert console.pages.bans()["bans"] == []
+    assert ("Ban …" in console.get("/bans").text) is (role == "operator")
+
+
+def test_rates_are_of_all_processes(console: Console) -> None:
+    console.enter("viewer")
+    metrics = Metrics()
+    service = Service(console.service.loaded, metrics.observe)
+    try:
+        for _ in range(3):
+            minted(service)
+        heartbeat = Heartbeat("worker", service, metrics.activity)
+        heartbeat.beat()
+        with transaction(service.pool) as connection:
+            activity.add(connection, clock.new_uuid7(), {("alpen", "tokens", "mint"): 4})
+        for period in ("hour", "day", "week"):
+            assert "mint: 7" in console.get("/", period=period).text
+            chart = console.get(f"/chart/tokens/{period}.svg")
+            assert chart.headers["content-type"] == "image/svg+xml"
+            assert b"Tokens a second" in chart.content
+        heartbeat.stop()
+    finally:
+        service.pool.dispose()
+    assert console.get("/", period="year").status_code == 400
+    assert console.get("/chart/secrets/hour.svg").status_code == 400
+
+
+def test_the_overview_says_what_status_says(console: Console) -> None:
+    console.enter("viewer")
+    assert "asking" in console.get("/").text
+    console.pages.overview.look()
+    text = console.get("/").text
+    assert "commits wait for none" in text
+    assert "no broker URL is set" in text
+
+
+def test_sessions_end_and_are_bounded() -> None:
+    at = [0.0]
+    kept = Once[int](SESSION_SECONDS, lambda: at[0])
+    first = kept.add(1)
+    at[0] = SESSION_SECONDS - 1
+    assert kept.find(first) == 1
+    at[0] = SESSION_SECONDS
+    assert kept.find(first) is None
+    keys = [kept.add(n) for n in range(MOST + 1)]
+    assert (kept.find(keys[0]), kept.find(keys[1])) == (None, 1)
+    assert (kept.take(keys[1]), kept.take(keys[1])) == (1, None)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "why"),
+    [
+        (ConsoleSettings(listen="0.0.0.0"), "for loopback only"),
+        (ConsoleSettings(listen="minter.example.org"), "for loopback only"),
+        (ConsoleSettings(oidc_issuer="https://iam.example.org/"), "needs url"),
+    ],
+)
+def test_a_console_that_strangers_could_reach_does_not_start(wanted: ConsoleSettings, why: str) -> None:
+    with pytest.raises(SettingsError, match=why):
+        server.check(wanted)
+    server.check(ConsoleSettings(listen="::1"))
+
+
+def test_the_link_is_in_a_private_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "link"
+    path.write_text("old")
+    monkeypatch.setenv(server.LINK, str(path))
+    server._tell("http://x/enter?key=k")
+    assert path.read_text() == "http://x/enter?key=k"
+    assert path.stat().st_mode & 0o777 == 0o600
