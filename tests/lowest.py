@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from tests.conftest import ROOT
 
-GROUPS = ("amqp", "server", "embedded")
+GROUPS = ("amqp", "server", "console", "embedded")
 _BOUND = re.compile(r"([A-Za-z0-9._-]+)(?:\[[^\]]*\])?>=([\d.]+)").match
 
 

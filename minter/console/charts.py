@@ -68,7 +68,7 @@ def svg(pool: Pool, kind: str, period: str, now: datetime) -> bytes:
     chart = pygal.StackedLine(
         fill=True, show_dots=False, style=_STYLE, js=[], title=KINDS[kind], width=800, height=260,
         legend_at_bottom=True, x_labels_major_count=6, show_minor_x_labels=False, no_data_text="nothing yet",
-        show_x_guides=False,
+        show_x_guides=False, truncate_label=-1,
     )  # fmt: skip
     chart.x_labels = [f"{at:{PERIODS[period].label}}" for at in shown.times]
     for label, values in sorted(shown.per_second.items()):
