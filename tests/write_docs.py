@@ -1,9 +1,13 @@
 """Write the documents that are generated from code: `python -m tests.write_docs`. A test compares them."""
 
+import json
+from urllib.parse import urlencode
+
 import msgspec
 
 from minter import metrics, settings
 from minter.contract import operations
+from minter.issuer import openapi
 from minter.policy.exchanges import Exchange
 from minter.policy.routes import FTSInstance, Route
 from minter.providers.dialects import PROVIDER_DIALECTS, Provider
@@ -146,7 +150,41 @@ def metrics_page() -> str:
     return "\n".join(lines) + "\n"
 
 
-PAGES = {"dialects.md": dialects_page, "metrics.md": metrics_page, "settings.md": settings_page}
+def http_page() -> str:
+    told = openapi.document("https://tokens.example.org/vo/")
+    lines = [
+        "# HTTP",
+        "",
+        "Written from `minter/issuer/openapi.py` by `python -m tests.write_docs`; a test compares. Each issuer has these endpoints below its URL, and the",
+        "whole description, with the schemas of bodies and answers, at `openapi.json` (OpenAPI 3.1). A client authenticates by HTTP Basic, by `client_secret_post`",
+        "at the OAuth endpoints, or by an assertion (RFC 7523). Errors have the form of RFC 6749 §5.2 with a `reason` of [errors](errors.md).",
+    ]
+    for tag in told["tags"]:
+        lines += ["", f"## {tag['name']}", "", f"{tag['description']}."]
+        for path, methods in told["paths"].items():
+            for method, operation in methods.items():
+                if operation["tags"] != [tag["name"]]:
+                    continue
+                lines += ["", f"### {method.upper()} `{path}`", "", f"{operation['summary']}."]
+                for kind, content in operation.get("requestBody", {}).get("content", {}).items():
+                    shown = json.dumps(content["example"], indent=2)
+                    if kind != "application/json":
+                        shown = urlencode(content["example"], safe=":/")
+                    lines += ["", f"`{kind}`:", "", *(f"    {line}" for line in shown.splitlines())]
+                if parameters := operation.get("parameters"):
+                    lines += ["", "Parameters: " + ", ".join(f"`{p['name']}`" for p in parameters) + "."]
+    answers = told["paths"]["/token"]["post"]["responses"]
+    lines += ["", "## Status codes", "", "| status | meaning |", "|---|---|"]
+    lines += [f"| {status} | {answer['description']} |" for status, answer in answers.items()]
+    return "\n".join(lines) + "\n"
+
+
+PAGES = {
+    "reference/http.md": http_page,
+    "dialects.md": dialects_page,
+    "metrics.md": metrics_page,
+    "settings.md": settings_page,
+}
 
 if __name__ == "__main__":
     for name, page in PAGES.items():

@@ -19,6 +19,39 @@ TASKS: dict[str, tuple[type, str]] = {
     names.REPORT: (ReportRequest, "Report submitted jobs and active or finished files"),
     names.CANCEL: (CancelRequest, "Cancel tokens that are no longer needed"),
 }
+_ID, _SE = "01980000-0000-7000-8000-000000000001", "davs://se.example.org:443/data/vo"
+_COPY = {
+    "sources": [f"{_SE}/a"],
+    "destinations": ["davs://other.example.org:2880/pnfs/vo/a"],
+    "size": 3_000_000_000,
+}
+EXAMPLES: dict[str, dict[str, Any]] = {
+    names.MINT: {
+        "request_id": _ID,
+        "activity": "Production Output",
+        "files": [{**_COPY, "external_id": "42"}],
+    },
+    names.FILL_JOB: {
+        "request_id": _ID,
+        "fts": "fts3.example.org",
+        "job": {
+            "files": [
+                {
+                    "sources": _COPY["sources"],
+                    "destinations": _COPY["destinations"],
+                    "filesize": 3_000_000_000,
+                }
+            ],
+            "params": {"overwrite": True},
+        },
+    },
+    names.RENEW: {"request_id": _ID, "renews": "01980000-0000-7000-8000-000000000000", "files": [0]},
+    names.FETCH: {"request_id": _ID},
+    names.REPORT: {"files": [{"state": "finished", "external_id": "42"}]},
+    names.CANCEL: {"external_ids": ["42"]},
+}
+"""A body for each task."""
+_TRANSFERS, _TOKENS = "transfers", "tokens (OAuth)"
 _ERRORS = {
     "400": "the request has to be changed",
     "401": "client authentication failed",
@@ -87,7 +120,14 @@ def document(issuer: str) -> dict[str, Any]:
     *bodies, answer = schemas
     paths = {
         f"/v1/{names.endpoint(task)}": {
-            "post": _operation(what, {"application/json": {"schema": body}}, answer, answer)
+            "post": _operation(
+                names.endpoint(task),
+                _TRANSFERS,
+                what,
+                {"application/json": {"schema": body, "example": EXAMPLES[task]}},
+                answer,
+                answer,
+            )
         }
         for (task, (_, what)), body in zip(TASKS.items(), bodies, strict=True)
     }
@@ -95,20 +135,31 @@ def document(issuer: str) -> dict[str, Any]:
         {"name": name, "in": "query", "schema": _TEXT}
         for name in ("jti", "path", "external_id", "request_id")
     ]
-    traced = _operation("Traces of the caller's own tokens; give exactly one parameter", None, _TRACES)
+    what = "Traces of the caller's own tokens; give exactly one parameter"
+    traced = _operation("trace", _TRANSFERS, what, None, _TRACES)
     paths["/v1/trace"] = {"get": {**traced, "parameters": questions}}
-    for path, form, told, what in (
-        ("token", _TOKEN_FORM, TOKEN_ANSWER, "Client credentials, exchange (RFC 8693), refresh"),
-        ("introspect", _ONE_TOKEN, _STATE, "Whether a token is active (RFC 7662)"),
-        ("revoke", _ONE_TOKEN, {"type": "object"}, "Revoke a token that is no longer needed (RFC 7009)"),
+    asked = {
+        "grant_type": "client_credentials",
+        "audience": "https://se.example.org",
+        "scope": "storage.read:/vo/a",
+    }
+    one = {"token": "eyJhbGciOiJFUzI1NiIsImtpZCI6Ii4uLiJ9..."}
+    for path, form, example, told, what in (
+        ("token", _TOKEN_FORM, asked, TOKEN_ANSWER, "Client credentials, exchange (RFC 8693), refresh"),
+        ("introspect", _ONE_TOKEN, one, _STATE, "Whether a token is active (RFC 7662)"),
+        ("revoke", _ONE_TOKEN, one, {"type": "object"}, "Revoke a token that is no longer needed (RFC 7009)"),
     ):
-        content = {"application/x-www-form-urlencoded": {"schema": form}}
-        paths[f"/{path}"] = {"post": _operation(what, content, told)}
+        content = {"application/x-www-form-urlencoded": {"schema": form, "example": example}}
+        paths[f"/{path}"] = {"post": _operation(path, _TOKENS, what, content, told)}
     return {
         "openapi": "3.1.0",
         "info": {"title": "Minter", "version": "1", "license": {"name": "Apache-2.0"}},
         "servers": [{"url": issuer.removesuffix("/")}],
         "security": [{"basic": []}],
+        "tags": [
+            {"name": _TRANSFERS, "description": "The tasks of the contract, as over AMQP (schemas/)"},
+            {"name": _TOKENS, "description": "The token endpoint and its neighbours"},
+        ],
         "paths": dict(sorted(paths.items())),
         "components": {
             "securitySchemes": {"basic": {"type": "http", "scheme": "basic"}},
@@ -118,6 +169,8 @@ def document(issuer: str) -> dict[str, Any]:
 
 
 def _operation(
+    name: str,
+    tag: str,
     summary: str,
     content: dict[str, Any] | None,
     told: dict[str, Any],
@@ -129,6 +182,8 @@ def _operation(
     refused = {"$ref": "#/components/schemas/OAuthError"}
     wrong = {"anyOf": [error, refused]} if error else refused
     made: dict[str, Any] = {
+        "operationId": name,
+        "tags": [tag],
         "summary": summary,
         "responses": {"200": answer("done", told)} | {s: answer(d, wrong) for s, d in _ERRORS.items()},
     }
