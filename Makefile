@@ -53,11 +53,16 @@ lint: $(STAMP)
 schemas: $(STAMP)
 	$(RUN)/python -m schemas
 
-# Build the wheel that docs/install.md installs, and its hash; the same commit gives the same bytes.
+# Build the wheel that docs/install.md installs, a list of what it installs (CycloneDX), and their hashes.
+# The same commit gives the same wheel; the list has the versions of the day.
 dist: $(STAMP)
 	rm -rf build dist
 	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(RUN)/pip wheel --quiet --no-deps --wheel-dir dist .
-	cd dist && sha256sum *.whl | tee SHA256SUMS
+	$(PYTHON) -m venv --clear $(VENV)/release
+	$(VENV)/release/bin/pip install --quiet --disable-pip-version-check 'gridminter[console] @ file://$(CURDIR)/'$$(ls dist/*.whl)
+	$(RUN)/pip install --quiet --disable-pip-version-check 'cyclonedx-bom>=7,<8'
+	$(RUN)/cyclonedx-py environment --output-reproducible --of JSON -o dist/sbom.cdx.json $(VENV)/release/bin/python
+	cd dist && sha256sum *.whl *.json | tee SHA256SUMS
 
 # Build the book from docs/, into .venv/site; a broken link or page fails.
 book:

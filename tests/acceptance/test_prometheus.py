@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from minter import metrics
+from minter.client import FileRequest
 from minter.local.servers import Valkey
 from minter.settings import MetricsSettings
 from tests.acceptance.conftest import Running
@@ -107,6 +108,32 @@ def test_prometheus_sees_the_rates_of_all_processes(scraped: tuple[Running, int]
             continue  # no refusal, no standby key yet, or a process that does not run here
         suffix = {"counter": "_total", "histogram": "_count", "gauge": ""}[spec.kind]
         assert spec.name + suffix in names
+
+
+ELSEWHERE = ("minter_http_", "minter_provider_", "minter_fts_")
+"""Metrics of processes that do not run in this module's engine."""
+
+
+def test_every_panel_of_the_dashboard_has_a_series(scraped: tuple[Running, int]) -> None:
+    engine, port = scraped
+    dashboard = json.loads((ROOT / "deploy/grafana/minter.json").read_text())
+    expressions = [t["expr"] for panel in dashboard["panels"] for t in panel["targets"]]
+    known = {spec.name for spec in metrics.SPECS}
+    for expression in expressions:
+        for name in re.findall(r"minter_[a-z_]+", expression):
+            assert re.sub("_(total|bucket|sum|count)$", "", name) in known, name
+    seen = dict.fromkeys((e for e in expressions if not any(name in e for name in ELSEWHERE)), 0)
+    with engine.client() as client:
+        deadline = (
+            time.monotonic() + 100
+        )  # beat asks for the state of each part at its start, and in a minute
+        while not all(seen.values()):
+            assert time.monotonic() < deadline, [e for e, count in seen.items() if not count]
+            client.mint(files(2, "grafana"))
+            client.mint([FileRequest(sources=("davs://nowhere.example.org/x",))])
+            for expression in (e for e, count in seen.items() if not count):
+                seen[expression] = len(query(port, expression.replace("[5m]", "[20s]")))
+            time.sleep(1)
 
 
 def test_every_alert_fires_and_clears() -> None:
