@@ -5,7 +5,8 @@ from collections.abc import Iterable, Iterator
 from minter.policy.exchanges import Exchange
 from minter.policy.routes import SHIPPED_RISK_ASSESSMENT, Route
 from minter.providers.dialects import Provider
-from minter.settings import DrillSettings, Loaded
+from minter.sections import DrillSettings
+from minter.settings import Loaded
 from minter.storages.dialects import DIALECTS
 from minter.storages.directory import Directory, Storage
 

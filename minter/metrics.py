@@ -34,7 +34,7 @@ from minter.database.control import read_keys
 from minter.database.live_tokens import count_live
 from minter.errors import SettingsError, Unavailable
 from minter.policy.plans import Plan
-from minter.settings import MetricsSettings
+from minter.sections import MetricsSettings
 from minter.tokens import keys
 from minter.tokens.keys import RotationPolicy
 from minter.tokens.outcomes import Observed, Outcome

@@ -5,9 +5,10 @@ import os
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 from uuid import UUID
 
-from minter import settings
+from minter import sections, settings
 from minter.contract.messages import unix_time
 from minter.database import activity, control_changes, keyring, partitions, processes, recording
 from minter.database.connection import open_pool, transaction
@@ -27,7 +28,7 @@ from minter.tokens.outcomes import Observed
 _GC_ALLOCATIONS = 20_000
 
 
-def clock_of(drill: settings.DrillSettings) -> Callable[[], datetime]:
+def clock_of(drill: sections.DrillSettings) -> Callable[[], datetime]:
     """Return the clock of a process: the current time, or the faster time of a drill."""
     if drill.time_scale == 1:
         return now
@@ -95,7 +96,15 @@ class Service:
 
     def create_keys(self, vo: str, algorithms: Sequence[Algorithm], actor: str) -> list[Key]:
         """Make a signing key of each algorithm; they are active if the issuer had none, else standbys."""
-        return keyring.create(self.pool, self.keystore, vo, algorithms, actor)
+        at_once = vo not in self.loaded.co_issuers  # verifiers keep the IAM's key set
+        return keyring.create(self.pool, self.keystore, vo, algorithms, actor, at_once=at_once)
+
+    def new_client(self, name: str, vo: str, **limits: Any) -> Client:
+        """Return a new client with a `sub` of its own; raises UnknownClient for a wrong prefix."""
+        prefix = self.engine.policy.prefixes.get(vo, "")
+        client = Client(client_id=0, name=name, vo=vo, sub=f"{prefix}{new_uuid7()}", **limits)
+        self.engine.policy.check_prefix(client)
+        return client
 
     def ensure_standby(self, kid: str, actor: str) -> None:
         """Make a standby of the same issuer and algorithm for an active key that has none."""

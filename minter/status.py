@@ -23,14 +23,16 @@ from sqlalchemy.engine import Engine as Pool
 from minter import __version__
 from minter.broker.publisher import Outgoing, Publisher, connect, count_waiting
 from minter.contract import names
-from minter.database import control_changes, migrations, overview, partitions, processes
+from minter.database import co_issuers, control_changes, migrations, overview, partitions, processes
 from minter.database.connection import open_pool, transaction
 from minter.database.control import read_keys
 from minter.errors import MinterError, NoUsableKey, Unavailable
+from minter.sections import CoIssuerSettings
 from minter.service import Service
 from minter.settings import Loaded
 from minter.tokens import keys
 from minter.tokens.clock import check_clock, new_uuid7
+from minter.tokens.co_issuer import IamKeys
 
 Level = Literal["ok", "warning", "failed"]
 LEVELS: tuple[Level, ...] = ("ok", "warning", "failed")
@@ -41,6 +43,8 @@ CERTIFICATE_DAYS = 14
 """A certificate that ends sooner gives a warning."""
 QUEUE_LONG = 10_000
 """Waiting requests that give a warning."""
+MERGED_OLD = timedelta(minutes=10)
+"""A merged key set that was not checked for longer has failed."""
 EVENTS_SILENT = timedelta(hours=1)
 """A broker of FTS that has sent nothing for longer gives a warning."""
 DISK_LOW, DISK_FULL = 0.15, 0.03
@@ -313,11 +317,7 @@ def _of_key(
     until = keys.signs_until(active, service.engine.rotation)
     left = f", signs until {until:%F %H:%M}" if until else ""
     if until and until < now:
-        yield Line(
-            "warning",
-            part,
-            f"key {active.kid} was due at {until:%F %H:%M}; is beat running?",
-        )
+        yield warning(part, f"key {active.kid} was due at {until:%F %H:%M}; is beat running?")
     elif not standby:
         yield warning(part, f"key {active.kid}{left}, no standby; run: minter keys create --vo {vo}")
     else:
@@ -330,18 +330,16 @@ def issuer_lines(pool: Pool, loaded: Loaded) -> Iterator[Line]:
     recorded = overview.issuers(pool, SECONDS)
     for vo, iss in loaded.issuers.items():
         if recorded.get(vo, iss) != iss:
-            yield Line(
-                "failed",
-                vo,
-                f"has issued as {recorded[vo]!r}, not {iss!r}; correct issuers.{vo}.iss",
-            )
+            yield failed(vo, f"has issued as {recorded[vo]!r}, not {iss!r}; correct issuers.{vo}.iss")
 
 
 def _published(pool: Pool, loaded: Loaded, now: datetime) -> Iterator[Line]:
     with transaction(pool, SECONDS) as connection:
         ring = read_keys(connection)
     http = urllib3.PoolManager(retries=False, timeout=urllib3.Timeout(total=SECONDS))
-    for vo, iss in loaded.issuers.items():
+    for vo, co_issuer in loaded.co_issuers.items():
+        yield from _merged(co_issuers.known(pool, vo, SECONDS), co_issuer, now)
+    for vo, iss in loaded.own_issuers.items():
         wanted = {k.kid for k in ring if k.vo == vo and keys.is_public(k, now)}
         try:
             answer = http.request("GET", f"{iss}jwks.json", redirect=False)
@@ -351,11 +349,24 @@ def _published(pool: Pool, loaded: Loaded, now: datetime) -> Iterator[Line]:
             yield warning(f"{vo} JWKS", f"{iss}jwks.json cannot be read from here: {type(error).__name__}")
             continue
         if missing := wanted - seen:
-            yield Line(
-                "failed", f"{vo} JWKS", f"{iss}jwks.json lacks {', '.join(sorted(missing))}; publish again"
-            )
+            yield failed(f"{vo} JWKS", f"{iss}jwks.json lacks {', '.join(sorted(missing))}; publish again")
         else:
             yield ok(f"{vo} JWKS", f"{len(seen)} keys at {iss}jwks.json")
+
+
+def _merged(known: IamKeys, wanted: CoIssuerSettings, now: datetime) -> Iterator[Line]:
+    """Yield the lines of a key set that has the IAM's keys, too: how old it is, and what is wrong with it."""
+    part = f"{known.vo} IAM's keys"
+    ages = {"fetched from the IAM": known.fetched_at, "written by minter publish": known.written_at}
+    for what, at in ages.items():
+        if at is None or now - at > MERGED_OLD:
+            since = "never" if at is None else f"last at {at:%F %H:%M}"
+            yield failed(part, f"{what}: {since}; is minter publish --watch running? {known.problem}")
+            return
+    if known.problem:
+        yield warning(part, known.problem)
+    else:
+        yield ok(part, f"{len(known.keys)} keys of the IAM in {wanted.path}, fresh")
 
 
 # ── providers and certificates ───────────────────────────────────────────────────────────────
@@ -369,10 +380,8 @@ def _providers(pool: Pool, loaded: Loaded, now: datetime) -> Iterator[Line]:
             continue
         told = f"{pending} tokens pending, {issued} kept fresh"
         if open_until and open_until > now:
-            yield Line(
-                "failed",
-                f"provider {name}",
-                f"paused until {open_until:%T} after {failures} failures; {told}",
+            yield failed(
+                f"provider {name}", f"paused until {open_until:%T} after {failures} failures; {told}"
             )
         else:
             yield ok(f"provider {name}", told)

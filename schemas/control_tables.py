@@ -43,7 +43,7 @@ issuers = Table(
     Column("iss", Text, nullable=False, unique=True),
     now("created_at"),
     Column("secrets_key", LargeBinary),
-    CheckConstraint("iss ~ '^https://.+/$'", name="iss"),
+    CheckConstraint("iss ~ '^https?://.+$'", name="iss"),  # an IAM's may have no slash at its end
 )
 
 storages = Table(
@@ -216,6 +216,20 @@ activity = Table(
     Column("kind", Text, primary_key=True),
     Column("label", Text, primary_key=True),
     Column("amount", BigInteger, nullable=False),
+)
+
+# One row for each VO whose issuer is its IAM's, too: the IAM's keys, and how often in a row each was missing.
+# `fetched_at` is the last good answer, `written_at` when `minter publish` last left its file as it should be.
+co_issuers = Table(
+    "co_issuers",
+    metadata,
+    Column("vo", Text, primary_key=True),
+    Column("keys", JSONB, nullable=False, server_default=text("'[]'")),
+    Column("missing", JSONB, nullable=False, server_default=text("'{}'")),
+    Column("problem", Text, nullable=False, server_default=text("''")),
+    Column("tried_at", Instant),
+    Column("fetched_at", Instant),
+    Column("written_at", Instant),
 )
 
 CONTROLLED = ("issuers", "storages", "clients", "bans", "signing_keys")

@@ -5,7 +5,7 @@ from urllib.parse import urlencode
 
 import msgspec
 
-from minter import metrics, settings
+from minter import metrics, sections
 from minter.contract import operations
 from minter.issuer import openapi
 from minter.policy.exchanges import Exchange
@@ -72,25 +72,26 @@ def dialects_page() -> str:
 
 
 PARTS: dict[str, type[msgspec.Struct]] = {
-    "": settings.Settings,
-    "[database]": settings.DatabaseSettings,
-    "[broker]": settings.BrokerSettings,
-    "[worker]": settings.WorkerSettings,
-    "[http]": settings.HttpSettings,
-    "[console]": settings.ConsoleSettings,
-    "[metrics]": settings.MetricsSettings,
+    "": sections.Settings,
+    "[database]": sections.DatabaseSettings,
+    "[broker]": sections.BrokerSettings,
+    "[worker]": sections.WorkerSettings,
+    "[http]": sections.HttpSettings,
+    "[console]": sections.ConsoleSettings,
+    "[metrics]": sections.MetricsSettings,
     "[rotation]": RotationPolicy,
-    "[issuers.VO]": settings.IssuerSettings,
+    "[issuers.VO]": sections.IssuerSettings,
+    "[issuers.VO.co_issuer]": sections.CoIssuerSettings,
     "[[storages]]": Storage,
     "[[storages.endpoints]]": Endpoint,
     "[[providers]]": Provider,
-    "[[rucio]]": settings.RucioSettings,
+    "[[rucio]]": sections.RucioSettings,
     "[[rucio.rses]]": RSERule,
     "[[routes]]": Route,
     "[[fts]]": FTSInstance,
     "[[exchanges]]": Exchange,
-    "[[fts_events]]": settings.FTSEventsSettings,
-    "[drill]": settings.DrillSettings,
+    "[[fts_events]]": sections.FTSEventsSettings,
+    "[drill]": sections.DrillSettings,
 }
 
 

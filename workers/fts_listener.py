@@ -24,8 +24,8 @@ from minter.errors import InvalidRequest, SettingsError, Unavailable
 from minter.fts.events import FTSEvent, read_event
 from minter.heartbeats import Heartbeat
 from minter.metrics import EVENTS, LAST_EVENT, new_counter, new_gauge, serve_process
+from minter.sections import FTSEventsSettings
 from minter.service import Service, load_settings
-from minter.settings import FTSEventsSettings
 from minter.storages.urls import host_of
 from minter.tasks.lifecycle import Lifecycle
 

@@ -217,7 +217,7 @@ def check(
     warnings = [*loaded.warnings, *checks.doubts(loaded)]
     warnings += [
         f"publish leaves out {file}, which would be the folder of another issuer; minter serve has it"
-        for file in well_known.left_out(loaded.issuers.values())
+        for file in well_known.left_out(loaded.own_issuers.values())
     ]
     failed = list(checks.failures(loaded))
     warnings += [

@@ -34,7 +34,7 @@ from minter.private_files import write_private_file
 from minter.providers.subject_tokens import Subjects
 from minter.scopes import check_path
 from minter.service import Service
-from minter.tokens import clock, keys, keystore
+from minter.tokens import keys, keystore
 
 clients_app = typer.Typer(no_args_is_help=True, help="Register, change and disable clients.")
 
@@ -185,8 +185,8 @@ def clients_add(
     columns = limits.columns()
     service = open_service()
     service.prepare()
-    client = Client(
-        client_id=0, name=name, vo=vo, sub=str(clock.new_uuid7()),
+    client = service.new_client(
+        name, vo,
         operations=frozenset(columns.get("operations", ())), paths=tuple(columns.get("paths", ())),
         max_lifetime_seconds=max_lifetime, reply_queues=tuple(reply_queue or ()),
         jwe_key=columns.get("jwe_key"), default_audience=tuple(default_audience or ()),
@@ -282,7 +282,7 @@ def clients_subject_token(name: str, as_json: AsJson = False) -> None:
     """
     service = open_service()
     client = _registered(service, name)
-    subjects = Subjects(service.loaded.issuers, service.iams)
+    subjects = Subjects(service.loaded.endpoints, service.iams)
     subject = subjects.verify(client.vo, SubjectToken(sys.stdin.read().strip()))
     columns = {
         "subject_token": service.keystore.seal_token(client.vo, name, "client_subject", subject.token),

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 import typer
 
 from minter.cli.tables import AsJson, as_table, guarded, open_service, show, show_live_tokens, whoami
-from minter.database import control_changes, keyring, live_tokens
+from minter.database import co_issuers, control_changes, keyring, live_tokens
 from minter.database.connection import transaction
 from minter.database.control import read_keys
 from minter.errors import SettingsError
@@ -13,6 +13,7 @@ from minter.policy.clients import Ban
 from minter.storages.dialects import Algorithm
 from minter.tasks import bans as ban_names
 from minter.tokens import keys
+from minter.tokens.co_issuer import kid_of
 from minter.tokens.keystore import new_master_key
 
 keys_app = typer.Typer(no_args_is_help=True, help="Make, rotate and revoke signing keys.")
@@ -168,6 +169,31 @@ def keys_rotate(
         [{"kid": k.kid, "algorithm": k.algorithm} for k in made],
         lambda: "\n".join(
             f"{k.algorithm} key {k.kid} of VO {vo} signs now; a new standby is published" for k in made
+        ),
+    )
+
+
+@keys_app.command("iam")
+@guarded
+def keys_iam(
+    vo: Annotated[str, typer.Option(help="VO whose IAM signs under the same issuer.")],
+    drop: Annotated[str | None, typer.Option(help="kid of a key to remove at once.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the IAM's keys that are published with Minter's (docs/co-issuer.md), or remove one."""
+    service = open_service()
+    if vo not in service.loaded.co_issuers:
+        raise SettingsError(f"no [issuers.{vo}.co_issuer] in the settings")
+    if drop is not None:
+        co_issuers.drop(service.pool, vo, drop, whoami())
+    known = co_issuers.known(service.pool, vo)
+    show(
+        as_json,
+        known,
+        lambda: as_table(
+            f"{len(known.keys)} keys of the IAM, fetched {known.fetched_at or 'never'}",
+            ("kid", "type", "algorithm", "answers without it"),
+            [(kid_of(k), k.get("kty"), k.get("alg"), known.missing.get(kid_of(k))) for k in known.keys],
         ),
     )
 

@@ -10,6 +10,7 @@ from minter.cli.tables import AsJson, guarded, open_service, show
 from minter.database.connection import transaction
 from minter.database.control import read_keys
 from minter.errors import SettingsError, Unavailable
+from minter.issuer import co_issuer
 from minter.issuer import jwks_cache as cache
 from minter.issuer import well_known as files
 from minter.service import Service, load_settings
@@ -71,8 +72,13 @@ def _write(
 ) -> None:
     with transaction(service.pool) as connection:
         ring = read_keys(connection)
-    now, issuers = service.clock(), service.loaded.issuers
-    written = files.write(folder, files.documents(ring, issuers, now))
+    now, issuers = service.clock(), service.loaded.own_issuers
+    made = files.documents(ring, issuers, now) if issuers else {}
+    merged = co_issuer.files(service, ring)
+    if clash := made.keys() & merged.keys():
+        raise SettingsError(f"{min(clash)} is both an issuer's document and a co_issuer.path")
+    written = files.write(folder, made | merged)
+    co_issuer.note_written(service)
     if jwks_cache is not None:
         written += files.write(jwks_cache, cache.entries(ring, issuers, now, jwks_cache))
     changed = [str(path) for path in written]

@@ -18,8 +18,9 @@ from minter.console.signin import SignIn
 from minter.errors import SettingsError
 from minter.heartbeats import Heartbeat
 from minter.private_files import write_private_file
+from minter.sections import ConsoleSettings
 from minter.service import Service, load_settings
-from minter.settings import ConsoleSettings, Loaded
+from minter.settings import Loaded
 
 logger = logging.getLogger(__name__)
 

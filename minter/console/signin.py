@@ -20,7 +20,7 @@ from msgspec import Struct
 
 from minter.errors import InvalidClient, OperationNotAllowed, ProviderAway
 from minter.policy.clients import fits
-from minter.settings import ConsoleSettings
+from minter.sections import ConsoleSettings
 
 Role = Literal["viewer", "operator"]
 SESSION_SECONDS = 8 * 3600

@@ -23,15 +23,24 @@ from minter.tokens.keys import Key, RotationPolicy
 from minter.tokens.keystore import PEPPER, SIGNING_KEY, Keystore
 
 
-def create(pool: Pool, keystore: Keystore, vo: str, algorithms: Sequence[Algorithm], actor: str) -> list[Key]:
+def create(
+    pool: Pool,
+    keystore: Keystore,
+    vo: str,
+    algorithms: Sequence[Algorithm],
+    actor: str,
+    *,
+    at_once: bool = True,
+) -> list[Key]:
     """Make, encrypt and store a key of each algorithm in one transaction; return them.
 
     The first keys of an issuer, which no verifier can have missed, are active at once; others are standbys.
+    With `at_once` false the first ones are standbys, too: verifiers know the issuer already.
     """
     signers = [keys.generate(algorithm) for algorithm in algorithms]
     details = {"vo": vo, "algorithms": list(algorithms)}
     with controlling(pool, actor, "key.create", " ".join(s.kid for s in signers), details) as tx:
-        first = not any(key.vo == vo for key in read_keys(tx))
+        first = at_once and not any(key.vo == vo for key in read_keys(tx))
         for signer in signers:
             tx.execute(
                 "INSERT INTO signing_keys (vo, kid, algorithm, state, public_jwk, private_key, activated_at)"

@@ -126,8 +126,10 @@ class Web:
         self.settings = service.loaded.settings.http
         self.metrics = metrics
         self.batcher = Batcher(service.engine, service.clock, self.settings.waiting_requests)
-        self.credentials = Credentials(service.pool, service.keystore, service.loaded.issuers, service.clock)
-        self._subjects = Subjects(service.loaded.issuers, service.iams)
+        self.credentials = Credentials(
+            service.pool, service.keystore, service.loaded.endpoints, service.clock
+        )
+        self._subjects = Subjects(service.loaded.endpoints, service.iams)
         self.ring: list[keys.Key] = []
         self.documents: Mapping[well_known.Place, bytes] = {}
         self._built: tuple[int, datetime] | None = None
@@ -151,8 +153,13 @@ class Web:
         if version != self.credentials.version or now - at > REBUILD:
             with transaction(self.service.pool, QUICK_SECONDS) as connection:
                 self.ring = read_keys(connection)
-            self.documents = well_known.by_place(self.ring, self.service.loaded.issuers, now)
+            self.documents = self._published(now)
             self._built = self.credentials.version, now
+
+    def _published(self, now: datetime) -> Mapping[well_known.Place, bytes]:
+        """Return the documents of every issuer that is Minter's alone: `publish` merges the others."""
+        own = self.service.loaded.own_issuers
+        return well_known.by_place(self.ring, own, now) if own else {}
 
     async def watch(self) -> None:
         """Read changes once a second, without end; while Postgres is down, the last values stay in use."""
@@ -261,7 +268,7 @@ class Web:
     async def _known(self, req: asgi.Request, who: Presented, vo: str) -> Account | None:
         if not who.assertion:
             return self.credentials.by_secret(who, vo)
-        issuer = self.service.loaded.issuers[vo]
+        issuer = self.service.loaded.endpoints[vo]
         audience = [issuer, f"{issuer}token", issuer + req.path.rpartition("/")[2]]
         return await self.batcher.call(self.credentials.by_assertion, who, vo, audience)
 
@@ -274,7 +281,7 @@ class _Shell:
 
     def __init__(self, web: Web) -> None:
         self._web = web
-        self._hosts = Hosts(web.service.loaded.issuers.values())
+        self._hosts = Hosts(web.service.loaded.endpoints.values())
         self._watch: asyncio.Task[None] | None = None
 
     async def process_startup(self, _scope: object, _event: object) -> None:
@@ -374,6 +381,6 @@ def application(web: Web) -> "asgi.App[Any, Any]":
     app.add_error_handler(MinterError, _refuse)
     app.add_route(HEALTH, _Health(web))
     app.add_route(READY, _Health(web), suffix="ready")
-    for host, path in well_known.places(web.service.loaded.issuers.values()):
+    for host, path in well_known.places(web.service.loaded.own_issuers.values()):
         app.add_route(f"/@{host}/{path}", _Document(web, (host, path)))
     return app

@@ -58,8 +58,8 @@ _KIND = {"client_credentials": "token", "refresh_token": "refresh", EXCHANGE: "e
 
 def add_routes(app: "asgi.App[Any, Any]", web: Web) -> None:
     """Add every issuer's OAuth endpoints."""
-    for vo, issuer in web.service.loaded.issuers.items():
-        one = Issuer(web, vo, issuer)
+    for vo, issuer in web.service.loaded.endpoints.items():
+        one = Issuer(web, vo, web.service.loaded.issuers[vo], issuer)
         for path, endpoint in (("token", _Token), ("introspect", _Introspect), ("revoke", _Revoke)):
             app.add_route(f"{mounted(issuer)}{path}", endpoint(one))
 
@@ -67,11 +67,11 @@ def add_routes(app: "asgi.App[Any, Any]", web: Web) -> None:
 class Issuer:
     """One VO's issuer: reads its access tokens, and reads and makes its refresh tokens."""
 
-    def __init__(self, web: Web, vo: str, issuer: str) -> None:
+    def __init__(self, web: Web, vo: str, iss: str, url: str) -> None:
         self.web = web
         self.vo = vo
-        self.iss = issuer
-        self.token_endpoint = f"{issuer}token"
+        self.iss = iss
+        self.token_endpoint = f"{url}token"
 
     # ── refresh tokens ───────────────────────────────────────────────────────────────────────
 
@@ -127,7 +127,7 @@ class Issuer:
             raise InvalidGrant(f"not an access token of {self.iss} that verifies") from None
 
     async def foreign(self, form: dict[str, str]) -> SubjectToken | None:
-        """Verify and return a form's subject token if its issuer is another one; raises InvalidGrant."""
+        """Verify and return a form's subject token if another signed it; raises InvalidGrant."""
         token = form.get("subject_token")
         if token is None or not self.web.service.loaded.settings.providers:
             return None
@@ -135,9 +135,14 @@ class Issuer:
             issuer = jwt.decode(token, options={"verify_signature": False}).get("iss")
         except UNREADABLE:
             return None
-        if issuer == self.iss:
+        co_issued = self.vo in self.web.service.loaded.co_issuers and not self._has_our_key(token)
+        if issuer == self.iss and not co_issued:
             return None
         return await self.web.verify_subject(self.vo, SubjectToken(token))
+
+    def _has_our_key(self, token: str) -> bool:
+        kid = jwt.get_unverified_header(token).get("kid")
+        return any(key.vo == self.vo and key.kid == kid for key in self.web.ring)
 
     # ── answers ──────────────────────────────────────────────────────────────────────────────
 

@@ -16,8 +16,9 @@ from minter.errors import SettingsError
 from minter.issuer import app as web
 from minter.issuer import oauth, tasks
 from minter.metrics import Metrics, serve_process
+from minter.sections import HttpSettings
 from minter.service import Service, load_settings, tune_gc
-from minter.settings import HttpSettings, Loaded
+from minter.settings import Loaded
 
 MAX_HEADER_BYTES = 64 * 1024
 CONNECTIONS = 4_096

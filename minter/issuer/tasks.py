@@ -32,7 +32,7 @@ _QUESTIONS = ("jti", "path", "external_id", "request_id")
 def add_routes(app: "asgi.App[Any, Any]", web: Web) -> None:
     """Add every issuer's endpoints for transfers."""
     lifecycle = Lifecycle(web.service.engine, web.service.store)
-    for vo, issuer in web.service.loaded.issuers.items():
+    for vo, issuer in web.service.loaded.endpoints.items():
         for task in names.PUBLIC_TASKS:
             app.add_route(f"{mounted(issuer)}v1/{names.endpoint(task)}", _Task(web, lifecycle, vo, task))
         app.add_route(f"{mounted(issuer)}v1/trace", _Trace(web, vo))

@@ -26,7 +26,6 @@ from minter.local.servers import PRIVATE_UMASK, Postgres, Valkey, make_private_f
 from minter.policy.clients import Client
 from minter.private_files import write_private_file
 from minter.service import Service
-from minter.tokens import clock
 from minter.tokens.keystore import new_master_key, new_secret
 
 STOP_SECONDS = 30.0
@@ -195,7 +194,7 @@ def _listens(host: str, port: int) -> bool:
 
 def add_client(service: Service, name: str, vo: str, actor: str) -> Client:
     """Register a client with a fresh `sub` and no limits of its own."""
-    client = Client(client_id=0, name=name, vo=vo, sub=str(clock.new_uuid7()))
+    client = service.new_client(name, vo)
     control_changes.add_client(service.pool, client, actor)
     return client
 

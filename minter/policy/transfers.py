@@ -7,6 +7,7 @@ or the route's rule that added each extra scope.
 """
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from minter.contract.operations import Operation
@@ -16,6 +17,7 @@ from minter.errors import (
     OperationNotAllowed,
     ReplyNotAllowed,
     RequestError,
+    UnknownClient,
     UnknownStorage,
     UnknownVO,
 )
@@ -48,6 +50,7 @@ class Policy:
         fts: Sequence[FTSInstance] = (),
         exchanges: Sequence[Exchange] = (),
         token_lifetime_seconds: int = 7200,
+        prefixes: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         for route in routes:
             route.check()
@@ -56,12 +59,23 @@ class Policy:
         self.fts = {vo: _services(vo, fts) for vo in directories}
         self.exchanges = tuple(exchanges)
         self.token_lifetime_seconds = token_lifetime_seconds
+        self.prefixes = prefixes
+        """What names and `sub` of clients begin with, by VO, where the IAM signs under the same issuer."""
         # Plans depend on the client, and clients are new objects after each change of the control
         # tables. The size of this cache is bounded because activities are free text.
         self._plans: dict[tuple[Any, ...], dict[object, Plan | RequestError]] = {}
         self._plans_of_steps: dict[object, Plan] = {}
         self.own_planned_tokens: dict[object, PlannedToken] = {}
         """Cache of `token_endpoint`: tokens planned on clients' own behalf."""
+
+    def check_prefix(self, client: Client) -> None:
+        """Raise UnknownClient for a client that could be taken for one of the IAM's (ADR 16)."""
+        prefix = self.prefixes.get(client.vo, "")
+        if not (client.name.startswith(prefix) and client.sub.startswith(prefix)):
+            raise UnknownClient(
+                f"client {client.name!r} of VO {client.vo!r}: its name and sub must begin with {prefix!r}, "
+                "because the VO's IAM signs under the same issuer"
+            )
 
     def decide(
         self, request: Request, client: Client, bans: Bans, away: frozenset[str] = frozenset()

@@ -152,6 +152,7 @@ class Engine:
         """Return the client of a submission; raises a RequestError that is not recorded."""
         request, name = submission.request, submission.client
         client = known_client(control, name)
+        self.policy.check_prefix(client)
         if request.client is not None and request.client != name:
             raise ClientMismatch(
                 f"the request names client {request.client!r}, but the broker authenticated {name!r}"

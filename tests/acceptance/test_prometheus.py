@@ -16,7 +16,7 @@ import pytest
 from minter import metrics
 from minter.client import FileRequest
 from minter.local.servers import Valkey
-from minter.settings import MetricsSettings
+from minter.sections import MetricsSettings
 from tests.acceptance.conftest import Running
 from tests.acceptance.test_workers import files
 from tests.conftest import EXAMPLES, ROOT

@@ -19,8 +19,8 @@ from minter.errors import SettingsError
 from minter.heartbeats import Heartbeat
 from minter.metrics import Metrics
 from minter.policy.requests import from_mint
+from minter.sections import ConsoleSettings
 from minter.service import Service
-from minter.settings import ConsoleSettings
 from minter.tokens import clock
 from minter.tokens.outcomes import Submission
 from tests.conftest import load_settings

@@ -18,8 +18,8 @@ from minter.database import activity, processes
 from minter.errors import SettingsError
 from minter.heartbeats import Heartbeat
 from minter.policy.requests import from_mint
+from minter.sections import MetricsSettings
 from minter.service import Service
-from minter.settings import MetricsSettings
 from minter.tokens import clock
 from minter.tokens.outcomes import Submission
 from tests.conftest import load_settings

@@ -22,6 +22,7 @@ FLOORS = [
     {"tokens"},
     {"database"},
     {"tasks"},
+    {"sections"},
     {"settings"},
     {"checks", "metrics", "refresher"},
     {"service"},
