@@ -158,10 +158,14 @@ def keys_rotate(
     """Make the standby key of each algorithm sign; beat does this by itself when the active key is due."""
     service = open_service()
     with transaction(service.pool) as connection:
-        active = keys.active(read_keys(connection), vo)
+        ring = [k for k in read_keys(connection) if k.vo == vo]
+    if not ring:
+        keys.active(ring, vo)  # raises NoUsableKey
+    # Under the IAM's issuer the first keys were standbys: none is active before the first rotation.
+    signing = {k.algorithm for k in ring if k.state == "active"} or {k.algorithm for k in ring}
     made = [
         keyring.rotate(service.pool, vo, name, service.clock(), service.engine.rotation, whoami())
-        for name in ([algorithm] if algorithm else active)
+        for name in ([algorithm] if algorithm else sorted(signing))
     ]
     service.maintain_keys(whoami())
     show(

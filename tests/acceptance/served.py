@@ -15,6 +15,7 @@ import httpx
 from minter import service, settings
 from minter.client import MinterClient
 from minter.database import migrations
+from minter.database.connection import transaction
 from minter.local import stack
 from minter.policy.clients import Client
 from tests.conftest import EXAMPLES, MASTER_KEY, ROOT, _admin, _dsn
@@ -24,10 +25,19 @@ VO = "alpen"
 
 
 class Served:
-    """`minter serve` on a fresh database; `iss` is what clients are configured with."""
+    """`minter serve` on a fresh database; `iss` is what clients are configured with.
+
+    `iam` is the issuer of an IAM under which Minter signs; `more` has the table of that, then.
+    """
 
     def __init__(
-        self, folder: Path, postgres_dsn: str, more: str = "", processes: int = 2, http: str = ""
+        self,
+        folder: Path,
+        postgres_dsn: str,
+        more: str = "",
+        processes: int = 2,
+        http: str = "",
+        iam: str = "",
     ) -> None:
         self.folder = folder
         self.database = f"minter_http_{uuid.uuid4().hex[:8]}"
@@ -38,7 +48,7 @@ class Served:
         self.ca = certificates(folder)
         self.secrets: dict[str, str] = {}
         text = (EXAMPLES / "settings.toml").read_text()
-        text = text.replace("https://tokens.vo-alpen.example.org/alpen/", self.iss)
+        text = text.replace("https://tokens.vo-alpen.example.org/alpen/", iam or self.iss)
         text = text.replace('"rucio-41.5/', f'"{EXAMPLES}/rucio-41.5/')
         text += f'\n[http]\nport = {self.port}\nprocesses = {processes}\ncertificate = "host.pem"\nkey = "host.key"\n{http}\n{more}'
         path = folder / "settings.toml"
@@ -56,6 +66,10 @@ class Served:
         migrations.upgrade(self.service.pool)
         self.service.prepare()
         self.service.create_keys(VO, ("ES256", "RS256"), "tests")
+        if iam:  # keys sign once they have been public for two days
+            with transaction(self.service.pool) as connection:
+                connection.execute("UPDATE signing_keys SET published_at = now() - interval '3 days'")
+            self.minter("keys", "rotate", "--vo", VO, "--algorithm", "ES256")
         self.process: subprocess.Popen[bytes] | None = None
         self.start()
 

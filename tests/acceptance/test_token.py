@@ -6,6 +6,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import jwt
@@ -19,6 +20,7 @@ from minter.policy.clients import Ban
 from minter.tokens import keys
 from tests.acceptance.served import VO, Served
 from tests.conftest import rows
+from tests.servers import free_ports
 
 HOST, FJORD = "se01.boreas.example.org", "https://webdav1.fjord.example.org"
 TOP = "/atlas/atlasdatadisk/rucio"
@@ -598,3 +600,40 @@ def test_no_secret_is_logged(served: Served) -> None:
     text = served.log()
     assert "eyJ" not in text
     assert not [s for s in served.secrets.values() if s in text]
+
+
+# ── under the IAM's issuer (ADR 16) ──────────────────────────────────────────────────────────
+
+
+def test_under_the_iams_issuer_tokens_have_its_iss_and_names_of_our_prefix(
+    postgres_dsn: str, tmp_path: Path
+) -> None:
+    (port,) = free_ports(1)
+    more = (
+        f'[issuers.{VO}.co_issuer]\nkeys = "http://127.0.0.1:{port}/jwk"\npath = "/jwk"\nprefix = "minter-"\n'
+        f'url = "https://localhost/{VO}/"\n'
+    )
+    iam = "https://iam.vo-alpen.example.org"
+    served = Served(tmp_path, postgres_dsn, more, processes=1, iam=iam)
+    try:
+        served.add_client("minter-rucio")
+        asked = {"audience": HOST, "scope": f"storage.read:{TOP}/f"}
+        answer = served.token("minter-rucio", grant_type="client_credentials", **asked)
+        assert answer.status_code == 200, answer.text
+        token = answer.json()["access_token"]
+        claims = jwt.decode(token, options={"verify_signature": False})
+        assert (claims["iss"], claims["client_id"]) == (iam, "minter-rucio")
+        assert claims["sub"].startswith("minter-")
+        with served.http("minter-rucio") as http:
+            assert http.post(f"/{VO}/introspect", data={"token": token}).json()["active"] is True
+            for path in (f"/{VO}/.well-known/openid-configuration", f"/{VO}/jwks.json"):
+                assert http.get(path).status_code == 404, "the IAM has these"
+            theirs = jwt.encode(
+                {"iss": iam, "sub": "minter-rucio", "exp": 2**32}, "k" * 32, headers={"kid": "iam"}
+            )
+            assert http.post(f"/{VO}/introspect", data={"token": theirs}).json() == {"active": False}
+            form = {"grant_type": EXCHANGE, "subject_token": theirs,
+                    "subject_token_type": "urn:ietf:params:oauth:token-type:access_token"}  # fmt: skip
+            assert http.post(f"/{VO}/token", data=form).status_code == 400
+    finally:
+        served.close()
