@@ -22,7 +22,7 @@ from minter.broker import rabbitmq
 from minter.broker.publisher import connect, declare
 from minter.cli import clients as cli_clients
 from minter.cli import control as cli_control
-from minter.cli import demo, operations, processes, publish, storages, tokens, trace
+from minter.cli import demo, lifetimes, operations, processes, publish, storages, tokens, trace
 from minter.cli.tables import (
     AsJson,
     SettingsPath,
@@ -68,6 +68,7 @@ storages.register(app)
 tokens.register(app)
 operations.register(app)
 trace.register(app)
+lifetimes.register(app)
 processes.register(app)
 
 
