@@ -22,7 +22,17 @@ from minter.broker import rabbitmq
 from minter.broker.publisher import connect, declare
 from minter.cli import clients as cli_clients
 from minter.cli import control as cli_control
-from minter.cli import demo, lifetimes, operations, processes, publish, storages, tokens, trace
+from minter.cli import (
+    demo,
+    lifetimes,
+    operations,
+    processes,
+    publish,
+    rucio,
+    storages,
+    tokens,
+    trace,
+)
 from minter.cli.tables import (
     AsJson,
     SettingsPath,
@@ -69,6 +79,7 @@ tokens.register(app)
 operations.register(app)
 trace.register(app)
 lifetimes.register(app)
+rucio.register(app)
 processes.register(app)
 
 

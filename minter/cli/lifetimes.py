@@ -8,7 +8,7 @@ import typer
 from msgspec import structs
 
 from minter.cli.tables import AsJson, as_table, guarded, open_service, show
-from minter.database.lifetimes import Needed, needed
+from minter.database.lifetimes import NeededTime, needed
 from minter.policy.limits import HARD_MAX_SECONDS, PROFILE_MIN_SECONDS
 
 FEW = 1_000
@@ -41,7 +41,7 @@ def lifetimes(
     )  # fmt: skip
 
 
-def recommended(one: Needed) -> int | None:
+def recommended(one: NeededTime) -> int | None:
     """Return a lifetime in seconds that would have done for 999 of 1 000 tokens, None where too few ended.
 
     Where tokens expired too early, how long they were needed is known no better than how long others lived.
@@ -52,7 +52,7 @@ def recommended(one: Needed) -> int | None:
     return min(max(wanted, PROFILE_MIN_SECONDS), HARD_MAX_SECONDS)
 
 
-def _row(one: Needed) -> tuple[object, ...]:
+def _row(one: NeededTime) -> tuple[object, ...]:
     advice = recommended(one)
     return (
         one.route,

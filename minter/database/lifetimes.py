@@ -11,7 +11,7 @@ MOST = 1_000_000
 """Ended tokens that are looked at, the newest ones."""
 
 
-class Needed(Struct, frozen=True):
+class NeededTime(Struct, frozen=True):
     """Seconds for which one route's ended tokens were needed, from their issue on.
 
     `waited` is the time until the transfer began, where that was reported, and `needed` that until it ended;
@@ -57,8 +57,8 @@ _NEEDED = f"""
 """
 
 
-def needed(pool: Pool, since: datetime) -> list[Needed]:
+def needed(pool: Pool, since: datetime) -> list[NeededTime]:
     """Return how long the tokens of each route were needed that were minted since an instant, and ended."""
     with transaction(pool, LONG_SECONDS) as connection:
         rows = connection.execute(_NEEDED, (floor(since),)).fetchall()
-    return [Needed(*row) for row in rows]
+    return [NeededTime(*row) for row in rows]

@@ -46,19 +46,25 @@ def storages_from_export(
 
     Audiences default to bare host names: Rucio requests them today, so sites accept them.
     """
-    if not isinstance(export.get("rses"), dict):
-        raise SettingsError("not a Rucio export: expected an object with the member 'rses'")
     storages: list[Storage] = []
     warnings: list[str] = []
-    for key, rse in export["rses"].items():
+    for name, rse in rses_of(export):
         if not isinstance(rse, dict):
-            warnings.append(f"{key}: is not described by an object, left out")
+            warnings.append(f"{name}: is not described by an object, left out")
             continue
-        name = str(rse.get("rse") or key)
         storage = _storage(name, vo, rse, rule_of(name, rules), audience_form, warnings)
         if storage is not None:
             storages.append(storage)
     return storages, warnings
+
+
+def rses_of(export: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Return name and description of each RSE of an export; raises SettingsError for anything else."""
+    if not isinstance(export.get("rses"), dict):
+        raise SettingsError("not a Rucio export: expected an object with the member 'rses'")
+    return [
+        (str((isinstance(rse, dict) and rse.get("rse")) or key), rse) for key, rse in export["rses"].items()
+    ]
 
 
 def _storage(

@@ -7,7 +7,7 @@ from msgspec import structs
 
 from minter.cli.lifetimes import FEW, recommended
 from minter.database.connection import transaction
-from minter.database.lifetimes import Needed, needed
+from minter.database.lifetimes import NeededTime, needed
 from minter.service import Service
 from tests.integration.test_mint import mint, submission
 
@@ -35,7 +35,7 @@ def test_waits_needs_and_late_tokens_are_measured_by_route(service: Service) -> 
 
 
 def test_a_recommendation_has_a_quarter_to_spare_within_the_profiles_bounds() -> None:
-    one = Needed("r", FEW, 1.0, 2.0, 3.0, 4000.0, 9000.0, 1.0, 1.0, 0)
+    one = NeededTime("r", FEW, 1.0, 2.0, 3.0, 4000.0, 9000.0, 1.0, 1.0, 0)
     assert recommended(one) == 5400
     assert recommended(structs.replace(one, needed_999=1.0)) == 900
     assert recommended(structs.replace(one, needed_999=1e9)) == 192 * 3600
