@@ -141,7 +141,7 @@ class CoIssuerSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     """
 
     keys: Annotated[str, Meta(pattern="^https?://[^/]+/")]
-    path: Annotated[str, Meta(pattern="^/[A-Za-z0-9._~/-]*[A-Za-z0-9]$")]
+    path: Annotated[str, Meta(pattern=r"^(/(?!\.{1,2}(/|$))[A-Za-z0-9._~-]+)+$")]
     url: Annotated[str, Meta(pattern="^https://[^/]+/(.*/)?$")]
     prefix: Annotated[str, Meta(pattern="^[A-Za-z0-9._-]{2,32}$")]
     ca: str = ""

@@ -135,6 +135,9 @@ class Loaded:
                 raise SettingsError(
                     f"issuers.{vo}.iss {issuer.iss!r} must begin with https:// and end in a slash"
                 )
+        urls = [urlsplit(url) for url in self.endpoints.values()]
+        if len({(authority_key(p.netloc), p.path) for p in urls}) < len(urls):
+            raise SettingsError("two VOs have their endpoints at one URL: see iss and co_issuer.url")
         paths = [c.path for c in self.co_issuers.values()]
         if len(paths) != len(set(paths)):
             raise SettingsError("two VOs have one co_issuer.path, expected one file for each")

@@ -28,7 +28,8 @@ def permissions(client: str, queues: Sequence[str] = ()) -> tuple[str, str, str]
     return own, write, read
 
 
-_DEAD_LETTER_LIMIT = '{"max-length-bytes":1073741824,"overflow":"drop-head"}'
+# RabbitMQ 4 would drop a dead letter after it was looked at 20 times.
+_DEAD_LETTER_LIMIT = '{"max-length-bytes":1073741824,"overflow":"drop-head","delivery-limit":1000000000}'
 
 
 def setup_users(

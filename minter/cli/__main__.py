@@ -18,11 +18,8 @@ import typer
 from rich.console import Console
 
 from minter import __version__, checks, status
-from minter.broker import rabbitmq
-from minter.broker.publisher import connect, declare
-from minter.cli import clients as cli_clients
-from minter.cli import control as cli_control
 from minter.cli import (
+    broker,
     demo,
     lifetimes,
     operations,
@@ -33,19 +30,18 @@ from minter.cli import (
     tokens,
     trace,
 )
+from minter.cli import clients as cli_clients
+from minter.cli import control as cli_control
 from minter.cli.tables import (
     AsJson,
     SettingsPath,
     console,
     guarded,
-    not_registered,
     open_service,
     show,
-    whoami,
 )
-from minter.database import audit, control_changes, migrations, partitions
+from minter.database import migrations, partitions
 from minter.database.connection import (
-    LONG_SECONDS,
     BoundedConnection,
     synchronous_standbys,
     transaction,
@@ -68,9 +64,8 @@ app = typer.Typer(
     help=__doc__,
 )
 db_app = typer.Typer(no_args_is_help=True, help="Manage the database.")
-broker_app = typer.Typer(no_args_is_help=True, help="Manage the message broker.")
-for name, group in (("db", db_app), ("broker", broker_app)):
-    app.add_typer(group, name=name)
+app.add_typer(db_app, name="db")
+broker.register(app)
 cli_clients.register(app)
 cli_control.register(app)
 publish.register(app)
@@ -298,7 +293,7 @@ def _check_database(service: Service, warnings: list[str], failed: list[str]) ->
         warnings.append(f"partitions exist for only {ahead} days ahead; is beat running?")
 
 
-# ── database, broker ─────────────────────────────────────────────────────────────────────────
+# ── database ─────────────────────────────────────────────────────────────────────────────────
 
 
 @db_app.command("upgrade")
@@ -314,52 +309,6 @@ def db_upgrade(as_json: AsJson = False) -> None:
         {"partitions_ahead": ahead},
         lambda: f"database is up to date, {ahead} days of partitions ahead",
     )
-
-
-@broker_app.command("setup")
-@guarded
-def broker_setup(
-    clients: Annotated[
-        bool, typer.Option(help="Also create RabbitMQ users and permissions for every client.")
-    ] = True,
-    rabbitmqctl: Annotated[str, typer.Option(help="Path of the program rabbitmqctl.")] = "rabbitmqctl",
-    passwords: Annotated[Path | None, typer.Option(help="File for new users' passwords (mode 600).")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Declare exchanges and quorum queues; on RabbitMQ, also create users and permissions."""
-    loaded = load_settings()
-    try:
-        with connect(loaded.broker_url, loaded.broker_ca) as connection:
-            declare(connection)
-    except OSError as error:
-        raise Unavailable(f"the broker cannot be reached ({type(error).__name__})") from error
-    made: list[str] = []
-    if clients and loaded.broker_url.startswith(("amqp", "pyamqp")):
-        with transaction(Service(loaded).pool) as connection:
-            control = read_control(connection)
-        queues = {c.name: c.reply_queues for c in control.clients.values() if not c.disabled}
-        with connect(loaded.broker_url, loaded.broker_ca) as connection:
-            declare(connection, [q for listed in queues.values() for q in listed], queues)
-        made = rabbitmq.setup_users(queues, loaded.broker_url, rabbitmqctl, passwords)
-    show(as_json, {"users": made}, lambda: f"exchanges and queues declared; {len(made)} users made")
-
-
-@broker_app.command("password")
-@guarded
-def broker_password(
-    client: Annotated[str, typer.Argument(help="Name of the client.")],
-    passwords: Annotated[Path, typer.Option(help="New file for the password (mode 600).")],
-    rabbitmqctl: Annotated[str, typer.Option(help="Path of the program rabbitmqctl.")] = "rabbitmqctl",
-    as_json: AsJson = False,
-) -> None:
-    """Give a client's RabbitMQ user a new password; the old one opens no new connection."""
-    service = open_service()
-    known = control_changes.client_names(service.pool, LONG_SECONDS)
-    if client not in known:
-        raise not_registered(client, known)
-    rabbitmq.new_password(client, rabbitmqctl, passwords)
-    audit.note(service.pool, whoami(), "client.amqp_password", client, {})
-    show(as_json, {"client": client}, lambda: f"{client} has a new password, written to {passwords}")
 
 
 @app.callback(invoke_without_command=True)

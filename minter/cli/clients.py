@@ -26,7 +26,7 @@ from minter.cli.tables import (
 from minter.contract.operations import OPERATIONS
 from minter.database import control_changes
 from minter.database.connection import instant, transaction
-from minter.database.control import read_control
+from minter.database.control import read_control, read_keys
 from minter.errors import InvalidRequest
 from minter.policy.clients import Ban, Client
 from minter.policy.token_requests import SubjectToken
@@ -282,7 +282,9 @@ def clients_subject_token(name: str, as_json: AsJson = False) -> None:
     """
     service = open_service()
     client = _registered(service, name)
-    subjects = Subjects(service.loaded.endpoints, service.iams)
+    with transaction(service.pool) as connection:
+        kids = [key.kid for key in read_keys(connection)]
+    subjects = Subjects(service.loaded.endpoints, service.iams, lambda: kids)
     subject = subjects.verify(client.vo, SubjectToken(sys.stdin.read().strip()))
     columns = {
         "subject_token": service.keystore.seal_token(client.vo, name, "client_subject", subject.token),

@@ -189,7 +189,7 @@ def keys_iam(
     if vo not in service.loaded.co_issuers:
         raise SettingsError(f"no [issuers.{vo}.co_issuer] in the settings")
     if drop is not None:
-        co_issuers.drop(service.pool, vo, drop, whoami())
+        co_issuers.drop(service.pool, vo, drop, service.clock(), whoami())
     known = co_issuers.known(service.pool, vo)
     show(
         as_json,

@@ -9,7 +9,7 @@ import typer
 from minter.cli.tables import AsJson, guarded, open_service, show
 from minter.database.connection import transaction
 from minter.database.control import read_keys
-from minter.errors import SettingsError, Unavailable
+from minter.errors import NoUsableKey, SettingsError, Unavailable
 from minter.issuer import co_issuer
 from minter.issuer import jwks_cache as cache
 from minter.issuer import well_known as files
@@ -58,7 +58,12 @@ def publish(
 ) -> None:
     """Write every issuer's discovery document and JWKS as files (deploy/nginx.conf serves them)."""
     service = open_service()
-    _write(service, folder, jwks_cache, as_json)
+    try:
+        _write(service, folder, jwks_cache, as_json)
+    except NoUsableKey as error:  # of an issuer that has no key yet; it may get one
+        if not watch:
+            raise
+        typer.echo(f"minter: {error.reason}: {error}", err=True)
     while watch:
         threading.Event().wait(WATCH_SECONDS)
         try:
@@ -73,12 +78,13 @@ def _write(
     with transaction(service.pool) as connection:
         ring = read_keys(connection)
     now, issuers = service.clock(), service.loaded.own_issuers
-    made = files.documents(ring, issuers, now) if issuers else {}
     merged = co_issuer.files(service, ring)
-    if clash := made.keys() & merged.keys():
+    written = files.write(folder, dict(merged.values()))
+    co_issuer.note_written(service, merged)
+    made = files.documents(ring, issuers, now) if issuers else {}
+    if clash := made.keys() & {path for path, _ in merged.values()}:
         raise SettingsError(f"{min(clash)} is both an issuer's document and a co_issuer.path")
-    written = files.write(folder, made | merged)
-    co_issuer.note_written(service)
+    written += files.write(folder, made)
     if jwks_cache is not None:
         written += files.write(jwks_cache, cache.entries(ring, issuers, now, jwks_cache))
     changed = [str(path) for path in written]

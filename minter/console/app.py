@@ -18,7 +18,15 @@ from minter import __version__
 from minter.console import charts
 from minter.console.pages import AUDITED, Pages
 from minter.console.signin import Person, SignIn
-from minter.errors import InvalidClient, MinterError, OperationNotAllowed, RequestError, Unavailable
+from minter.errors import (
+    InvalidClient,
+    InvalidRequest,
+    MinterError,
+    OperationNotAllowed,
+    RequestError,
+    Unavailable,
+)
+from minter.storages.urls import authority_key
 
 logger = logging.getLogger(__name__)
 
@@ -48,10 +56,14 @@ class Shown:
         self._templates.globals["version"] = __version__
         self._templates.filters["when"] = lambda at: f"{at:%Y-%m-%d %H:%M:%S}" if at else ""
 
-    def page(self, resp: falcon.Response, name: str, person: Person | None, **values: object) -> None:
-        """Answer with a page."""
+    def page(
+        self, req: falcon.Request, resp: falcon.Response, name: str, person: Person | None, **values: object
+    ) -> None:
+        """Answer with a page, whose links are relative to the path that was asked for."""
         resp.content_type = "text/html; charset=utf-8"
-        resp.text = self._templates.get_template(f"{name}.html").render(person=person, page=name, **values)
+        root = "../" * (req.path.count("/") - 1)
+        template = self._templates.get_template(f"{name}.html")
+        resp.text = template.render(person=person, page=name, root=root, **values)
 
 
 class Guard:
@@ -67,6 +79,8 @@ class Guard:
         resp.set_headers(_HEADERS)
         person = self._sign_in.sessions.find(req.cookies.get(SESSION, ""))
         req.context.person = person
+        if "\x00" in "".join(map(str, req.params.values())):
+            raise InvalidRequest("a parameter has a NUL character")
         if person is None and req.path not in self.open_to_all:
             raise InvalidClient("sign in first")
 
@@ -79,7 +93,7 @@ class Page:
 
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
         """Answer with the page."""
-        self._shown.page(resp, self._name, req.context.person, done="", **self._read(req))
+        self._shown.page(req, resp, self._name, req.context.person, done="", **self._read(req))
 
 
 class Act:
@@ -94,27 +108,35 @@ class Act:
         person: Person = req.context.person
         form = read_form(req)
         origin = req.get_header("Origin")
-        own = urlsplit(self._base).netloc
-        if form.pop("form_key", "") != person.form_key or (origin and urlsplit(origin).netloc != own):
+        if form.pop("form_key", "") != person.form_key or (origin and _place(origin) != _place(self._base)):
             raise OperationNotAllowed("this form is not of your session; open the page again")
         if person.role != "operator":
             raise OperationNotAllowed("only operators may change anything; you may look")
         if form.pop("sure", "") != "yes":
             self._shown.page(
-                resp, "sure", person, question=self._question, form=form, action=req.path, back=self._back
+                req,
+                resp,
+                "sure",
+                person,
+                question=self._question,
+                form=form,
+                action=req.path,
+                back=self._back,
             )
             return
         done = self._change(form, person.name)
         logger.info("%s: %s", person.name, done)
-        self._shown.page(resp, "done", person, done=done, back=self._back)
+        self._shown.page(req, resp, "done", person, done=done, back=self._back)
 
 
 def read_form(req: falcon.Request) -> dict[str, str]:
-    """Return the fields of a form; raises OperationNotAllowed for one that is too large."""
+    """Return the fields of a form; raises OperationNotAllowed or InvalidRequest for a bad one."""
     if (req.content_length or 0) > MAX_FORM_BYTES:
         raise OperationNotAllowed(f"a form has at most {MAX_FORM_BYTES} bytes")
     body = req.bounded_stream.read(MAX_FORM_BYTES + 1).decode(errors="replace")
-    found = falcon.uri.parse_query_string(body)
+    found = falcon.uri.parse_query_string(body, keep_blank=True)
+    if "\x00" in "".join(map(str, found.values())):
+        raise InvalidRequest("a field has a NUL character")
     return {name: value for name, value in found.items() if isinstance(value, str)}
 
 
@@ -142,16 +164,16 @@ class Door:
         """Send the person to the IAM."""
         if self._sign_in.iam is None:
             raise InvalidClient("this console has no OpenID Connect: open the link that it printed")
-        url, state = self._sign_in.iam.start()
-        self._cookie(resp, LOGIN, state)
+        url, login = self._sign_in.iam.start()
+        self._cookie(resp, LOGIN, login)
         raise falcon.HTTPSeeOther(url)
 
     def on_get_callback(self, req: falcon.Request, resp: falcon.Response) -> None:
         """Sign in the person whom the IAM sent back; raises InvalidClient for another browser's sign-in."""
         state, code = req.get_param("state") or "", req.get_param("code") or ""
-        if self._sign_in.iam is None or not code or state != req.cookies.get(LOGIN):
-            raise InvalidClient("this sign-in did not begin in this browser, or the IAM refused it")
-        name, role = self._sign_in.iam.finish(state, code)
+        if self._sign_in.iam is None or not code:
+            raise InvalidClient("the IAM refused this sign-in")
+        name, role = self._sign_in.iam.finish(req.cookies.get(LOGIN, ""), state, code)
         self._cookie(resp, SESSION, self._sign_in.open(name, role))
         resp.unset_cookie(LOGIN, path=self._path)
         raise falcon.HTTPSeeOther("./")
@@ -160,7 +182,9 @@ class Door:
         """Forget the session."""
         self._sign_in.sessions.take(req.cookies.get(SESSION, ""))
         resp.unset_cookie(SESSION, path=self._path)
-        self._shown.page(resp, "error", None, wrong="You are signed out.", iam=self._sign_in.iam is not None)
+        self._shown.page(
+            req, resp, "error", None, wrong="You are signed out.", iam=self._sign_in.iam is not None
+        )
 
 
 class Files:
@@ -203,12 +227,12 @@ def application(pages: Pages, sign_in: SignIn, base: str) -> "falcon.App[Any, An
             logger.warning("%s: %s: %s", req.path, error.reason, error)
         resp.status = status
         person = getattr(req.context, "person", None)
-        shown.page(resp, "error", person, wrong=error.message, iam=sign_in.iam is not None)
+        shown.page(req, resp, "error", person, wrong=error.message, iam=sign_in.iam is not None)
 
     def failed(req: falcon.Request, resp: falcon.Response, error: Exception, _params: object) -> None:
         logger.error("%s failed", req.path, exc_info=error)
         resp.status = 500
-        shown.page(resp, "error", None, wrong="The console failed; its log says why.", iam=False)
+        shown.page(req, resp, "error", None, wrong="The console failed; its log says why.", iam=False)
 
     app.add_error_handler(Exception, failed)
     app.add_error_handler(falcon.HTTPError, _plain)
@@ -248,6 +272,12 @@ def application(pages: Pages, sign_in: SignIn, base: str) -> "falcon.App[Any, An
     ):  # fmt: skip
         app.add_route(path, resource, suffix=suffix)
     return app
+
+
+def _place(url: str) -> tuple[str, str]:
+    """Return scheme and place of a URL in one spelling, both empty for no URL."""
+    scheme, _, rest = url.partition("://")
+    return scheme.lower(), authority_key(rest.partition("/")[0])
 
 
 def _searched(pages: Pages, req: falcon.Request) -> Mapping[str, object]:

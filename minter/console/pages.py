@@ -15,7 +15,7 @@ from minter.database import audit, control_changes, keyring, overview
 from minter.database.connection import transaction
 from minter.database.control import read_control, read_keys
 from minter.database.live_tokens import count_live
-from minter.errors import InvalidRequest, MinterError, RequestError
+from minter.errors import InvalidRequest, MinterError, RequestError, Unavailable
 from minter.policy.clients import Client
 from minter.service import Service
 from minter.storages.dialects import DIALECTS
@@ -78,16 +78,21 @@ class Pages:
         """Return what the overview shows; raises InvalidRequest for an unknown period."""
         if period not in charts.PERIODS:
             raise InvalidRequest(f"no period {period!r}, expected one of {', '.join(charts.PERIODS)}")
-        now = self.service.clock()
-        kinds = {
-            kind: charts.rates(self.service.pool, kind, charts.PERIODS[period], now) for kind in charts.KINDS
-        }
+        now, pool, chosen = self.service.clock(), self.service.pool, charts.PERIODS[period]
+        totals: dict[str, dict[str, int]] = {}
+        means: dict[str, float] = {}
+        wrong = ""
+        try:
+            for kind in charts.KINDS:
+                totals[kind] = _totals(charts.rates(pool, kind, chosen, now), chosen)
+            means = charts.means(pool, chosen, now)
+        except Unavailable as error:
+            wrong = error.message
         return {
             "period": period, "periods": list(charts.PERIODS), "kinds": charts.KINDS,
             "lines": self.overview.lines, "at": self.overview.at, "live": self.overview.live,
             "worst": status.worst(self.overview.lines),
-            "totals": {kind: _totals(shown, charts.PERIODS[period]) for kind, shown in kinds.items()},
-            "means": charts.means(self.service.pool, charts.PERIODS[period], now),
+            "totals": totals, "means": means, "wrong": wrong,
         }  # fmt: skip
 
     def search(self, text: str) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from minter import logs
 from minter.console.app import application
 from minter.console.pages import Pages
 from minter.console.signin import SignIn
+from minter.database.connection import open_pool
 from minter.errors import SettingsError
 from minter.heartbeats import Heartbeat
 from minter.private_files import write_private_file
@@ -27,12 +28,15 @@ logger = logging.getLogger(__name__)
 LINK = "MINTER_CONSOLE_LINK"
 """Variable that names a file for the one-time link, which is printed otherwise."""
 THREADS = 4
+CONNECT_SECONDS, PATIENCE_SECONDS = 2, 5.0
+"""A page waits so long for Postgres at most: each wait holds one of the threads."""
 HEADER_MILLISECONDS = 10_000
 
 
 def base_of(console: ConsoleSettings) -> str:
     """Return the console's public URL."""
-    return console.url or f"http://{console.listen}:{console.port}"
+    host = f"[{console.listen}]" if ":" in console.listen else console.listen
+    return console.url or f"http://{host}:{console.port}"
 
 
 def check(console: ConsoleSettings) -> None:
@@ -56,7 +60,9 @@ def create() -> Any:
     loaded = load_settings()
     console = loaded.settings.console
     secret = loaded.secret(console.client_secret_file) if console.client_secret_file else ""
-    pages, sign_in = Pages(Service(loaded)), SignIn(console, secret)
+    service = Service(loaded)
+    service.pool = open_pool(loaded.dsn, THREADS, CONNECT_SECONDS, PATIENCE_SECONDS)
+    pages, sign_in = Pages(service), SignIn(console, secret, loaded.folder)
     pages.overview.start()
     Heartbeat("console", pages.service).start()
     if sign_in.iam is None:

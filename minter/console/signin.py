@@ -10,6 +10,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
 import jwt
@@ -24,10 +25,9 @@ from minter.sections import ConsoleSettings
 
 Role = Literal["viewer", "operator"]
 SESSION_SECONDS = 8 * 3600
-LOGIN_SECONDS = 600
-"""How long a sign-in at the IAM may take."""
+DISCOVERY_SECONDS = 300
 MOST = 1_000
-"""Sessions, and sign-ins under way; the oldest give way."""
+"""Sessions; the oldest give way."""
 IAM_SECONDS = 10.0
 LEEWAY_SECONDS = 60
 ALGORITHMS = ["RS256", "RS384", "RS512", "ES256", "ES384", "ES512", "PS256", "PS384", "PS512"]
@@ -75,21 +75,18 @@ class Once(Generic[Value]):
         return value
 
 
-class Login(Struct, frozen=True):
-    """A sign-in at the IAM that is under way."""
-
-    verifier: str
-    nonce: str
-
-
 class SignIn:
     """Who is signed in, and how people sign in."""
 
     def __init__(
-        self, wanted: ConsoleSettings, secret: str, clock: Callable[[], float] = time.monotonic
+        self,
+        wanted: ConsoleSettings,
+        secret: str,
+        folder: Path = Path(),
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.sessions = Once[Person](SESSION_SECONDS, clock)
-        self.iam = OpenID(wanted, secret, Once[Login](LOGIN_SECONDS, clock)) if wanted.oidc_issuer else None
+        self.iam = OpenID(wanted, secret, folder) if wanted.oidc_issuer else None
         self._link = secrets.token_urlsafe(32)
 
     def link(self, base: str) -> str:
@@ -109,46 +106,48 @@ class SignIn:
 
 
 class OpenID:
-    """The console as a client of the VO's IAM."""
+    """The console as a client of the VO's IAM.
 
-    def __init__(self, wanted: ConsoleSettings, secret: str, logins: Once[Login]) -> None:
+    What a sign-in must remember (state, nonce and PKCE's verifier) is in a cookie of the browser that began
+    it: strangers who begin a thousand take nobody's place.
+    """
+
+    def __init__(self, wanted: ConsoleSettings, secret: str, folder: Path) -> None:
         self._wanted = wanted
         self._secret = secret
-        self._logins = logins
+        self._ca = str(folder / wanted.ca) if wanted.ca else True
+        self._known: tuple[float, dict[str, Any]] = (float("-inf"), {})
 
     def start(self) -> tuple[str, str]:
-        """Return the IAM's URL to sign in at, and the state of the sign-in; raises ProviderAway."""
-        login = Login(secrets.token_urlsafe(48), secrets.token_urlsafe(16))
-        state = self._logins.add(login)
+        """Return the IAM's URL to sign in at, and the cookie of the sign-in; raises ProviderAway."""
+        state, nonce, verifier = (secrets.token_urlsafe(n) for n in (32, 16, 48))
         with self._client() as client:
             endpoint = self._discovery(client)["authorization_endpoint"]
             url, _ = client.create_authorization_url(
-                endpoint, state=state, nonce=login.nonce, code_verifier=login.verifier
+                endpoint, state=state, nonce=nonce, code_verifier=verifier
             )
-        return str(url), state
+        return str(url), f"{state}.{nonce}.{verifier}"
 
-    def finish(self, state: str, code: str) -> tuple[str, Role]:
+    def finish(self, cookie: str, state: str, code: str) -> tuple[str, Role]:
         """Return name and role of the person whom the IAM sent back.
 
-        Raises InvalidClient for an answer of the IAM that proves nothing, OperationNotAllowed for a person
-        without a role, ProviderAway if the IAM does not answer.
+        Raises InvalidClient for another browser's sign-in, or an answer of the IAM that proves nothing,
+        OperationNotAllowed for a person without a role, ProviderAway if the IAM does not answer.
         """
-        login = self._logins.take(state)
-        if login is None:
-            raise InvalidClient("this sign-in is not known, or took too long; sign in again")
+        begun, nonce, verifier = cookie.split(".") if cookie.count(".") == 2 else ("", "", "")  # noqa: PLR2004
+        if not begun or not hmac.compare_digest(begun.encode(), state.encode()):
+            raise InvalidClient("this sign-in did not begin in this browser; sign in again")
         try:
             with self._client() as client:
                 discovery = self._discovery(client)
-                token = client.fetch_token(
-                    discovery["token_endpoint"], code=code, code_verifier=login.verifier
-                )
-                claims = self._claims(client, discovery, token, login)
+                token = client.fetch_token(discovery["token_endpoint"], code=code, code_verifier=verifier)
+                claims = self._claims(client, discovery, token, nonce)
         except (requests.RequestException, AuthlibBaseError, jwt.PyJWTError, KeyError, ValueError) as error:
             raise InvalidClient(f"the IAM's answer proves no identity ({type(error).__name__})") from error
         return self._name(claims), self._role(claims)
 
     def _claims(
-        self, client: OAuth2Session, discovery: Mapping[str, Any], token: Mapping[str, Any], login: Login
+        self, client: OAuth2Session, discovery: Mapping[str, Any], token: Mapping[str, Any], nonce: str
     ) -> dict[str, Any]:
         keys = jwt.PyJWKSet.from_dict(client.get(discovery["jwks_uri"], withhold_token=True).json()).keys
         kid = jwt.get_unverified_header(token["id_token"]).get("kid")
@@ -160,7 +159,7 @@ class OpenID:
             issuer=self._wanted.oidc_issuer, leeway=LEEWAY_SECONDS,
             options={"require": ["sub", "iat", "exp", "aud", "iss"]},
         )  # fmt: skip
-        if not hmac.compare_digest(str(claims.get("nonce", "")), login.nonce):
+        if not hmac.compare_digest(str(claims.get("nonce", "")), nonce):
             raise ValueError("another nonce")
         if self._wanted.group_claim not in claims and "userinfo_endpoint" in discovery:
             told = client.get(discovery["userinfo_endpoint"]).json()
@@ -169,6 +168,9 @@ class OpenID:
         return claims
 
     def _discovery(self, client: OAuth2Session) -> dict[str, Any]:
+        at, known = self._known
+        if time.monotonic() - at < DISCOVERY_SECONDS:
+            return known
         try:
             url = self._wanted.oidc_issuer.rstrip("/") + "/.well-known/openid-configuration"
             answer = client.get(url, withhold_token=True)
@@ -179,6 +181,7 @@ class OpenID:
             raise ProviderAway(f"no discovery document of {self._wanted.oidc_issuer} ({why})") from error
         if found.get("issuer") != self._wanted.oidc_issuer:
             raise ProviderAway(f"the discovery document is not of {self._wanted.oidc_issuer}: see [console]")
+        self._known = time.monotonic(), found
         return found
 
     def _client(self) -> OAuth2Session:
@@ -187,16 +190,17 @@ class OpenID:
             wanted.client_id, self._secret, scope=wanted.oidc_scope, redirect_uri=f"{wanted.url}/callback",
             code_challenge_method="S256", default_timeout=IAM_SECONDS,
         )  # fmt: skip
-        made.verify = wanted.ca or True
+        made.verify, made.trust_env = self._ca, False
         return made
 
     def _name(self, claims: Mapping[str, Any]) -> str:
-        shown = claims.get("preferred_username") or claims.get("email") or claims["sub"]
-        return str(shown)[:100]
+        """Return a name for people to read, with the `sub`, which is nobody else's, for the audit."""
+        shown = claims.get("preferred_username") or claims.get("email")
+        return f"{shown} ({claims['sub']})"[:200] if shown else str(claims["sub"])[:200]
 
     def _role(self, claims: Mapping[str, Any]) -> Role:
         told = claims.get(self._wanted.group_claim) or []
-        groups = [told] if isinstance(told, str) else [str(group) for group in told]
+        groups = [str(group) for group in told] if isinstance(told, list) else [str(told)] if told else []
         for role, patterns in (("operator", self._wanted.operators), ("viewer", self._wanted.viewers)):
             if any(fits(group, patterns) for group in groups):
                 return "operator" if role == "operator" else "viewer"

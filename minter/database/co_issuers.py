@@ -61,8 +61,8 @@ def note_written(pool: Pool, vo: str, now: datetime) -> None:
         connection.execute("UPDATE co_issuers SET written_at = %s WHERE vo = %s", (now, vo))
 
 
-def drop(pool: Pool, vo: str, kid: str, actor: str) -> None:
-    """Remove a key of the IAM at once, audited; raises InvalidRequest if it is not known."""
+def drop(pool: Pool, vo: str, kid: str, now: datetime, actor: str) -> None:
+    """Remove a key of the IAM at once, audited; raises InvalidRequest if it is not known, or the only one."""
     with controlling(pool, actor, "co_issuer.drop", kid, {"vo": vo}) as connection:
         row = connection.execute("SELECT keys FROM co_issuers WHERE vo = %s FOR UPDATE", (vo,)).fetchone()
         keys = row[0] if row else []
@@ -71,4 +71,10 @@ def drop(pool: Pool, vo: str, kid: str, actor: str) -> None:
             raise InvalidRequest(
                 f"the IAM of VO {vo!r} has no key with the kid {kid!r}; run: minter keys iam --vo {vo}"
             )
-        connection.execute("UPDATE co_issuers SET keys = %s WHERE vo = %s", (Jsonb(left), vo))
+        if not left:
+            raise InvalidRequest(f"{kid!r} is the IAM's only known key: sites would refuse all of its tokens")
+        # An answer that is on its way was asked for before this, and is not saved.
+        connection.execute(
+            "UPDATE co_issuers SET keys = %s, fetched_at = greatest(fetched_at, %s) WHERE vo = %s",
+            (Jsonb(left), now, vo),
+        )

@@ -6,6 +6,7 @@ that no synchronous standby confirms in time is `Unavailable`, too: Postgres has
 so a repeated request finds its record, and reading a record waits for the standby again.
 """
 
+import math
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
@@ -45,6 +46,7 @@ class BoundedConnection(psycopg.Connection[Any]):
     """A connection whose waits for Postgres end after `patience` seconds, with an OperationalError."""
 
     patience = LONG_SECONDS
+    most_patience = math.inf
     committing = False
     warned = ""
     on_slow: Callable[[str], None] = staticmethod(lambda _: None)
@@ -104,8 +106,10 @@ class BoundedConnection(psycopg.Connection[Any]):
             self.warned = notice.message_primary or "warning"
 
 
-def open_pool(dsn: str, size: int = 2, connect_seconds: int = 5) -> Pool:
+def open_pool(dsn: str, size: int = 2, connect_seconds: int = 5, most_patience: float = math.inf) -> Pool:
     """Return a connection pool; connections keep no session state, so PgBouncer may be used.
+
+    No wait for an answer is longer than `most_patience` seconds, whatever a transaction allows.
 
     synchronous_commit is set for each recording transaction (`PostgresStore.recording`), not per session.
     """
@@ -113,6 +117,7 @@ def open_pool(dsn: str, size: int = 2, connect_seconds: int = 5) -> Pool:
     def connect() -> BoundedConnection:
         made = BoundedConnection.connect(dsn, prepare_threshold=None, connect_timeout=connect_seconds)
         made.add_notice_handler(made.note)
+        made.most_patience = most_patience
         return made
 
     return create_engine("postgresql+psycopg://", creator=connect, pool_size=size, max_overflow=size)
@@ -137,7 +142,7 @@ def transaction(pool: Pool, patience: float = PATIENCE_SECONDS) -> Iterator["psy
     except PoolTimeout as error:
         raise Unavailable("all connections to Postgres are in use; they wait for it") from error
     driver: BoundedConnection = pooled.driver_connection  # type: ignore[assignment]
-    driver.patience = patience
+    driver.patience = min(patience, driver.most_patience)
     try:
         yield driver
         driver.commit_bounded()

@@ -1,7 +1,7 @@
 """Fetches the keys of IAMs under whose issuer Minter signs, and makes the files that merge both (ADR 16)."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -26,22 +26,22 @@ _OK = 200
 _encode = msgspec.json.Encoder(order="sorted").encode
 
 
-def files(service: Service, ring: Sequence[Key]) -> dict[str, bytes]:
-    """Return the merged key set of each co-issued VO by its path; one without any is left out, and logged."""
+def files(service: Service, ring: Sequence[Key]) -> dict[str, tuple[str, bytes]]:
+    """Return path and content of each co-issued VO's merged key set; a VO without is left out, and logged."""
     found = {}
     for vo, wanted in service.loaded.co_issuers.items():
         known = fetched(service, vo, wanted, ring)
         own = keys.jwks((k for k in ring if k.vo == vo), service.clock())["keys"]
         try:
-            found[wanted.path.lstrip("/")] = _encode(co_issuer.merged(known, own))
+            found[vo] = wanted.path.lstrip("/"), _encode(co_issuer.merged(known, own))
         except InvalidRequest as error:
             logger.warning("%s: %s", vo, error)
     return found
 
 
-def note_written(service: Service) -> None:
-    """Note that the merged files are as they should be, for `status` and the alert."""
-    for vo in service.loaded.co_issuers:
+def note_written(service: Service, vos: Iterable[str]) -> None:
+    """Note that the merged files of these VOs are as they should be, for `status` and the alert."""
+    for vo in vos:
         co_issuers.note_written(service.pool, vo, service.clock())
 
 

@@ -15,10 +15,19 @@ from minter.providers.reading import scope_words
 
 
 class Subjects:
-    """Verifies subject tokens; `iams` is called for the first token: without one no secrets are needed."""
+    """Verifies subject tokens; `iams` is called for the first token: without one no secrets are needed.
 
-    def __init__(self, issuers: Mapping[str, str], iams: Callable[[], Mapping[str, IAM]]) -> None:
+    `own_kids` returns the kids of Minter's keys, whose tokens are no provider's.
+    """
+
+    def __init__(
+        self,
+        issuers: Mapping[str, str],
+        iams: Callable[[], Mapping[str, IAM]],
+        own_kids: Callable[[], Collection[str]],
+    ) -> None:
         self._issuers = issuers
+        self._own_kids = own_kids
         self._make = iams
         self._iams: Mapping[str, IAM] | None = None
 
@@ -33,10 +42,13 @@ class Subjects:
             if not is_compact(token):
                 raise ValueError
             unverified = jwt.decode(token, options={"verify_signature": False})
+            kid = jwt.get_unverified_header(token).get("kid")
         except UNREADABLE:
             raise InvalidGrant(
                 "the subject token is no JWT, expected an access token of a provider"
             ) from None
+        if kid in self._own_kids():  # where the IAM signs under the same issuer (ADR 16)
+            raise InvalidGrant("the subject token is Minter's own, expected an access token of a provider")
         issuer = str(unverified.get("iss", "")).rstrip("/")
         here = [iam for iam in self._iams.values() if iam.provider.serves(vo)]
         iam = next((iam for iam in here if iam.provider.issuer.rstrip("/") == issuer), None)

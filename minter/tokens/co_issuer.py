@@ -8,6 +8,7 @@ does no I/O.
 
 from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
+from hashlib import sha256
 from typing import Any
 
 import jwt
@@ -21,6 +22,8 @@ MAX_BYTES = 128 * 1024
 MISSED = 2
 """So many good answers in a row without a key mean that the IAM has withdrawn it."""
 _PRIVATE = frozenset({"d", "p", "q", "dp", "dq", "qi", "oth", "k"})
+
+_canonical = msgspec.json.Encoder(order="sorted").encode
 
 PublicKey = dict[str, Any]
 
@@ -48,6 +51,8 @@ def read_key_set(body: bytes) -> list[PublicKey]:
         found = msgspec.convert(keys, list[dict[str, Any]])
     except (msgspec.DecodeError, msgspec.ValidationError, KeyError, RecursionError):
         raise InvalidRequest("the answer is no JWK Set (RFC 7517 §5)") from None
+    if b"\\u0000" in msgspec.json.encode(found):
+        raise InvalidRequest("the key set has a NUL character")
     if len(found) > MAX_KEYS:
         raise InvalidRequest(f"the key set has {len(found)} keys, expected at most {MAX_KEYS}")
     if any(_PRIVATE & key.keys() for key in found):
@@ -61,9 +66,9 @@ def read_key_set(body: bytes) -> list[PublicKey]:
 
 
 def kid_of(key: Mapping[str, Any]) -> str:
-    """Return the kid of a key, empty if it has none."""
+    """Return the kid of a key, or a digest of the key if it has none (RFC 7517 §4.5)."""
     kid = key.get("kid")
-    return kid if isinstance(kid, str) else ""
+    return kid if isinstance(kid, str) and kid else sha256(_canonical(dict(key))).hexdigest()
 
 
 def after(known: IamKeys, fetched: Sequence[PublicKey], own: Collection[str], now: datetime) -> IamKeys:

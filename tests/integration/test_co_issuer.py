@@ -109,7 +109,7 @@ def published(service: Service) -> dict[str, list[dict[str, str]]]:
     with transaction(service.pool) as connection:
         ring = read_control(connection).ring
     found = co_issuer.files(service, ring)
-    return json.loads(found["oauth/jwk"]) if found else {"keys": []}
+    return json.loads(dict(found.values())["oauth/jwk"]) if found else {"keys": []}
 
 
 def kids(service: Service) -> set[str]:
@@ -184,10 +184,12 @@ def test_a_withdrawn_key_goes_after_two_answers_or_by_an_operator(
         time.ahead += timedelta(minutes=2)
         assert (first in kids(service)) is expected
     second = iam.signers[0].kid
-    co_issuers.drop(service.pool, "alpen", second, "tests")
+    co_issuers.drop(service.pool, "alpen", second, service.clock(), "tests")
     assert second not in kids(service)
+    with pytest.raises(InvalidRequest, match="only known key"):
+        co_issuers.drop(service.pool, "alpen", iam.signers[1].kid, service.clock(), "tests")
     with pytest.raises(InvalidRequest, match="has no key"):
-        co_issuers.drop(service.pool, "alpen", second, "tests")
+        co_issuers.drop(service.pool, "alpen", second, service.clock(), "tests")
 
 
 def test_no_file_is_written_before_the_iams_keys_are_known(service: Service, iam: IAM) -> None:
@@ -231,7 +233,7 @@ def test_status_tells_of_the_merged_keys(service: Service, iam: IAM, time: Clock
 
     assert (line().level, "never" in line().text) == ("failed", True)
     published(service)
-    co_issuer.note_written(service)
+    co_issuer.note_written(service, ["alpen"])
     assert line().level == "ok"
     iam.signers.append(keys.generate("ES256"))
     time.ahead += timedelta(minutes=2)
@@ -239,14 +241,23 @@ def test_status_tells_of_the_merged_keys(service: Service, iam: IAM, time: Clock
     iam.signers.pop()
     time.ahead += timedelta(minutes=2)
     published(service)
-    co_issuer.note_written(service)
+    co_issuer.note_written(service, ["alpen"])
     assert (line().level, "lacks" in line().text) == ("warning", True)
     time.ahead += timedelta(minutes=11)
     assert line().level == "failed"
 
 
 @pytest.mark.parametrize(
-    "change", [{"prefix": ""}, {"path": "jwk"}, {"path": "/"}, {"url": "http://x/"}, {"keys": "x"}]
+    "change",
+    [
+        {"prefix": ""},
+        {"path": "jwk"},
+        {"path": "/"},
+        {"path": "/../x"},
+        {"path": "//jwk"},
+        {"url": "http://x/"},
+        {"keys": "x"},
+    ],
 )
 def test_a_half_configured_co_issuer_is_refused(tmp_path: Path, change: dict[str, str]) -> None:
     with pytest.raises(SettingsError, match="co_issuer"):

@@ -14,13 +14,14 @@ from minter.console.signin import MOST, SESSION_SECONDS, Once, SignIn
 from minter.contract.followups import JobReport
 from minter.contract.messages import FileRequest, MintRequest
 from minter.database import activity, states
-from minter.database.connection import transaction
+from minter.database.connection import open_pool, transaction
 from minter.errors import SettingsError
 from minter.heartbeats import Heartbeat
 from minter.metrics import Metrics
 from minter.policy.requests import from_mint
 from minter.sections import ConsoleSettings
 from minter.service import Service
+from minter.status import Line
 from minter.tokens import clock
 from minter.tokens.outcomes import Submission
 from tests.conftest import load_settings
@@ -196,6 +197,51 @@ def test_others_change_nothing(console: Console, role: str, change: dict[str, st
     assert console.post("/bans/add", **{**form, **change}).status_code == 403
     assert console.pages.bans()["bans"] == []
     assert ("Ban …" in console.get("/bans").text) is (role == "operator")
+
+
+@pytest.mark.parametrize("path", ["/audit?actor=%00", "/search?client=a%00", "/search?q=%00", "/?period=%00"])
+def test_odd_parameters_are_400(console: Console, path: str) -> None:
+    console.enter("viewer")
+    assert console.http.simulate_get(path, cookies={"minter-session": console.session}).status_code == 400
+
+
+def test_a_ban_of_all_vos_says_so_before_it_is_made(console: Console) -> None:
+    console.enter("operator")
+    form = {"form_key": console.form_key, "kind": "activity", "value": "x", "vo": "", "reason": "r"}
+    assert "<dt>vo</dt><dd>all</dd>" in console.post("/bans/add", **form).text
+    assert console.post("/bans/add", **{**form, "value": "%00"}).status_code == 400
+    for origin in ("http://[", "http://127.0.0.1:8446"):
+        assert console.post("/bans/add", **form, origin=origin).status_code == 403
+
+
+def test_links_of_a_page_for_errors_lead_out_of_its_folder(console: Console) -> None:
+    text = console.post("/bans/add", kind="vo", value="alpen", reason="x").text
+    assert 'href="../style.css"' in text
+    console.enter("viewer")
+    assert 'href="../search"' in console.post("/bans/add", kind="vo").text
+
+
+def test_without_postgres_the_overview_still_says_what_is_wrong(console: Console) -> None:
+    console.enter("viewer")
+    console.pages.overview.lines = [Line("failed", "postgres", "Connection refused")]
+    console.service.pool = open_pool("host=127.0.0.1 port=1 user=x dbname=x", 1, 1)
+    answer = console.get("/")
+    assert (answer.status_code, "Connection refused" in answer.text, "No rates" in answer.text) == (
+        200,
+        True,
+        True,
+    )
+    assert console.get("/clients").status_code == 503
+
+
+def test_a_minute_that_has_not_begun_here_does_no_harm(console: Console) -> None:
+    console.enter("viewer")
+    with transaction(console.service.pool) as connection:
+        connection.execute(
+            "INSERT INTO activity VALUES (date_trunc('minute', now()) + interval '1 minute', %s, 'alpen', 'tokens', 'mint', 5)",
+            (clock.new_uuid7(),),
+        )
+    assert console.get("/").status_code == 200
 
 
 def test_rates_are_of_all_processes(console: Console) -> None:

@@ -43,6 +43,7 @@ def test_a_key_set_is_read_whole_with_keys_of_unknown_types() -> None:
         (body(GOOD[0], GOOD[0]), "one kid"),
         (body(GOOD[0], SECRET), "private or a symmetric"),
         (body({**GOOD[0], "d": "AA"}), "private or a symmetric"),
+        (body({**GOOD[0], "x5u": "\x00"}), "NUL"),
         (body(*({**GOOD[0], "kid": str(n)} for n in range(MAX_KEYS + 1))), "at most"),
     ],
 )
@@ -60,6 +61,14 @@ def test_a_key_goes_after_two_answers_without_it() -> None:
     twice = after(once, GOOD[:1], (), NOW + timedelta(minutes=2))
     assert [kid_of(k) for k in twice.keys] == [GOOD[0]["kid"]]
     assert (twice.problem, twice.fetched_at) == ("", NOW + timedelta(minutes=2))
+
+
+def test_keys_without_a_kid_are_told_apart() -> None:
+    bare = [{name: value for name, value in key.items() if name != "kid"} for key in GOOD]
+    known = after(IamKeys(vo="vo"), read_key_set(body(bare[0])), (), NOW)
+    assert after(known, read_key_set(body(bare[1])), (), NOW).keys == [bare[1], bare[0]]
+    with pytest.raises(InvalidRequest, match="one kid"):
+        read_key_set(body(bare[0], bare[0]))
 
 
 def test_a_kid_of_ours_is_refused_and_nothing_is_merged_before_the_first_answer() -> None:
