@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 
-from minter.database import activity, processes
+from minter.database import counts, processes
 from minter.database.connection import open_pool
 from minter.errors import Unavailable
 from minter.service import Service
@@ -19,18 +19,18 @@ logger = logging.getLogger(__name__)
 class Heartbeat:
     """The heartbeat of one process. A thread writes it; `problem` says why the last one failed.
 
-    `counts` returns what the process counted since its start, `facts` what only it knows. Where the answer to
-    a heartbeat is lost, its counts are written again with the next one.
+    `counted` returns what the process counted since its start, `facts` what only it knows. Where the answer
+    to a heartbeat is lost, its counts are written again with the next one.
     """
 
     def __init__(
         self,
         role: str,
         service: Service,
-        counts: Callable[[], activity.Counts] = dict,
+        counted: Callable[[], counts.Counts] = dict,
         facts: Callable[[], Mapping[str, object]] = dict,
     ) -> None:
-        self._counts, self._facts = counts, facts
+        self._counted, self._facts = counted, facts
         self._written: Counter[tuple[str, str, str]] = Counter()
         self._process = processes.this_process(role, new_uuid7(), service.clock())
         self._clock = service.store.clock
@@ -59,7 +59,7 @@ class Heartbeat:
         if not self._one.acquire(timeout=patience):
             raise self.problem or Unavailable(f"Postgres gives no answer within {patience:g} s")
         try:
-            counted = Counter(self._counts())
+            counted = Counter(self._counted())
             new = counted - self._written
             skew = processes.beat(self._pool, self._process, self._clock, patience, self._facts(), new)
             self._written = counted

@@ -199,8 +199,8 @@ class Metrics:
         self._provider.labels(provider, grant, outcome).inc()
         self._provider_seconds.labels(provider).observe(seconds)
 
-    def activity(self) -> Tally[tuple[str, str, str]]:
-        """Return what this process counted since its start, as `minter.database.activity` keeps it."""
+    def counted(self) -> Tally[tuple[str, str, str]]:
+        """Return what this process counted since its start, as `minter.database.counts` keeps it."""
         found: Tally[tuple[str, str, str]] = Tally()
         for counter, kind, name in (
             (self._tokens, "tokens", "mode"),

@@ -10,7 +10,7 @@ from uuid import UUID
 
 from minter import sections, settings
 from minter.contract.messages import unix_time
-from minter.database import activity, control_changes, keyring, partitions, processes, recording
+from minter.database import control_changes, counts, keyring, partitions, processes, recording
 from minter.database.connection import open_pool, transaction
 from minter.database.control import read_keys, read_private_key
 from minter.errors import NoUsableKey, SettingsError
@@ -127,7 +127,7 @@ class Service:
         if pruned := partitions.prune_suspects(self.pool):
             done.append(f"{pruned} redelivery counts removed")
         processes.forget(self.pool)
-        activity.prune(self.pool)
+        counts.prune(self.pool)
         partitions.prune_ended(self.pool, days)
         partitions.prune_managed(self.pool, days, now)
         return done + [f"keys: {change}" for change in self.maintain_keys(actor)]

@@ -206,9 +206,9 @@ processes = Table(
 )
 
 # What each process counted in a minute, written with its heartbeats: rates of the whole cluster in one query.
-# `kind` and `label` are those of `minter.database.activity`; rows of 8 days are kept.
-activity = Table(
-    "activity",
+# `kind` and `label` are those of `minter.database.counts`; rows of 8 days are kept.
+counts = Table(
+    "counts",
     metadata,
     Column("minute", Instant, primary_key=True),
     Column("process_id", UUID(as_uuid=True), primary_key=True),

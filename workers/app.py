@@ -247,7 +247,7 @@ def _open_engine() -> None:
         local_client=_local_client(app.loaded),
     )
     serve_process(metrics.registry, settings.metrics, "worker")
-    Heartbeat("worker", service, metrics.activity).start()
+    Heartbeat("worker", service, metrics.counted).start()
 
 
 @beat_init.connect

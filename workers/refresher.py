@@ -63,7 +63,7 @@ def run() -> None:
     if not iams:
         raise SettingsError("no [[providers]] in the settings: there is nothing to refresh")
     serve_process(metrics.registry, service.loaded.settings.metrics, "refresher")
-    Heartbeat("refresher", service, metrics.activity).start()
+    Heartbeat("refresher", service, metrics.counted).start()
     lifecycle = Lifecycle(service.engine, service.store)
     send = Sender(service.loaded) if service.loaded.broker_url else None
     scale = service.loaded.settings.drill.time_scale

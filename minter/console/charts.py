@@ -8,7 +8,7 @@ import pygal
 from pygal.style import Style
 from sqlalchemy.engine import Engine as Pool
 
-from minter.database import activity
+from minter.database import counts
 from minter.errors import InvalidRequest
 
 PATIENCE_SECONDS = 5.0
@@ -48,7 +48,7 @@ class Rates(NamedTuple):
 
 def rates(pool: Pool, kind: str, period: Period, now: datetime) -> Rates:
     """Return the rates of a kind by label, and by VO where there are several; the last step is now."""
-    counted = activity.amounts(pool, [kind], now - period.length, period.step, PATIENCE_SECONDS)
+    counted = counts.amounts(pool, [kind], now - period.length, period.step, PATIENCE_SECONDS)
     several = len({vo for _, vo, *_ in counted if vo}) > 1
     first = now - period.length - (now - period.length - _ORIGIN) % period.step  # as Postgres bins them
     times = [first + n * period.step for n in range(int((now - first) / period.step) + 1)]
@@ -81,7 +81,7 @@ def means(pool: Pool, period: Period, now: datetime) -> dict[str, float]:
     """Return the mean seconds of each stage of a batch in a period, and `waiting`, of a request before it."""
     totals: Counter[tuple[str, str]] = Counter()
     kinds = ("stage_us", "stages", "age_us", "ages")
-    for _, _, kind, label, amount in activity.amounts(
+    for _, _, kind, label, amount in counts.amounts(
         pool, kinds, now - period.length, period.length, PATIENCE_SECONDS
     ):
         totals[kind, label] += amount

@@ -13,7 +13,7 @@ from psycopg.types.json import Jsonb
 from sqlalchemy.engine import Engine as Pool
 
 from minter import __version__
-from minter.database import activity
+from minter.database import counts
 from minter.database.connection import one, transaction
 
 ROLES = ("worker", "beat", "serve", "refresher", "events", "console")
@@ -55,7 +55,7 @@ def beat(
     clock: Callable[[], datetime],
     patience: float,
     facts: Mapping[str, object] = MappingProxyType({}),
-    counts: activity.Counts = MappingProxyType({}),
+    counted: counts.Counts = MappingProxyType({}),
 ) -> float:
     """Write a process's heartbeat durably, with its facts and what it counted since the last one.
 
@@ -75,8 +75,8 @@ def beat(
                 process.started_at, skew, Jsonb(dict(facts)),
             ),
         )  # fmt: skip
-        if counts:
-            activity.add(connection, process.process_id, counts)
+        if counted:
+            counts.add(connection, process.process_id, counted)
         connection.execute("SET LOCAL synchronous_commit TO on")
     return skew
 

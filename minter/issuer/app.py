@@ -134,7 +134,7 @@ class Web:
         self.documents: Mapping[well_known.Place, bytes] = {}
         self._built: tuple[int, datetime] | None = None
         self._ready_at = float("-inf")
-        self.heartbeat = Heartbeat("serve", service, metrics.activity)
+        self.heartbeat = Heartbeat("serve", service, metrics.counted)
         self.room = Room(MAX_HELD_BYTES)
         self._limit = RateLimit(self.settings.requests_per_second)
         self._failures = RateLimit(FAILURES_PER_SECOND)

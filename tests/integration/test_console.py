@@ -13,7 +13,7 @@ from minter.console.pages import Pages
 from minter.console.signin import MOST, SESSION_SECONDS, Once, SignIn
 from minter.contract.followups import JobReport
 from minter.contract.messages import FileRequest, MintRequest
-from minter.database import activity, states
+from minter.database import counts, states
 from minter.database.connection import open_pool, transaction
 from minter.errors import SettingsError
 from minter.heartbeats import Heartbeat
@@ -238,7 +238,7 @@ def test_a_minute_that_has_not_begun_here_does_no_harm(console: Console) -> None
     console.enter("viewer")
     with transaction(console.service.pool) as connection:
         connection.execute(
-            "INSERT INTO activity VALUES (date_trunc('minute', now()) + interval '1 minute', %s, 'alpen', 'tokens', 'mint', 5)",
+            "INSERT INTO counts VALUES (date_trunc('minute', now()) + interval '1 minute', %s, 'alpen', 'tokens', 'mint', 5)",
             (clock.new_uuid7(),),
         )
     assert console.get("/").status_code == 200
@@ -251,10 +251,10 @@ def test_rates_are_of_all_processes(console: Console) -> None:
     try:
         for _ in range(3):
             minted(service)
-        heartbeat = Heartbeat("worker", service, metrics.activity)
+        heartbeat = Heartbeat("worker", service, metrics.counted)
         heartbeat.beat()
         with transaction(service.pool) as connection:
-            activity.add(connection, clock.new_uuid7(), {("alpen", "tokens", "mint"): 4})
+            counts.add(connection, clock.new_uuid7(), {("alpen", "tokens", "mint"): 4})
         for period in ("hour", "day", "week"):
             assert "mint: 7" in console.get("/", period=period).text
             chart = console.get(f"/chart/tokens/{period}.svg")

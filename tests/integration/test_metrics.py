@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from minter import __version__, metrics
 from minter.contract.messages import FileRequest, MintRequest
-from minter.database import activity, processes
+from minter.database import counts, processes
 from minter.errors import SettingsError
 from minter.heartbeats import Heartbeat
 from minter.policy.requests import from_mint
@@ -133,14 +133,14 @@ def test_a_heartbeat_brings_what_the_process_counted_since_the_last_one(
     observed: tuple[Service, metrics.Metrics],
 ) -> None:
     service, made = observed
-    heartbeat = Heartbeat("worker", service, made.activity, lambda: {"last_events": {}})
+    heartbeat = Heartbeat("worker", service, made.counted, lambda: {"last_events": {}})
     mint(service, submission("a", "b"))
     heartbeat.beat()
     mint(service, submission("a"), submission("c", client="nobody"))
     heartbeat.beat()
     heartbeat.beat()
     kinds, hour = ("tokens", "requests", "refusals", "ages"), timedelta(hours=1)
-    seen = activity.amounts(service.pool, kinds, service.clock() - hour, hour, 3)
+    seen = counts.amounts(service.pool, kinds, service.clock() - hour, hour, 3)
     totals: Counter[tuple[str, str, str]] = Counter()
     for _, vo, kind, label, amount in seen:  # the hour may end during the test
         totals[vo, kind, label] += amount
@@ -151,6 +151,6 @@ def test_a_heartbeat_brings_what_the_process_counted_since_the_last_one(
         ("", "refusals", "unknown_client"): 1,
         ("", "ages", ""): 3,
     }
-    activity.prune(service.pool)
-    assert activity.amounts(service.pool, kinds, service.clock() - hour, hour, 3) == seen
+    counts.prune(service.pool)
+    assert counts.amounts(service.pool, kinds, service.clock() - hour, hour, 3) == seen
     heartbeat.stop()

@@ -1,6 +1,6 @@
 ALTER TABLE processes ADD COLUMN facts jsonb NOT NULL DEFAULT '{}';
 
-CREATE TABLE activity (
+CREATE TABLE counts (
     minute timestamptz NOT NULL,
     process_id uuid NOT NULL,
     vo text NOT NULL,

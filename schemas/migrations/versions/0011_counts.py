@@ -1,4 +1,4 @@
-"""What each process did, by the minute, and facts in its heartbeat; see 0011_activity.sql."""
+"""What each process did, by the minute, and facts in its heartbeat; see 0011_counts.sql."""
 
 from pathlib import Path
 

@@ -30,9 +30,9 @@ def add(connection: "psycopg.Connection[Any]", process_id: UUID, counts: Counts)
     """Add what a process counted since its last heartbeat to the present minute."""
     with connection.cursor() as cursor:
         cursor.executemany(
-            "INSERT INTO activity VALUES (date_trunc('minute', now()), %s, %s, %s, %s, %s)"
+            "INSERT INTO counts VALUES (date_trunc('minute', now()), %s, %s, %s, %s, %s)"
             " ON CONFLICT (minute, process_id, vo, kind, label)"
-            " DO UPDATE SET amount = activity.amount + excluded.amount",
+            " DO UPDATE SET amount = counts.amount + excluded.amount",
             [(process_id, *key, amount) for key, amount in counts.items() if amount],
         )
 
@@ -43,7 +43,7 @@ def amounts(
     """Return what all processes counted since an instant: start of each step, VO, kind, label, amount."""
     with transaction(pool, patience) as connection:
         return connection.execute(
-            "SELECT date_bin(%s, minute, '2020-01-01Z'), vo, kind, label, sum(amount)::bigint FROM activity"
+            "SELECT date_bin(%s, minute, '2020-01-01Z'), vo, kind, label, sum(amount)::bigint FROM counts"
             " WHERE minute >= %s AND kind = ANY (%s) GROUP BY 1, 2, 3, 4 ORDER BY 1",
             (step, since, list(kinds)),
         ).fetchall()
@@ -52,4 +52,4 @@ def amounts(
 def prune(pool: Pool) -> None:
     """Delete what is older than KEPT."""
     with transaction(pool) as connection:
-        connection.execute(f"DELETE FROM activity WHERE minute < now() - interval '{KEPT}'")
+        connection.execute(f"DELETE FROM counts WHERE minute < now() - interval '{KEPT}'")
