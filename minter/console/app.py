@@ -180,7 +180,7 @@ class Door:
 
     def on_post_sign_out(self, req: falcon.Request, resp: falcon.Response) -> None:
         """Forget the session."""
-        self._sign_in.sessions.take(req.cookies.get(SESSION, ""))
+        self._sign_in.sessions.end(req.cookies.get(SESSION, ""))
         resp.unset_cookie(SESSION, path=self._path)
         self._shown.page(
             req, resp, "error", None, wrong="You are signed out.", iam=self._sign_in.iam is not None

@@ -11,7 +11,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Literal
 
 import jwt
 import requests
@@ -41,38 +41,33 @@ class Person(Struct, frozen=True):
     form_key: str
 
 
-Value = TypeVar("Value")
+class Sessions:
+    """People who are signed in, by unguessable keys, for SESSION_SECONDS; at most MOST of them."""
 
-
-class Once(Generic[Value]):
-    """Values by unguessable keys, for a time, at most MOST of them."""
-
-    def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self._seconds, self._clock = seconds, clock
-        self._values: OrderedDict[str, tuple[float, Value]] = OrderedDict()
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._people: OrderedDict[str, tuple[float, Person]] = OrderedDict()
         self._lock = threading.Lock()
 
-    def add(self, value: Value) -> str:
-        """Keep a value; return its key."""
+    def add(self, person: Person) -> str:
+        """Open a session; return its key."""
         key = secrets.token_urlsafe(32)
         with self._lock:
-            self._values[key] = self._clock() + self._seconds, value
-            while len(self._values) > MOST:
-                self._values.popitem(last=False)
+            self._people[key] = self._clock() + SESSION_SECONDS, person
+            while len(self._people) > MOST:
+                self._people.popitem(last=False)
         return key
 
-    def find(self, key: str) -> Value | None:
-        """Return the value of a key, None if there is none any more."""
+    def find(self, key: str) -> Person | None:
+        """Return the person of a session, None if it has ended."""
         with self._lock:
-            until, value = self._values.get(key, (0.0, None))
-        return value if until > self._clock() else None
+            until, person = self._people.get(key, (0.0, None))
+        return person if until > self._clock() else None
 
-    def take(self, key: str) -> Value | None:
-        """Return the value of a key, and forget it."""
-        value = self.find(key)
+    def end(self, key: str) -> None:
+        """End a session."""
         with self._lock:
-            self._values.pop(key, None)
-        return value
+            self._people.pop(key, None)
 
 
 class SignIn:
@@ -85,9 +80,10 @@ class SignIn:
         folder: Path = Path(),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.sessions = Once[Person](SESSION_SECONDS, clock)
+        self.sessions = Sessions(clock)
         self.iam = OpenID(wanted, secret, folder) if wanted.oidc_issuer else None
         self._link = secrets.token_urlsafe(32)
+        self._one = threading.Lock()
 
     def link(self, base: str) -> str:
         """Return the link that signs in once, as operator."""
@@ -95,9 +91,10 @@ class SignIn:
 
     def enter(self, key: str, name: str) -> str | None:
         """Sign in with the key of the one-time link; return the session's key, None for a wrong one."""
-        if not self._link or not hmac.compare_digest(key.encode(), self._link.encode()):
-            return None
-        self._link = ""
+        with self._one:
+            if not self._link or not hmac.compare_digest(key.encode(), self._link.encode()):
+                return None
+            self._link = ""
         return self.open(name, "operator")
 
     def open(self, name: str, role: Role) -> str:

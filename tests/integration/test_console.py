@@ -10,7 +10,7 @@ from falcon.testing import Result, TestClient
 from minter.console import server
 from minter.console.app import application
 from minter.console.pages import Pages
-from minter.console.signin import MOST, SESSION_SECONDS, Once, SignIn
+from minter.console.signin import MOST, SESSION_SECONDS, Person, Sessions, SignIn
 from minter.contract.followups import JobReport
 from minter.contract.messages import FileRequest, MintRequest
 from minter.database import counts, states
@@ -277,16 +277,17 @@ def test_the_overview_says_what_status_says(console: Console) -> None:
 
 
 def test_sessions_end_and_are_bounded() -> None:
-    at = [0.0]
-    kept = Once[int](SESSION_SECONDS, lambda: at[0])
-    first = kept.add(1)
+    at, person = [0.0], Person("a", "viewer", "key")
+    sessions = Sessions(lambda: at[0])
+    first = sessions.add(person)
     at[0] = SESSION_SECONDS - 1
-    assert kept.find(first) == 1
+    assert sessions.find(first) == person
     at[0] = SESSION_SECONDS
-    assert kept.find(first) is None
-    keys = [kept.add(n) for n in range(MOST + 1)]
-    assert (kept.find(keys[0]), kept.find(keys[1])) == (None, 1)
-    assert (kept.take(keys[1]), kept.take(keys[1])) == (1, None)
+    assert sessions.find(first) is None
+    keys = [sessions.add(person) for _ in range(MOST + 1)]
+    assert (sessions.find(keys[0]), sessions.find(keys[1])) == (None, person)
+    sessions.end(keys[1])
+    assert sessions.find(keys[1]) is None
 
 
 @pytest.mark.parametrize(
