@@ -18,9 +18,9 @@ FTS_ID_DIGITS = 16
 
 
 def of_request(
-    service: Service, request: uuid.UUID, folder: Path | None
+    service: Service, request: uuid.UUID, folder: Path | None = None
 ) -> tuple[list[TraceRecord], list[Refusals]]:
-    """Return the tokens and refusals of a request, from the archive where the database has no token of it."""
+    """Return the tokens and refusals of a request, from the archive `folder` if the database has none."""
     found, refusals = traces.find_request(service.pool, request)
     if folder is not None and not found:
         found, archived = archives.find_request(folder, request, _until(service))
@@ -29,9 +29,11 @@ def of_request(
 
 
 def find(
-    service: Service, by: str, value: object, since: datetime, limit: int, folder: Path | None
+    service: Service, by: str, value: object, since: datetime, limit: int, folder: Path | None = None
 ) -> list[TraceRecord]:
     """Return the newest tokens by one of the searches of `minter.database.traces`; a path may be a URL.
+
+    With an archive `folder`, its files are read, too, where the database has too few.
 
     Raises the error of `Directory.locate` if a URL names a file of no VO.
     """
@@ -45,7 +47,7 @@ def find(
 
 
 def by_text(service: Service, text: str, limit: int) -> tuple[list[TraceRecord], list[Refusals]]:
-    """Return the tokens and refusals that a text names, newest tokens first.
+    """Return the tokens and refusals in the database that a text names, newest tokens first.
 
     It may be a URL, a path, a request_id, a jti, the id of an FTS token or job, or an external id. Raises
     InvalidRequest for an empty one, or the error of `find`.
@@ -53,24 +55,24 @@ def by_text(service: Service, text: str, limit: int) -> tuple[list[TraceRecord],
     text = text.strip()
     if not text:
         raise InvalidRequest("expected a URL, path, request_id, jti, FTS token or job id, or external id")
-    since, folder = service.since(), service.loaded.archive_folder
+    since = service.since()
     if text.startswith("/") or "://" in text:
-        return find(service, "path", unquote(text) if "%" in text else text, since, limit, folder), []
+        return find(service, "path", unquote(text) if "%" in text else text, since, limit), []
     try:
         named = uuid.UUID(text)
     except ValueError:
         named = None
     if named is not None:
-        found, refusals = of_request(service, named, folder)
+        found, refusals = of_request(service, named)
         if not (found or refusals):
-            found = find(service, "jti", named, service.since(jti=named), limit, folder)
+            found = find(service, "jti", named, service.since(jti=named), limit)
         if not (found or refusals) and (request := traces.request_of_job(service.pool, named)):
-            found, refusals = of_request(service, request, folder)
+            found, refusals = of_request(service, request)
         if found or refusals:
             return found[:limit], refusals
     if len(text) == FTS_ID_DIGITS and set(text.lower()) <= set("0123456789abcdef"):
-        return find(service, "fts_token_id", fts_token_id(text), since, limit, folder), []
-    return find(service, "external_id", text, since, limit, folder), []
+        return find(service, "fts_token_id", fts_token_id(text), since, limit), []
+    return find(service, "external_id", text, since, limit), []
 
 
 def fts_token_id(text: str) -> int:

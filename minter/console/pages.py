@@ -109,8 +109,7 @@ class Pages:
 
     def newest(self, by: str, name: str) -> dict[str, Any]:
         """Return the newest tokens of a client, storage or key."""
-        folder, since = self.service.loaded.archive_folder, self.service.since()
-        found = search.find(self.service, by, name, since, MOST_TOKENS, folder)
+        found = search.find(self.service, by, name, self.service.since(), MOST_TOKENS)
         told = [{"trace": one, "claims": msgspec.json.decode(one.payload)} for one in found]
         return {"text": f"{by} {name}", "tokens": told, "refusals": [], "wrong": ""}
 

@@ -127,7 +127,9 @@ def find(
     # The trace of a use is in the file of the day on which its token was made.
     for path in reversed(_files(folder, "tokens", since - LAST_EXPIRY, until)):
         found += [
-            one for one in map(_story, _lines(path)) if matches(one, by, held) and one.issued_at >= since
+            one
+            for one in map(_story, _lines(path))
+            if matches(one, by, held) and since <= one.issued_at < until
         ]
         if len(found) >= limit:
             break

@@ -153,7 +153,9 @@ def test_a_crash_at_any_point_is_finished_by_the_next_run(
     run(service, tmp_path, later(40))
     assert not {t for t in tables(service) if t.endswith(today) and t.startswith("token")}
     since = clock.now() - timedelta(days=1)
-    assert archive.find(tmp_path, "external_id", "a", since, since + timedelta(days=2))
+    (newest, *_) = archive.find(tmp_path, "external_id", "a", since, since + timedelta(days=2))
+    before = archive.find(tmp_path, "external_id", "a", since, newest.issued_at)
+    assert all(one.issued_at < newest.issued_at for one in before), "tokens after `until` are left out"
     assert run(service, tmp_path, later(40)) == []
 
 
