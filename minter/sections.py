@@ -150,9 +150,7 @@ class CoIssuerSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 class IssuerSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """One VO's issuer. `iss` is its URL and ends in a slash; if the IAM signs, too, as that spells it."""
 
-    iss: Annotated[
-        str, Meta(pattern=r"^https?://[A-Za-z0-9._:\[\]-]+(/(?!\.{1,2}(/|$))[A-Za-z0-9._~-]+)*/?$")
-    ]
+    iss: Annotated[str, Meta(pattern=r"^https://[A-Za-z0-9._:\[\]-]+(/(?!\.{1,2}(/|$))[A-Za-z0-9._~-]+)*/?$")]
     algorithms: Annotated[tuple[Algorithm, ...], Meta(min_length=1)] = ALGORITHMS
     master_key_file: str = ""
     co_issuer: CoIssuerSettings | None = None

@@ -129,12 +129,8 @@ class Loaded:
         if len({(authority_key(p.netloc), p.path) for p in parts}) < len(parts):
             raise SettingsError("two issuers have the same iss, expected one VO for each (§2.1)")
         for vo, issuer in settings.issuers.items():
-            if issuer.co_issuer is None and not (
-                issuer.iss.startswith("https:") and issuer.iss.endswith("/")
-            ):
-                raise SettingsError(
-                    f"issuers.{vo}.iss {issuer.iss!r} must begin with https:// and end in a slash"
-                )
+            if issuer.co_issuer is None and not issuer.iss.endswith("/"):
+                raise SettingsError(f"issuers.{vo}.iss {issuer.iss!r} must end in a slash")
         urls = [urlsplit(url) for url in self.endpoints.values()]
         if len({(authority_key(p.netloc), p.path) for p in urls}) < len(urls):
             raise SettingsError("two VOs have their endpoints at one URL: see iss and co_issuer.url")

@@ -43,7 +43,7 @@ issuers = Table(
     Column("iss", Text, nullable=False, unique=True),
     now("created_at"),
     Column("secrets_key", LargeBinary),
-    CheckConstraint("iss ~ '^https?://.+$'", name="iss"),  # an IAM's may have no slash at its end
+    CheckConstraint("iss ~ '^https://.+$'", name="iss"),  # an IAM's may have no slash at its end
 )
 
 storages = Table(

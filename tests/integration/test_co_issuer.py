@@ -264,10 +264,9 @@ def test_a_half_configured_co_issuer_is_refused(tmp_path: Path, change: dict[str
         settings(tmp_path, "", 1, **change)
 
 
-def test_an_issuer_of_minters_own_needs_https_and_a_slash(tmp_path: Path) -> None:
+def test_an_issuer_of_minters_own_needs_a_slash_at_its_end(tmp_path: Path) -> None:
     text = (EXAMPLES / "settings.toml").read_text().replace('"rucio-41.5/', f'"{EXAMPLES}/rucio-41.5/')
-    for iss in ("http://tokens.example.org/", "https://tokens.example.org"):
-        path = tmp_path / "settings.toml"
-        path.write_text(text.replace("https://tokens.vo-alpen.example.org/alpen/", iss))
-        with pytest.raises(SettingsError, match="end in a slash"):
-            load(path, {})
+    path = tmp_path / "settings.toml"
+    path.write_text(text.replace("https://tokens.vo-alpen.example.org/alpen/", "https://tokens.example.org"))
+    with pytest.raises(SettingsError, match="must end in a slash"):
+        load(path, {})

@@ -701,11 +701,13 @@ def test_a_gateways_timeout_may_have_spent_the_refresh_token(service: Service, i
     bench, outcome = due_again(service, iam)
     iam.behaviour = structs.replace(iam.behaviour, fault="gateway_504")
     bench.run_once(until=lambda: len(bench.asked) == 2)
-    assert bench.asked[-1] == ("refresh_token", "lost")
+    assert bench.asked[1] == ("refresh_token", "lost")
     iam.behaviour = structs.replace(iam.behaviour, fault="")
     bench.forward(seconds=30)
-    bench.run_once(until=lambda: len(bench.asked) == 3)
-    assert bench.asked[-1] == ("token_exchange", "ok")
+    bench.run_once(until=lambda: bench.asked[-1][1] == "ok")
+    assert {grant for grant, _ in bench.asked[2:]} == {
+        "token_exchange"
+    }  # one may have left before the fault ended
     assert bench.fetch(outcome).tokens
 
 
