@@ -238,18 +238,7 @@ def application(pages: Pages, sign_in: SignIn, base: str) -> "falcon.App[Any, An
     app.add_error_handler(falcon.HTTPError, _plain)
     app.add_error_handler(falcon.HTTPStatus, _status)
     app.add_error_handler(MinterError, wrong)
-    reads: dict[str, Read] = {
-        "overview": lambda req: pages.home(req.get_param("period") or "hour"),
-        "search": lambda req: _searched(pages, req),
-        "storages": lambda _: pages.storages(),
-        "clients": lambda _: pages.clients(),
-        "bans": lambda _: pages.bans(),
-        "keys": lambda _: pages.keys(),
-        "providers": lambda _: pages.providers(),
-        "dead": lambda _: pages.dead(),
-        "audit": lambda req: pages.audit({name: req.get_param(name) or "" for name in AUDITED}),
-    }
-    for name, read in reads.items():
+    for name, read in _reads(pages).items():
         app.add_route("/" if name == "overview" else f"/{name}", Page(shown, name, read))
     for path, back, change, question in (
         (
@@ -272,6 +261,21 @@ def application(pages: Pages, sign_in: SignIn, base: str) -> "falcon.App[Any, An
     ):  # fmt: skip
         app.add_route(path, resource, suffix=suffix)
     return app
+
+
+def _reads(pages: Pages) -> dict[str, Read]:
+    """Return what reads each page, by the page's name."""
+    return {
+        "overview": lambda req: pages.home(req.get_param("period") or "hour"),
+        "search": lambda req: _searched(pages, req),
+        "storages": lambda _: pages.storages(),
+        "clients": lambda _: pages.clients(),
+        "bans": lambda _: pages.bans(),
+        "keys": lambda _: pages.keys(),
+        "providers": lambda _: pages.providers(),
+        "dead": lambda _: pages.dead(),
+        "audit": lambda req: pages.audit({name: req.get_param(name) or "" for name in AUDITED}),
+    }
 
 
 def _place(url: str) -> tuple[str, str]:

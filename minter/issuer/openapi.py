@@ -138,19 +138,7 @@ def document(issuer: str) -> dict[str, Any]:
     what = "Traces of the caller's own tokens; give exactly one parameter"
     traced = _operation("trace", _TRANSFERS, what, None, _TRACES)
     paths["/v1/trace"] = {"get": {**traced, "parameters": questions}}
-    asked = {
-        "grant_type": "client_credentials",
-        "audience": "https://se.example.org",
-        "scope": "storage.read:/vo/a",
-    }
-    one = {"token": "eyJhbGciOiJFUzI1NiIsImtpZCI6Ii4uLiJ9..."}
-    for path, form, example, told, what in (
-        ("token", _TOKEN_FORM, asked, TOKEN_ANSWER, "Client credentials, exchange (RFC 8693), refresh"),
-        ("introspect", _ONE_TOKEN, one, _STATE, "Whether a token is active (RFC 7662)"),
-        ("revoke", _ONE_TOKEN, one, {"type": "object"}, "Revoke a token that is no longer needed (RFC 7009)"),
-    ):
-        content = {"application/x-www-form-urlencoded": {"schema": form, "example": example}}
-        paths[f"/{path}"] = {"post": _operation(path, _TOKENS, what, content, told)}
+    paths |= _oauth_paths()
     return {
         "openapi": "3.1.0",
         "info": {"title": "Minter", "version": "1", "license": {"name": "Apache-2.0"}},
@@ -166,6 +154,24 @@ def document(issuer: str) -> dict[str, Any]:
             "schemas": {**components, "OAuthError": OAUTH_ERROR},
         },
     }
+
+
+def _oauth_paths() -> dict[str, Any]:
+    paths: dict[str, Any] = {}
+    asked = {
+        "grant_type": "client_credentials",
+        "audience": "https://se.example.org",
+        "scope": "storage.read:/vo/a",
+    }
+    one = {"token": "eyJhbGciOiJFUzI1NiIsImtpZCI6Ii4uLiJ9..."}
+    for path, form, example, told, what in (
+        ("token", _TOKEN_FORM, asked, TOKEN_ANSWER, "Client credentials, exchange (RFC 8693), refresh"),
+        ("introspect", _ONE_TOKEN, one, _STATE, "Whether a token is active (RFC 7662)"),
+        ("revoke", _ONE_TOKEN, one, {"type": "object"}, "Revoke a token that is no longer needed (RFC 7009)"),
+    ):
+        content = {"application/x-www-form-urlencoded": {"schema": form, "example": example}}
+        paths[f"/{path}"] = {"post": _operation(path, _TOKENS, what, content, told)}
+    return paths
 
 
 def _operation(
