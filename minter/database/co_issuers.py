@@ -55,10 +55,14 @@ def note_problem(pool: Pool, vo: str, problem: str) -> None:
         connection.execute("UPDATE co_issuers SET problem = %s WHERE vo = %s", (problem[:500], vo))
 
 
-def note_written(pool: Pool, vo: str, now: datetime) -> None:
-    """Note that the merged file is as it should be."""
+def note_written(pool: Pool, vo: str, now: datetime, every: timedelta) -> None:
+    """Note that the merged file is as it should be, unless that was noted less than `every` ago."""
     with transaction(pool) as connection:
-        connection.execute("UPDATE co_issuers SET written_at = %s WHERE vo = %s", (now, vo))
+        connection.execute(
+            "UPDATE co_issuers SET written_at = %(now)s WHERE vo = %(vo)s"
+            " AND (written_at IS NULL OR written_at <= %(before)s)",
+            {"vo": vo, "now": now, "before": now - every},
+        )
 
 
 def drop(pool: Pool, vo: str, kid: str, now: datetime, actor: str) -> None:

@@ -42,7 +42,7 @@ def files(service: Service, ring: Sequence[Key]) -> dict[str, tuple[str, bytes]]
 def note_written(service: Service, vos: Iterable[str]) -> None:
     """Note that the merged files of these VOs are as they should be, for `status` and the alert."""
     for vo in vos:
-        co_issuers.note_written(service.pool, vo, service.clock())
+        co_issuers.note_written(service.pool, vo, service.clock(), EVERY)
 
 
 def fetched(service: Service, vo: str, wanted: CoIssuerSettings, ring: Sequence[Key]) -> IamKeys:

@@ -77,12 +77,12 @@ def after(known: IamKeys, fetched: Sequence[PublicKey], own: Collection[str], no
     `own` are the kids of Minter's keys, past ones, too: an answer with one of them is not the IAM's own, but
     the merged file, or the IAM has a key of ours.
     """
-    if clash := sorted({kid_of(key) for key in fetched} & set(own)):
+    present = {kid_of(key) for key in fetched}
+    if clash := sorted(present & set(own)):
         raise InvalidRequest(
             f"the IAM's key set has Minter's kid {clash[0]}: does co_issuer.keys point at the merged file?"
         )
     kept, missing = list(fetched), dict[str, int]()
-    present = {kid_of(key) for key in fetched}
     for key in known.keys:
         if (kid := kid_of(key)) in present:
             continue
