@@ -99,6 +99,26 @@ class Service:
         at_once = vo not in self.loaded.co_issuers  # verifiers keep the IAM's key set
         return keyring.create(self.pool, self.keystore, vo, algorithms, actor, at_once=at_once)
 
+    def rotate_keys(self, vo: str, algorithms: Sequence[Algorithm], actor: str) -> list[Key]:
+        """Let a standby of each algorithm sign, and make new standbys; return the keys that sign now.
+
+        No algorithms mean those that sign, or all where none signs yet. Raises NoUsableKey.
+        """
+        with transaction(self.pool) as connection:
+            ring = [k for k in read_keys(connection) if k.vo == vo]
+        signing = {k.algorithm for k in ring if k.state == "active"} or {k.algorithm for k in ring}
+        if not signing:
+            raise NoUsableKey(
+                f"issuer of VO {vo!r} has no active signing key; run: minter keys create --vo {vo}"
+            )
+        now, policy = self.clock(), self.engine.rotation
+        made = [
+            keyring.rotate(self.pool, vo, algorithm, now, policy, actor)
+            for algorithm in algorithms or sorted(signing)
+        ]
+        self.maintain_keys(actor)
+        return made
+
     def new_client(self, name: str, vo: str, **limits: Any) -> Client:
         """Return a new client with a `sub` of its own; raises UnknownClient for a wrong prefix."""
         prefix = self.engine.policy.prefixes.get(vo, "")

@@ -32,20 +32,9 @@ from minter.cli import (
 )
 from minter.cli import clients as cli_clients
 from minter.cli import control as cli_control
-from minter.cli.tables import (
-    AsJson,
-    SettingsPath,
-    console,
-    guarded,
-    open_service,
-    show,
-)
+from minter.cli.tables import AsJson, SettingsPath, console, guarded, open_service, show
 from minter.database import migrations, partitions
-from minter.database.connection import (
-    BoundedConnection,
-    synchronous_standbys,
-    transaction,
-)
+from minter.database.connection import BoundedConnection, synchronous_standbys, transaction
 from minter.database.control import read_control
 from minter.errors import SettingsError, Unavailable
 from minter.issuer import well_known

@@ -14,7 +14,7 @@ from joserfc.jwk import ECKey
 
 from minter.cli.tables import (
     AsJson,
-    as_table,
+    Listing,
     guarded,
     not_registered,
     open_service,
@@ -327,7 +327,7 @@ def clients_list(as_json: AsJson = False) -> None:
     show(
         as_json,
         found,
-        lambda: as_table(
+        lambda: Listing(
             "Clients",
             headings,
             [

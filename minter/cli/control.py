@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from minter.cli.tables import AsJson, as_table, guarded, open_service, show, show_live_tokens, whoami
+from minter.cli.tables import AsJson, Listing, guarded, open_service, show, show_live_tokens, whoami
 from minter.database import co_issuers, control_changes, keyring, live_tokens
 from minter.database.connection import transaction
 from minter.database.control import read_keys
@@ -78,7 +78,7 @@ def bans(
         return
     found = control_changes.list_bans(service.pool)
     headings = ("kind", "value", "vo", "reason", "since")
-    show(as_json, found, lambda: as_table("Bans", headings, [tuple(b.values()) for b in found]))
+    show(as_json, found, lambda: Listing("Bans", headings, [tuple(b.values()) for b in found]))
 
 
 # ── keys ─────────────────────────────────────────────────────────────────────────────────────
@@ -133,7 +133,7 @@ def keys_list(as_json: AsJson = False) -> None:
     show(
         as_json,
         ring,
-        lambda: as_table(
+        lambda: Listing(
             "Signing keys",
             headings,
             [
@@ -157,17 +157,7 @@ def keys_rotate(
 ) -> None:
     """Make the standby key of each algorithm sign; beat does this by itself when the active key is due."""
     service = open_service()
-    with transaction(service.pool) as connection:
-        ring = [k for k in read_keys(connection) if k.vo == vo]
-    if not ring:
-        keys.active(ring, vo)  # raises NoUsableKey
-    # Under the IAM's issuer the first keys were standbys: none is active before the first rotation.
-    signing = {k.algorithm for k in ring if k.state == "active"} or {k.algorithm for k in ring}
-    made = [
-        keyring.rotate(service.pool, vo, name, service.clock(), service.engine.rotation, whoami())
-        for name in ([algorithm] if algorithm else sorted(signing))
-    ]
-    service.maintain_keys(whoami())
+    made = service.rotate_keys(vo, [algorithm] if algorithm else [], whoami())
     show(
         as_json,
         [{"kid": k.kid, "algorithm": k.algorithm} for k in made],
@@ -194,7 +184,7 @@ def keys_iam(
     show(
         as_json,
         known,
-        lambda: as_table(
+        lambda: Listing(
             f"{len(known.keys)} keys of the IAM, fetched {known.fetched_at or 'never'}",
             ("kid", "type", "algorithm", "answers without it"),
             [(kid_of(k), k.get("kty"), k.get("alg"), known.missing.get(kid_of(k))) for k in known.keys],

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from msgspec import structs
 
-from minter.cli.tables import AsJson, as_table, guarded, open_service, show
+from minter.cli.tables import AsJson, Listing, guarded, open_service, show
 from minter.database.lifetimes import NeededTime, needed
 from minter.policy.limits import HARD_MAX_SECONDS, PROFILE_MIN_SECONDS
 
@@ -32,7 +32,7 @@ def lifetimes(
     show(
         as_json,
         [{**structs.asdict(one), "recommended": recommended(one)} for one in found],
-        lambda: as_table(
+        lambda: Listing(
             f"{sum(one.tokens for one in found)} ended tokens of {days} days",
             ("route", "tokens", "waited: median, most", "needed: median, 99.9 %, most", "given: median, most",
              "expired too early", "recommended"),

@@ -7,7 +7,7 @@ import msgspec
 import typer
 
 from minter.broker.publisher import connect
-from minter.cli.tables import AsJson, as_table, guarded, open_service, show, whoami
+from minter.cli.tables import AsJson, Listing, guarded, open_service, show, whoami
 from minter.contract import names
 from minter.database import audit as audits
 from minter.errors import InvalidRequest, MinterError
@@ -47,7 +47,7 @@ def audit(
     show(
         as_json,
         found,
-        lambda: as_table(
+        lambda: Listing(
             f"{len(found)} changes",
             ("when", "who", "what", "of", "details"),
             [
@@ -74,7 +74,7 @@ def dead_list(as_json: AsJson = False) -> None:
     show(
         as_json,
         [{**msgspec.structs.asdict(d), "body": None} for d in found],
-        lambda: as_table(
+        lambda: Listing(
             f"{len(found)} dead letters",
             ("id", "client", "task", "reason", "why", "bytes"),
             [(d.id, d.client, d.task, d.reason, d.why, d.bytes) for d in found],

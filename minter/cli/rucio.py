@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from minter.cli.tables import AsJson, as_table, guarded, read_object, show
+from minter.cli.tables import AsJson, Listing, guarded, read_object, show
 from minter.errors import SettingsError
 from minter.private_files import read_private_file
 from minter.rucio.hooks import AWAY, switched
@@ -49,7 +49,7 @@ def check(
     show(
         as_json,
         {"problems": wrong, "rses": [dict(zip(("rse", "files", "why"), row, strict=True)) for row in rows]},
-        lambda: as_table(f"{len(rows)} RSEs", ("RSE", "files", "why"), rows),
+        lambda: Listing(f"{len(rows)} RSEs", ("RSE", "files", "why"), rows),
     )
     for problem in wrong:
         typer.echo(f"rucio.cfg: {problem}", err=True)

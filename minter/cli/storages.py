@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import msgspec
 import typer
 
-from minter.cli.tables import AsJson, as_table, guarded, read_object, show
+from minter.cli.tables import AsJson, Listing, guarded, read_object, show
 from minter.errors import InvalidRequest, SettingsError
 from minter.service import load_settings
 from minter.storages.dialects import DIALECTS, AudienceForm
@@ -146,7 +146,7 @@ def storages_list(as_json: AsJson = False) -> None:
     show(
         as_json,
         [dict(zip(headings, row, strict=True)) for row in rows],
-        lambda: as_table("Storages", headings, rows),
+        lambda: Listing("Storages", headings, rows),
     )
 
 

@@ -72,7 +72,10 @@ _ANY_WIDTH = 100_000
 
 
 class Listing:
-    """Rows under headings: a table where the terminal is wide enough for it, else a block for each row."""
+    """Rows under headings: a table where the terminal is wide enough for it, else a block for each row.
+
+    None is an empty cell.
+    """
 
     def __init__(self, title: str, headings: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         self._title = title
@@ -100,11 +103,6 @@ class Listing:
                     block.add_row(Text(heading), Text(value))
             yield Text()
             yield block
-
-
-def as_table(title: str, headings: tuple[str, ...], rows: list[tuple[Any, ...]]) -> Listing:
-    """Return a table for a terminal; None is an empty cell."""
-    return Listing(title, headings, rows)
 
 
 def open_service() -> Service:
@@ -138,7 +136,7 @@ def read_object(path: Path, what: str) -> dict[str, Any]:
 
 def trace_table(found: Sequence[TraceRecord]) -> Listing:
     """Return a table of traces: who asked for each token, which rule allowed it, and its state."""
-    return as_table(
+    return Listing(
         f"{len(found)} tokens",
         (
             "issued", "jti, FTS id", "who asked", "storage", "side", "scope", "audience, issuer", "rule",
@@ -193,7 +191,7 @@ def show_live_tokens(service: Service, as_json: bool, done: str, what: Ban) -> N
     show(
         as_json,
         {"done": done, "total": total, "storages": storages, "until": until or None, "alive": found},
-        lambda: as_table(
+        lambda: Listing(
             f"{done}; {total} tokens are still valid"
             + (f", the last until {connection.instant(until):%F %T} UTC; tell the sites" if until else ""),
             ("storage", "jti", "scope", "until"),

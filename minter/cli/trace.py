@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from minter import search
-from minter.cli.tables import AsJson, as_table, guarded, open_service, show, trace_table
+from minter.cli.tables import AsJson, Listing, guarded, open_service, show, trace_table
 from minter.database import archive as archives
 from minter.database import traces
 from minter.errors import InvalidRequest, SettingsError
@@ -80,7 +80,7 @@ def _refusals_table(refusals: list[traces.Refusals]) -> object:
             )
             error = refused["error"]
             rows.append((one.received_at, one.client, where, error["reason"], error["error_description"]))
-    return as_table("Refused", ("when", "client", "what", "reason", "why"), rows)
+    return Listing("Refused", ("when", "client", "what", "reason", "why"), rows)
 
 
 @guarded
@@ -98,5 +98,5 @@ def archive(folder: Folder = None, as_json: AsJson = False) -> None:
     show(
         as_json,
         [{"file": str(path), "lines": count} for path, count in done],
-        lambda: as_table("Archived", ("file", "lines"), list(done)),
+        lambda: Listing("Archived", ("file", "lines"), list(done)),
     )

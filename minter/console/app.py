@@ -93,7 +93,7 @@ class Page:
 
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
         """Answer with the page."""
-        self._shown.page(req, resp, self._name, req.context.person, done="", **self._read(req))
+        self._shown.page(req, resp, self._name, req.context.person, **self._read(req))
 
 
 class Act:
@@ -241,12 +241,7 @@ def application(pages: Pages, sign_in: SignIn, base: str) -> "falcon.App[Any, An
     for name, read in _reads(pages).items():
         app.add_route("/" if name == "overview" else f"/{name}", Page(shown, name, read))
     for path, back, change, question in (
-        (
-            "/bans/add",
-            "../bans",
-            pages.ban,
-            BANNING,
-        ),
+        ("/bans/add", "../bans", pages.ban, BANNING),
         ("/bans/lift", "../bans", pages.unban, "Lift this ban?"),
         ("/clients/able", "../clients", pages.able, "Change whether this client is served?"),
         ("/keys/rotate", "../keys", pages.rotate, "Let the standby sign from now on, instead of this key?"),

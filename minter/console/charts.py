@@ -11,8 +11,6 @@ from sqlalchemy.engine import Engine as Pool
 from minter.database import counts
 from minter.errors import InvalidRequest
 
-PATIENCE_SECONDS = 5.0
-
 
 class Period(NamedTuple):
     """A period of a chart: its length, its steps, and the form of its labels."""
@@ -48,7 +46,7 @@ class Rates(NamedTuple):
 
 def rates(pool: Pool, kind: str, period: Period, now: datetime) -> Rates:
     """Return the rates of a kind by label, and by VO where there are several; the last step is now."""
-    counted = counts.amounts(pool, [kind], now - period.length, period.step, PATIENCE_SECONDS)
+    counted = counts.amounts(pool, [kind], now - period.length, period.step)
     several = len({vo for _, vo, *_ in counted if vo}) > 1
     first = now - period.length - (now - period.length - _ORIGIN) % period.step  # as Postgres bins them
     times = [first + n * period.step for n in range(int((now - first) / period.step) + 1)]
@@ -81,9 +79,7 @@ def means(pool: Pool, period: Period, now: datetime) -> dict[str, float]:
     """Return the mean seconds of each stage of a batch in a period, and `waiting`, of a request before it."""
     totals: Counter[tuple[str, str]] = Counter()
     kinds = ("stage_us", "stages", "age_us", "ages")
-    for _, _, kind, label, amount in counts.amounts(
-        pool, kinds, now - period.length, period.length, PATIENCE_SECONDS
-    ):
+    for _, _, kind, label, amount in counts.amounts(pool, kinds, now - period.length, period.length):
         totals[kind, label] += amount
     found = {
         label: totals["stage_us", label] / number / 1e6

@@ -2,7 +2,7 @@
 
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -11,10 +11,11 @@ import msgspec
 from minter import search, status
 from minter.broker.publisher import connect
 from minter.console import charts
-from minter.database import audit, control_changes, keyring, overview
+from minter.database import audit, control_changes, overview
 from minter.database.connection import transaction
 from minter.database.control import read_control, read_keys
 from minter.database.live_tokens import count_live
+from minter.database.traces import TraceRecord
 from minter.errors import InvalidRequest, MinterError, RequestError, Unavailable
 from minter.policy.clients import Client
 from minter.service import Service
@@ -27,10 +28,8 @@ from minter.tokens import keys
 logger = logging.getLogger(__name__)
 
 LOOK_SECONDS = 15.0
-PATIENCE_SECONDS = 5.0
 MOST_TOKENS, MOST_CHANGES = 50, 200
 AUDITED = ("actor", "action", "subject")
-BAN_KINDS = ("client", "on_behalf_of", "vo", "activity", "storage", "path")
 
 
 class Overview:
@@ -99,19 +98,17 @@ class Pages:
         """Return the tokens and refusals that a text names; `wrong` says why it names nothing."""
         text = text.strip()
         if not text:
-            return {"text": "", "tokens": None, "refusals": [], "wrong": ""}
+            return {"query": "", "text": "", "tokens": None, "refusals": [], "wrong": ""}
         try:
             found, refusals = search.by_text(self.service, text, MOST_TOKENS)
         except RequestError as error:
-            return {"text": text, "tokens": [], "refusals": [], "wrong": error.message}
-        told = [{"trace": one, "claims": msgspec.json.decode(one.payload)} for one in found]
-        return {"text": text, "tokens": told, "refusals": refusals, "wrong": ""}
+            return {"query": text, "text": text, "tokens": [], "refusals": [], "wrong": error.message}
+        return {"query": text, "text": text, "tokens": _told(found), "refusals": refusals, "wrong": ""}
 
     def newest(self, by: str, name: str) -> dict[str, Any]:
         """Return the newest tokens of a client, storage or key."""
         found = search.find(self.service, by, name, self.service.since(), MOST_TOKENS)
-        told = [{"trace": one, "claims": msgspec.json.decode(one.payload)} for one in found]
-        return {"text": f"{by} {name}", "tokens": told, "refusals": [], "wrong": ""}
+        return {"query": "", "text": f"{by} {name}", "tokens": _told(found), "refusals": [], "wrong": ""}
 
     def storages(self) -> dict[str, Any]:
         """Return the storages of the settings with their dialects."""
@@ -120,18 +117,18 @@ class Pages:
 
     def clients(self) -> dict[str, Any]:
         """Return the registered clients with their limits."""
-        with transaction(self.service.pool, PATIENCE_SECONDS) as connection:
+        with transaction(self.service.pool) as connection:
             found: Mapping[str, Client] = read_control(connection).clients
         return {"clients": sorted(found.values(), key=lambda c: c.name)}
 
     def bans(self) -> dict[str, Any]:
         """Return the bans in force."""
-        return {"bans": control_changes.list_bans(self.service.pool), "kinds": BAN_KINDS,
+        return {"bans": control_changes.list_bans(self.service.pool), "kinds": ban_names.KINDS,
                 "vos": list(self.service.loaded.issuers)}  # fmt: skip
 
     def keys(self) -> dict[str, Any]:
         """Return the signing keys with their times."""
-        with transaction(self.service.pool, PATIENCE_SECONDS) as connection:
+        with transaction(self.service.pool) as connection:
             ring = read_keys(connection)
         rotation, now = self.service.engine.rotation, self.service.clock()
         return {
@@ -142,13 +139,12 @@ class Pages:
                 }
                 for k in sorted(ring, key=lambda k: (k.vo, k.algorithm, k.published_at))
             ],
-            "vos": list(self.service.loaded.issuers),
         }  # fmt: skip
 
     def providers(self) -> dict[str, Any]:
         """Return the external IAMs: circuit breaker, pending and fresh tokens."""
         found = {p.name: p for p in self.service.loaded.settings.providers}
-        rows = [row for row in overview.providers(self.service.pool, PATIENCE_SECONDS) if row[0] in found]
+        rows = [row for row in overview.providers(self.service.pool, status.SECONDS) if row[0] in found]
         return {"providers": [(found[row[0]], *row[1:]) for row in rows], "now": self.service.clock()}
 
     def dead(self) -> dict[str, Any]:
@@ -172,8 +168,8 @@ class Pages:
     def ban(self, form: Mapping[str, str], actor: str) -> str:
         """Ban what the form names; return what was done. Raises InvalidRequest."""
         reason = form.get("reason", "").strip()
-        if form.get("kind") not in BAN_KINDS or not reason:
-            raise InvalidRequest(f"expected a kind of {', '.join(BAN_KINDS)}, and a reason")
+        if form.get("kind") not in ban_names.KINDS or not reason:
+            raise InvalidRequest(f"expected a kind of {', '.join(ban_names.KINDS)}, and a reason")
         made = ban_names.named(form["kind"], form.get("value", "").strip(), form.get("vo") or None)
         ban_names.check_known(self.service.pool, made)
         control_changes.add_ban(self.service.pool, made, reason, actor)
@@ -193,15 +189,16 @@ class Pages:
 
     def rotate(self, form: Mapping[str, str], actor: str) -> str:
         """Let the standby key of a VO and algorithm sign; return what was done. Raises NoUsableKey."""
-        now, rotation = self.service.clock(), self.service.engine.rotation
-        with transaction(self.service.pool, PATIENCE_SECONDS) as connection:
-            ring = read_keys(connection)
-        of = next((k for k in ring if k.kid == form.get("kid")), None)
+        with transaction(self.service.pool) as connection:
+            of = next((k for k in read_keys(connection) if k.kid == form.get("kid")), None)
         if of is None:
             raise InvalidRequest("no key has this kid")
-        key = keyring.rotate(self.service.pool, of.vo, of.algorithm, now, rotation, actor)
-        self.service.maintain_keys(actor)  # a new standby
+        (key,) = self.service.rotate_keys(of.vo, [of.algorithm], actor)
         return f"key {key.kid} signs now"
+
+
+def _told(found: Sequence[TraceRecord]) -> list[dict[str, Any]]:
+    return [{"trace": one, "claims": msgspec.json.decode(one.payload)} for one in found]
 
 
 def _totals(shown: charts.Rates, period: charts.Period) -> dict[str, int]:

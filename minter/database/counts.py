@@ -38,10 +38,10 @@ def add(connection: "psycopg.Connection[Any]", process_id: UUID, counts: Counts)
 
 
 def amounts(
-    pool: Pool, kinds: Iterable[str], since: datetime, step: timedelta, patience: float
+    pool: Pool, kinds: Iterable[str], since: datetime, step: timedelta
 ) -> list[tuple[datetime, str, str, str, int]]:
     """Return what all processes counted since an instant: start of each step, VO, kind, label, amount."""
-    with transaction(pool, patience) as connection:
+    with transaction(pool) as connection:
         return connection.execute(
             "SELECT date_bin(%s, minute, '2020-01-01Z'), vo, kind, label, sum(amount)::bigint FROM counts"
             " WHERE minute >= %s AND kind = ANY (%s) GROUP BY 1, 2, 3, 4 ORDER BY 1",

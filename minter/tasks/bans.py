@@ -9,6 +9,9 @@ from minter.errors import InvalidRequest
 from minter.policy.clients import Ban
 from minter.scopes import check_path
 from minter.storages.urls import squash
+from schemas.columns import BAN_KINDS as KINDS
+
+__all__ = ["KINDS", "check_known", "named"]
 
 
 def named(kind: str, value: str, vo: str | None) -> Ban:

@@ -140,7 +140,7 @@ def test_a_heartbeat_brings_what_the_process_counted_since_the_last_one(
     heartbeat.beat()
     heartbeat.beat()
     kinds, hour = ("tokens", "requests", "refusals", "ages"), timedelta(hours=1)
-    seen = counts.amounts(service.pool, kinds, service.clock() - hour, hour, 3)
+    seen = counts.amounts(service.pool, kinds, service.clock() - hour, hour)
     totals: Counter[tuple[str, str, str]] = Counter()
     for _, vo, kind, label, amount in seen:  # the hour may end during the test
         totals[vo, kind, label] += amount
@@ -152,5 +152,5 @@ def test_a_heartbeat_brings_what_the_process_counted_since_the_last_one(
         ("", "ages", ""): 3,
     }
     counts.prune(service.pool)
-    assert counts.amounts(service.pool, kinds, service.clock() - hour, hour, 3) == seen
+    assert counts.amounts(service.pool, kinds, service.clock() - hour, hour) == seen
     heartbeat.stop()

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from minter.cli.__main__ import read_environment
-from minter.cli.tables import as_table, console
+from minter.cli.tables import Listing, console
 from minter.errors import SettingsError
 from minter.tasks.dead_letters import _described
 
@@ -39,7 +39,7 @@ def test_no_token_of_a_letter_is_shown() -> None:
 
 def test_text_in_tables_is_no_markup() -> None:
     with console.capture() as told:
-        console.print(as_table("dead", ("why",), [("[/x] and [args, kwargs]",)]))
+        console.print(Listing("dead", ("why",), [("[/x] and [args, kwargs]",)]))
     assert "[/x] and [args, kwargs]" in told.get()
 
 

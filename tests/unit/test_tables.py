@@ -5,7 +5,7 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from minter.cli.tables import as_table
+from minter.cli.tables import Listing
 
 JTI = "01a223e9-b5ad-7274-98f3-0123456789ab"
 ROWS = [(JTI, "storage.read:/vo/data/a file with [brackets]", None), (JTI, "short", "here")]
@@ -14,7 +14,7 @@ ROWS = [(JTI, "storage.read:/vo/data/a file with [brackets]", None), (JTI, "shor
 @pytest.mark.parametrize(("width", "block"), [(200, False), (80, True), (20, True)])
 def test_a_list_that_is_too_wide_becomes_blocks(width: int, block: bool) -> None:
     out = StringIO()
-    Console(file=out, width=width).print(as_table("2 tokens", ("jti", "scope", "where"), ROWS))
+    Console(file=out, width=width).print(Listing("2 tokens", ("jti", "scope", "where"), ROWS))
     text = out.getvalue()
     assert max(map(len, text.splitlines())) <= width
     assert ("┃" not in text) is block
