@@ -78,6 +78,8 @@ class Taken(Struct, frozen=True):
     lease: UUID
     tokens: Sequence[Leased]
     slots: Slots
+    probe: datetime | None
+    """If the request is the probe of a half-open breaker: until when other requests wait for its answer."""
 
 
 _LEASE = f"""
@@ -127,14 +129,14 @@ def take(
         if not tokens:
             return None
         slots = structs.replace(slots, count=len(tokens))
-        probe = breaker.probing(until).probed_until if state == "half_open" else breaker.probed_until
+        probe = until if state == "half_open" else None
         connection.execute(
-            "UPDATE providers SET due_at = %s, probed_until = %s WHERE name = %s",
+            "UPDATE providers SET due_at = %s, probed_until = coalesce(%s, probed_until) WHERE name = %s",
             (slots.due_at, probe, provider.name),
         )
     found = [Leased(*row) for row in tokens]
     found.sort(key=lambda t: t.needed_at)
-    return Taken(provider.name, lease, found, slots)
+    return Taken(provider.name, lease, found, slots, probe)
 
 
 class Result(Struct, frozen=True, kw_only=True):

@@ -57,6 +57,15 @@ def probe(pool: Pool, provider: Provider, now: datetime, seconds: float) -> bool
     return True
 
 
+def end_probe(pool: Pool, provider: str, until: datetime) -> None:
+    """End the probe reserved `until` that asked nothing, so that another may follow at once."""
+    with transaction(pool) as connection:
+        connection.execute(
+            "UPDATE providers SET probed_until = NULL WHERE name = %s AND probed_until = %s",
+            (provider, until),
+        )
+
+
 def note_answers(
     pool: Pool, provider: str, answers: Sequence[tuple[bool, float]], now: datetime,
     jitter: Callable[[float], float],

@@ -77,10 +77,6 @@ class Breaker(Struct, frozen=True):
             return "open"
         return "half_open"
 
-    def probing(self, until: datetime) -> "Breaker":
-        """Return the breaker during a probe, for whose answer other requests wait until `until`."""
-        return structs.replace(self, probed_until=until)
-
     def after(
         self, *, failed: bool, now: datetime, retry_after: float, jitter: Callable[[float], float]
     ) -> "Breaker":

@@ -347,6 +347,9 @@ class Refresher:
         now: datetime,
     ) -> None:
         """Report the outcomes of requests that were sent to the circuit breaker, the metrics and the log."""
+        for _, taken, _, answer in answers:
+            if taken.probe is not None and (not answer.sent or answer.grant == "none"):
+                providers.end_probe(self._pool, taken.provider, taken.probe)
         for name, iam in self._iams.items():
             sent = [(t, k, a) for i, t, k, a in answers if i is iam and a.sent and a.grant != "none"]
             if not sent:

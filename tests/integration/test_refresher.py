@@ -21,7 +21,7 @@ from minter.database import control_changes, leases, live_tokens, managed, parti
 from minter.database.connection import transaction
 from minter.database.control import read_private_key
 from minter.database.fallbacks import fall_back, live_uses
-from minter.errors import InvalidGrant
+from minter.errors import InvalidGrant, NoUsableKey
 from minter.local.fake_iam import Behaviour, FakeIAM, Fault, OAuthRefusal
 from minter.policy.clients import Ban
 from minter.policy.requests import from_mint
@@ -29,6 +29,7 @@ from minter.policy.routes import Route
 from minter.policy.transfers import Policy
 from minter.providers.dialects import Provider, Reuse
 from minter.providers.iam import IAM
+from minter.refresher import refresher
 from minter.refresher.discovery import SharedDocuments
 from minter.refresher.notifications import Push
 from minter.refresher.refresher import Refresher
@@ -972,19 +973,43 @@ def test_half_of_an_all_or_nothing_request_is_not_given(service: Service, iam: F
 def test_a_refresher_without_the_master_key_goes_on_with_others(
     service: Service, iam: FakeIAM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from minter.errors import NoUsableKey
-
     bench = Bench(service, iam, own())
     bench.ask("a")
-
-    def closed(*_: object) -> Never:
-        raise NoUsableKey("no master key")
-
     with monkeypatch.context() as patched:
-        patched.setattr(service.keystore, "seal_token", closed)
+        patched.setattr(service.keystore, "seal_token", _keyless)
         bench.run_once(seconds=1)
     assert len(bench.asked) == 1
     assert not bench.refresher._unsaved
     bench.forward(minutes=6)
     bench.run_once()
     assert bench.row()["state"] == "issued"
+
+
+@pytest.mark.parametrize("why", ["late", "banned", "keyless"])
+def test_a_probe_that_asks_nothing_holds_up_no_other(
+    service: Service, iam: FakeIAM, monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    """It held up a provider that was back for a whole lease, 70 s; a drill's fast clock made hours of it."""
+    bench, _ = due_again(service, iam)
+    with transaction(service.pool) as connection:
+        connection.execute("UPDATE providers SET failures = 5, pauses = 1, open_until = %s", (bench.clock(),))
+    with monkeypatch.context() as patched:
+        if why == "late":
+            patched.setattr(refresher, "TOLERANCE_SECONDS", -1)
+        elif why == "keyless":
+            patched.setattr(bench.refresher._keystore, "open_token", _keyless)
+        else:
+            control_changes.add_ban(
+                service.pool, Ban("path", "/atlas/atlasdatadisk/rucio/data/a", "alpen"), "test", "test"
+            )
+        while not bench.refresher._out.total():
+            bench.refresher._take(bench.iam)
+        while bench.refresher._out.total():
+            bench.refresher._wait()
+        bench.refresher._save()
+    assert len(bench.asked) == 1
+    assert rows(service, "SELECT probed_until FROM providers WHERE open_until IS NOT NULL") == [(None,)]
+
+
+def _keyless(*_: object) -> Never:
+    raise NoUsableKey("the master key is away")

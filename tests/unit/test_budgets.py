@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 
 from minter.errors import SettingsError
 from minter.providers.budgets import (
@@ -85,7 +86,7 @@ def test_a_breaker_opens_after_failures_in_a_row_and_closes_after_a_probe() -> N
     later = breaker.open_until
     assert later is not None
     assert breaker.state(later) == "half_open"
-    probing = breaker.probing(later + timedelta(seconds=30))
+    probing = structs.replace(breaker, probed_until=later + timedelta(seconds=30))
     assert probing.state(later) == "open"
     assert probing.state(later + timedelta(seconds=30)) == "half_open"  # the trial process died
     assert probing.after(failed=False, now=later, retry_after=0, jitter=bad) == Breaker()
