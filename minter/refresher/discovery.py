@@ -3,6 +3,7 @@
 They cost the provider two requests an hour, within its budget, and stay known while the IAM is away.
 """
 
+import logging
 import time
 from collections.abc import Callable
 from datetime import datetime, timedelta
@@ -10,11 +11,14 @@ from datetime import datetime, timedelta
 import msgspec
 from sqlalchemy.engine import Engine as Pool
 
+from minter import logs
 from minter.database import providers
 from minter.errors import ProviderAway, Unavailable
 from minter.providers.answers import Documents
 from minter.providers.dialects import Provider
 from minter.providers.iam import IAM
+
+logger = logging.getLogger("minter.refresher")
 
 FRESH = timedelta(hours=1)
 """Documents older than this are fetched again."""
@@ -69,3 +73,14 @@ class SharedDocuments:
         else:
             found = msgspec.to_builtins(self._known)
             providers.save_documents(self._pool, self._provider.name, found, now)
+
+
+def probe(iam: IAM) -> bool:
+    """Return whether a paused provider answers with its documents."""
+    try:
+        iam.fetch_documents()
+    except Exception as error:  # noqa: BLE001 - any error means that it is not back
+        logger.warning("provider %s is not back (%s)", iam.provider.name, type(error).__name__)
+        return False
+    logs.event(logger, "provider is back", provider=iam.provider.name, until=None)
+    return True

@@ -46,6 +46,7 @@ from minter.errors import (
 from minter.providers.answers import Asked, Obtained
 from minter.providers.budgets import HORIZON, backoff_seconds
 from minter.providers.iam import IAM
+from minter.refresher import discovery
 from minter.refresher.answers import Observe, ProviderAnswer, health_of, kept, threads_of
 from minter.refresher.fallbacks import Fallbacks, failure
 from minter.refresher.notifications import Pushes, Send
@@ -388,16 +389,7 @@ class Refresher:
             ):
                 self._fallbacks.give(token, lease, paused, now)
             if providers.probe(self._pool, iam.provider, now, seconds):
-                self._probe(iam, now)
+                is_back = discovery.probe(iam)
+                told = [(not is_back, 0.0)]
+                providers.note_answers(self._pool, iam.provider.name, told, now, self._jitter)
         managed.end_overdue(self._pool, now)
-
-    def _probe(self, iam: IAM, now: datetime) -> None:
-        try:
-            iam.fetch_documents()
-        except Exception as error:  # noqa: BLE001 - any error means that it is not back
-            logger.warning("provider %s is not back (%s)", iam.provider.name, type(error).__name__)
-            failed = True
-        else:
-            failed = False
-            logs.event(logger, "provider is back", provider=iam.provider.name, until=None)
-        providers.note_answers(self._pool, iam.provider.name, [(failed, 0.0)], now, self._jitter)
