@@ -23,7 +23,7 @@ from minter.backoff import Backoff
 from minter.errors import InvalidRequest, SettingsError, Unavailable
 from minter.fts.events import FTSEvent, read_event
 from minter.heartbeats import Heartbeat
-from minter.metrics import EVENTS, LAST_EVENT, new_counter, new_gauge, serve_process
+from minter.metrics import EVENTS, LAST_EVENT, TransferMetrics, new_counter, new_gauge, serve_process
 from minter.sections import FTSEventsSettings
 from minter.service import Service, load_settings
 from minter.storages.urls import host_of
@@ -264,7 +264,8 @@ def run() -> None:
     logging.getLogger("stomp.py").setLevel(logging.WARNING)  # its debug lines show passwords and bodies
     service = Service(load_settings())
     registry = CollectorRegistry()
-    consumer = EventConsumer(Lifecycle(service.engine, service.store), registry, service.clock)
+    lifecycle = Lifecycle(service.engine, service.store, TransferMetrics(registry).observe)
+    consumer = EventConsumer(lifecycle, registry, service.clock)
     loaded = service.loaded
     sources = [
         Source(

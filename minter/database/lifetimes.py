@@ -30,22 +30,25 @@ class NeededTime(Struct, frozen=True):
     late: int
 
 
-# The first 48 bits of a UUIDv7 are the milliseconds since the epoch (RFC 9562 §5.7).
-_ISSUED = "to_timestamp(('x' || translate(left(l.jti::text, 13), '-', ''))::bit(48)::bigint / 1000.0)"
+def issued_at(id_: str) -> str:
+    """Return the SQL of the instant in a UUIDv7: its first 48 bits are milliseconds (RFC 9562 §5.7)."""
+    return f"to_timestamp(('x' || translate(left({id_}::text, 13), '-', ''))::bit(48)::bigint / 1000.0)"
 
 
-def _seconds(until: str, since: str) -> str:
+def seconds(until: str, since: str) -> str:
+    """Return the SQL of the seconds between two instants."""
     return f"extract(epoch FROM {until} - {since})::float8"
 
 
+_ISSUED = issued_at("l.jti")
 _NEEDED = f"""
     WITH ended AS MATERIALIZED (
         SELECT * FROM token_states l WHERE l.state = 'finished' AND l.jti >= %s
         ORDER BY l.jti DESC LIMIT {MOST}
     ), one AS (
-        SELECT d.route, {_seconds("l.active_at", _ISSUED)} AS waited,
-            {_seconds("l.ended_at", _ISSUED)} AS needed,
-            {_seconds("t.expires_at", _ISSUED)} AS given, l.ended_at > t.expires_at AS late
+        SELECT d.route, {seconds("l.active_at", _ISSUED)} AS waited,
+            {seconds("l.ended_at", _ISSUED)} AS needed,
+            {seconds("t.expires_at", _ISSUED)} AS given, l.ended_at > t.expires_at AS late
         FROM ended l LEFT JOIN uses u ON u.use_id = l.jti JOIN tokens t ON t.jti = coalesce(u.jti, l.jti)
         JOIN rules d USING (rule_id) WHERE t.mode = 'mint'
     )

@@ -153,13 +153,13 @@ def files_of_jobs(
 
 def change_state(
     connection: "psycopg.Connection[Any]", jtis: Iterable[UUID], state: str, now: datetime
-) -> int:
-    """Set the state of tokens and uses; those that have ended keep their state. Return how many changed.
+) -> list[UUID]:
+    """Set the state of tokens and uses; those that have ended keep their state. Return those that changed.
 
     The ids are sorted, so that two calls cannot deadlock.
     """
     active, ended = (now, None) if state == "active" else (None, now)
-    changed = connection.execute(
+    rows = connection.execute(
         "INSERT INTO token_states (jti, active_at, ended_at, state)"
         " SELECT jti, %s::timestamptz, %s::timestamptz, %s::token_state FROM unnest(%s::uuid[]) AS j (jti)"
         " ON CONFLICT (jti) DO UPDATE SET state = excluded.state, ended_at = excluded.ended_at,"
@@ -167,9 +167,10 @@ def change_state(
         " WHERE token_states.ended_at IS NULL AND token_states.state <> excluded.state RETURNING jti",
         (active, ended, state, sorted(set(jtis))),
     ).fetchall()
+    changed = [jti for (jti,) in rows]
     if ended is not None:
-        managed.end_uses(connection, [jti for (jti,) in changed])
-    return len(changed)
+        managed.end_uses(connection, changed)
+    return changed
 
 
 def cancel_token(pool: Pool, client_id: int, jti: UUID, now: datetime) -> bool:

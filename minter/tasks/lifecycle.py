@@ -6,15 +6,18 @@ repeated. The state of a shared token belongs to its uses: `id` below is the id 
 token of one file.
 """
 
+import logging
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from datetime import datetime
+from itertools import groupby
 from typing import Any
 from uuid import UUID
 
 import psycopg
 from msgspec import structs
 
+from minter import logs
 from minter.contract.followups import (
     CancelRequest,
     FetchRequest,
@@ -23,6 +26,7 @@ from minter.contract.followups import (
     ReportRequest,
 )
 from minter.contract.messages import Answer, LiveToken
+from minter.database.ended import EndedToken, ended_tokens
 from minter.database.recording import PostgresStore
 from minter.database.requests import find_operations, read_request
 from minter.database.states import (
@@ -45,13 +49,22 @@ from minter.tasks.renewals import renewal
 from minter.tokens.mint import Engine
 from minter.tokens.records import known_client, path_hash
 
+transfers_logger = logging.getLogger("minter.transfers")
+"""One line for each transfer that ended, for the VO's monitoring."""
+
 
 class Lifecycle:
-    """The four operations, bound to the engine and the store: callers give client, request and time."""
+    """The four operations, bound to the engine and the store: callers give client, request and time.
 
-    def __init__(self, engine: Engine, store: PostgresStore) -> None:
+    `observe` is called with each token whose transfer ended.
+    """
+
+    def __init__(
+        self, engine: Engine, store: PostgresStore, observe: Callable[[EndedToken], None] = lambda _: None
+    ) -> None:
         self.engine = engine
         self.store = store
+        self._observe = observe
 
     def fetch(self, name: str, wire: FetchRequest, now: datetime) -> Answer:
         """Return the tokens of a request or of handles again; raises the errors of `Reissuer.fetch`.
@@ -89,9 +102,10 @@ class Lifecycle:
             client_id = known_client(control, name).client_id
             unknown = note_jobs(connection, client_id, wire.jobs)
             found = _named(connection, client_id, wire.files, now)
-            changed = _bring(connection, found, wire.files, now)
+            changed, ended = _bring(connection, found, wire.files, now)
             known = {number for number, _ in found}
             unknown += [f"files[{n}]" for n in range(len(wire.files)) if n not in known]
+        self._tell(ended)
         return Answer(changed=changed, unknown=unknown)
 
     def events(self, vo: str, found: Sequence[FTSEvent], now: datetime) -> tuple[int, int]:
@@ -119,13 +133,26 @@ class Lifecycle:
                 tokens[token.request_id].append(token)
             named = set(by_file.items())
             named |= {(n, at) for n, at in claimed if self._is_transfer_of(vo, found[n], at, tokens[at[0]])}
-            ended = {
+            concerned = {
                 (number, token.id)
                 for number, (request_id, file) in named
                 for token in _concerned(found[number], file, tokens[request_id])
             }
-            changed = _bring(connection, ended, found, now)
+            changed, ended = _bring(connection, concerned, found, now)
+        self._tell(ended)
         return changed, len(found) - len({number for number, _ in named})
+
+    def _tell(self, ended: Sequence[EndedToken]) -> None:
+        """Log one line for each transfer that ended, with its tokens; its states are committed by now."""
+        for (request_id, file), of_one in groupby(ended, lambda t: (t.request_id, t.file)):
+            tokens = list(of_one)
+            for token in tokens:
+                self._observe(token)
+            logs.event(
+                transfers_logger, "transfer ended", request_id=str(request_id), file=file,
+                vo=tokens[0].vo, client=tokens[0].client, external_id=tokens[0].external_id or None,
+                tokens=[token.told() for token in tokens],
+            )  # fmt: skip
 
     def _claimed(
         self, connection: Any, clients: Sequence[int], by_id: Mapping[str, Sequence[int]], now: datetime
@@ -168,7 +195,7 @@ class Lifecycle:
                 unknown = [
                     f"external_ids[{n}]" for n, e in enumerate(wire.external_ids) if e not in known_ids
                 ]
-            changed = change_state(connection, ids, "cancelled", now)
+            changed = len(change_state(connection, ids, "cancelled", now))
             live = live_of(connection, ids, now)
         return Answer(changed=changed, unknown=unknown, alive=[LiveToken(*row) for row in live])
 
@@ -227,9 +254,13 @@ def _bring(
     known: Collection[tuple[int, UUID]],
     told: Sequence[FileReport | FTSEvent],
     now: datetime,
-) -> int:
-    """Set tokens to their reported states, found by position in `told`; return how many changed."""
-    return sum(
+) -> tuple[int, list[EndedToken]]:
+    """Set tokens to their reported states, found by position in `told`.
+
+    Returns how many changed, and those that ended.
+    """
+    active, finished = (
         change_state(connection, (id_ for n, id_ in known if told[n].state == state), state, now)
         for state in ("active", "finished")
     )
+    return len(active) + len(finished), ended_tokens(connection, finished) if finished else []

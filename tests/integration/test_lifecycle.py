@@ -1,6 +1,7 @@
 """Issued tokens are renewed, fetched, reported and cancelled."""
 
 import json
+import logging
 import time
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
@@ -8,6 +9,7 @@ from typing import Any, Literal
 from uuid import UUID
 
 import pytest
+from msgspec import structs
 
 from minter.contract.followups import (
     CancelRequest,
@@ -22,6 +24,7 @@ from minter.contract.followups import (
 )
 from minter.contract.messages import FileOperation, FileRequest, FillRequest, MintRequest
 from minter.database import connection, control_changes
+from minter.database.ended import EndedToken
 from minter.errors import Banned, Expired, InvalidRequest, UnknownClient, UnknownRequest, UnknownStorage
 from minter.fts.events import FTSEvent
 from minter.fts.jobs import from_fill
@@ -548,3 +551,31 @@ def test_a_job_belongs_to_each_client_that_reported_it(service: Service, lifecyc
     stranger = ReportRequest(jobs=(JobReport(job_id, first, (0,), (7,)),))
     assert lifecycle.report("other", stranger, clock.now()).unknown == ["jobs[0]"]
     assert not lifecycle.report("rucio-alpen", stranger, clock.now()).unknown
+
+
+def test_a_transfer_that_ends_is_told_in_one_line_with_what_its_tokens_had_left(
+    service: Service, lifecycle: Lifecycle, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "minter.transfers")
+    seen: list[EndedToken] = []
+    lifecycle = Lifecycle(service.engine, service.store, seen.append)
+    outcome = copy_of(service, ["a"])
+    urls: dict[str, Any] = {"source_url": SE + "a", "destination_url": OTHER + "d"}
+    begun, ended = clock.now() + timedelta(seconds=100), clock.now() + timedelta(days=3)
+    lifecycle.events("alpen", [structs.replace(event("rucio-1", **urls), state="active")], begun)
+    assert not caplog.records
+    for _ in range(2):  # FTS's messages may come twice
+        lifecycle.events("alpen", [event("rucio-1", **urls)], ended)
+    (record,) = caplog.records
+    told = vars(record)["event"]
+    assert told["external_id"] == "rucio-1"
+    assert (told["vo"], told["client"]) == ("alpen", "rucio-alpen")
+    assert [t["side"] for t in told["tokens"]] == ["source", "destination"]
+    expiry = {i.jti: i.exp for i in outcome.issued if i.slot.side != "service"}
+    assert [t["jti"] for t in told["tokens"]] == list(expiry)
+    for token in seen:
+        assert token.waited == pytest.approx(100, abs=5)
+        assert token.left_at_start == pytest.approx(expiry[str(token.jti)] - begun.timestamp(), abs=1)
+        assert token.left_at_end < 0
+    lifecycle.cancel("rucio-alpen", CancelRequest(external_ids=("rucio-1",)), ended)
+    assert len(caplog.records) == 1

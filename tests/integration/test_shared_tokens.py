@@ -1,6 +1,7 @@
 """Shared tokens: one signature for the files of a directory or storage, and one row for each use."""
 
 import json
+import logging
 from collections import Counter
 from collections.abc import Callable
 from datetime import timedelta
@@ -322,3 +323,19 @@ def test_what_is_alive_under_a_ban_counts_every_user_of_a_shared_token(shared: S
             shared.pool, "on_behalf_of", "carol", None, clock.now(), shared.loaded.policy.matching_of
         )
     )
+
+
+def test_each_use_has_the_line_of_its_transfer(shared: Service, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "minter.transfers")
+    asked = downloads("d/a", "d/b")
+    (outcome,) = mint(shared, asked)
+    assert len({i.jti for i in outcome.issued}) == 1
+    files = tuple(FileReport(request_id=asked.request.request_id, file=n, state="finished") for n in range(2))
+    Lifecycle(shared.engine, shared.store).report(ME, ReportRequest(files=files), clock.now())
+    first, second = (vars(record)["event"] for record in caplog.records)
+    assert [first["file"], second["file"]] == [0, 1]
+    (one,), (other,) = first["tokens"], second["tokens"]
+    assert one["jti"] == other["jti"] == outcome.issued[0].jti
+    assert one["handle"] != other["handle"]
+    assert one["left_at_end_seconds"] > 0
+    assert "waited_seconds" not in one  # nobody told when it began
