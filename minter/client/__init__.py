@@ -1,7 +1,7 @@
 """The Python client: HTTP works without extras, AMQP needs the extra `amqp`."""
 
 from minter.client.client import MinterClient, new_request_id
-from minter.client.results import Changed, FilledJob, MintResult, Pending, Refusal, Token
+from minter.client.results import Changed, FilledJob, MintResult, Pending, Refusal, SignedURL, Token
 from minter.contract.followups import FileReport, JobReport
 from minter.contract.messages import FileOperation, FileRequest, LiveToken
 from minter.errors import MinterError
@@ -19,6 +19,7 @@ __all__ = [
     "MinterError",
     "Pending",
     "Refusal",
+    "SignedURL",
     "Token",
     "new_request_id",
 ]

@@ -183,6 +183,7 @@ class AmqpTransport:
             answer = structs.replace(
                 answer,
                 tokens=[t for a in arrived.values() for t in a.tokens],
+                urls=[u for a in arrived.values() for u in a.urls],
                 pending=[w for a in arrived.values() for w in a.pending],
                 refusals=[r for a in arrived.values() for r in a.refusals],
             )

@@ -23,6 +23,7 @@ from minter.client.results import (
     Changed,
     FilledJob,
     MintResult,
+    SignedURL,
     Token,
     minted,
     shifted,
@@ -43,8 +44,9 @@ from minter.contract.messages import (
     FileRequest,
     FillRequest,
     MintRequest,
+    URLsRequest,
 )
-from minter.contract.names import CANCEL, FETCH, FILL_JOB, MINT, RENEW, REPORT
+from minter.contract.names import CANCEL, FETCH, FILL_JOB, MINT, RENEW, REPORT, URLS
 from minter.errors import InvalidRequest, MinterError, SettingsError, Unavailable, from_dict
 
 DEFAULT_TIMEOUT_SECONDS = 60.0
@@ -221,6 +223,26 @@ class MinterClient:
             if progress is not None:
                 progress(len(filled), len(requests))
         return filled
+
+    def sign_url(
+        self, url: str, lifetime_seconds: int = 3600, *, request_id: uuid.UUID | None = None, **options: Any
+    ) -> SignedURL:
+        """Return a URL with which anybody may read this one file for a time, at most 6 hours.
+
+        A route with `via = "url"` must allow it. `options` are those of `URLsRequest`: vo, activity and
+        on_behalf_of. Raises OperationNotAllowed for tape and for storages whose URLs must hold no tokens.
+        For many URLs, send `URLsRequest`s by `ask(URLS, …)`.
+        """
+        wanted = URLsRequest(
+            request_id=request_id or new_request_id(),
+            urls=(url,),
+            lifetime_seconds=lifetime_seconds,
+            **options,
+        )
+        answer = self._one(URLS, wanted)
+        for refused in answer.refusals:
+            raise from_dict(refused.error)
+        return SignedURL(answer.urls[0])
 
     def _complete(self, request: FillRequest, answer: Answer) -> Answer:
         """Repeat a request until none of its tokens is pending, or the client's timeout has passed."""

@@ -13,6 +13,7 @@ from minter.contract.messages import (
     MintRequest,
     Note,
     TokenAnswer,
+    URLAnswer,
 )
 from minter.errors import MinterError, from_dict
 
@@ -41,6 +42,28 @@ class Token:
     def __repr__(self) -> str:
         """Name the token without showing it."""
         return f"<Token {self.jti} for {self.side}[{self.index}] of file {self.file}>"
+
+    __str__ = __repr__
+
+
+class SignedURL:
+    """A URL with which anybody may read one file until `exp`; `str` and `repr` hide it, as of a `Token`."""
+
+    __slots__ = ("_signed", "exp", "jti", "storage")
+
+    def __init__(self, answer: URLAnswer) -> None:
+        self._signed = answer.signed
+        self.storage = answer.storage
+        self.jti = answer.jti
+        self.exp = answer.exp
+
+    def reveal(self) -> str:
+        """Return the URL, which holds a token and is a secret like one."""
+        return self._signed
+
+    def __repr__(self) -> str:
+        """Name the URL's token without showing it."""
+        return f"<SignedURL {self.jti} at {self.storage}>"
 
     __str__ = __repr__
 

@@ -114,6 +114,18 @@ class FillRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
         return f"FillRequest({self.request_id})"
 
 
+class URLsRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """`minter.urls`: for each URL of a file, the URL with which anybody may read it for a time."""
+
+    request_id: UUID
+    urls: Annotated[tuple[Url, ...], Meta(min_length=1, max_length=MAX_FILES)]
+    lifetime_seconds: Annotated[int, Meta(ge=0, le=6 * 3600)] = 3600
+    vo: Name | None = None
+    client: Name | None = None
+    on_behalf_of: Annotated[str, Meta(max_length=255)] = ""
+    activity: Annotated[str, Meta(max_length=255)] = ""
+
+
 def decode(decoder: "msgspec.json.Decoder[Any]", body: bytes | msgspec.Raw) -> Any:
     """Decode a client's message; raises InvalidRequest with the place of the fault."""
     if len(body) > MAX_BODY_BYTES:
@@ -146,6 +158,20 @@ class TokenAnswer(Struct, frozen=True):
     def __repr__(self) -> str:
         """Name the token without showing it."""
         return f"TokenAnswer({self.jti}, file={self.file}, {self.side}[{self.index}])"
+
+
+class URLAnswer(Struct, frozen=True):
+    """One URL that reads one file until `exp`, a NumericDate; `signed` holds a token and is a secret."""
+
+    file: int
+    storage: str
+    jti: str
+    exp: int
+    signed: str
+
+    def __repr__(self) -> str:
+        """Name the token without showing the URL."""
+        return f"URLAnswer({self.jti}, file={self.file})"
 
 
 class PendingToken(Struct, frozen=True):
@@ -190,14 +216,15 @@ class Answer(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     `error` is set when the whole request is refused. `pending` are tokens that providers have not given
     yet; a job with pending tokens is filled when the same request is sent again. `job`, `refused` and
-    `bearer` come with a filled job. `changed` counts the tokens that a report or a cancellation changed,
-    `unknown` lists the places in the message that name nothing known, `alive` the cancelled tokens that
-    still work, `notes` what the requester should know of tokens that were issued. A large answer comes in
-    `parts` messages, numbered from 0 by `part`.
+    `bearer` come with a filled job, `urls` with URLs to be signed. `changed` counts the tokens that a report
+    or a cancellation changed, `unknown` lists the places in the message that name nothing known, `alive` the
+    cancelled tokens that still work, `notes` what the requester should know of tokens that were issued. A
+    large answer comes in `parts` messages, numbered from 0 by `part`.
     """
 
     request_id: str | None = None
     tokens: list[TokenAnswer] = []
+    urls: list[URLAnswer] = []
     pending: list[PendingToken] = []
     refusals: list[RefusedNeed] = []
     error: dict[str, Any] | None = None

@@ -6,6 +6,7 @@ below their own reply prefix and the durable queues listed for them.
 
 MINT = "minter.mint"
 FILL_JOB = "minter.fill_job"
+URLS = "minter.urls"
 RENEW = "minter.renew"
 FETCH = "minter.fetch"
 REPORT = "minter.report"
@@ -13,6 +14,7 @@ CANCEL = "minter.cancel"
 SCHEMAS = {
     MINT: "mint-request.json",
     FILL_JOB: "fill-request.json",
+    URLS: "urls-request.json",
     RENEW: "renew-request.json",
     FETCH: "fetch-request.json",
     REPORT: "report-request.json",

@@ -220,7 +220,7 @@ def from_fill(wire: FillRequest) -> Request:
         all_or_nothing=wire.all_or_nothing or params.multihop,
         reply_queue=wire.reply_queue,
         service=Need(-1, "service", 0, wire.fts or "", ()),
-        via_fts=True,
+        via="fts",
         job=wire.job,
         subject=subject_of(wire.subject_token),
         consumer=wire.consumer or "",

@@ -6,7 +6,7 @@ import msgspec
 
 from minter.contract import names
 from minter.contract.followups import CancelRequest, FetchRequest, RenewRequest, ReportRequest
-from minter.contract.messages import Answer, FillRequest, MintRequest
+from minter.contract.messages import Answer, FillRequest, MintRequest, URLsRequest
 from minter.errors import BY_REASON
 from minter.issuer.well_known import GRANTS
 
@@ -14,6 +14,7 @@ _TEXT = {"type": "string"}
 TASKS: dict[str, tuple[type, str]] = {
     names.MINT: (MintRequest, "Tokens for each source, destination and operation of each file"),
     names.FILL_JOB: (FillRequest, "An FTS job, filled with tokens"),
+    names.URLS: (URLsRequest, "URLs with which anybody may read one file each for a time"),
     names.RENEW: (RenewRequest, "New tokens for a resubmission"),
     names.FETCH: (FetchRequest, "The recorded tokens of an earlier request, the same bytes"),
     names.REPORT: (ReportRequest, "Report submitted jobs and active or finished files"),
@@ -45,6 +46,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
             "params": {"overwrite": True},
         },
     },
+    names.URLS: {"request_id": _ID, "urls": [f"{_SE}/a"], "lifetime_seconds": 3600},
     names.RENEW: {"request_id": _ID, "renews": "01980000-0000-7000-8000-000000000000", "files": [0]},
     names.FETCH: {"request_id": _ID},
     names.REPORT: {"files": [{"state": "finished", "external_id": "42"}]},

@@ -15,7 +15,7 @@ from minter.policy.limits import (
 )
 from minter.policy.plans import Lifetime, Plan
 from minter.policy.requests import File, Need, Request
-from minter.policy.routes import Granularity, Mitigation, Route
+from minter.policy.routes import Granularity, Mitigation, Route, Via
 from minter.storages.dialects import Needed
 from minter.storages.directory import Area
 
@@ -23,7 +23,7 @@ from minter.storages.directory import Area
 def cap_of(
     route: Route,
     client: Client,
-    via_fts: bool,
+    via: Via,
     area: Area,
     needed: Sequence[Needed],
     granularity: Granularity,
@@ -35,7 +35,7 @@ def cap_of(
         if area.matching != "exact":
             cap, rule = PROFILE_MAX_SECONDS, f"dialect {area.dialect.name}"
             why = f"at most {cap} s: paths are matched as strings there, or in an unknown way"
-        elif failed := _failed_mitigations(route, via_fts, area, needed, granularity):
+        elif failed := _failed_mitigations(route, via, area, needed, granularity):
             cap, rule = PROFILE_MAX_SECONDS, f"route {route.name}"
             why = f"at most {cap} s: {', '.join(failed)} does not hold for this token"
         else:
@@ -47,7 +47,7 @@ def cap_of(
 
 
 def _failed_mitigations(
-    route: Route, via_fts: bool, area: Area, needed: Sequence[Needed], granularity: Granularity
+    route: Route, via: Via, area: Area, needed: Sequence[Needed], granularity: Granularity
 ) -> list[str]:
     writes = [n for n in needed if n.scope in ("storage.create", "storage.modify")]
     reads = [n for n in needed if n.scope == "storage.read"]
@@ -57,7 +57,7 @@ def _failed_mitigations(
         "narrow_read": not reads or (one_file and all(n.where == "file" or n.quirk for n in reads)),
         "one_storage": not any(a.endswith("wlcg.cern.ch/jwt/v1/any") for a in area.audience),
         "no_modify": not any(n.scope == "storage.modify" for n in needed),
-        "fts_only": via_fts,
+        "fts_only": via == "fts",
         "pull_mode": True,  # the VO asserts pull mode; no part of a token shows it
     }
     return [m for m in route.mitigations if not holds[m]]

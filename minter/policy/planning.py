@@ -8,15 +8,15 @@ from minter.policy.clients import Client, fits
 from minter.policy.lifetimes import cap_of
 from minter.policy.plans import Plan, Step
 from minter.policy.requests import Need
-from minter.policy.routes import Granularity, Route
+from minter.policy.routes import Granularity, Route, Via
 from minter.storages.directory import Area
 from minter.storages.needed import scopes_needed
 
 
-def matches(route: Route, client: Client, activity: str, via_fts: bool, area: Area, need: Need) -> bool:
+def matches(route: Route, client: Client, activity: str, via: Via, area: Area, need: Need) -> bool:
     """Say whether a route matches this client, activity, storage and all operations of a need."""
     return (
-        route.via in ("any", "fts" if via_fts else "direct")
+        (route.via == via or (route.via == "any" and via != "url"))
         and (route.tape is None or route.tape == area.tape)
         and set(route.operations).issuperset(need.operations)
         and fits(area.vo, route.vos)
@@ -29,7 +29,7 @@ def matches(route: Route, client: Client, activity: str, via_fts: bool, area: Ar
 def make_plan(
     route: Route,
     client: Client,
-    via_fts: bool,
+    via: Via,
     area: Area,
     need: Need,
     granularity: Granularity,
@@ -51,6 +51,9 @@ def make_plan(
         if operation not in need.if_able:
             raise OperationNotAllowed(why)
         steps.append(Step(f"dialect {area.dialect.name}", f"leaves out the operation {operation}: {why}"))
+    if via == "url":
+        _check_url(area)
+        steps.append(Step(f"route {route.name}, via", "put into a URL that anybody may hold"))
     writes = need.side == "destination" and ("write" in asked or "overwrite" in asked)
     for rule in ("cleanup", "make_parents"):
         if writes and getattr(route, rule):
@@ -70,6 +73,21 @@ def make_plan(
         steps.append(
             Step(f"route {route.name}, granularity", f"one token for the {granularity}, shared by its files")
         )
-    cap, rule, why = cap_of(route, client, via_fts, area, needed, granularity)
+    cap, rule, why = cap_of(route, client, via, area, needed, granularity)
     steps.append(Step(rule, why))
     return Plan(route, area, asked, needed, cap, rule, tuple(steps), granularity)
+
+
+def _check_url(area: Area) -> None:
+    """Raise OperationNotAllowed for a storage whose URLs must not hold tokens."""
+    why = (
+        "is tape, and a URL would not wait until the file is online"
+        if area.tape
+        else f"has the dialect {area.dialect.name}, of which no spelling of a token in a URL is known"
+        if not area.dialect.url_parameter
+        else "logs the URLs that it serves (logs_urls in its settings)"
+        if area.logs_urls
+        else ""
+    )
+    if why:
+        raise OperationNotAllowed(f"no URL can be signed on storage {area.storage!r}: it {why}")

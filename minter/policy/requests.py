@@ -11,10 +11,20 @@ from uuid import UUID
 import msgspec
 from msgspec import UNSET, Struct, UnsetType, structs
 
-from minter.contract.messages import FileRequest, MintRequest, RefusedNeed, Side, Slot, decode, unix_time
+from minter.contract.messages import (
+    FileRequest,
+    MintRequest,
+    RefusedNeed,
+    Side,
+    Slot,
+    URLsRequest,
+    decode,
+    unix_time,
+)
 from minter.contract.operations import Operation
 from minter.errors import InvalidRequest, RequestError
 from minter.policy.limits import MAX_AHEAD_SECONDS
+from minter.policy.routes import Via
 from minter.policy.token_requests import SubjectToken, TokenRequest
 
 SEVERAL = "(several)"
@@ -82,7 +92,7 @@ class Request(Struct, frozen=True):
     lifetime_seconds: int | None = None
     reply_queue: str | None = None
     service: Need | None = None
-    via_fts: bool = False
+    via: Via = "direct"
     job: Mapping[str, Any] | None = None
     renews: UUID | None = None
     token_request: TokenRequest | None = None
@@ -90,6 +100,11 @@ class Request(Struct, frozen=True):
     consumer: str = ""
     routes: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+
+    @property
+    def via_fts(self) -> bool:
+        """Whether the tokens go into an FTS job."""
+        return self.via == "fts"
 
     @property
     def weight(self) -> int:
@@ -108,6 +123,28 @@ _mint_decoder = msgspec.json.Decoder(MintRequest)
 def decode_mint(body: bytes | msgspec.Raw) -> Request:
     """Decode a `minter.mint` argument; raises InvalidRequest with the place of the fault."""
     return from_mint(decode(_mint_decoder, body))
+
+
+_urls_decoder = msgspec.json.Decoder(URLsRequest)
+
+
+def decode_urls(body: bytes | msgspec.Raw) -> Request:
+    """Decode a `minter.urls` argument; raises InvalidRequest with the place of the fault."""
+    wire = decode(_urls_decoder, body)
+    return Request(
+        request_id=wire.request_id,
+        kind="mint",
+        digest=content_digest(wire),
+        files=tuple(
+            File((Need(number, "operation", 0, url, ("read",)),)) for number, url in enumerate(wire.urls)
+        ),
+        vo=wire.vo,
+        client=wire.client,
+        on_behalf_of=wire.on_behalf_of,
+        activity=wire.activity,
+        lifetime_seconds=wire.lifetime_seconds,
+        via="url",
+    )
 
 
 def content_digest(request: Struct) -> bytes:

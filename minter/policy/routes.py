@@ -13,6 +13,8 @@ from minter.errors import SettingsError
 from minter.policy.limits import HARD_MAX_SECONDS, PROFILE_MAX_SECONDS, PROFILE_MIN_SECONDS
 
 Mode = Literal["mint", "exchange", "client_credentials"]
+Via = Literal["fts", "direct", "url"]
+"""Where tokens go: into an FTS job, to the client, or into URLs that anybody may hold."""
 Granularity = Literal["file", "directory", "storage"]
 Mitigation = Literal["narrow_write", "narrow_read", "one_storage", "no_modify", "fts_only", "pull_mode"]
 
@@ -20,9 +22,10 @@ Mitigation = Literal["narrow_write", "narrow_read", "one_storage", "no_modify", 
 class Route(Struct, frozen=True, eq=False, forbid_unknown_fields=True, kw_only=True):
     """A rule that decides lifetime, additional operations and risk rules; the first match counts.
 
-    Patterns are shell globs. `via` says whether the tokens go into an FTS job. `cleanup` adds the
-    right to remove a failed copy, `make_parents` the right to make the directory, `poll_area` widens
-    a poll token to the storage's prefix, `forbid` names quirks that must not add scopes.
+    Patterns are shell globs. `via` says whether the tokens go into an FTS job or, with `url`, into URLs that
+    anybody may hold; `any` is for all but URLs. `cleanup` adds the right to remove a failed copy,
+    `make_parents` the right to make the directory, `poll_area` widens a poll token to the storage's prefix,
+    `forbid` names quirks that must not add scopes.
     `granularity` says what one token serves: one file; or every file of a directory, or of a storage's
     prefix, for which the same client requests the same operations while the token's lifetime is sufficient.
     `mode` says who signs: with `mint` Minter; otherwise `provider`, which exchanges a subject token
@@ -40,7 +43,7 @@ class Route(Struct, frozen=True, eq=False, forbid_unknown_fields=True, kw_only=T
     activities: tuple[str, ...] = ("*",)
     storages: tuple[str, ...] = ("*",)
     operations: tuple[Operation, ...] = ()
-    via: Literal["fts", "direct", "any"] = "any"
+    via: Via | Literal["any"] = "any"
     tape: bool | None = None
     mode: Mode = "mint"
     provider: str = ""
@@ -73,11 +76,17 @@ class Route(Struct, frozen=True, eq=False, forbid_unknown_fields=True, kw_only=T
                 f"route {self.name!r}: mode {self.mode} needs {'no' if self.mode == 'mint' else 'a'} provider"
                 ", and only a provider has a fallback"
             )
+        narrow = self.operations == ("read",) and self.mode == "mint" and self.granularity == "file"
+        if self.via == "url" and not narrow:
+            raise SettingsError(
+                f"route {self.name!r}: with via = 'url' the operations must be ['read'], the mode mint and "
+                "the granularity file, because anybody may hold such a URL"
+            )
         long = self.max_lifetime_seconds > PROFILE_MAX_SECONDS
-        if long and not (self.mitigations and self.risk_assessment):
+        if long and (self.via == "url" or not (self.mitigations and self.risk_assessment)):
             raise SettingsError(
                 f"route {self.name!r}: a lifetime above {PROFILE_MAX_SECONDS} s needs mitigations "
-                "and a risk_assessment (WLCG §4.3.1)"
+                "and a risk_assessment (WLCG §4.3.1), and is not for via = 'url'"
             )
         if self.min_rate_bytes <= 0 or self.max_lifetime_seconds < PROFILE_MIN_SECONDS:
             raise SettingsError(

@@ -345,9 +345,9 @@ class _Decider:
             return _Allowed(area) if self._holder_may(area, name) else None
         for operation in operations:
             need = Need(-1, "operation", 0, "", (operation,))
-            route = self.policy.route_of(self.client, "", False, area, need)
+            route = self.policy.route_of(self.client, "", "direct", area, need)
             if route is not None:
-                cap = cap_of(route, self.client, False, area, [Needed(name)], "directory")
+                cap = cap_of(route, self.client, "direct", area, [Needed(name)], "directory")
                 return _Allowed(area, operation, route.name, cap)
         return None
 

@@ -32,7 +32,7 @@ from minter.policy.permissions import check_plaintext, check_reply_queue, check_
 from minter.policy.planning import make_plan, matches
 from minter.policy.plans import Decision, Lifetime, Plan, PlannedToken, Refused, Step
 from minter.policy.requests import File, Need, Request
-from minter.policy.routes import SHIPPED_ROUTES, FTSInstance, Route
+from minter.policy.routes import SHIPPED_ROUTES, FTSInstance, Route, Via
 from minter.storages.dialects import FTS_REST, Matching
 from minter.storages.directory import LOOSEST_FIRST, Area, Directory
 from minter.storages.urls import check_fts_url, host_of
@@ -133,7 +133,7 @@ class Policy:
     ) -> bool:
         """Decide one file and say if it is served; a copy without source or destination is refused."""
         activity = file.activity or request.activity
-        plans = self._plans_of(client, activity, request.via_fts, away, request.routes)
+        plans = self._plans_of(client, activity, request.via, away, request.routes)
         made: list[PlannedToken] = []
         failed: list[Refused] = []
         for need in file.needs:
@@ -223,9 +223,8 @@ class Policy:
                 f"client {client.name!r} may not {', '.join(need.operations)}, "
                 f"only {', '.join(sorted(client.operations))}"
             )
-        via_fts = request.via_fts
         routes = [r for r in self.routes if not request.routes or r.name in request.routes]
-        fitting = [r for r in routes if matches(r, client, activity, via_fts, area, need)]
+        fitting = [r for r in routes if matches(r, client, activity, request.via, area, need)]
         if fitting:
             if request.routes:
                 fitting = [r for r in fitting if r.provider not in away] or fitting
@@ -233,11 +232,12 @@ class Policy:
             if request.routes:
                 stands_in = (Step("fallback", "replaces a provider's token"), *stands_in)
             try:
-                return make_plan(route, client, via_fts, area, need, route.granularity, stands_in)
+                return make_plan(route, client, request.via, area, need, route.granularity, stands_in)
             except OperationNotAllowed as error:
                 return error
+        what = "URLs that" if request.via == "url" else ""
         return OperationNotAllowed(
-            f"no route allows {', '.join(need.operations)} on storage {area.storage!r} "
+            f"no route allows {what + ' '}{', '.join(need.operations)} on storage {area.storage!r} "
             f"for client {client.name!r}; add a route or correct the request"
         )
 
@@ -254,14 +254,14 @@ class Policy:
         plan = plans.get((*key, "file"))
         if not isinstance(plan, Plan):
             assert wide.route is not None
-            plan = make_plan(wide.route, client, request.via_fts, wide.area, need, "file")
+            plan = make_plan(wide.route, client, request.via, wide.area, need, "file")
             plans[*key, "file"] = plan
         return plan
 
-    def route_of(self, client: Client, activity: str, via_fts: bool, area: Area, need: Need) -> Route | None:
+    def route_of(self, client: Client, activity: str, via: Via, area: Area, need: Need) -> Route | None:
         """Return the first matching route with mode `mint`, None if there is none."""
         own = (r for r in self.routes if r.mode == "mint")
-        return next((r for r in own if matches(r, client, activity, via_fts, area, need)), None)
+        return next((r for r in own if matches(r, client, activity, via, area, need)), None)
 
     def plan_of_steps(
         self,

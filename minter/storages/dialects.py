@@ -61,6 +61,8 @@ class Dialect(NamedTuple):
     quirks: tuple[Quirk, ...] = ()
     unable: Mapping[Operation, str] = {}
     refused: re.Pattern[str] | None = None
+    url_parameter: str = ""
+    """The query before a token in a URL, empty if no version is known to read one there."""
 
 
 _PROFILE: Mapping[Operation, tuple[Needed, ...]] = {
@@ -75,6 +77,8 @@ _PROFILE: Mapping[Operation, tuple[Needed, ...]] = {
     "poll": (Needed("storage.poll"),),
 }
 
+_AUTHZ_BEARER, _AUTHZ, _ACCESS_TOKEN = "authz=Bearer%20", "authz=", "access_token="
+"""XRootD 5.5.3 and 6.1.0, run, as EOS has it; dCache's user guide; StoRM's source (RFC 6750 §2.3)."""
 DEFAULT_MAX_TOKEN_BYTES = 8_000
 """Proxies in front of storages often stop near 8 KiB of header."""
 HTTPS_PORT = 443
@@ -230,6 +234,7 @@ _ROWS = (
         quirks=(STAT_NEEDS_READ, PARENT_NEEDS_SCOPE, PREFIX_MATCH, RAW_PATHS, QUERY_NAMES),
         unable=_NO_XROOTD_TAPE,
         refused=_NO_QUERY,
+        url_parameter=_AUTHZ_BEARER,
     ),
     Dialect(
         "xrootd-5.6.9",
@@ -245,6 +250,7 @@ _ROWS = (
         quirks=(RAW_PATHS, QUERY_NAMES),
         unable=_NO_XROOTD_TAPE,
         refused=_NO_QUERY,
+        url_parameter=_AUTHZ_BEARER,
     ),
     Dialect(
         "xrootd",
@@ -260,6 +266,7 @@ _ROWS = (
         quirks=(QUERY_NAMES,),
         unable=_NO_XROOTD_TAPE,
         refused=_NO_QUERY,
+        url_parameter=_AUTHZ_BEARER,
     ),
     Dialect(
         "xrootd-6",
@@ -274,6 +281,7 @@ _ROWS = (
         tried=True,
         quirks=(QUERY_NAMES,),
         refused=_NO_QUERY,
+        url_parameter=_AUTHZ_BEARER,
     ),
     Dialect(
         "dcache",
@@ -288,6 +296,7 @@ _ROWS = (
         tried=True,
         quirks=(POLL_NEEDS_READ, STAGE_READS),
         unable={"make_parents": "dCache 9.2 refuses MKCOL to a token for a file; a write makes its parents"},
+        url_parameter=_AUTHZ,
     ),
     Dialect(
         "dcache-11.2",
@@ -301,6 +310,7 @@ _ROWS = (
         "dCache 11.2.3, run",
         tried=True,
         quirks=(POLL_NEEDS_READ, STAGE_READS),
+        url_parameter=_AUTHZ,
     ),
     Dialect(
         "dcache-11.2.4",
@@ -314,6 +324,7 @@ _ROWS = (
         "dCache of July 2026, run",
         tried=True,
         quirks=(STAGE_READS,),
+        url_parameter=_AUTHZ,
     ),
     Dialect(
         "storm",
@@ -333,6 +344,7 @@ _ROWS = (
         tried=True,
         quirks=(STORM_STAT, STORM_PARENT, STORM_PATTERN, STORM_RAW, STORM_POLL, STAGE_READS),
         refused=_NO_PATTERN,
+        url_parameter=_ACCESS_TOKEN,
     ),
     *(
         Dialect(
@@ -349,6 +361,7 @@ _ROWS = (
             quirks=(*quirks, QUERY_NAMES, *((ONE_SUBJECT,) if not unable else ())),
             unable=unable,
             refused=_NO_QUERY,
+            url_parameter=_AUTHZ_BEARER,
         )
         for name, software in (("eos", "EOS 5"), ("cta", "CTA behind EOS 5"))
         for version, range_, matching, quirks, unable, source in _EOS_VERSIONS

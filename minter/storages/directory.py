@@ -48,7 +48,7 @@ class Storage(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     `base_path` is the area that the storage gives to the issuer; scopes are relative to this path (WLCG
     §2.2.1). `audience` replaces the audience that the dialect's form gives to each endpoint. `matching`
     is set when the site confirmed how its storage matches paths. With `tokens = false`, the storage takes
-    X.509 only.
+    X.509 only. With `logs_urls` no token is put into its URLs.
     """
 
     vo: str
@@ -61,6 +61,7 @@ class Storage(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     matching: Matching | None = None
     tape: bool = False
     tokens: bool = True
+    logs_urls: bool = False
 
 
 class Area(Struct, frozen=True, eq=False):
@@ -75,6 +76,7 @@ class Area(Struct, frozen=True, eq=False):
     matching: Matching
     tape: bool
     tokens: bool
+    logs_urls: bool = False
     nested: tuple[str, ...] = ()
     """VO-relative prefixes of other storages in reach of this area's tokens, which no such token may open."""
 
@@ -135,6 +137,7 @@ def _areas(storage: Storage) -> Iterable[tuple[tuple[str, int], Area]]:
                 storage.matching or dialect.matching,
                 storage.tape,
                 storage.tokens,
+                storage.logs_urls,
             ),
         )
 

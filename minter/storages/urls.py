@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping
 from ipaddress import IPv6Address
-from urllib.parse import unquote, urlparse, urlsplit
+from urllib.parse import quote, unquote, urlparse, urlsplit
 
 from minter.errors import (
     EndpointTakesNoToken,
@@ -116,6 +116,19 @@ def split_url(url: str) -> tuple[str, int, str]:
     if "//" in path:
         path = _SLASHES.sub("/", path)
     return key, int(port or 0) or DEFAULT_PORTS[scheme], path
+
+
+def signed_url(url: str, parameter: str, token: str) -> str:
+    """Return an unencoded URL as an encoded one that carries a token in its query.
+
+    A davs URL becomes an https one, which browsers read. Over roots the path is written raw, after two
+    slashes, and every server reads the token as XRootD's clients send it.
+    """
+    host, port, path = split_url(url)
+    if url.lower().startswith("roots:"):
+        return f"roots://{host}:{port}/{path}?authz=Bearer%20{token}"
+    where = host if port == DEFAULT_PORTS["https"] else f"{host}:{port}"
+    return f"https://{where}{quote(path)}?{parameter}{token}"
 
 
 def check_fts_url(url: str) -> None:

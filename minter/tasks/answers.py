@@ -16,14 +16,17 @@ from minter.contract.messages import (
     RefusedNeed,
     Slot,
     TokenAnswer,
+    URLAnswer,
 )
 from minter.errors import Expired, InvalidRequest, MinterError, RequestError, ServerError, Unavailable
 from minter.fts.jobs import fill_job
 from minter.policy.limits import BACKDATE_SECONDS, FTS_QUEUE_SECONDS
 from minter.policy.requests import Request
+from minter.storages.urls import signed_url
 from minter.tokens.outcomes import Issued, Outcome
 
 _DEFAULT_FIXED_SECONDS = BACKDATE_SECONDS + 600
+_LOOSE_URL = "paths match loosely there: the URL's token opens every name that begins with this one"
 MAX_FILLED_BYTES = 15 * 1024 * 1024
 """RabbitMQ 4 takes messages of at most 16 MiB, and a job cannot be divided."""
 encode = msgspec.json.Encoder().encode
@@ -48,6 +51,8 @@ def answer(outcome: Outcome, now: datetime) -> Answer:
             return _filled(request, outcome, refusals, now)
         except (Expired, InvalidRequest) as error:
             return failure(str(request.request_id), error)
+    if request.via == "url":
+        return _signed(request, outcome, refusals)
     return Answer(
         request_id=str(request.request_id),
         tokens=[] if request.kind == "fill_job" else [_token(i) for i in outcome.issued],
@@ -64,6 +69,8 @@ def _notes(request: Request, outcome: Outcome) -> list[Note]:
         slot = planned.need.slot
         if slot.side != "service":
             notes += [Note(*slot, text) for text in planned.lifetime.notes(planned.plan.cap_rule)]
+            if request.via == "url" and planned.plan.area.matching != "exact":
+                notes.append(Note(*slot, _LOOSE_URL))
     return notes
 
 
@@ -72,6 +79,21 @@ def _token(issued: Issued) -> TokenAnswer:
         *issued.slot, issued.storage, issued.scope, issued.jti, issued.exp,
         issued.token.decode(), issued.handle,
     )  # fmt: skip
+
+
+def _signed(request: Request, outcome: Outcome, refusals: list[RefusedNeed]) -> Answer:
+    """Return the signed URLs; those of a repeated request are refused if they would be by now."""
+    assert outcome.decision is not None
+    planned = {p.need.slot: p for p in outcome.decision.planned_tokens}
+    urls = []
+    for issued in outcome.issued:
+        if plan := planned.get(issued.slot):
+            url = signed_url(plan.need.url, plan.plan.area.dialect.url_parameter, issued.token.decode())
+            urls.append(URLAnswer(issued.slot.file, issued.storage, issued.jti, issued.exp, url))
+    told = {url.file for url in urls} | {refused.file for refused in refusals}
+    refusals += [r for r in (RefusedNeed(**r) for r in outcome.decision.records()) if r.file not in told]
+    notes = _notes(request, outcome)
+    return Answer(request_id=str(request.request_id), urls=urls, refusals=refusals, notes=notes)
 
 
 def _filled(request: Request, outcome: Outcome, refusals: list[RefusedNeed], now: datetime) -> Answer:
@@ -161,7 +183,8 @@ def parts(whole: Answer, max_bytes: int = MAX_BODY_BYTES) -> list[bytes]:
     A filled job is never divided: a job of at most 2 000 files fits in one AMQP message.
     """
     body = encode(whole)
-    if len(body) <= max_bytes or len(whole.tokens) + len(whole.pending) + len(whole.refusals) < 2:  # noqa: PLR2004
+    items = len(whole.tokens) + len(whole.urls) + len(whole.pending) + len(whole.refusals)
+    if len(body) <= max_bytes or items < 2:  # noqa: PLR2004
         return [body]
     pieces = _packed(whole, max_bytes)
     return [
@@ -172,7 +195,7 @@ def parts(whole: Answer, max_bytes: int = MAX_BODY_BYTES) -> list[bytes]:
 
 def _packed(whole: Answer, max_bytes: int) -> list[dict[str, list[Any]]]:
     """Divide the lists of an answer so that each part has at most `max_bytes`, or a single item."""
-    empty: dict[str, list[Any]] = {"tokens": [], "pending": [], "refusals": []}
+    empty: dict[str, list[Any]] = {"tokens": [], "urls": [], "pending": [], "refusals": []}
     fixed = len(encode(structs.replace(whole, **empty, part=MAX_FILES, parts=MAX_FILES)))
     pieces, room = [{name: list[Any]() for name in empty}], max_bytes - fixed
     for name in empty:

@@ -10,7 +10,7 @@ from minter.contract import followups, names
 from minter.contract.messages import MAX_NEEDS, Answer
 from minter.errors import InvalidRequest
 from minter.fts.jobs import decode_fill
-from minter.policy.requests import Request, decode_mint
+from minter.policy.requests import Request, decode_mint, decode_urls
 from minter.tasks.lifecycle import Lifecycle
 from minter.tokens.outcomes import Submission
 
@@ -19,6 +19,7 @@ _arguments = msgspec.json.Decoder(tuple[list[Raw], dict[str, Raw], Raw])
 _NEW: dict[str, Callable[[Raw | bytes], Request]] = {
     names.MINT: decode_mint,
     names.FILL_JOB: decode_fill,
+    names.URLS: decode_urls,
 }
 
 

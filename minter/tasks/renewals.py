@@ -58,7 +58,7 @@ def renewal(
         all_or_nothing=row.all_or_nothing,
         reply_queue=wire.reply_queue,
         service=Need(-1, "service", 0, policy.fts_url(vo, service.storage), ()) if service else None,
-        via_fts=service is not None,
+        via="direct" if service is None else "fts",
         renews=wire.renews,
         subject=subject_of(wire.subject_token),
         consumer=wire.consumer or consumer,

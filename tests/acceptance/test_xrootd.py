@@ -17,6 +17,7 @@ import pytest
 from minter.client import FileOperation, FileRequest
 from minter.contract.operations import Operation
 from minter.database import control_changes
+from minter.errors import OperationNotAllowed
 from minter.policy.clients import Ban
 from tests.acceptance.served import Served
 from tests.servers import XRootD, free_ports
@@ -49,6 +50,16 @@ endpoints = [{{ host = "localhost", port = {port}, prefix = "/grid/vo-scratch" }
 """
 """At the server of A: a storage whose software is unknown, so that RS256 signs for it, and one whose prefix
 begins with that of A, which the server's prefix matching cannot tell from A."""
+ROUTES = """
+[[routes]]
+name = "open data"
+via = "url"
+operations = ["read"]
+
+[[routes]]
+name = "direct"
+operations = ["read", "write", "overwrite", "retry", "stat", "make_parents", "delete"]
+"""
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +73,7 @@ def site(
     folder = tmp_path_factory.mktemp("site")
     ports = free_ports(2)
     text = "".join(STORAGE.format(name=n, port=p) for n, p in zip(("A", "B"), ports, strict=True))
-    text += NEIGHBOURS.format(port=ports[0])
+    text += NEIGHBOURS.format(port=ports[0]) + ROUTES
     served = Served(folder, postgres_dsn, text)
     served.add_client("rucio")
     storages = [XRootD(folder / name, port, served.ca) for name, port in zip("ab", ports, strict=True)]
@@ -264,6 +275,29 @@ def test_tokens_of_the_token_endpoint(site: tuple[Served, XRootD, XRootD]) -> No
     assert curl(a, bearer, "GET", "dir/file2") == 200
     assert put(a, bearer, "dir/file2") == 403
     assert curl(b, bearer, "GET", "dir/file2") == 403
+
+
+def test_a_signed_url_reads_its_file_without_a_header(site: tuple[Served, XRootD, XRootD]) -> None:
+    served, a, b = site
+    with served.client() as client:
+        signed = client.sign_url(f"davs://localhost:{a.port}/grid/vo/dir/file2", 900).reveal()
+        odd = client.sign_url(f"davs://localhost:{a.port}/grid/vo/dir/odd+=:,@name").reveal()
+        with pytest.raises(OperationNotAllowed, match="spelling"):  # its dialect is not known
+            client.sign_url(f"davs://localhost:{a.port}/grid/rsa/dir/file1")
+
+    def status(url: str, *options: str) -> str:
+        ask = ["curl", "-s", "-o", "/dev/null", "-w", "%{http_code}", "--cacert", str(a.ca), *options, url]
+        return subprocess.run(ask, capture_output=True, text=True, check=False).stdout
+
+    assert status(signed) == status(odd) == "200"
+    assert status(signed, "-r", "0-1") == "206"
+    refused = (
+        status(signed.replace("file2", "file1")),
+        status(signed, "-X", "DELETE"),
+        status(signed, "-T", str(a.ca)),
+        status(signed.replace(str(a.port), str(b.port))),
+    )
+    assert set(refused) == {"403"}
 
 
 # ── third-party copies, with the two tokens of one request ───────────────────────────────────

@@ -67,6 +67,11 @@ def job() -> dict[str, Any]:
 MESSAGES: dict[str, Callable[[], dict[str, Any]]] = {
     names.MINT: mint,
     names.FILL_JOB: job,
+    names.URLS: lambda: {
+        "request_id": str(new_request_id()),
+        "urls": [SE + "a"],
+        "lifetime_seconds": 900,
+    },
     names.FETCH: lambda: {"request_id": str(new_request_id())},
     names.RENEW: lambda: {"request_id": str(new_request_id()), "renews": str(new_request_id()), "files": [0]},
     names.REPORT: lambda: {"reports": [{"external_id": "e", "state": "finished"}]},

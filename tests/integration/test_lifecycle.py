@@ -8,6 +8,7 @@ from datetime import timedelta
 from typing import Any, Literal
 from uuid import UUID
 
+import msgspec
 import pytest
 from msgspec import structs
 
@@ -22,7 +23,7 @@ from minter.contract.followups import (
     decode_renew,
     decode_report,
 )
-from minter.contract.messages import FileOperation, FileRequest, FillRequest, MintRequest
+from minter.contract.messages import FileOperation, FileRequest, FillRequest, MintRequest, URLsRequest
 from minter.database import connection, control_changes
 from minter.database.ended import EndedToken
 from minter.errors import Banned, Expired, InvalidRequest, UnknownClient, UnknownRequest, UnknownStorage
@@ -31,8 +32,11 @@ from minter.fts.jobs import from_fill
 from minter.local import stack
 from minter.policy.clients import Ban
 from minter.policy.explain import asked_scopes
-from minter.policy.requests import from_mint
+from minter.policy.requests import decode_urls, from_mint
+from minter.policy.routes import Route
+from minter.policy.transfers import Policy
 from minter.service import Service
+from minter.tasks import answers
 from minter.tasks.lifecycle import Lifecycle
 from minter.tokens import clock
 from minter.tokens.claims import unverified_claims
@@ -579,3 +583,26 @@ def test_a_transfer_that_ends_is_told_in_one_line_with_what_its_tokens_had_left(
         assert token.left_at_end < 0
     lifecycle.cancel("rucio-alpen", CancelRequest(external_ids=("rucio-1",)), ended)
     assert len(caplog.records) == 1
+
+
+def test_a_signed_url_is_the_same_when_it_is_asked_for_again(service: Service) -> None:
+    old = service.engine.policy
+    shared = Route(name="open data", via="url", operations=("read",))
+    service.engine.policy = Policy(old.directories, (shared, *old.routes), ())
+    wire = URLsRequest(request_id=clock.new_uuid7(), urls=(SE + "a b", "davs://nowhere.example.org/f"))
+    asked = Submission(decode_urls(msgspec.json.encode(wire)), ME)
+    first, again = (answers.answer(mint(service, asked)[0], clock.now()) for _ in range(2))
+    assert first.urls == again.urls
+    assert not first.tokens
+    (url,) = first.urls
+    assert url.signed.startswith(SE.replace("davs", "https").replace(":443", "") + "a%20b?authz=")
+    payload = unverified_claims(url.signed.rpartition("=")[2].removeprefix("Bearer%20").encode())[1]
+    assert (payload["jti"], payload["exp"]) == (url.jti, url.exp)
+    assert [r.error["reason"] for r in again.refusals] == ["unknown_storage"]
+    assert url.signed.rpartition("=")[2] not in repr(first) + repr(url)
+    loose = [note.text for note in first.notes]
+    assert len(loose) == (service.engine.policy.matching_of("alpen", url.storage) != "exact")
+    service.engine.policy = old  # the route was removed
+    gone = answers.answer(mint(service, asked)[0], clock.now())
+    assert not gone.urls
+    assert [r.error["reason"] for r in gone.refusals] == ["unknown_storage", "operation_not_allowed"]

@@ -16,7 +16,7 @@ from minter.policy.clients import Ban, Bans, Client
 from minter.policy.lifetimes import cap_of
 from minter.policy.plans import Decision, PlannedToken
 from minter.policy.requests import Request, from_mint
-from minter.policy.routes import Granularity, Mitigation, Route
+from minter.policy.routes import Granularity, Mitigation, Route, Via
 from minter.policy.token_requests import TokenRequest
 from minter.policy.transfers import Policy
 from minter.providers import iam
@@ -233,14 +233,15 @@ def test_a_mitigation_holds_or_the_profiles_six_hours_do(
     mitigation: Mitigation, needed: str, granularity: Granularity, via_fts: bool, holds: bool
 ) -> None:
     long = route(max_lifetime_seconds=86_400, mitigations=(mitigation,), risk_assessment="doc")
+    via: Via = "fts" if via_fts else "direct"
     (area,) = Directory([storage()]).areas()
-    cap, _, why = cap_of(long, client(), via_fts, area, [_SCOPES[needed]], granularity)
+    cap, _, why = cap_of(long, client(), via, area, [_SCOPES[needed]], granularity)
     assert cap == (86_400 if holds else 21_600), why
     everywhere = structs.replace(area, audience=("https://wlcg.cern.ch/jwt/v1/any",))
-    cap, _, _ = cap_of(long, client(), via_fts, everywhere, [_SCOPES[needed]], granularity)
+    cap, _, _ = cap_of(long, client(), via, everywhere, [_SCOPES[needed]], granularity)
     assert cap == (86_400 if holds and mitigation != "one_storage" else 21_600)
     as_strings = structs.replace(area, matching="prefix")
-    assert cap_of(long, client(), via_fts, as_strings, [_SCOPES[needed]], granularity)[0] == 21_600
+    assert cap_of(long, client(), via, as_strings, [_SCOPES[needed]], granularity)[0] == 21_600
 
 
 # ── string matching ──────────────────────────────────────────────────────────────────────────

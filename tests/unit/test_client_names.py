@@ -18,6 +18,7 @@ from minter.client import (
     MintResult,
     Pending,
     Refusal,
+    SignedURL,
     Token,
     new_request_id,
 )
@@ -45,6 +46,7 @@ def typed(minter: MinterClient, job: Mapping[str, Any], url: str) -> None:
     filled = assert_type(minter.fill_job(job, fts="fts3.example.org"), FilledJob)
     assert_type(filled.bearer, Token | None)
     assert_type(minter.fill_jobs([job]), list[FilledJob | MinterError])
+    assert_type(minter.sign_url(url), SignedURL)
     told = minter.report(
         [FileReport(state="finished", request_id=request_id, file=0)],
         jobs=[JobReport(request_id, request_id, (0,))],

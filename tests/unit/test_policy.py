@@ -10,15 +10,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec import structs
 
-from minter.contract.messages import MAX_NEEDS, FileOperation, FileRequest, FillRequest, MintRequest
+from minter.contract.messages import (
+    MAX_NEEDS,
+    FileOperation,
+    FileRequest,
+    FillRequest,
+    MintRequest,
+    URLsRequest,
+)
 from minter.contract.operations import OPERATIONS, Operation
-from minter.errors import OperationNotAllowed, SettingsError
+from minter.errors import InvalidRequest, OperationNotAllowed, SettingsError
 from minter.fts.jobs import from_fill
 from minter.policy.clients import Ban, Bans, Client
 from minter.policy.explain import asked_scopes, explain
 from minter.policy.limits import PROFILE_MAX_SECONDS
 from minter.policy.plans import MAX_DESCRIBED, Decision
-from minter.policy.requests import BRIEF, MAX_DESCRIPTION_CHARACTERS, from_mint
+from minter.policy.requests import BRIEF, MAX_DESCRIPTION_CHARACTERS, decode_urls, from_mint
 from minter.policy.routes import SHIPPED_ROUTES, FTSInstance, Granularity, Route
 from minter.policy.transfers import Policy
 from minter.scopes import parent, path_contains
@@ -458,3 +465,70 @@ def test_refusals_of_the_largest_request_are_bounded_in_bytes(letter: str) -> No
     assert first.endswith(mint(sources=(url,)).refused[0].error.message[-100:])
     assert last == BRIEF
     assert [r["error"]["error_description"] for r in records].index(BRIEF) == MAX_DESCRIBED
+
+
+# ── URLs that anybody may hold ───────────────────────────────────────────────────────────────
+
+SHARED = Route(name="open data", via="url", operations=("read",), max_lifetime_seconds=7200)
+
+
+def url_decision(
+    *routes: Route,
+    lifetime_seconds: int = 3600,
+    owner: Client = client(),  # noqa: B008
+    **of_storage: Any,
+) -> Decision:
+    wire = URLsRequest(request_id=new_uuid7(), urls=(SE,), lifetime_seconds=lifetime_seconds)
+    made = structs.replace(storage(), **{"dialect": "dcache"} | of_storage)
+    request = decode_urls(msgspec.json.encode(wire))
+    return Policy({"vo": Directory([made])}, routes).decide(request, owner, NO_BANS)
+
+
+def test_a_url_gets_a_token_that_reads_one_file_by_a_route_for_urls_only() -> None:
+    (planned,) = url_decision(*SHIPPED_ROUTES, SHARED).planned_tokens
+    assert planned.scope == "storage.read:/data/d/f"
+    assert planned.lifetime.seconds == 3600
+    assert planned.plan.rule == "open data"
+    (refused,) = url_decision(*SHIPPED_ROUTES).refused
+    assert refused.error.reason == "operation_not_allowed"
+    assert mint(
+        Policy({"vo": Directory([storage()])}, [SHARED]), operations=(FileOperation("read", SE),)
+    ).refused
+
+
+@pytest.mark.parametrize(
+    ("of_storage", "why"),
+    [
+        ({"tape": True}, "is tape"),
+        ({"logs_urls": True}, "logs the URLs"),
+        ({"dialect": "profile"}, "no spelling"),
+    ],
+)
+def test_where_no_url_is_signed(of_storage: dict[str, Any], why: str) -> None:
+    (refused,) = url_decision(SHARED, **of_storage).refused
+    assert refused.error.reason == "operation_not_allowed"
+    assert why in refused.error.message
+
+
+def test_a_url_lives_no_longer_than_route_client_and_profile_allow() -> None:
+    assert url_decision(SHARED, lifetime_seconds=7200).planned_tokens
+    for seconds, owner in ((7201, client()), (3600, client(max_lifetime_seconds=3000))):
+        (refused,) = url_decision(SHARED, lifetime_seconds=seconds, owner=owner).refused
+        assert refused.error.reason == "lifetime_not_allowed"
+    wire = msgspec.json.encode({"request_id": str(new_uuid7()), "urls": [SE], "lifetime_seconds": 21_601})
+    with pytest.raises(InvalidRequest, match="lifetime_seconds"):
+        decode_urls(wire)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"operations": ("read", "write")},
+        {"granularity": "directory"},
+        {"mode": "client_credentials", "provider": "iam"},
+        {"max_lifetime_seconds": 86_400, "mitigations": ("narrow_read",), "risk_assessment": "doc"},
+    ],
+)
+def test_a_route_for_urls_reads_single_files_for_six_hours_at_most(options: dict[str, Any]) -> None:
+    with pytest.raises(SettingsError, match="url"):
+        Policy({}, [Route(**{"name": "r", "via": "url", "operations": ("read",)} | options)])

@@ -16,7 +16,7 @@ from minter.storages.dialects import DIALECTS, AudienceForm, Dialect, audience
 from minter.storages.directory import Directory, Endpoint, Storage
 from minter.storages.from_rucio import RSERule, storages_from_export
 from minter.storages.needed import scopes_needed
-from minter.storages.urls import check_fts_url, split_url
+from minter.storages.urls import check_fts_url, signed_url, split_url
 from tests.conftest import EXAMPLES
 
 DISK = Storage(vo="vo", name="DISK", base_path="/eos/vo",
@@ -212,3 +212,19 @@ def test_port_zero_means_none() -> None:
 def test_a_url_that_ftss_parser_cannot_read_is_refused(url: str) -> None:
     with pytest.raises(UnknownStorage, match="cannot read the host"):
         check_fts_url(url)
+
+
+@pytest.mark.parametrize(
+    ("url", "signed"),
+    [
+        (
+            "davs://se.example.org:443/data/a b%20#?",
+            "https://se.example.org/data/a%20b%2520%23%3F?authz=T.O.K",
+        ),
+        ("https://[2001:DB8::1]:8443//data//é", "https://[2001:db8::1]:8443/data/%C3%A9?authz=T.O.K"),
+        ("davs://se.example.org/data/a?copy_mode=push", "https://se.example.org/data/a?authz=T.O.K"),
+        ("roots://se.example.org/data/a", "roots://se.example.org:1094//data/a?authz=Bearer%20T.O.K"),
+    ],
+)
+def test_a_signed_url_is_encoded_once(url: str, signed: str) -> None:
+    assert signed_url(url, "authz=", "T.O.K") == signed
