@@ -5,7 +5,6 @@ module is imported. Each is compared with the signature that was tested; on any 
 is, and the log says so.
 """
 
-import inspect
 import json
 import logging
 import sys
@@ -20,6 +19,7 @@ from typing import Any
 
 from minter.client import FileOperation, FileRequest, MinterClient
 from minter.errors import MinterError, Unavailable
+from minter.wrapping import difference
 
 logger = logging.getLogger("minter.rucio")
 
@@ -279,15 +279,8 @@ WRAPPERS: dict[str, Callable[[ModuleType], None]] = {
 def problem(module: ModuleType) -> str:
     """Return how a module differs from the tested one, empty if it does not."""
     for (name, path), expected in SIGNATURES.items():
-        if name != module.__name__:
-            continue
-        found: Any = module
-        for part in path.split("."):
-            found = getattr(found, part, None)
-        if not callable(found):
-            return f"has no {path}"
-        if tuple(inspect.signature(found).parameters) != expected:
-            return f"{path}{inspect.signature(found)} has other parameters, expected {', '.join(expected)}"
+        if name == module.__name__ and (why := difference(module, path, expected)):
+            return why
     return ""
 
 

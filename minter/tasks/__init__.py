@@ -1,1 +1,1 @@
-"""Serves the six tasks of the contract."""
+"""Serves the seven tasks of the contract."""

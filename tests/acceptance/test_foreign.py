@@ -16,7 +16,6 @@ from joserfc import jwk
 from tests.acceptance.conftest import environment
 from tests.acceptance.served import Served
 from tests.acceptance.test_token import EXCHANGES
-from tests.conftest import ROOT
 from tests.simulators import FakeFTS
 
 pytestmark = pytest.mark.slow
@@ -165,17 +164,62 @@ def test_diracs_identity_provider_and_token_manager(served: Served, dirac: Path)
     ]
 
 
-def test_diracs_fts3job_and_the_fts3_client_carry_per_file_tokens(
+def dirac_transfer(
+    served: Served, dirac: Path, fts: FakeFTS, path: str, options: str = "", switched: str = "", **case: Any
+) -> tuple[dict[str, Any], list[Any], list[str]]:
+    """Let DIRAC's FTS3Agent submit one job; return what it told, FTS's files, and their tokens' scopes."""
+    told = {
+        "path": path.split("-"),
+        "switched": (switched or path).split("-"),
+        "files": ["prod/file0", "prod/file1"],
+    }
+    report = run(served, dirac, "dirac_fts3agent.py", fts.url, served.ca, options, json.dumps(told | case))
+    files = [file for job in fts.jobs.values() for file in job["files"]]
+    tokens = [
+        t for f in files for side in ("source", "destination") for t in f.get(f"{side}_tokens") or () if t
+    ]
+    return report, files, [claims_of(t)["scope"] if t.count(".") == 2 else t for t in tokens]
+
+
+def test_diracs_fts3agent_carries_per_file_tokens_by_options_of_the_cs(
     served: Served, dirac: Path, fts: FakeFTS
 ) -> None:
-    files = run(
-        served, dirac, "dirac_fts3job.py", fts.url, served.ca, PYTHONPATH=str(ROOT / "examples/dirac")
-    )
-    assert files == [0, 1, 2]
-    (job,) = fts.jobs.values()
-    tokens = [f[f"{side}_tokens"][0] for f in job["files"] for side in ("source", "destination")]
-    assert len({claims_of(t)["scope"] for t in tokens}) == 6
-    assert {claims_of(b.removeprefix("Bearer "))["scope"] for b in fts.bearers} == {"fts"}
+    told, files, scopes = dirac_transfer(served, dirac, fts, "A-B")
+    assert told == {"jobs": 1, "asked": [], "states": ["Submitted"] * 2}
+    assert len(files) == 2
+    assert len(set(scopes)) == 4
+    assert all(re.search(r"/file\d( |$)", scope) for scope in scopes)
+    bearers = {b.removeprefix("Bearer ") for b in fts.bearers} - {"an-X509-proxy"}
+    assert {claims_of(b)["scope"] for b in bearers} == {"fts"}
+
+
+def test_diracs_hops_all_have_tokens_or_none(served: Served, dirac: Path, fts: FakeFTS) -> None:
+    _, files, scopes = dirac_transfer(served, dirac, fts, "A-B-C", files=["prod/file0"])
+    assert (len(files), len(scopes)) == (2, 4)
+    fts.jobs.clear()
+    told, files, scopes = dirac_transfer(served, dirac, fts, "A-B-C", switched="A-C", files=["prod/file0"])
+    assert (told["jobs"], len(files), scopes) == (1, 2, [])  # one SE is not switched: with X.509, as before
+    fts.jobs.clear()
+    told, files, _ = dirac_transfer(served, dirac, fts, "TAPE-B", files=["prod/file0"])
+    assert (told["jobs"], files) == (0, [])  # DIRAC stages by root://, which takes no token
+    assert told["states"] == ["New"]
+
+
+@pytest.mark.parametrize(
+    ("away", "jobs", "asked"),
+    [("wait", 0, set()), ("x509", 1, set()), ("dirac", 1, {"IdProvider", "TokenManager"})],
+)
+def test_dirac_goes_on_without_minter_as_its_options_say(
+    served: Served, dirac: Path, fts: FakeFTS, away: str, jobs: int, asked: set[str]
+) -> None:
+    fts.lenient = True
+    options = f"Away = {away}\nalpen\n{{\nURL = https://localhost:1/alpen/\n}}"
+    told, files, scopes = dirac_transfer(served, dirac, fts, "A-B", options)
+    assert (told["jobs"], set(told["asked"])) == (jobs, asked)
+    assert len(files) == 2 * jobs
+    assert set(scopes) == ({"of-DIRACs-IdProvider"} if away == "dirac" else set())
+    bearers = {b.removeprefix("Bearer ") for b in fts.bearers}
+    assert bearers == {"an-X509-proxy"} | ({"of-DIRACs-TokenManager"} if away == "dirac" else set())
 
 
 def test_schemathesis_on_the_openapi_document(served: Served, tmp_path: Path) -> None:
@@ -192,4 +236,4 @@ def test_schemathesis_on_the_openapi_document(served: Served, tmp_path: Path) ->
         capture_output=True, text=True, check=False, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:]
-    assert " Tested: 10" in done.stdout
+    assert " Tested: 11" in done.stdout
