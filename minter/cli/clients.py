@@ -1,7 +1,6 @@
 """Commands that register, change and disable clients at run time; every change is audited (I8)."""
 
 import json
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from minter.cli.tables import (
     read_object,
     show,
     show_live_tokens,
+    token_on_input,
     whoami,
 )
 from minter.contract.operations import OPERATIONS
@@ -276,7 +276,7 @@ def clients_rotate(
 @clients_app.command("subject-token")
 @guarded
 def clients_subject_token(name: str, as_json: AsJson = False) -> None:
-    """Store a client's subject token, which is read from standard input.
+    """Store a client's subject token, which is read from standard input, or found as WLCG tools leave it.
 
     The token is verified and stored encrypted. Routes with mode `exchange` exchange it until it expires.
     """
@@ -285,7 +285,7 @@ def clients_subject_token(name: str, as_json: AsJson = False) -> None:
     with transaction(service.pool) as connection:
         kids = [key.kid for key in read_keys(connection)]
     subjects = Subjects(service.loaded.endpoints, service.iams, lambda: kids)
-    subject = subjects.verify(client.vo, SubjectToken(sys.stdin.read().strip()))
+    subject = subjects.verify(client.vo, SubjectToken(token_on_input().strip()))
     columns = {
         "subject_token": service.keystore.seal_token(client.vo, name, "client_subject", subject.token),
         "subject_provider": subject.provider,

@@ -18,6 +18,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from minter.client import find_bearer_token
 from minter.database import connection, live_tokens
 from minter.database.traces import TraceRecord
 from minter.errors import InvalidRequest, MinterError, SettingsError, Unavailable, UnknownClient
@@ -54,6 +55,18 @@ def _exit_code(error: MinterError) -> int:
     if isinstance(error, SettingsError):
         return 2
     return 3 if isinstance(error, Unavailable) else 1
+
+
+def token_on_input() -> str:
+    """Return the text on standard input, or at a terminal the user's bearer token (WLCG discovery)."""
+    if not sys.stdin.isatty():
+        return sys.stdin.read()
+    token = find_bearer_token()
+    if not token:
+        raise InvalidRequest(
+            "no token on standard input, and none where WLCG tools leave one (BEARER_TOKEN …)"
+        )
+    return token
 
 
 def show(as_json: bool, data: Any, text: Callable[[], Any]) -> None:

@@ -1,7 +1,6 @@
 """The commands `mint` (fill a job), `explain` (show a decision), `verify` and `diagnose` (look at a token)."""
 
 import json
-import sys
 import uuid
 from contextlib import ExitStack, suppress
 from datetime import datetime, timedelta
@@ -11,7 +10,7 @@ from typing import Annotated, Any, NamedTuple
 import msgspec
 import typer
 
-from minter.cli.tables import AsJson, guarded, not_registered, open_service, read_object, show
+from minter.cli.tables import AsJson, guarded, not_registered, open_service, read_object, show, token_on_input
 from minter.client import MinterClient, new_request_id
 from minter.contract.messages import FileOperation, FileRequest, FillRequest, MintRequest
 from minter.contract.operations import OPERATIONS
@@ -136,7 +135,10 @@ def _request_for(url: str, operation: str) -> Request:
 
 @guarded
 def verify(
-    file: Annotated[Path, typer.Argument(help="File with the token; - is standard input.")] = Path("-"),
+    file: Annotated[
+        Path,
+        typer.Argument(help="File with the token; - is standard input, or at a terminal your bearer token."),
+    ] = Path("-"),
     as_json: AsJson = False,
 ) -> None:
     """Verify a token's signature, key, expiry and database row, and print its claims."""
@@ -289,7 +291,7 @@ def _token_in(file: Path) -> str:
     if "eyJ" in str(file):
         raise InvalidRequest("others can see a command's arguments: give the token on standard input")
     try:
-        text = sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")
+        text = token_on_input() if str(file) == "-" else file.read_text(encoding="utf-8")
     except (OSError, UnicodeError) as error:
         raise InvalidRequest(f"{file} cannot be read: {error}") from None
     if not is_compact(text.strip()):

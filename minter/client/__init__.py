@@ -1,5 +1,6 @@
 """The Python client: HTTP works without extras, AMQP needs the extra `amqp`."""
 
+from minter.client.bearer import find_bearer_token
 from minter.client.client import MinterClient, new_request_id
 from minter.client.results import Changed, FilledJob, MintResult, Pending, Refusal, SignedURL, Token
 from minter.contract.followups import FileReport, JobReport
@@ -21,5 +22,6 @@ __all__ = [
     "Refusal",
     "SignedURL",
     "Token",
+    "find_bearer_token",
     "new_request_id",
 ]

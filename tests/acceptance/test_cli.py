@@ -2,6 +2,7 @@
 
 import json
 import os
+import pty
 import re
 import signal
 import subprocess
@@ -131,6 +132,16 @@ def test_mint_explain_verify_trace(environ: dict[str, str], tmp_path: Path) -> N
     file = tmp_path / "token"
     file.write_text(token + "\n")
     assert minter(environ, "verify", file).returncode == 0
+    ours, theirs = pty.openpty()  # at a terminal the user's bearer token is found
+    for at_hand, code in ((token, 0), ("", 1)):
+        at_terminal = subprocess.run(
+            [sys.executable, "-m", "minter.cli", "verify"], stdin=theirs, capture_output=True, text=True, check=False,
+            env={**environ, "BEARER_TOKEN": at_hand, "BEARER_TOKEN_FILE": "", "XDG_RUNTIME_DIR": str(tmp_path)}, cwd=ROOT,
+        )  # fmt: skip
+        assert at_terminal.returncode == code
+        assert ("none where WLCG tools leave one" in at_terminal.stderr) == bool(code)
+    os.close(ours)
+    os.close(theirs)
 
     url = json.loads(out.read_text())["files"][0]["destinations"][0]
     assert "is not known" in minter(environ, "trace", "--path", "x://h/f").stderr

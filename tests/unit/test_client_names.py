@@ -20,12 +20,13 @@ from minter.client import (
     Refusal,
     SignedURL,
     Token,
+    find_bearer_token,
     new_request_id,
 )
 
 
 def test_all_has_every_public_name_and_no_other() -> None:
-    modules = {"amqp", "client", "http", "results"}
+    modules = {"amqp", "bearer", "client", "http", "results"}
     public = {name for name in vars(minter.client) if not name.startswith("_")} - modules
     assert public == set(minter.client.__all__)
 
@@ -46,6 +47,7 @@ def typed(minter: MinterClient, job: Mapping[str, Any], url: str) -> None:
     filled = assert_type(minter.fill_job(job, fts="fts3.example.org"), FilledJob)
     assert_type(filled.bearer, Token | None)
     assert_type(minter.fill_jobs([job]), list[FilledJob | MinterError])
+    assert_type(minter.mint([file], subject_token=find_bearer_token()), MintResult)
     assert_type(minter.sign_url(url), SignedURL)
     told = minter.report(
         [FileReport(state="finished", request_id=request_id, file=0)],
