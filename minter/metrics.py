@@ -31,7 +31,6 @@ from minter.broker.publisher import count_waiting
 from minter.database import partitions, processes
 from minter.database.connection import transaction
 from minter.database.control import read_keys
-from minter.database.ended import EndedToken
 from minter.database.live_tokens import count_live
 from minter.errors import SettingsError, Unavailable
 from minter.policy.plans import Plan
@@ -148,7 +147,6 @@ OF_BEAT = (QUEUE, PROCESSES, LIVE, EXPIRING, SIGNS_UNTIL, STANDBY, PARTITIONS)
 
 _STAGE_BUCKETS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
 _AGE_BUCKETS = (0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 10, 60, 300, 1800, 7200)
-_LIFE_BUCKETS = (0, 60, 300, 1800, 3600, 7200, 14_400, 28_800, 86_400, 172_800, 345_600, 691_200)
 _BATCH_BUCKETS = (1, 2, 5, 10, 20, 50, 100, 200)
 
 COLLECT_SECONDS = 15.0
@@ -253,22 +251,6 @@ class Metrics:
             operation = "+".join(plan.operations) or plan.rule
             mode = plan.route.mode if plan.route else "mint"
             self._tokens.labels(vo, mode, operation, plan.area.storage, what).inc(count)
-
-
-class TransferMetrics:
-    """How long the tokens of transfers that ended had waited, and what was left of their lifetimes."""
-
-    def __init__(self, registry: CollectorRegistry) -> None:
-        self._waited, self._left = (
-            Histogram(spec.name, spec.help, spec.labels, buckets=_LIFE_BUCKETS, registry=registry)
-            for spec in (WAITED, LIFE_LEFT)
-        )
-
-    def observe(self, token: EndedToken) -> None:
-        """Count one token whose transfer ended."""
-        if token.waited is not None:
-            self._waited.labels(token.vo, token.mode).observe(token.waited)
-        self._left.labels(token.vo, token.mode).observe(max(0.0, token.left_at_end))
 
 
 def _samples(metric: Counter | Histogram, suffix: str) -> Iterator[tuple[dict[str, str], float]]:

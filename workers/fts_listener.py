@@ -16,14 +16,15 @@ from typing import Any
 
 import stomp
 from msgspec import Struct
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, Histogram
 
 from minter import logs
 from minter.backoff import Backoff
+from minter.database.ended import EndedToken
 from minter.errors import InvalidRequest, SettingsError, Unavailable
 from minter.fts.events import FTSEvent, read_event
 from minter.heartbeats import Heartbeat
-from minter.metrics import EVENTS, LAST_EVENT, TransferMetrics, new_counter, new_gauge, serve_process
+from minter.metrics import EVENTS, LAST_EVENT, LIFE_LEFT, WAITED, new_counter, new_gauge, serve_process
 from minter.sections import FTSEventsSettings
 from minter.service import Service, load_settings
 from minter.storages.urls import host_of
@@ -37,6 +38,8 @@ PREFETCH = 2 * TOGETHER
 CONNECT_SECONDS = 10.0
 HEARTBEAT_MILLISECONDS = 15_000
 FIRST_DELAY_SECONDS, MAX_DELAY_SECONDS = 1.0, 60.0
+LIFE_BUCKETS = (0, 60, 300, 1800, 3600, 7200, 14_400, 28_800, 86_400, 172_800, 345_600, 691_200)
+"""Upper bounds of the histograms of waits and lifetimes, in seconds."""
 MAX_FOREIGN = 100
 """Names of foreign VOs that are logged, at most."""
 
@@ -147,6 +150,22 @@ class Source:
 
     def _path(self, name: str) -> str | None:
         return str(self._folder / name) if name else None
+
+
+class TransferMetrics:
+    """How long the tokens of transfers that ended had waited, and what was left of their lifetimes."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._waited, self._left = (
+            Histogram(spec.name, spec.help, spec.labels, buckets=LIFE_BUCKETS, registry=registry)
+            for spec in (WAITED, LIFE_LEFT)
+        )
+
+    def observe(self, token: EndedToken) -> None:
+        """Count one token whose transfer ended."""
+        if token.waited is not None:
+            self._waited.labels(token.vo, token.mode).observe(token.waited)
+        self._left.labels(token.vo, token.mode).observe(max(0.0, token.left_at_end))
 
 
 class EventConsumer:

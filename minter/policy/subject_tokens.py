@@ -114,9 +114,7 @@ def on_subject_token(
             + (" and refresh them" if token_request.offline else "")
         )
     claims = json.loads(subject.payload)
-    act = {"sub": client.sub, **({"act": claims["act"]} if "act" in claims else {})}
-    if act_depth(act) > MAX_ACT_DEPTH:
-        raise InvalidGrant(f"the subject token was exchanged {MAX_ACT_DEPTH} times already")
+    act = _actors(client, claims)
     # A transfer's token lives as long as the transfer may take, and tokens exchanged for it live no longer.
     # The lifetime of a token that a client requested for itself says nothing about a transfer.
     limit = now + timedelta(seconds=rule.max_refresh_seconds)
@@ -145,6 +143,14 @@ def on_subject_token(
         rotated_at=now.replace(microsecond=0),
     )
     return family, authority
+
+
+def _actors(client: Client, claims: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `act` of the new token: the client, then who acted before (RFC 8693 §4.1)."""
+    act = {"sub": client.sub, **({"act": claims["act"]} if "act" in claims else {})}
+    if act_depth(act) > MAX_ACT_DEPTH:
+        raise InvalidGrant(f"the subject token was exchanged {MAX_ACT_DEPTH} times already")
+    return act
 
 
 def on_foreign_token(
