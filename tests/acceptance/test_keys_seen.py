@@ -13,6 +13,8 @@ import jwt
 import pytest
 
 from minter.client import FileRequest
+from minter.errors import NoUsableKey
+from minter.storages.dialects import Algorithm
 from tests.acceptance.served import VO, Served
 from tests.conftest import ROOT
 from tests.integration.test_mint import SE
@@ -65,7 +67,7 @@ def served_keys(served: Served) -> Any:
         return http.get(f"/{VO}/jwks.json").json()
 
 
-ALGORITHM = "ES256"
+ALGORITHM: Algorithm = "ES256"
 """What the storage of these tests verifies fastest."""
 
 
@@ -79,11 +81,8 @@ def mint(served: Served, number: int) -> str:
 
 
 def created(served: Served) -> str:
-    (made,) = json.loads(
-        served.minter("keys", "create", "--vo", VO, "--algorithm", ALGORITHM, "--json").stdout
-    )
-    kid: str = made["kid"]
-    return kid
+    (made,) = served.service.create_keys(VO, (ALGORITHM,), "tests")
+    return made.kid
 
 
 def test_rotation_is_never_seen_by_a_verifier_that_caches(served: Served, folder: Path) -> None:
@@ -104,8 +103,8 @@ def test_rotation_is_never_seen_by_a_verifier_that_caches(served: Served, folder
 
     go_on(1)
     standby = created(served)
-    refused = served.minter("keys", "rotate", "--vo", VO, "--algorithm", ALGORITHM, check=False)
-    assert refused.returncode != 0  # the standby key is not public for long enough
+    with pytest.raises(NoUsableKey):  # the standby key is not public for long enough
+        served.service.rotate_keys(VO, (ALGORITHM,), "tests")
     go_on(PUBLISH_SECONDS + 0.5)
     served.minter("keys", "rotate", "--vo", VO, "--algorithm", ALGORITHM)
     go_on(2)
