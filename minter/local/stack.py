@@ -135,9 +135,13 @@ class Stack:
             log = self.folder / f"{name}.log"
             if time.monotonic() - started < QUICK_DEATH_SECONDS:
                 told.append(f"{name} ended with code {process.returncode} at its start; see {log}")
+                continue
+            what = f"see {log}"
+            if name == "console":
+                what = f"the console, once: {self.console()}"
             else:
                 self.spawn(name, *arguments)
-                told.append(f"{name} ended with code {process.returncode}, and was started again; see {log}")
+            told.append(f"{name} ended with code {process.returncode}, and was started again; {what}")
         return told
 
     def serve(self) -> str:

@@ -68,18 +68,24 @@ def test_the_curl_line_of_up_gives_a_token(environ: dict[str, str]) -> None:
     assert json.loads(done.stdout)["access_token"]
 
 
-def test_up_starts_again_what_dies_and_says_so(environ: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    ("role", "name", "told"),
+    [("worker", "worker-0", "see /"), ("console", "console", "the console, once: http")],
+)
+def test_up_starts_again_what_dies_and_says_so(
+    environ: dict[str, str], role: str, name: str, told: str
+) -> None:
     time.sleep(QUICK_DEATH_SECONDS)  # a process that dies at its start would die again
     state = Path(environ["CURL"].split("$(cat ")[1].split("/client-secret")[0])
-    before = pids(state, "worker")
+    before = pids(state, role)
     for pid in before:
         os.kill(pid, signal.SIGKILL)
     deadline = time.monotonic() + 20
-    while not pids(state, "worker") - before:
+    while not pids(state, role) - before:
         assert time.monotonic() < deadline
         time.sleep(0.2)
-    told = os.read(int(environ["UP_STDERR"]), 10_000).decode()
-    assert "worker-0 ended with code -9, and was started again" in told
+    said = os.read(int(environ["UP_STDERR"]), 10_000).decode()
+    assert f"{name} ended with code -9, and was started again; {told}" in said
 
 
 def pids(state: Path, role: str) -> set[int]:
