@@ -69,10 +69,15 @@ _ENDED = (
         "JOIN uses u ON u.use_id = l.jti JOIN tokens t ON t.jti = u.jti LEFT JOIN managed m ON m.jti = t.jti",
         "coalesce(m.expires_at, t.expires_at)",
     )
-    + " ORDER BY 5, 6, 7 DESC, 8"
+    + " ORDER BY 4, 5, 6, 7 DESC, 8"
 )  # fmt: skip
 
 
 def ended_tokens(connection: "psycopg.Connection[Any]", ids: Sequence[UUID]) -> list[EndedToken]:
-    """Return the tokens and uses with these ids whose end was recorded, those of a file together."""
-    return [EndedToken(*row) for row in connection.execute(_ENDED, {"ids": list(ids)}).fetchall()]
+    """Return the tokens and uses with these ids whose end was recorded, those of a file together.
+
+    A fallback token is returned once, as the use that gives it.
+    """
+    found = [EndedToken(*row) for row in connection.execute(_ENDED, {"ids": list(ids)}).fetchall()]
+    used = {token.jti for token in found if token.handle is not None}
+    return [token for token in found if token.handle is not None or token.jti not in used]

@@ -139,18 +139,19 @@ class Lifecycle:
                 for token in _concerned(found[number], file, tokens[request_id])
             }
             changed, ended = _bring(connection, concerned, found, now)
-        self._tell(ended)
+        transfers = {at for _, at in named}  # later hops of a chain that broke ended, but were no transfers
+        self._tell([token for token in ended if (token.request_id, token.file) in transfers])
         return changed, len(found) - len({number for number, _ in named})
 
     def _tell(self, ended: Sequence[EndedToken]) -> None:
         """Log one line for each transfer that ended, with its tokens; its states are committed by now."""
-        for (request_id, file), of_one in groupby(ended, lambda t: (t.request_id, t.file)):
+        for (client, request_id, file), of_one in groupby(ended, lambda t: (t.client, t.request_id, t.file)):
             tokens = list(of_one)
             for token in tokens:
                 self._observe(token)
             logs.event(
                 transfers_logger, "transfer ended", request_id=str(request_id), file=file,
-                vo=tokens[0].vo, client=tokens[0].client, external_id=tokens[0].external_id or None,
+                vo=tokens[0].vo, client=client, external_id=tokens[0].external_id or None,
                 tokens=[token.told() for token in tokens],
             )  # fmt: skip
 

@@ -606,3 +606,19 @@ def test_a_signed_url_is_the_same_when_it_is_asked_for_again(service: Service) -
     gone = answers.answer(mint(service, asked)[0], clock.now())
     assert not gone.urls
     assert [r.error["reason"] for r in gone.refusals] == ["unknown_storage", "operation_not_allowed"]
+
+
+def test_a_hop_that_never_ran_has_no_line(
+    service: Service, lifecycle: Lifecycle, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "minter.transfers")
+    hops = [
+        {"sources": [SE + "a"], "destinations": [OTHER + "b"]},
+        {"sources": [OTHER + "b"], "destinations": [SE + "c"]},
+    ]
+    request_id = copy_of(service, [], files=hops, multihop=True).submission.request.request_id
+    job_id = clock.new_uuid7()
+    lifecycle.report(ME, ReportRequest(jobs=(JobReport(job_id, request_id, (0, 1), (7, 8)),)), clock.now())
+    lifecycle.events("alpen", [event(job_id=job_id, file_id=7, ends_chain=True)], clock.now())
+    (record,) = caplog.records
+    assert vars(record)["event"]["file"] == 0

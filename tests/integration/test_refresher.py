@@ -1011,5 +1011,22 @@ def test_a_probe_that_asks_nothing_holds_up_no_other(
     assert rows(service, "SELECT probed_until FROM providers WHERE open_until IS NOT NULL") == [(None,)]
 
 
+def test_a_fallback_token_is_told_once(
+    service: Service, iam: FakeIAM, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "minter.transfers")
+    bench = Bench(service, iam, own(fallback=("minted",)), MINTED)
+    iam.behaviour = Behaviour(fault="error_500")
+    for number in range(6):
+        bench.ask(f"f{number}")
+    bench.run_once(until=lambda: not rows(service, "SELECT 1 FROM managed WHERE state <> 'finished'"))
+    bench.lifecycle.report(
+        ME, ReportRequest(files=(FileReport(state="finished", external_id="f0"),)), bench.clock()
+    )
+    (record,) = (r for r in caplog.records if r.name == "minter.transfers")
+    (token,) = vars(record)["event"]["tokens"]
+    assert token["handle"]
+
+
 def _keyless(*_: object) -> Never:
     raise NoUsableKey("the master key is away")
