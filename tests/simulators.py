@@ -33,7 +33,7 @@ class FakeFTS:
         self.refuses = ""
         """What every submission is refused with, while it is set."""
         self.lenient = False
-        """Whether it takes tokens that are not Minter's."""
+        """Whether it takes unmanaged jobs without tokens, or with others than Minter's."""
         self.old = False
         """Whether it is a release that shows no token ids."""
         self.posts = 0
@@ -126,12 +126,7 @@ class _Handler(BaseHTTPRequestHandler):
         if job_id in fts.jobs:
             return self.answer(409, {"message": "The sid provided by the user is duplicated"})
         managed = "unmanaged_tokens" not in job["params"]  # FTS would exchange such tokens
-        has_tokens = any(file.get("source_tokens") for file in job["files"])
-        if (
-            has_tokens
-            and not (managed or fts.lenient)
-            and (objections := fts_objections(job, int(time.time())))
-        ):
+        if not (managed or fts.lenient) and (objections := fts_objections(job, int(time.time()))):
             return self.answer(400, {"message": objections[0]})
         fts.jobs[job_id] = job
         if fault == "lost":  # FTS has the job, but its answer is lost

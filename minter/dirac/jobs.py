@@ -4,7 +4,6 @@ DIRAC has no extension point for either. The functions are compared with those t
 differs, DIRAC stays as it is, and the log says so.
 """
 
-import logging
 from functools import partial, wraps
 from pathlib import Path
 from threading import Lock
@@ -15,8 +14,6 @@ from msgspec import Struct
 from minter.client import MinterClient, MinterError
 from minter.errors import Unavailable
 from minter.wrapping import difference
-
-logger = logging.getLogger("minter.dirac")
 
 OPTIONS = "/Systems/DataManagement/Agents/FTS3Agent/Minter"
 SECONDS = 5.0
@@ -44,7 +41,7 @@ class CSOptions(Struct, frozen=True):
     away: str
 
 
-def read_options(vo: str) -> CSOptions:
+def read_options(vo: str, dirac_log: Any) -> CSOptions:
     """Return the options for a VO: those of its own section come before the common ones."""
     from DIRAC import gConfig  # noqa: PLC0415 - only DIRAC has DIRAC
 
@@ -54,7 +51,7 @@ def read_options(vo: str) -> CSOptions:
 
     away = option("Away") or "wait"
     if away not in AWAY:
-        logger.error("%s/Away = %r is none of %s; waiting", OPTIONS, away, ", ".join(AWAY))
+        dirac_log.error("Away is none of those known, so files wait", f"{OPTIONS}/Away = {away}")
         away = "wait"
     return CSOptions(option("URL"), option("Client"), option("SecretFile"), option("CA"), away)
 
@@ -70,9 +67,10 @@ class Clients:
         """Return the client, with the secret that its file has now; raises MinterError for a bad option."""
         path = Path(options.secret_file)
         try:
-            secret = path.read_text(encoding="utf-8").strip()
-        except OSError as error:
-            raise MinterError(f"{OPTIONS}/SecretFile {path} cannot be read: {error.strerror}") from None
+            secret = path.read_text(encoding="ascii").strip()
+        except (OSError, ValueError) as error:
+            why = error.strerror if isinstance(error, OSError) else "it is no ASCII text"
+            raise MinterError(f"{OPTIONS}/SecretFile {path} cannot be read: {why}") from None
         with self._lock:
             made = self._made.get((options, secret))
             if made is None:
@@ -93,16 +91,17 @@ class TokensLater:
 class Jobs:
     """What DIRAC's FTS3Job does with tokens of Minter; the functions of DIRAC that it wraps are its own."""
 
-    def __init__(self, job_class: Any, storage_element: Any, manager: Any) -> None:
+    def __init__(self, job_class: Any, storage_element: Any, manager: Any, dirac_log: Any) -> None:
         self.construct = job_class._constructTransferJob  # noqa: SLF001
         self.submit, self.context = job_class.submit, job_class.generateContext
         self._storage_element = storage_element
         self._manager = manager
+        self._log = dirac_log
         self._clients = Clients()
 
     def constructed(self, job: Any, arguments: tuple[Any, ...], *, tokens: bool) -> Any:
         """Return DIRAC's result of making a job for FTS, with tokens if they are wanted."""
-        options = read_options(job.vo)
+        options = read_options(job.vo, self._log)
         if not (tokens and options.url and self._switched(job)):
             return self.construct(job, *arguments, tokens)
         made = self.construct(job, *arguments, False)
@@ -112,7 +111,7 @@ class Jobs:
             content, files = made["Value"]
             return self._filled(job, content, files, options)
         except Unavailable as error:
-            logger.error("Minter is away (%s), Away = %s", error, options.away)  # noqa: TRY400 - said in full
+            self._log.error("Minter is away", f"Away = {options.away}: {error}")
             if options.away == "wait":
                 return _refused(error)
             return self.construct(job, *arguments, True) if options.away == "dirac" else made
@@ -154,19 +153,20 @@ class Jobs:
         return self.context(server, ucert, token, **more)
 
 
-def wrap(agent: Any, job_class: Any, storage_element: Any) -> None:
+def wrap(agent: Any, job_class: Any, storage_element: Any, dirac_log: Any) -> None:
     """Let FTS3Job get its tokens from Minter: those of the files, and the one for submitting to FTS.
 
-    `agent` is DIRAC's module of the agent, `job_class` its FTS3Job, `storage_element` its StorageElement.
+    `agent` is DIRAC's module of the agent, `job_class` its FTS3Job, `storage_element` its StorageElement,
+    `dirac_log` its logger, because DIRAC keeps no lines of others.
     """
     if getattr(job_class, "_minter_wrapped", False):
         return
     differences = [difference(job_class, path, expected) for path, expected in SIGNATURES.items()]
     if any(differences) or not hasattr(agent, "gTokenManager"):
         why = "; ".join(filter(None, differences)) or "its agent has no gTokenManager"
-        logger.error("this DIRAC is not known, so it stays without tokens of Minter: FTS3Job %s", why)
+        dirac_log.error("this DIRAC is not known, so it stays without tokens of Minter", f"FTS3Job {why}")
         return
-    jobs = Jobs(job_class, storage_element, agent.gTokenManager)
+    jobs = Jobs(job_class, storage_element, agent.gTokenManager, dirac_log)
 
     @wraps(jobs.construct)
     def construct(

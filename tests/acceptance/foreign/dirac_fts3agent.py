@@ -32,6 +32,11 @@ gConfigurationData.localCFG = cfg
 gConfig.loadCFG(cfg)
 gConfigurationData.sync()
 
+from DIRAC.ConfigurationSystem.Client.LocalConfiguration import LocalConfiguration
+
+LocalConfiguration()._LocalConfiguration__initLogger(
+    "DataManagement/FTS3Agent", "/Systems/DataManagement"
+)  # as dirac-agent
 from DIRAC.Core.Base.AgentModule import AgentModule
 from DIRAC.Core.Base.private.ModuleLoader import ModuleLoader
 from DIRAC.DataManagementSystem.Client import FTS3Job as jobs
