@@ -229,9 +229,9 @@ class MinterClient:
     ) -> SignedURL:
         """Return a URL with which anybody may read this one file for a time, at most 6 hours.
 
-        A route with `via = "url"` must allow it. `options` are those of `URLsRequest`: vo, activity and
-        on_behalf_of. Raises OperationNotAllowed for tape and for storages whose URLs must hold no tokens.
-        For many URLs, send `URLsRequest`s by `ask(URLS, …)`.
+        Of a directory it reads all that is below. A route with `via = "url"` must allow it. `options` are
+        those of `URLsRequest`: vo, activity and on_behalf_of. Raises OperationNotAllowed for tape and for
+        storages whose URLs must hold no tokens. For many URLs, send `URLsRequest`s by `ask(URLS, …)`.
         """
         wanted = URLsRequest(
             request_id=request_id or new_request_id(),
@@ -242,7 +242,7 @@ class MinterClient:
         answer = self._one(URLS, wanted)
         for refused in answer.refusals:
             raise from_dict(refused.error)
-        return SignedURL(answer.urls[0])
+        return SignedURL(answer.urls[0], answer.notes)
 
     def _complete(self, request: FillRequest, answer: Answer) -> Answer:
         """Repeat a request until none of its tokens is pending, or the client's timeout has passed."""

@@ -49,13 +49,15 @@ class Token:
 class SignedURL:
     """A URL with which anybody may read one file until `exp`; `str` and `repr` hide it, as of a `Token`."""
 
-    __slots__ = ("_signed", "exp", "jti", "storage")
+    __slots__ = ("_signed", "exp", "jti", "notes", "storage")
 
-    def __init__(self, answer: URLAnswer) -> None:
+    def __init__(self, answer: URLAnswer, notes: Sequence[Note] = ()) -> None:
         self._signed = answer.signed
         self.storage = answer.storage
         self.jti = answer.jti
         self.exp = answer.exp
+        self.notes = tuple(note.text for note in notes)
+        """What the requester should know, such as that the storage matches paths loosely."""
 
     def reveal(self) -> str:
         """Return the URL, which holds a token and is a secret like one."""

@@ -115,11 +115,14 @@ class FillRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
 
 
 class URLsRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """`minter.urls`: for each URL of a file, the URL with which anybody may read it for a time."""
+    """`minter.urls`: for each URL of a file, the URL with which anybody may read it for a time.
+
+    The URL of a directory reads all that is below. `lifetime_seconds` begin a minute before the answer.
+    """
 
     request_id: UUID
     urls: Annotated[tuple[Url, ...], Meta(min_length=1, max_length=MAX_FILES)]
-    lifetime_seconds: Annotated[int, Meta(ge=0, le=6 * 3600)] = 3600
+    lifetime_seconds: Annotated[int, Meta(ge=120, le=6 * 3600)] = 3600
     vo: Name | None = None
     client: Name | None = None
     on_behalf_of: Annotated[str, Meta(max_length=255)] = ""
@@ -216,7 +219,7 @@ class Answer(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     `error` is set when the whole request is refused. `pending` are tokens that providers have not given
     yet; a job with pending tokens is filled when the same request is sent again. `job`, `refused` and
-    `bearer` come with a filled job, `urls` with URLs to be signed. `changed` counts the tokens that a report
+    `bearer` come with a filled job, `urls` with a request for URLs. `changed` counts the tokens that a report
     or a cancellation changed, `unknown` lists the places in the message that name nothing known, `alive` the
     cancelled tokens that still work, `notes` what the requester should know of tokens that were issued. A
     large answer comes in `parts` messages, numbered from 0 by `part`.

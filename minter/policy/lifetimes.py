@@ -98,10 +98,12 @@ def lifetime_of(plan: Plan, request: Request, file: File, need: Need) -> Lifetim
         derived = fixed + wait if need.life_seconds is None else need.life_seconds
         wanted = max(derived, PROFILE_MIN_SECONDS)
     seconds = min(wanted, cap)
-    least = BACKDATE_SECONDS + route.margin_seconds + need.after_seconds + queue
+    margin = 0 if request.via == "url" else route.margin_seconds  # a URL serves no transfer that may be late
+    least = BACKDATE_SECONDS + margin + need.after_seconds + queue
     if seconds < least:
+        by = f"allowed by {plan.cap_rule}" if seconds < wanted else "asked for"
         raise LifetimeNotAllowed(
-            f"lifetime {seconds} s allowed by {plan.cap_rule} does not cover {_what(need)} of {least} s; ask "
+            f"lifetime {seconds} s {by} does not cover {_what(need)} of {least} s; ask "
             "for more or change the route",
             expected=least, got=seconds,
         )  # fmt: skip

@@ -35,7 +35,7 @@ from minter.policy.requests import File, Need, Request
 from minter.policy.routes import SHIPPED_ROUTES, FTSInstance, Route, Via
 from minter.storages.dialects import FTS_REST, Matching
 from minter.storages.directory import LOOSEST_FIRST, Area, Directory
-from minter.storages.urls import check_fts_url, host_of
+from minter.storages.urls import check_fts_url, check_signable, host_of
 
 _CACHE_LIMIT = 512
 
@@ -185,6 +185,8 @@ class Policy:
     ) -> PlannedToken:
         if request.via_fts:
             check_fts_url(need.url)
+        elif request.via == "url":
+            check_signable(need.url)
         area, path = self.directories[client.vo].locate(need.url)
         bans.check(client.vo, storage=area.storage)
         key = (area, need.operations, need.if_able, need.side)
@@ -235,9 +237,9 @@ class Policy:
                 return make_plan(route, client, request.via, area, need, route.granularity, stands_in)
             except OperationNotAllowed as error:
                 return error
-        what = "URLs that" if request.via == "url" else ""
+        what = "URLs that " if request.via == "url" else ""
         return OperationNotAllowed(
-            f"no route allows {what + ' '}{', '.join(need.operations)} on storage {area.storage!r} "
+            f"no route allows {what}{', '.join(need.operations)} on storage {area.storage!r} "
             f"for client {client.name!r}; add a route or correct the request"
         )
 

@@ -78,7 +78,7 @@ _PROFILE: Mapping[Operation, tuple[Needed, ...]] = {
 }
 
 _AUTHZ_BEARER, _AUTHZ, _ACCESS_TOKEN = "authz=Bearer%20", "authz=", "access_token="
-"""XRootD 5.5.3 and 6.1.0, run, as EOS has it; dCache's user guide; StoRM's source (RFC 6750 §2.3)."""
+"""XRootD 5.5.3 and 6.1.0, run, as EOS has it; dCache's and StoRM's sources (RFC 6750 §2.3)."""
 DEFAULT_MAX_TOKEN_BYTES = 8_000
 """Proxies in front of storages often stop near 8 KiB of header."""
 HTTPS_PORT = 443

@@ -109,7 +109,7 @@ def _storage(
         vo=vo, name=name, endpoints=endpoints, dialect=rule.dialect,
         base_path="/" if all(e.base_path == "/" for e in endpoints) else base_path,
         audience_form=rule.audience_form or audience_form, matching=rule.matching,
-        tape=str(options.get("SEType", "")).upper().startswith("T1"), tokens=tokens,
+        tape=str(options.get("SEType", "")).upper().startswith("T1"), tokens=tokens, logs_urls=rule.logs_urls,
     )  # fmt: skip
 
 

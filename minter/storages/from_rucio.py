@@ -26,6 +26,7 @@ class RSERule(Struct, frozen=True, forbid_unknown_fields=True):
     dialect: str = "profile"
     matching: Matching | None = None
     audience_form: AudienceForm | None = None
+    logs_urls: bool = False
 
 
 _ANY = RSERule("*")
@@ -102,6 +103,7 @@ def _storage(
         matching=rule.matching,
         tape=rse.get("rse_type") == "TAPE" or bool(attributes.get("staging_required")),
         tokens=tokens,
+        logs_urls=rule.logs_urls,
     )
     if all(endpoint.base_path == "/" for endpoint in endpoints) and base_path != "/":
         storage = structs.replace(storage, base_path="/")

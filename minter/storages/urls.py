@@ -118,6 +118,16 @@ def split_url(url: str) -> tuple[str, int, str]:
     return key, int(port or 0) or DEFAULT_PORTS[scheme], path
 
 
+def check_signable(url: str) -> None:
+    """Raise InvalidPath for a roots URL that cannot carry a token: such URLs are not encoded."""
+    path = url.partition("://")[2]
+    if url.lower().startswith("roots:") and re.search(r"[?\s]", path):
+        raise InvalidPath(
+            f"{shown(url)!r} has a ? or white space, which no roots URL with a token can have; use davs",
+            url=shown(url),
+        )
+
+
 def signed_url(url: str, parameter: str, token: str) -> str:
     """Return an unencoded URL as an encoded one that carries a token in its query.
 

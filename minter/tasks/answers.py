@@ -21,12 +21,14 @@ from minter.contract.messages import (
 from minter.errors import Expired, InvalidRequest, MinterError, RequestError, ServerError, Unavailable
 from minter.fts.jobs import fill_job
 from minter.policy.limits import BACKDATE_SECONDS, FTS_QUEUE_SECONDS
+from minter.policy.plans import PlannedToken
 from minter.policy.requests import Request
 from minter.storages.urls import signed_url
 from minter.tokens.outcomes import Issued, Outcome
 
 _DEFAULT_FIXED_SECONDS = BACKDATE_SECONDS + 600
-_LOOSE_URL = "paths match loosely there: the URL's token opens every name that begins with this one"
+_LOOSE_URL = "this storage compares paths as text: the URL opens every name that begins with this one"
+_PATTERN_URL = f"{_LOOSE_URL}, and a dot in it stands for any character"
 MAX_FILLED_BYTES = 15 * 1024 * 1024
 """RabbitMQ 4 takes messages of at most 16 MiB, and a job cannot be divided."""
 encode = msgspec.json.Encoder().encode
@@ -69,8 +71,9 @@ def _notes(request: Request, outcome: Outcome) -> list[Note]:
         slot = planned.need.slot
         if slot.side != "service":
             notes += [Note(*slot, text) for text in planned.lifetime.notes(planned.plan.cap_rule)]
-            if request.via == "url" and planned.plan.area.matching != "exact":
-                notes.append(Note(*slot, _LOOSE_URL))
+            matching = planned.plan.area.matching
+            if request.via == "url" and matching != "exact":
+                notes.append(Note(*slot, _PATTERN_URL if matching == "pattern" else _LOOSE_URL))
     return notes
 
 
@@ -81,10 +84,14 @@ def _token(issued: Issued) -> TokenAnswer:
     )  # fmt: skip
 
 
+def _planned(outcome: Outcome) -> dict[Slot, PlannedToken]:
+    return {p.need.slot: p for p in outcome.decision.planned_tokens} if outcome.decision else {}
+
+
 def _signed(request: Request, outcome: Outcome, refusals: list[RefusedNeed]) -> Answer:
     """Return the signed URLs; those of a repeated request are refused if they would be by now."""
     assert outcome.decision is not None
-    planned = {p.need.slot: p for p in outcome.decision.planned_tokens}
+    planned = _planned(outcome)
     urls = []
     for issued in outcome.issued:
         if plan := planned.get(issued.slot):
@@ -128,10 +135,9 @@ def _filled(request: Request, outcome: Outcome, refusals: list[RefusedNeed], now
 
 def _monitored(outcome: Outcome) -> dict[Slot, dict[str, str]]:
     """Return jti and mode of the tokens whose route wants them in FTS's monitoring."""
-    planned_tokens = outcome.decision.planned_tokens if outcome.decision else ()
     modes = {
-        planned.need.slot: route.mode
-        for planned in planned_tokens
+        slot: route.mode
+        for slot, planned in _planned(outcome).items()
         if (route := planned.plan.route) is not None and route.monitoring
     }
     return {i.slot: {"jti": i.jti, "mode": modes[i.slot]} for i in outcome.issued if i.slot in modes}
@@ -150,8 +156,7 @@ def _queue_hours(request: Request, outcome: Outcome, now: datetime) -> int:
     margin covers the delay. A later one gives what life is left. Raises Expired when that no longer covers
     staging and an hour of queue.
     """
-    planned_tokens = outcome.decision.planned_tokens if outcome.decision else ()
-    planned = {p.need.slot: p for p in planned_tokens}
+    planned = _planned(outcome)
     hours = []
     for issued in outcome.issued:
         if issued.slot.side == "service":

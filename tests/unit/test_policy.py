@@ -490,7 +490,9 @@ def test_a_url_gets_a_token_that_reads_one_file_by_a_route_for_urls_only() -> No
     assert planned.lifetime.seconds == 3600
     assert planned.plan.rule == "open data"
     (refused,) = url_decision(*SHIPPED_ROUTES).refused
-    assert refused.error.reason == "operation_not_allowed"
+    assert refused.error.message.startswith("no route allows URLs that read on storage")
+    other = mint(Policy({"vo": Directory([storage()])}, []), operations=(FileOperation("read", SE),))
+    assert other.refused[0].error.message.startswith("no route allows read on storage")
     assert mint(
         Policy({"vo": Directory([storage()])}, [SHARED]), operations=(FileOperation("read", SE),)
     ).refused
@@ -508,6 +510,15 @@ def test_where_no_url_is_signed(of_storage: dict[str, Any], why: str) -> None:
     (refused,) = url_decision(SHARED, **of_storage).refused
     assert refused.error.reason == "operation_not_allowed"
     assert why in refused.error.message
+
+
+def test_a_url_may_live_for_minutes_and_a_name_must_fit_into_it() -> None:
+    assert url_decision(SHARED, lifetime_seconds=120).planned_tokens
+    for odd in ("a?b", "a b"):
+        wire = URLsRequest(request_id=new_uuid7(), urls=("roots://se.example.org/data/" + odd,))
+        engine = Policy({"vo": Directory([storage()])}, [SHARED])
+        (refused,) = engine.decide(decode_urls(msgspec.json.encode(wire)), client(), NO_BANS).refused
+        assert refused.error.reason == "invalid_path"
 
 
 def test_a_url_lives_no_longer_than_route_client_and_profile_allow() -> None:

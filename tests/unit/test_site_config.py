@@ -89,11 +89,13 @@ Resources
 
 
 def test_diracs_storage_elements_become_storages() -> None:
-    found, warnings = storages_from_cfg(CFG, "lhcb", (RSERule("CERN-DST", "eos"), RSERule("CERN-*", "cta")))
+    found, warnings = storages_from_cfg(
+        CFG, "lhcb", (RSERule("CERN-DST", "eos", logs_urls=True), RSERule("CERN-*", "cta"))
+    )
     by_name = {s.name: s for s in found}
     assert by_name["CERN-DST"] == Storage(
         vo="lhcb", name="CERN-DST", endpoints=(Endpoint("eoslhcb.cern.ch", 8443, "/eos/lhcb/grid/prod/dst"),),
-        dialect="eos", base_path="/eos/lhcb", audience_form="url_with_port",
+        dialect="eos", base_path="/eos/lhcb", audience_form="url_with_port", logs_urls=True,
     )  # fmt: skip
     assert by_name["CERN-TAPE"].tape
     assert by_name["CERN-TAPE"].endpoints[0].port == 443

@@ -214,6 +214,13 @@ def test_a_url_that_ftss_parser_cannot_read_is_refused(url: str) -> None:
         check_fts_url(url)
 
 
+def test_a_site_that_logs_urls_is_named_by_a_rule() -> None:
+    found, _ = storages_from_export(EXPORT, "vo", (RSERule("*", logs_urls=True),))
+    assert found
+    assert all(storage.logs_urls for storage in found)
+    assert not any(storage.logs_urls for storage in STORAGES)
+
+
 @pytest.mark.parametrize(
     ("url", "signed"),
     [
