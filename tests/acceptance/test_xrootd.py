@@ -80,7 +80,15 @@ def site(
     try:
         for name, storage in zip(("A", "B"), storages, strict=True):
             storage.configure(served.minter("storages", "site-config", "--storage", name).stdout)
-            for folder_name in ("vo/dir", "rsa/dir", "vo-scratch/dir", "vo/user/bob", "vo/user/bobby"):
+            for folder_name in (
+                "vo/dir",
+                "rsa/dir",
+                "vo-scratch/dir",
+                "vo/user/bob",
+                "vo/user/bobby",
+                "vo/out/job1",
+                "vo/out/job2",
+            ):
                 (storage.files / "grid" / folder_name).mkdir(parents=True)
                 for file in ("file1", "file2", "file10", "odd+=:,@name"):
                     (storage.files / "grid" / folder_name / file).write_text(file)
@@ -298,6 +306,46 @@ def test_a_signed_url_reads_its_file_without_a_header(site: tuple[Served, XRootD
         status(signed.replace(str(a.port), str(b.port))),
     )
     assert set(refused) == {"403"}
+
+
+def htcondor_allows(a: XRootD, served: Served, bearer: str, audience: str) -> str:
+    """Return what HTCondor's library (scitokens-cpp) says of a token at a service."""
+    listed = (
+        'mount --bind "$1/bundle.pem" /etc/ssl/certs/ca-certificates.crt && XDG_CACHE_HOME="$1" exec '
+        'scitokens-list-access "$(cat)" "$2" "$3"'
+    )
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", listed, "sh", a.folder, served.iss, audience],
+        input=bearer, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return done.stdout
+
+
+def test_a_pilots_token_lets_it_run_jobs_at_its_ce_only(site: tuple[Served, XRootD, XRootD]) -> None:
+    served, a, _ = site
+    here, there = "https://ce01.example.org:9619", "https://ce02.example.org:9619"
+    served.add_client("panda", scopes=["compute.*"], audiences=[here, there])
+    wanted = {"grant_type": "client_credentials", "scope": "compute.create compute.read"}
+    bearer = served.token("panda", **wanted, audience=here).json()["access_token"]
+    assert "ACL: compute.create:/" in htcondor_allows(a, served, bearer, here)
+    assert "'aud' claim verification failed" in htcondor_allows(a, served, bearer, there)
+    assert served.token("panda", **wanted, audience="https://ce03.example.org").status_code == 400
+
+
+def test_a_jobs_tokens_read_its_inputs_and_write_below_its_output(
+    site: tuple[Served, XRootD, XRootD],
+) -> None:
+    served, a, _ = site
+    url = f"davs://localhost:{a.port}/grid/vo/"
+    job = FileRequest(
+        operations=(FileOperation("read", f"{url}dir/file2"), FileOperation("write", f"{url}out/job1"))
+    )
+    with served.client() as client:
+        read, write = (token.reveal() for token in client.mint([job], lifetime_seconds=3600).tokens)
+    assert curl(a, read, "GET", "dir/file2") == 200
+    assert put(a, write, "out/job1/result") in (200, 201)
+    assert put(a, write, "out/job2/result") == put(a, read, "out/job1/other") == 403
+    assert curl(a, write, "GET", "dir/file2") == 403
 
 
 # ── third-party copies, with the two tokens of one request ───────────────────────────────────
