@@ -102,7 +102,7 @@ def test_prometheus_sees_the_rates_of_all_processes(scraped: tuple[Running, int]
     served = query(port, "sum by (__name__) ({__name__=~'minter_.*'})")
     names = {name for (name,) in served}
     elsewhere = {metrics.HTTP, metrics.FTS_JOBS, metrics.EVENTS, metrics.LAST_EVENT}
-    elsewhere |= {metrics.PROVIDER, metrics.PROVIDER_SECONDS}
+    elsewhere |= {metrics.WAITED, metrics.LIFE_LEFT, metrics.PROVIDER, metrics.PROVIDER_SECONDS}
     for spec in metrics.SPECS:
         if spec in elsewhere | {metrics.REFUSALS, metrics.STANDBY}:
             continue  # no refusal, no standby key yet, or a process that does not run here
