@@ -38,7 +38,10 @@ def _content(path: Path, *, own: bool) -> str:
             found = os.fstat(file.fileno())
             if own and not (stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid()):
                 raise InvalidRequest(f"{path} is not your own file, so its token is not used; remove it")
-            return file.read(MAX_BYTES).decode("ascii").strip()
+            content = file.read(MAX_BYTES + 1)
+            if len(content) > MAX_BYTES:
+                raise InvalidRequest(f"{path} has more than {MAX_BYTES} bytes, so it holds no token")
+            return content.decode("ascii").strip()
     except FileNotFoundError:
         if own:
             return ""

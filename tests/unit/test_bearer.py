@@ -49,6 +49,9 @@ def test_a_file_that_is_named_must_exist(environ: dict[str, str], tmp_path: Path
     (tmp_path / "named" / NAME).write_bytes(b"\xff")
     with pytest.raises(InvalidRequest, match="no text"):
         find_bearer_token(environ)
+    (tmp_path / "named" / NAME).write_bytes(b"a" * 20_000)
+    with pytest.raises(InvalidRequest, match="holds no token"):
+        find_bearer_token(environ)
 
 
 def test_a_token_of_somebody_else_is_not_used(
