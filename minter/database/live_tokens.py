@@ -14,7 +14,7 @@ from sqlalchemy.engine import Engine as Pool
 from minter.database.connection import LONG_SECONDS, floor, one, transaction
 from minter.errors import InvalidRequest
 from minter.policy.clients import Ban, Bans
-from minter.policy.limits import HARD_MAX_SECONDS, LAST_EXPIRY
+from minter.policy.limits import LAST_EXPIRY
 from minter.policy.plans import SEVERAL_STORAGES
 from minter.policy.requests import SEVERAL
 from minter.scopes import encode_path, parse_scopes
@@ -115,6 +115,6 @@ def count_live(pool: Pool, now: datetime, soon: timedelta) -> dict[str, tuple[in
             "SELECT c.vo, count(*), count(*) FILTER (WHERE t.expires_at <= %(soon)s)"
             f" FROM tokens t {sample} JOIN clients c USING (client_id)"
             " WHERE t.expires_at > %(now)s AND t.jti >= %(first)s GROUP BY c.vo",
-            {"now": now, "soon": now + soon, "first": floor(now - timedelta(seconds=HARD_MAX_SECONDS))},
+            {"now": now, "soon": now + soon, "first": floor(now - LAST_EXPIRY)},
         ).fetchall()
     return {vo: (factor * alive, factor * expiring) for vo, alive, expiring in rows}

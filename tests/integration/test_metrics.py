@@ -15,6 +15,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from minter import __version__, metrics
 from minter.contract.messages import FileRequest, MintRequest
 from minter.database import counts, processes
+from minter.database.connection import transaction
+from minter.database.live_tokens import count_live
 from minter.errors import SettingsError
 from minter.heartbeats import Heartbeat
 from minter.policy.requests import from_mint
@@ -109,6 +111,18 @@ def test_beat_tells_of_keys_partitions_living_tokens_and_queues(service: Service
         assert {f.name for f in collector.describe()} == {s.name for s in metrics.OF_BEAT}
     finally:
         broker.stop()
+
+
+def test_a_token_whose_provider_gave_it_more_than_our_longest_life_is_alive_until_its_end(
+    service: Service,
+) -> None:
+    mint(service, submission("late"))
+    with transaction(service.pool) as connection:
+        connection.execute("UPDATE tokens SET expires_at = now() + interval '192 h 8 min'")
+    later = service.clock() + timedelta(hours=192, minutes=5)
+    (alive, expiring) = count_live(service.pool, later, timedelta(hours=1))["alpen"]
+    assert alive == expiring > 0
+    assert count_live(service.pool, later + timedelta(minutes=5), timedelta(hours=1)) == {}
 
 
 def test_each_process_takes_a_port_of_its_own(observed: tuple[Service, metrics.Metrics]) -> None:
