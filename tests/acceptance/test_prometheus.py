@@ -32,7 +32,7 @@ def scraped(broker: Valkey | RabbitMQ, database_dsn: str, tmp_path: Path) -> Ite
     if shutil.which("prometheus") is None:
         reason = "Prometheus is not installed (apt-get install prometheus)"
         (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
-    first, port = 24_000 + os.getpid() % 1000 * 10, free_ports(1)[0]
+    first, port = 24_000 + os.getpid() % 200 * 40, free_ports(1)[0]
     text = (EXAMPLES / "settings.toml").read_text()
     text = text.replace('export = "', f'export = "{EXAMPLES}/')
     path = tmp_path / "settings.toml"
