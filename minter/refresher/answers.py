@@ -26,6 +26,11 @@ class ProviderAnswer(Struct, frozen=True):
     sent: bool = True
     seconds: float = 0.0
 
+    @property
+    def asked(self) -> bool:
+        """Whether the provider was asked: no grant means that nothing could be asked for."""
+        return self.sent and self.grant != "none"
+
 
 def kept(taken: Taken, token: Leased) -> Result:
     """Return the result that ends a lease and leaves the token unchanged."""

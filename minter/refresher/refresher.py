@@ -349,10 +349,10 @@ class Refresher:
     ) -> None:
         """Report the outcomes of requests that were sent to the circuit breaker, the metrics and the log."""
         for _, taken, _, answer in answers:
-            if taken.probe is not None and (not answer.sent or answer.grant == "none"):
+            if taken.probe is not None and not answer.asked:
                 providers.end_probe(self._pool, taken.provider, taken.probe)
         for name, iam in self._iams.items():
-            sent = [(t, k, a) for i, t, k, a in answers if i is iam and a.sent and a.grant != "none"]
+            sent = [(t, k, a) for i, t, k, a in answers if i is iam and a.asked]
             if not sent:
                 continue
             told = [health_of(answer) for _, _, answer in sent]
