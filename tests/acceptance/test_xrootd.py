@@ -50,6 +50,15 @@ endpoints = [{{ host = "localhost", port = {port}, prefix = "/grid/vo-scratch" }
 """
 """At the server of A: a storage whose software is unknown, so that RS256 signs for it, and one whose prefix
 begins with that of A, which the server's prefix matching cannot tell from A."""
+FOLDERS = [
+    "vo/dir",
+    "rsa/dir",
+    "vo-scratch/dir",
+    "vo/user/bob",
+    "vo/user/bobby",
+    "vo/out/job1",
+    "vo/out/job2",
+]
 ROUTES = """
 [[routes]]
 name = "open data"
@@ -80,15 +89,7 @@ def site(
     try:
         for name, storage in zip(("A", "B"), storages, strict=True):
             storage.configure(served.minter("storages", "site-config", "--storage", name).stdout)
-            for folder_name in (
-                "vo/dir",
-                "rsa/dir",
-                "vo-scratch/dir",
-                "vo/user/bob",
-                "vo/user/bobby",
-                "vo/out/job1",
-                "vo/out/job2",
-            ):
+            for folder_name in FOLDERS:
                 (storage.files / "grid" / folder_name).mkdir(parents=True)
                 for file in ("file1", "file2", "file10", "odd+=:,@name"):
                     (storage.files / "grid" / folder_name / file).write_text(file)
@@ -129,14 +130,19 @@ def refusal(
     return refused.error.reason
 
 
-def curl(storage: XRootD, bearer: str | None, method: str, path: str, *options: str, area: str = "vo") -> int:
-    """Return the status of a request; the path is below an area."""
+def fetch(storage: XRootD, url: str, *options: str) -> int:
+    """Return the status of a request for a whole URL."""
     done = subprocess.run(
-        ["curl", "-s", "-o", "/dev/null", "-w", "%{http_code}", "--cacert", storage.ca, "-X", method, "--path-as-is",
-         *(["-H", f"Authorization: Bearer {bearer}"] if bearer else []), *options, f"{storage.url}/grid/{area}/{path}"],
+        ["curl", "-s", "-o", "/dev/null", "-w", "%{http_code}", "--cacert", storage.ca, "--path-as-is", *options, url],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     return int(done.stdout)
+
+
+def curl(storage: XRootD, bearer: str | None, method: str, path: str, *options: str, area: str = "vo") -> int:
+    """Return the status of a request; the path is below an area."""
+    header = ["-H", f"Authorization: Bearer {bearer}"] if bearer else []
+    return fetch(storage, f"{storage.url}/grid/{area}/{path}", "-X", method, *header, *options)
 
 
 def put(storage: XRootD, bearer: str | None, path: str, content: str = "new") -> int:
@@ -293,19 +299,15 @@ def test_a_signed_url_reads_its_file_without_a_header(site: tuple[Served, XRootD
         with pytest.raises(OperationNotAllowed, match="spelling"):  # its dialect is not known
             client.sign_url(f"davs://localhost:{a.port}/grid/rsa/dir/file1")
 
-    def status(url: str, *options: str) -> str:
-        ask = ["curl", "-s", "-o", "/dev/null", "-w", "%{http_code}", "--cacert", str(a.ca), *options, url]
-        return subprocess.run(ask, capture_output=True, text=True, check=False).stdout
-
-    assert status(signed) == status(odd) == "200"
-    assert status(signed, "-r", "0-1") == "206"
+    assert fetch(a, signed) == fetch(a, odd) == 200
+    assert fetch(a, signed, "-r", "0-1") == 206
     refused = (
-        status(signed.replace("file2", "file1")),
-        status(signed, "-X", "DELETE"),
-        status(signed, "-T", str(a.ca)),
-        status(signed.replace(str(a.port), str(b.port))),
+        fetch(a, signed.replace("file2", "file1")),
+        fetch(a, signed, "-X", "DELETE"),
+        fetch(a, signed, "-T", str(a.ca)),
+        fetch(a, signed.replace(str(a.port), str(b.port))),
     )
-    assert set(refused) == {"403"}
+    assert set(refused) == {403}
 
 
 def htcondor_allows(a: XRootD, served: Served, bearer: str, audience: str) -> str:
