@@ -118,10 +118,13 @@ def split_url(url: str) -> tuple[str, int, str]:
     return key, int(port or 0) or DEFAULT_PORTS[scheme], path
 
 
+def _over_roots(url: str) -> bool:
+    return url.lower().startswith("roots:")
+
+
 def check_signable(url: str) -> None:
     """Raise InvalidPath for a roots URL that cannot carry a token: such URLs are not encoded."""
-    path = url.partition("://")[2]
-    if url.lower().startswith("roots:") and re.search(r"[?\s]", path):
+    if _over_roots(url) and re.search(r"[?\s]", url):
         raise InvalidPath(
             f"{shown(url)!r} has a ? or white space, which no roots URL with a token can have; use davs",
             url=shown(url),
@@ -135,7 +138,7 @@ def signed_url(url: str, parameter: str, token: str) -> str:
     slashes, and every server reads the token as XRootD's clients send it.
     """
     host, port, path = split_url(url)
-    if url.lower().startswith("roots:"):
+    if _over_roots(url):
         return f"roots://{host}:{port}/{path}?authz=Bearer%20{token}"
     where = host if port == DEFAULT_PORTS["https"] else f"{host}:{port}"
     return f"https://{where}{quote(path)}?{parameter}{token}"
