@@ -1,6 +1,7 @@
 """Transfers over HTTP, the public documents, and the protection of the service against abuse."""
 
 import concurrent.futures
+import itertools
 import json
 import os
 import signal
@@ -100,15 +101,20 @@ def test_an_issuer_at_a_path_of_its_own_is_found_under_every_host(served: Served
 
 
 def test_whoever_guesses_secrets_is_slowed_down_alone(served: Served) -> None:
-    def guess(peer: str) -> int:
-        return http.post(
-            f"/{VO}/token", data={"x": "y"}, auth=("rucio", "wrong"), headers={"X-Forwarded-For": peer}
-        ).status_code
+    def guess(peer: str, times: int) -> list[int]:
+        """Guess with a client of this thread's own: httpx closes connections under others that share one."""
+        form, headers = {"x": "y"}, {"X-Forwarded-For": peer}
+        with served.http() as http:
+            told = [
+                http.post(f"/{VO}/token", data=form, auth=("rucio", "wrong"), headers=headers)
+                for _ in range(times)
+            ]
+        return [answer.status_code for answer in told]
 
-    with served.http() as http, concurrent.futures.ThreadPoolExecutor(50) as threads:
-        statuses = set(threads.map(guess, ["192.0.2.1, 192.0.2.7"] * 400))
-        assert statuses == {401, 429}
-        assert guess("192.0.2.8") == 401
+    with concurrent.futures.ThreadPoolExecutor(50) as threads:
+        statuses = threads.map(guess, ["192.0.2.1, 192.0.2.7"] * 50, [8] * 50)
+        assert set(itertools.chain.from_iterable(statuses)) == {401, 429}
+    assert guess("192.0.2.8", 1) == [401]
     with served.http("rucio") as http:
         assert http.get(f"/{VO}/v1/trace", params={"path": "/x"}).status_code == 200
 
