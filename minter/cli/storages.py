@@ -1,4 +1,4 @@
-"""Commands for storages: import them from Rucio or DIRAC, list them, print a site's configuration."""
+"""Commands for storages: import them from Rucio or DIRAC, list them, print a site's configuration, probe them."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -6,9 +6,13 @@ from typing import Annotated, Any
 import msgspec
 import typer
 
-from minter.cli.tables import AsJson, Listing, guarded, read_object, show
+from minter.cli.tables import AsJson, Listing, guarded, not_registered, open_service, read_object, show
+from minter.database.connection import transaction
+from minter.database.control import read_control
 from minter.errors import InvalidRequest, SettingsError
+from minter.probe import probe
 from minter.service import load_settings
+from minter.settings import Loaded
 from minter.storages.dialects import DIALECTS, AudienceForm
 from minter.storages.directory import Directory, Storage
 from minter.storages.from_dirac import storages_from_cfg
@@ -16,7 +20,7 @@ from minter.storages.from_rucio import RSERule, storages_from_export
 from minter.storages.site_config import site_config
 
 storages_app = typer.Typer(
-    no_args_is_help=True, help="Import storages, list them, print sites' configuration."
+    no_args_is_help=True, help="Import storages, list them, print sites' configuration, probe them."
 )
 
 VO = Annotated[str, typer.Option(help="VO that the storages belong to.")]
@@ -30,6 +34,9 @@ Form = Annotated[
     AudienceForm | None, typer.Option(help="How to build a storage's audience from its endpoints.")
 ]
 Output = Annotated[Path | None, typer.Option(help="File for the [[storages]] of the settings.")]
+VOIfSeveral = Annotated[
+    str | None, typer.Option("--vo", help="VO of the storage, if its name is in several VOs.")
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -154,21 +161,68 @@ def storages_list(as_json: AsJson = False) -> None:
 @guarded
 def storages_site_config(
     storage: Annotated[str, typer.Option(help="Name of the storage.")],
-    vo: Annotated[str | None, typer.Option(help="VO of the storage, if its name is in several VOs.")] = None,
+    vo: VOIfSeveral = None,
     as_json: AsJson = False,
 ) -> None:
     """Print the configuration that makes a site's storage trust this engine's tokens."""
     loaded = load_settings()
-    named = [s for s in loaded.storages if s.name == storage and vo in (None, s.vo)]
-    if len(named) != 1:
-        raise InvalidRequest(
-            f"{len(named)} storages are named {storage!r}, expected one"
-            + ("; name its --vo" if named else "")
-        )
-    if not named[0].tokens:
-        raise SettingsError(f"storage {storage!r} takes no tokens (tokens = false)")
-    areas = [a for a in loaded.policy.directories[named[0].vo].areas() if a.storage == storage]
+    named = _named(loaded, storage, vo)
+    areas = [a for a in loaded.policy.directories[named.vo].areas() if a.storage == storage]
     if not areas:
         raise SettingsError(f"storage {storage!r} shares all its endpoints with another one; name that one")
-    text = site_config(named[0], areas, loaded.issuers[named[0].vo])
+    text = site_config(named, areas, loaded.issuers[named.vo])
     show(as_json, {"storage": storage, "config": text}, lambda: text)
+
+
+@storages_app.command("probe")
+@guarded
+def storages_probe(
+    storage: Annotated[str, typer.Argument(help="Name of the storage.")],
+    path: Annotated[
+        str, typer.Argument(help="Path, as scopes have it, of a folder to write in, or of a file to read.")
+    ],
+    read_only: Annotated[
+        bool, typer.Option("--read-only", help="Write nothing; PATH is a file that exists.")
+    ] = False,
+    client: Annotated[str | None, typer.Option(help="Registered client that the tokens are for.")] = None,
+    ca: Annotated[str | None, typer.Option(help="File or folder of the CAs that sign storages.")] = None,
+    vo: VOIfSeveral = None,
+    as_json: AsJson = False,
+) -> None:
+    """Try on a real storage what its dialect promises, with tokens of one minute.
+
+    Each endpoint is asked what must be allowed and what must be refused, and a refusal is taken apart: audience,
+    base path, issuer, header, algorithm, rights. The files of the probe are removed at its end.
+    """
+    service = open_service()
+    named = _named(service.loaded, storage, vo)
+    name = client or service.loaded.settings.broker.local_client
+    with transaction(service.pool) as connection:
+        clients = read_control(connection).clients
+    if name not in clients:
+        raise not_registered(name, clients)
+    found = {
+        place: list(probe.read_only(asker, path) if read_only else probe.write_and_read(asker, path))
+        for place, asker in probe.askers(service, named, path, name, ca).items()
+    }
+    lines = [
+        f"{place} {'ok     ' if verdict.passes else 'failed '} {verdict.check}: {verdict.text}"
+        for place, verdicts in found.items()
+        for verdict in verdicts
+    ]
+    wrong = any(not verdict.passes for verdicts in found.values() for verdict in verdicts)
+    show(as_json, {"passes": not wrong, "endpoints": found}, lambda: "\n".join(lines))
+    if wrong:
+        raise typer.Exit(1)
+
+
+def _named(loaded: Loaded, name: str, vo: str | None) -> Storage:
+    """Return the one storage of a name that takes tokens; raises InvalidRequest or SettingsError."""
+    named = [s for s in loaded.storages if s.name == name and vo in (None, s.vo)]
+    if len(named) != 1:
+        raise InvalidRequest(
+            f"{len(named)} storages are named {name!r}, expected one" + ("; name its --vo" if named else "")
+        )
+    if not named[0].tokens:
+        raise SettingsError(f"storage {name!r} takes no tokens (tokens = false)")
+    return named[0]

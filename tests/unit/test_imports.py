@@ -26,7 +26,7 @@ FLOORS = [
     {"settings"},
     {"checks", "metrics", "refresher"},
     {"service"},
-    {"heartbeats", "search", "status"},
+    {"heartbeats", "probe", "search", "status"},
     {"issuer"},
     {"console"},
     {"local"},
