@@ -179,10 +179,12 @@ class Directory:
         strings, it may also reach a neighbour whose prefix merely begins with the path of the scope.
         """
         within_reach: dict[object, list[Area]] = {}
+        self._by_storage: dict[str, list[tuple[tuple[str, int], Area]]] = {}
         self._by_audience: dict[str, list[list[Area]]] = {}
         self._by_form: dict[str, list[list[Area]]] = {}
         for (host, port), areas in self._areas.items():
             for area in areas:
+                self._by_storage.setdefault(area.storage, []).append(((host, port), area))
                 for key in ((host, port), *area.audience):
                     within_reach.setdefault(key, []).append(area)
             for name in dict.fromkeys(name for area in areas for name in area.audience):
@@ -247,14 +249,11 @@ class Directory:
 
     def url(self, storage: str, path: str, audience: Collection[str]) -> str | None:
         """Return a URL of a VO-relative path at the endpoint of `storage` with this audience, or None."""
-        for (host, port), areas in self._areas.items():
-            for area in areas:
-                full = squash(f"{area.base_path}/{path}")
-                if (area.storage, set(area.audience)) == (storage, set(audience)) and path_contains(
-                    area.prefix, full
-                ):
-                    # A wide poll token names the whole area; the URL of any file there stands for the area.
-                    return f"davs://{host}:{port}{full}" + ("/any" if full == area.prefix else "")
+        for (host, port), area in self._by_storage.get(storage, ()):
+            full = squash(f"{area.base_path}/{path}")
+            if set(area.audience) == set(audience) and path_contains(area.prefix, full):
+                # A wide poll token names the whole area; the URL of any file there stands for the area.
+                return f"davs://{host}:{port}{full}" + ("/any" if full == area.prefix else "")
         return None
 
     def locate(self, url: str) -> tuple[Area, str]:
