@@ -10,41 +10,34 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
-from typing import Literal
 
 import kombu
-import msgspec
 import psycopg
-import urllib3
 from cryptography import x509
-from msgspec import Struct
 from sqlalchemy.engine import Engine as Pool
 
 from minter import __version__
 from minter.broker.publisher import Outgoing, Publisher, connect, count_waiting
 from minter.contract import names
-from minter.database import co_issuers, control_changes, migrations, overview, partitions, processes
-from minter.database.connection import open_pool, transaction
-from minter.database.control import read_keys
-from minter.errors import MinterError, NoUsableKey, Unavailable
-from minter.sections import CoIssuerSettings
+from minter.database import (
+    control_changes,
+    migrations,
+    overview,
+    partitions,
+    processes,
+)
+from minter.database.connection import open_pool
+from minter.errors import MinterError, Unavailable
+from minter.key_status import issuer_lines, key_lines, published_lines
+from minter.lines import LEVELS, SECONDS, Level, Line, failed, ok, warning
 from minter.service import Service
 from minter.settings import Loaded
-from minter.tokens import keys
 from minter.tokens.clock import check_clock, new_uuid7
-from minter.tokens.co_issuer import IamKeys
 
-Level = Literal["ok", "warning", "failed"]
-LEVELS: tuple[Level, ...] = ("ok", "warning", "failed")
-"""From well to worst."""
-SECONDS = 3.0
-"""Longest wait for one part."""
 CERTIFICATE_DAYS = 14
 """A certificate that ends sooner gives a warning."""
 QUEUE_LONG = 10_000
 """Waiting requests that give a warning."""
-MERGED_OLD = timedelta(minutes=10)
-"""A merged key set that was not checked for longer has failed."""
 EVENTS_SILENT = timedelta(hours=1)
 """A broker of FTS that has sent nothing for longer gives a warning."""
 DISK_LOW, DISK_FULL = 0.15, 0.03
@@ -52,29 +45,6 @@ DISK_LOW, DISK_FULL = 0.15, 0.03
 EPOCH = datetime.fromtimestamp(0, UTC)
 CONNECTIONS_LEFT = 10
 """Free connections of Postgres below which there is a warning."""
-
-
-class Line(Struct, frozen=True):
-    """The state of one part, and what to do if it is not well."""
-
-    level: Level
-    part: str
-    text: str
-
-
-def ok(part: str, text: str) -> Line:
-    """Return the line of a part that is well."""
-    return Line("ok", part, text)
-
-
-def warning(part: str, text: str) -> Line:
-    """Return the line of a part to look at today."""
-    return Line("warning", part, text)
-
-
-def failed(part: str, text: str) -> Line:
-    """Return the line of a part without which requests wait, or soon will."""
-    return Line("failed", part, text)
 
 
 def lines(loaded: Loaded) -> list[Line]:
@@ -89,7 +59,7 @@ def lines(loaded: Loaded) -> list[Line]:
         ("disk", lambda: _disk(pool, loaded)),
         ("keys", lambda: key_lines(pool, service)),
         ("issuers", lambda: issuer_lines(pool, loaded)),
-        ("published keys", lambda: _published(pool, loaded, service.clock())),
+        ("published keys", lambda: published_lines(pool, loaded, service.clock())),
         ("providers", lambda: _providers(pool, loaded, service.clock())),
         ("certificates", lambda: _certificates(loaded, service.clock())),
     ]
@@ -283,90 +253,6 @@ def _disk(pool: Pool, loaded: Loaded) -> Iterator[Line]:
         share = disk.free / disk.total
         level: Level = "failed" if share < DISK_FULL else "warning" if share < DISK_LOW else "ok"
         yield Line(level, "disk", f"{share:.0%} free ({disk.free >> 30} GiB) for {what} at {folder}")
-
-
-# ── keys ─────────────────────────────────────────────────────────────────────────────────────
-
-
-def key_lines(pool: Pool, service: Service) -> Iterator[Line]:
-    """Yield a line for the active key of each issuer and algorithm: standby, end, and whether it opens."""
-    with transaction(pool, SECONDS) as connection:
-        ring = read_keys(connection)
-    now = service.clock()
-    for vo, issuer in service.loaded.settings.issuers.items():
-        for algorithm in issuer.algorithms:
-            own = [k for k in ring if (k.vo, k.algorithm) == (vo, algorithm)]
-            yield from _of_key(vo, algorithm, own, service, now)
-
-
-def _of_key(
-    vo: str, algorithm: str, own: Sequence[keys.Key], service: Service, now: datetime
-) -> Iterator[Line]:
-    part = f"{vo} {algorithm}"
-    active = next((k for k in own if k.state == "active"), None)
-    standby = [k for k in own if k.state == "prepared"]
-    if active is None:
-        what = "signing key not public for long" if standby else "no active signing key"
-        yield Line("failed" if not standby else "warning", part, f"{what}; run: minter keys create --vo {vo}")
-        return
-    try:
-        service.keystore.unlock(active)
-    except NoUsableKey as error:
-        yield failed(part, f"key {active.kid} does not open: {error.message}")
-        return
-    until = keys.signs_until(active, service.engine.rotation)
-    left = f", signs until {until:%F %H:%M}" if until else ""
-    if until and until < now:
-        yield warning(part, f"key {active.kid} was due at {until:%F %H:%M}; is beat running?")
-    elif not standby:
-        yield warning(part, f"key {active.kid}{left}, no standby; run: minter keys create --vo {vo}")
-    else:
-        ready = keys.may_sign_from(standby[0], service.engine.rotation)
-        yield ok(part, f"key {active.kid}{left}; the standby may sign from {ready:%F %H:%M}")
-
-
-def issuer_lines(pool: Pool, loaded: Loaded) -> Iterator[Line]:
-    """Yield a failed line for each VO that has issued under another `iss` before."""
-    recorded = overview.issuers(pool, SECONDS)
-    for vo, iss in loaded.issuers.items():
-        if recorded.get(vo, iss) != iss:
-            yield failed(vo, f"has issued as {recorded[vo]!r}, not {iss!r}; correct issuers.{vo}.iss")
-
-
-def _published(pool: Pool, loaded: Loaded, now: datetime) -> Iterator[Line]:
-    with transaction(pool, SECONDS) as connection:
-        ring = read_keys(connection)
-    http = urllib3.PoolManager(retries=False, timeout=urllib3.Timeout(total=SECONDS))
-    for vo, co_issuer in loaded.co_issuers.items():
-        yield from _merged(co_issuers.known(pool, vo, SECONDS), co_issuer, now)
-    for vo, iss in loaded.own_issuers.items():
-        wanted = {k.kid for k in ring if k.vo == vo and keys.is_public(k, now)}
-        try:
-            answer = http.request("GET", f"{iss}jwks.json", redirect=False)
-            told = msgspec.json.decode(answer.data, type=dict[str, list[dict[str, object]]])
-            seen = {str(key.get("kid")) for key in told.get("keys", [])}
-        except (urllib3.exceptions.HTTPError, msgspec.DecodeError) as error:
-            yield warning(f"{vo} JWKS", f"{iss}jwks.json cannot be read from here: {type(error).__name__}")
-            continue
-        if missing := wanted - seen:
-            yield failed(f"{vo} JWKS", f"{iss}jwks.json lacks {', '.join(sorted(missing))}; publish again")
-        else:
-            yield ok(f"{vo} JWKS", f"{len(seen)} keys at {iss}jwks.json")
-
-
-def _merged(known: IamKeys, wanted: CoIssuerSettings, now: datetime) -> Iterator[Line]:
-    """Yield the lines of a key set that has the IAM's keys, too: how old it is, and what is wrong with it."""
-    part = f"{known.vo} IAM's keys"
-    ages = {"fetched from the IAM": known.fetched_at, "written by minter publish": known.written_at}
-    for what, at in ages.items():
-        if at is None or now - at > MERGED_OLD:
-            since = "never" if at is None else f"last at {at:%F %H:%M}"
-            yield failed(part, f"{what}: {since}; is minter publish --watch running? {known.problem}")
-            return
-    if known.problem:
-        yield warning(part, known.problem)
-    else:
-        yield ok(part, f"{len(known.keys)} keys of the IAM in {wanted.path}, fresh")
 
 
 # ── providers and certificates ───────────────────────────────────────────────────────────────

@@ -24,6 +24,7 @@ from minter.contract import names
 from minter.database import control_changes, partitions
 from minter.errors import InvalidRequest, MinterError, Unavailable
 from minter.heartbeats import Heartbeat
+from minter.lines import LEVELS
 from minter.metrics import PART, Metrics, StateCollector, new_gauge, serve_process
 from minter.service import Service, load_settings, tune_gc
 from minter.settings import Loaded
@@ -290,7 +291,7 @@ def _watch_parts(registry: CollectorRegistry) -> None:
         else:
             level.clear()
             for part, worst in status.by_part(found).items():
-                level.labels(part).set(status.LEVELS.index(worst))
+                level.labels(part).set(LEVELS.index(worst))
         pause.wait(PARTS_SECONDS)
 
 

@@ -38,6 +38,8 @@ from minter.database.connection import BoundedConnection, synchronous_standbys, 
 from minter.database.control import read_control
 from minter.errors import SettingsError, Unavailable
 from minter.issuer import well_known
+from minter.key_status import issuer_lines, key_lines
+from minter.lines import Line
 from minter.local import drill, stack
 from minter.policy.audiences import ANY
 from minter.service import Service, load_settings
@@ -186,7 +188,7 @@ def status_command(as_json: AsJson = False) -> None:
         raise typer.Exit(code)
 
 
-def _status_text(found: Sequence[status.Line]) -> str:
+def _status_text(found: Sequence[Line]) -> str:
     """Return a line for each part, wrapped to the terminal."""
     wide = max(len(line.part) for line in found)
     lines = []
@@ -264,7 +266,10 @@ def _check_database(service: Service, warnings: list[str], failed: list[str]) ->
         clients = read_control(connection).clients.values()
     if not standbys:
         warnings.append("Postgres has no synchronous standby: a lost disk loses the rows of issued tokens")
-    of_keys = [*status.key_lines(service.pool, service), *status.issuer_lines(service.pool, service.loaded)]
+    of_keys = [
+        *key_lines(service.pool, service),
+        *issuer_lines(service.pool, service.loaded),
+    ]
     opened = {vo for vo in service.loaded.settings.issuers if any(service.loaded.master_key_source(vo))}
     for line in of_keys:
         without_master = line.part.partition(" ")[0] not in opened and "does not open" in line.text

@@ -17,6 +17,7 @@ from minter.database.control import read_control, read_keys
 from minter.database.live_tokens import count_live
 from minter.database.traces import TraceRecord
 from minter.errors import InvalidRequest, MinterError, RequestError, Unavailable
+from minter.lines import SECONDS, Line
 from minter.policy.clients import Client
 from minter.service import Service
 from minter.storages.dialects import DIALECTS
@@ -38,7 +39,7 @@ class Overview:
     def __init__(self, service: Service) -> None:
         self._service = service
         self.at: datetime | None = None
-        self.lines: list[status.Line] = []
+        self.lines: list[Line] = []
         self.live: dict[str, tuple[int, int]] = {}
 
     def start(self) -> None:
@@ -144,7 +145,7 @@ class Pages:
     def providers(self) -> dict[str, Any]:
         """Return the external IAMs: circuit breaker, pending and fresh tokens."""
         found = {p.name: p for p in self.service.loaded.settings.providers}
-        rows = [row for row in overview.providers(self.service.pool, status.SECONDS) if row[0] in found]
+        rows = [row for row in overview.providers(self.service.pool, SECONDS) if row[0] in found]
         return {"providers": [(found[row[0]], *row[1:]) for row in rows], "now": self.service.clock()}
 
     def dead(self) -> dict[str, Any]:

@@ -21,8 +21,9 @@ from minter.scopes import encode_path, parse_scopes
 from minter.storages.dialects import Matching
 
 FETCH_ROWS = 5_000
-VERIFIER_CACHES = "XRootD 10 min, FTS and DIRAC 24 h, Rucio 12 h"
+CACHES = {"XRootD": timedelta(minutes=10), "Rucio": timedelta(hours=12), "FTS and DIRAC": timedelta(hours=24)}
 """How long verifiers still trust a key after it left the JWKS (facts of the real software)."""
+VERIFIER_CACHES = "XRootD 10 min, Rucio 12 h, FTS and DIRAC 24 h"
 
 
 class LiveTokenRow(Struct, frozen=True):

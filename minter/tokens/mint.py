@@ -211,7 +211,8 @@ class Engine:
             now,
         )
         self._observe("copied", outcomes, now)
-        return signing.shared, read_repeats(tx, [one.key for one in pending if one.key not in new])
+        repeated = [one.key for one in pending if one.key not in new]
+        return signing.shared, read_repeats(tx, repeated, control.ring)
 
     def _ready(self, one: PendingRequest, control: Control, now: datetime) -> bool:
         """Make the request's row; return False if no key may sign, so that nothing can be recorded."""

@@ -34,6 +34,7 @@ from minter.tokens.keys import Key, RotationPolicy, Signer
 from minter.tokens.managed import ManagedToken
 from minter.tokens.outcomes import Issued, Outcome, PendingManaged, PendingRequest, Submission
 from minter.tokens.records import OWN_KINDS, Control, Recording, RequestRow, Store, TokenRow, known_client
+from minter.tokens.replacements import with_replacements
 
 
 class Repeats(NamedTuple):
@@ -43,9 +44,12 @@ class Repeats(NamedTuple):
     managed: Mapping[UUID, ManagedToken]
 
 
-def read_repeats(tx: Recording, keys: Sequence[tuple[UUID, int]]) -> Repeats:
-    """Read the records of requests; requests that were not recorded are missing."""
-    requests = tx.recorded(keys) if keys else {}
+def read_repeats(tx: Recording, keys: Sequence[tuple[UUID, int]], ring: Sequence[Key]) -> Repeats:
+    """Read the records of requests, with the replacements of tokens whose key is revoked (ADR 17).
+
+    Requests that were not recorded are missing.
+    """
+    requests = with_replacements(tx, tx.recorded(keys), ring) if keys else {}
     return Repeats(requests, read_managed(tx, (t for _, tokens in requests.values() for t in tokens)))
 
 
@@ -104,7 +108,7 @@ class Reissuer:
             control, skew = tx.control()
             check_clock(skew)
             client = known_client(control, name)
-            found, managed_tokens = read_repeats(tx, [(request_id, client.client_id)])
+            found, managed_tokens = read_repeats(tx, [(request_id, client.client_id)], control.ring)
         if not found:
             raise UnknownRequest(f"client {name!r} has made no request {request_id} that is still kept")
         ((row, tokens),) = found.values()

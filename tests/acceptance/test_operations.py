@@ -1,7 +1,10 @@
 """What operators ask and do: status, check, dead letters, audit, keys and secrets that leaked."""
 
 import json
+import os
+import signal
 import subprocess
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -22,7 +25,7 @@ from minter.service import Service
 from minter.tokens.keystore import new_master_key
 from tests.acceptance.conftest import Running
 from tests.acceptance.test_workers import OTHER, SE
-from tests.conftest import _admin, _dsn, load_settings
+from tests.conftest import ROOT, _admin, _dsn, load_settings
 from tests.servers import RabbitMQ
 from workers import replies
 
@@ -190,6 +193,44 @@ def test_revoke_force_makes_the_standby_itself(running: Running, client: MinterC
     ring = json.loads(running.minter("keys", "list", "--json").stdout)
     assert {k["state"] for k in ring if k["kid"] == active["kid"]} == {"revoked"}
     assert "leak" in running.minter("audit", "--subject", active["kid"], "--json").stdout
+
+
+def test_recovery_from_a_leaked_key_survives_kill_9(running: Running, client: MinterClient) -> None:
+    """Live tokens are made anew once, and clients find them under the old request_id, whoever was killed."""
+    ids = [new_request_id() for _ in range(300)]
+    before = {
+        id_: client.mint([FileRequest(sources=(SE + f"recover/{n}",))], request_id=id_).tokens[0]
+        for n, id_ in enumerate(ids)
+    }
+    ring = json.loads(running.minter("keys", "list", "--json").stdout)
+    (active,) = (k for k in ring if (k["state"], k["algorithm"]) == ("active", "ES256"))
+    kid = active["kid"]
+    assert "run: minter keys revoke" in running.minter("keys", "recover", kid, check=False).stderr
+    running.minter("keys", "revoke", kid, "--reason", "leak", "--yes", "--force")
+    looked = running.minter("keys", "recover", kid, check=False)
+    assert looked.returncode == 1
+    assert "repeat with --yes" in looked.stdout
+    for after_seconds in (1.5, 2.0, 2.5):
+        killed = subprocess.Popen(
+            [sys.executable, "-m", "minter.cli", "keys", "recover", kid, "--yes"],
+            env=running.environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT,
+            start_new_session=True,
+        )  # fmt: skip
+        time.sleep(after_seconds)  # the moment at which it is killed
+        os.killpg(killed.pid, signal.SIGKILL)
+        killed.wait()
+    done = running.minter("keys", "recover", kid, "--yes", "--json", check=False)
+    assert done.stdout, done.stderr
+    told = json.loads(done.stdout)
+    assert (told["made"], told["unmade"]) == (told["tokens"], [])
+    assert told["tokens"] >= len(ids)
+    after = {id_: client.fetch(id_).tokens[0] for id_ in ids}
+    assert {token.jti for token in after.values()}.isdisjoint({token.jti for token in before.values()})
+    assert [after[id_].scope for id_ in ids] == [before[id_].scope for id_ in ids]
+    count = "SELECT count(*) FROM requests WHERE renews = ANY(%s)"
+    assert running.rows(count, ids) == [(len(ids),)]
+    again = client.mint([FileRequest(sources=(SE + "recover/0",))], request_id=ids[0]).tokens[0]
+    assert again.reveal() == after[ids[0]].reveal()
 
 
 def test_a_leaked_secret_is_refused_at_once(running: Running, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import jwt
 import pytest
 
-from minter import status
+from minter import key_status
 from minter.contract.messages import FileRequest, MintRequest
 from minter.database import co_issuers, control_changes
 from minter.database.connection import transaction
@@ -18,6 +18,7 @@ from minter.database.control import read_control
 from minter.database.keyring import rotate
 from minter.errors import InvalidRequest, NoUsableKey, SettingsError, UnknownClient
 from minter.issuer import co_issuer, well_known
+from minter.lines import Line
 from minter.local.stack import add_client
 from minter.policy.clients import Client
 from minter.policy.requests import from_mint
@@ -225,8 +226,8 @@ def test_endpoints_are_at_minters_own_address(service: Service) -> None:
 
 
 def test_status_tells_of_the_merged_keys(service: Service, iam: IAM, time: Clock) -> None:
-    def line() -> status.Line:
-        (found,) = status._merged(
+    def line() -> Line:
+        (found,) = key_status._merged(
             co_issuers.known(service.pool, "alpen"), service.loaded.co_issuers["alpen"], service.clock()
         )
         return found

@@ -17,11 +17,11 @@ from minter.database import counts, states
 from minter.database.connection import open_pool, transaction
 from minter.errors import SettingsError
 from minter.heartbeats import Heartbeat
+from minter.lines import Line
 from minter.metrics import Metrics
 from minter.policy.requests import from_mint
 from minter.sections import ConsoleSettings
 from minter.service import Service
-from minter.status import Line
 from minter.tokens import clock
 from minter.tokens.outcomes import Submission
 from tests.conftest import load_settings

@@ -8,11 +8,15 @@ from typing import NamedTuple
 import pytest
 from msgspec import structs
 
-from minter import status
+from minter import key_status, status
+from minter.database import keyring
+from minter.database.connection import transaction
+from minter.database.control import read_keys
 from minter.heartbeats import Heartbeat
+from minter.lines import Line
 from minter.sections import FTSEventsSettings
 from minter.service import Service
-from minter.status import Line
+from minter.tokens import keys
 
 
 def test_ftss_silence_is_told_by_broker(service: Service) -> None:
@@ -54,3 +58,23 @@ def test_the_worst_line_of_a_part_counts() -> None:
     assert status.worst(lines) == "failed"
     assert status.worst(lines[2:]) == "warning"
     assert status.worst([]) == "ok"
+
+
+def test_a_revoked_key_is_told_until_nobody_trusts_it(service: Service) -> None:
+    with transaction(service.pool) as connection:
+        key = next(k for k in read_keys(connection) if k.state == "active")
+    service.ensure_standby(key.kid, "tests")
+    at = service.clock()
+    keyring.revoke(service.pool, key.kid, at, keys.RotationPolicy(0), "tests", "leak")
+
+    def told() -> list[str]:
+        return [line.text for line in key_status.key_lines(service.pool, service) if key.kid in line.text]
+
+    service.clock = lambda: at + timedelta(hours=11)
+    (text,) = told()
+    assert "XRootD" not in text
+    assert "Rucio 1:00:00" in text
+    assert "FTS and DIRAC 13:00:00" in text
+    assert f"minter keys recover {key.kid}" in text
+    service.clock = lambda: at + timedelta(hours=24, seconds=1)
+    assert told() == []

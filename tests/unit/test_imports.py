@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 FLOORS = [
-    {"backoff", "bounded_http", "errors", "jws", "logs", "wrapping"},
+    {"backoff", "bounded_http", "errors", "jws", "lines", "logs", "wrapping"},
     {"private_files"},
     {"scopes"},
     {"contract"},
@@ -26,6 +26,7 @@ FLOORS = [
     {"settings"},
     {"checks", "metrics", "refresher"},
     {"service"},
+    {"key_status"},
     {"heartbeats", "probe", "search", "status"},
     {"issuer"},
     {"console"},
