@@ -12,6 +12,7 @@ import time
 import urllib.request
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -25,6 +26,7 @@ KEYCLOAK = "26.7.3"
 _ARTIFACT = f"org/keycloak/keycloak-quarkus-dist/{KEYCLOAK}/keycloak-quarkus-dist-{KEYCLOAK}.zip"
 _JAVA = ["-Xms64m", "-Xmx384m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1"]
 _FACTORY = "io.quarkus.bootstrap.forkjoin.QuarkusForkJoinWorkerThreadFactory"
+_KEYS = "org.keycloak.keys.KeyProvider"
 _OFF = "identity-brokering-api,twitter-broker,workflows,organization,kerberos,ciba,device-flow,impersonation"
 
 
@@ -94,10 +96,12 @@ class Keycloak(Server):
 
     start_seconds = 90.0
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, public: str = "") -> None:
         super().__init__(folder)
         (self.port,) = free_ports(1)
-        self.issuer = f"http://127.0.0.1:{self.port}/realms/vo"
+        self.url = f"http://127.0.0.1:{self.port}/realms/vo"
+        self.public = public or f"http://127.0.0.1:{self.port}"
+        self.issuer = f"{self.public}/realms/vo"
         self.home = _keycloak()
 
     def start(self) -> None:
@@ -116,7 +120,7 @@ class Keycloak(Server):
                     f"-Dkc.home.dir={self.home}", f"-Djboss.server.config.dir={self.home}/conf",
                     "-Dpicocli.disable.closures=true", "-cp", f"{self.home}/lib/quarkus-run.jar",
                     "io.quarkus.bootstrap.runner.QuarkusEntryPoint", "start", "--optimized", "--http-enabled=true",
-                    "--http-host=127.0.0.1", f"--http-port={self.port}", f"--hostname=http://127.0.0.1:{self.port}",
+                    "--http-host=127.0.0.1", f"--http-port={self.port}", f"--hostname={self.public}",
                     "--cache=local", f"--db-url=jdbc:h2:file:{self.folder}/db;NON_KEYWORDS=VALUE",
                 ],
                 cwd=self.folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
@@ -124,14 +128,45 @@ class Keycloak(Server):
         self.wait()
 
     def ready(self) -> bool:
-        return _answers(f"{self.issuer}/.well-known/openid-configuration")
+        return _answers(f"{self.url}/.well-known/openid-configuration")
 
     def subject(self, scope: str, _client: str = "minter") -> str:
         """Return a token of Rucio's that names the clients that may act with it."""
-        form = {"grant_type": "client_credentials", "scope": scope}
-        url = f"{self.issuer}/protocol/openid-connect/token"
-        token: str = httpx.post(url, data=form, auth=("rucio", "rucio-secret")).json()["access_token"]
+        return self.token("rucio", scope)
+
+    def token(self, client: str, scope: str = "") -> str:
+        """Return a token of a client's own."""
+        form = {"grant_type": "client_credentials", **({"scope": scope} if scope else {})}
+        url = f"{self.url}/protocol/openid-connect/token"
+        token: str = httpx.post(url, data=form, auth=(client, f"{client}-secret")).json()["access_token"]
         return token
+
+    def rotate(self, priority: int) -> None:
+        """Let a new key sign, the one with the highest priority."""
+        config = {"priority": [str(priority)], "enabled": ["true"], "active": ["true"],
+                  "ecdsaEllipticCurveKey": ["P-256"]}  # fmt: skip
+        made = {
+            "name": f"es256-{priority}", "providerId": "ecdsa-generated", "providerType": _KEYS, "config": config
+        }  # fmt: skip
+        self._admin("POST", "components", json=made)
+
+    def kids(self) -> set[str]:
+        """Return the kids of the key set that Keycloak itself answers with."""
+        found = httpx.get(f"{self.url}/protocol/openid-connect/certs").json()["keys"]
+        return {key["kid"] for key in found}
+
+    def retire(self) -> None:
+        """Withdraw the key with the lowest priority."""
+        found = self._admin("GET", "components", params={"type": _KEYS}).json()
+        oldest = min(found, key=lambda one: int(one["config"]["priority"][0]))
+        self._admin("DELETE", f"components/{oldest['id']}")
+
+    def _admin(self, method: str, path: str, **options: Any) -> httpx.Response:
+        headers = {"Authorization": f"Bearer {self.token('rotator')}"}
+        url = f"http://127.0.0.1:{self.port}/admin/realms/vo/{path}"
+        answer = httpx.request(method, url, headers=headers, **options)
+        answer.raise_for_status()
+        return answer
 
 
 def _answers(url: str) -> bool:

@@ -194,3 +194,35 @@ class XRootD(Server):
     def ready(self) -> bool:
         with socket.socket() as probe:
             return probe.connect_ex(("127.0.0.1", self.port)) == 0
+
+
+class Nginx(Server):
+    """nginx over TLS with a configuration of the test's own, as an unprivileged process in its folder."""
+
+    def __init__(self, folder: Path, port: int, pki: Path, locations: str) -> None:
+        super().__init__(folder)
+        self.port = port
+        for name in ("logs", "temp"):
+            (folder / name).mkdir(parents=True)
+        temporary = "".join(
+            f"{name}_temp_path {folder}/temp;"
+            for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+        )
+        (folder / "nginx.conf").write_text(
+            f"daemon off; pid {folder}/nginx.pid; error_log {folder}/logs/error.log; events {{}}\n"
+            f"http {{ {temporary} access_log off;\n"
+            f"server {{ listen 127.0.0.1:{port} ssl; listen [::1]:{port} ssl; server_name localhost;\n"
+            f"ssl_certificate {pki}/host.pem; ssl_certificate_key {pki}/host.key;\n{locations}\n}} }}\n"
+        )
+
+    @staticmethod
+    def installed() -> bool:
+        return shutil.which("nginx") is not None
+
+    def start(self) -> None:
+        self.spawn(["nginx", "-p", self.folder, "-c", self.folder / "nginx.conf", "-g", "user root;"])
+        self.wait()
+
+    def ready(self) -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", self.port)) == 0
