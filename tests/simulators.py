@@ -36,6 +36,8 @@ class FakeFTS:
         """Whether it takes unmanaged jobs without tokens, or with others than Minter's."""
         self.old = False
         """Whether it is a release that shows no token ids."""
+        self.states: dict[str, str] = {}
+        """States of the jobs that ended."""
         self.posts = 0
         self.bearers: set[str] = set()
         self.port = 0
@@ -100,6 +102,16 @@ class _Handler(BaseHTTPRequestHandler):
                     files.append(entry)
                     number += 1
         return self.answer(200, files)
+
+    def do_DELETE(self) -> None:
+        self.fts.bearers.add(self.headers["Authorization"])
+        job_id = self.path.split("/")[2]
+        if job_id not in self.fts.jobs:
+            return self.answer(404, {"message": "No job with that id"})
+        if self.fts.faults:
+            return self.answer(int(self.fts.faults.pop(0)), {"message": "the fault that was asked for"})
+        state = self.fts.states.setdefault(job_id, "CANCELED")  # a job that ended keeps its state
+        return self.answer(200, {"job_id": job_id, "job_state": state})
 
     def do_POST(self) -> None:  # noqa: PLR0911 - one answer for each fault
         fts = self.fts

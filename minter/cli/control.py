@@ -1,18 +1,11 @@
 """Commands for bans and signing keys at run time; every change is audited (I8)."""
 
-import os
-import subprocess
-import sys
-from collections.abc import Iterator
-from datetime import datetime
 from typing import Annotated, Literal
 
-import msgspec
 import typer
-from msgspec import structs
 
+from minter.cli import recovery
 from minter.cli.tables import (
-    MOST_SHOWN,
     AsJson,
     Listing,
     guarded,
@@ -21,16 +14,13 @@ from minter.cli.tables import (
     show_live_tokens,
     whoami,
 )
-from minter.database import co_issuers, connection, control_changes, keyring, live_tokens
+from minter.database import co_issuers, control_changes, keyring, live_tokens
 from minter.database.connection import transaction
-from minter.database.control import read_control, read_keys
-from minter.database.recovery import revocations
-from minter.errors import InvalidRequest, SettingsError, Unavailable, UnknownKey
-from minter.policy.clients import Ban, Client
-from minter.service import Service
+from minter.database.control import read_keys
+from minter.errors import SettingsError
+from minter.policy.clients import Ban
 from minter.storages.dialects import Algorithm
 from minter.tasks import bans as ban_names
-from minter.tasks.recovery import Recovery, RecoveryReport
 from minter.tokens import keys
 from minter.tokens.co_issuer import kid_of
 from minter.tokens.keystore import new_master_key
@@ -45,6 +35,7 @@ Reason = Annotated[str, typer.Option(help="Reason, recorded in the audit.")]
 def register(app: typer.Typer) -> None:
     """Add these commands to `app`."""
     app.add_typer(keys_app, name="keys")
+    recovery.register(keys_app)
     app.command("ban")(ban)
     app.command("unban")(unban)
     app.command("bans")(bans)
@@ -250,95 +241,6 @@ def keys_revoke(
     show_live_tokens(service, as_json, said, Ban("key", kid))
     if not yes:
         raise typer.Exit(1)
-
-
-@keys_app.command("recover")
-@guarded
-def keys_recover(
-    kid: str,
-    yes: Annotated[
-        bool,
-        typer.Option("--yes", help="Make the live tokens anew; without this, only show what would be done."),
-    ] = False,
-    processes: Annotated[
-        int, typer.Option(min=1, help="Processes that sign at the same time, one for each core.")
-    ] = os.cpu_count() or 1,
-    part: Annotated[str, typer.Option(hidden=True)] = "0/1",
-    as_json: AsJson = False,
-) -> None:
-    """Make every live token of a revoked key anew, and list the FTS jobs that hold such tokens.
-
-    Each request is decided again, with the bans, routes and limits of now. Clients get the new tokens under
-    the old request_id. The command may be stopped and started again.
-    """
-    service = open_service()
-    key, clients = _revoked_key(service, kid)
-    if yes and processes > 1:
-        report = _in_processes(kid, processes)
-    else:
-        number, _, parts = part.partition("/")
-        recovery = Recovery(service.engine, service.pool, key, clients)
-        report = recovery.run(service.clock(), dry=not yes, part=int(number), parts=int(parts))
-    (revoked,) = (r for r in revocations(service.pool, connection.instant(0)) if r.kid == kid)
-    trusted = {name: revoked.revoked_at + length for name, length in live_tokens.CACHES.items()}
-    facts = {
-        **structs.asdict(report),
-        "signed_from": revoked.activated_at,
-        "revoked_at": revoked.revoked_at,
-        "trusted_until": trusted,
-    }
-    show(as_json, facts, lambda: "\n".join(_recovery_lines(report, trusted, yes=yes)))
-    if report.made < report.tokens:
-        raise typer.Exit(1)
-
-
-def _in_processes(kid: str, parts: int) -> RecoveryReport:
-    """Do each part of a recovery in a process of its own; raises Unavailable if one of them fails."""
-    command = [sys.executable, "-m", "minter.cli", "keys", "recover", kid, "--yes", "--json"]
-    children = [
-        subprocess.Popen(  # noqa: S603 - our own command
-            [*command, "--processes", "1", "--part", f"{number}/{parts}"], stdout=subprocess.PIPE
-        )
-        for number in range(parts)
-    ]
-    outputs = [child.communicate()[0] for child in children]
-    report = RecoveryReport(kid)
-    for child, output in zip(children, outputs, strict=True):
-        if not output:
-            raise Unavailable(f"a part of the recovery ended with {child.returncode}; start it again")
-        report.add(msgspec.json.decode(output, type=RecoveryReport))
-    return report
-
-
-def _revoked_key(service: Service, kid: str) -> tuple[keys.Key, dict[int, Client]]:
-    """Return a revoked key, and all clients by client_id; raises UnknownKey or InvalidRequest."""
-    with transaction(service.pool) as opened:
-        control = read_control(opened)
-    key = next((k for k in control.ring if k.kid == kid), None)
-    if key is None:
-        raise UnknownKey(f"no key has the kid {kid!r}; run: minter keys list")
-    if key.state != "revoked":
-        raise InvalidRequest(f"key {kid} is {key.state}; run: minter keys revoke {kid} --reason … --yes")
-    return key, {client.client_id: client for client in control.clients.values()}
-
-
-def _recovery_lines(report: RecoveryReport, trusted: dict[str, datetime], *, yes: bool) -> Iterator[str]:
-    """Yield the report as text; long lists are cut, and JSON has them whole."""
-    owners = ", ".join(f"{name} {count}" for name, count in sorted(report.by_client.items())) or "none"
-    yield f"{report.tokens} live tokens of {report.requests} requests ({owners}), {report.made} made anew"
-    if not yes and report.made < report.tokens:
-        yield "repeat with --yes to make the others anew"
-    for name, count in sorted(report.own.items()):
-        yield f"{count} tokens of the token endpoint: {name} asks for new ones by itself"
-    for lost in report.unmade[:MOST_SHOWN]:
-        yield f"not made anew: {lost.tokens} of {lost.client}, request {lost.request_id}: {lost.why}"
-    for job in report.jobs[:MOST_SHOWN]:
-        where = f"{job.job_id} at {job.fts or 'FTS'}"
-        yield f"cancel and submit again: job {where}, {job.client}, request {job.request_id}"
-    if max(len(report.unmade), len(report.jobs)) > MOST_SHOWN:
-        yield f"{len(report.unmade)} not made anew and {len(report.jobs)} jobs in all; --json lists each"
-    until = ", ".join(f"by {name} until {at:%F %H:%M} UTC" for name, at in trusted.items())
-    yield f"the old key is trusted {until}"
 
 
 @keys_app.command("rewrap")

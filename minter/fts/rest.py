@@ -60,7 +60,7 @@ class _Answer(NamedTuple):
 
 
 class FTSClient:
-    """A client of FTS's REST interface that submits jobs."""
+    """A client of FTS's REST interface that submits and cancels jobs."""
 
     def __init__(self, url: str, *, ca: str | None = None, timeout_seconds: float = 60.0) -> None:
         self._url = url.rstrip("/")
@@ -95,6 +95,16 @@ class FTSClient:
         else:
             job_id = uuid.UUID(_said(answer, "job_id"))
         return Submitted(job_id, self._replica_ids(job_id, bearer, made))
+
+    def cancel(self, job_id: uuid.UUID, bearer: TokenAnswer) -> str:
+        """Cancel a job; return its state, which stays as it was if the job had ended.
+
+        Raises FTSAway, or JobRefused if FTS does not have the job.
+        """
+        answer = self._call("DELETE", f"/jobs/{job_id}", bearer, told=(HTTPStatus.NOT_FOUND,))
+        if answer.status == HTTPStatus.NOT_FOUND:
+            raise JobRefused("FTS does not have the job")
+        return _said(answer, "job_state")
 
     def _has(self, job_id: uuid.UUID, bearer: TokenAnswer) -> bool:
         answer = self._call("GET", f"/jobs/{job_id}", bearer, told=(HTTPStatus.NOT_FOUND,))

@@ -98,7 +98,7 @@ class Policy:
             why = "another file of this all-or-nothing request was refused"
             refused += [Refused(g.need, NeighbourRefused(why)) for g in planned_tokens]
             planned_tokens = []
-        if planned_tokens:
+        if planned_tokens or not request.files:
             planned_tokens += service
         try:
             check_plaintext(request, client, planned_tokens)

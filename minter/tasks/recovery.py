@@ -9,6 +9,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
+from hashlib import sha256
 from typing import Any
 from uuid import UUID
 
@@ -17,13 +18,15 @@ from sqlalchemy.engine import Engine as Pool
 
 from minter import logs
 from minter.contract.followups import RenewRequest
+from minter.contract.messages import TokenAnswer
 from minter.contract.operations import Operation
 from minter.database.connection import transaction
 from minter.database.recovery import jobs_of, live_by_request, read_requests
 from minter.database.requests import find_operations
 from minter.errors import RequestError
 from minter.policy.clients import Client
-from minter.policy.requests import Request
+from minter.policy.requests import Need, Request
+from minter.tasks.answers import answer
 from minter.tasks.renewals import renewal
 from minter.tokens.keys import Key
 from minter.tokens.mint import MAX_LOCKED_NEEDS, Engine
@@ -181,6 +184,24 @@ class Recovery:
             logger, "request renewed", client=submission.client, request_id=str(request_id),
             new_request_id=str(submission.request.request_id), tokens=len(outcome.issued),
         )  # fmt: skip
+
+
+def service_token(engine: Engine, client: str, fts: str, now: datetime) -> TokenAnswer:
+    """Return a new token with which a client acts at an FTS; raises the error for which it gets none."""
+    request_id = engine.new_jti()
+    request = Request(
+        request_id=request_id,
+        kind="mint",
+        digest=sha256(request_id.bytes).digest(),
+        files=(),
+        service=Need(-1, "service", 0, fts, ()),
+        via="fts",
+    )
+    (outcome,) = engine.mint_many([Submission(request, client)], now)
+    if outcome.error is not None:
+        raise outcome.error
+    (token,) = answer(outcome, now).tokens
+    return token
 
 
 def _batches(groups: Iterable[_Group]) -> Iterator[list[_Group]]:

@@ -1,7 +1,11 @@
 """Recovery from a leaked key: live tokens are made anew once, and asked for under their old request_id."""
 
 import json
+import os
+import subprocess
+import sys
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 from uuid import UUID
 
@@ -26,9 +30,10 @@ from minter.tokens import clock, keys
 from minter.tokens.claims import unverified_claims
 from minter.tokens.outcomes import Submission
 from minter.tokens.replacements import replacement_id
-from tests.conftest import EXAMPLES, rows
+from tests.conftest import EXAMPLES, MASTER_KEY, rows
 from tests.integration.test_mint import count, mint, submission, tokens
 from tests.integration.test_shared_tokens import downloads, share
+from tests.simulators import FakeFTS
 
 ME = "rucio-alpen"
 
@@ -216,3 +221,44 @@ def test_the_id_of_a_replacement(drawn: UUID, milliseconds: int, kid: str, other
     assert (made.version, made.variant, made.int >> 80) == (7, request_id.variant, milliseconds)
     assert made == replacement_id(request_id, kid) != request_id
     assert (made == replacement_id(request_id, other)) == (kid == other)
+
+
+def test_jobs_with_revoked_tokens_are_cancelled_once(
+    service: Service, dsn: str, fts: FakeFTS, tmp_path: Path
+) -> None:
+    """Whatever FTS answers, the others are cancelled; a job that ended keeps its state."""
+    lifecycle = Lifecycle(service.engine, service.store)
+    job = json.loads(min((EXAMPLES / "rucio-41.5/jobs").glob("*.json")).read_text())
+    jobs = [clock.new_uuid7() for _ in range(4)]
+    for job_id in jobs:
+        made = from_fill(FillRequest(request_id=clock.new_uuid7(), job=job))
+        mint(service, Submission(made, ME))
+        lifecycle.report(ME, ReportRequest(jobs=(JobReport(job_id, made.request_id, (0,)),)), service.clock())
+    fts.jobs = {str(job_id): job for job_id in jobs[:3]}
+    fts.states = {str(jobs[1]): "FINISHED"}
+    key = revoke(service)
+    text = (EXAMPLES / "settings.toml").read_text().replace("https://fts3-atlas.example.org:8446", fts.url)
+    (tmp_path / "settings.toml").write_text(text.replace('"rucio-41.5/', f'"{EXAMPLES}/rucio-41.5/'))
+
+    def run(*options: str) -> tuple[int, dict[str, str]]:
+        done = subprocess.run(
+            [sys.executable, "-m", "minter.cli", "keys", "cancel-jobs", key.kid, "--rate", "100", "--json", *options],
+            env={**os.environ, "MINTER_SETTINGS": str(tmp_path / "settings.toml"), "MINTER_DSN": dsn,
+                 "MINTER_MASTER_KEY_ALPEN": MASTER_KEY},
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert "Traceback" not in done.stderr
+        return done.returncode, {row["job"]: row["state"] for row in json.loads(done.stdout)}
+
+    assert run() == (1, {str(job_id): "not cancelled" for job_id in jobs})
+    assert not fts.bearers
+    fts.faults = ["503"]
+    code, told = run("--yes")
+    assert code == 1
+    assert [told[str(job_id)].partition(":")[0] for job_id in jobs] == [
+        "not cancelled", "FINISHED", "CANCELED", "not cancelled",
+    ]  # fmt: skip
+    assert run("--yes")[1][str(jobs[0])] == "CANCELED"
+    claims = [unverified_claims(b.removeprefix("Bearer ").encode())[1] for b in fts.bearers]
+    assert {(c["scope"], c["client_id"]) for c in claims} == {("fts", ME)}
+    assert key.kid not in {kid_of(b.removeprefix("Bearer ")) for b in fts.bearers}

@@ -1,0 +1,162 @@
+"""The commands after a key leaked: `keys recover` and `keys cancel-jobs` (ADR 17)."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from datetime import datetime
+from typing import Annotated
+
+import msgspec
+import typer
+from msgspec import structs
+
+from minter.cli.tables import MOST_SHOWN, AsJson, Listing, guarded, open_service, show
+from minter.database import connection, live_tokens
+from minter.database.connection import transaction
+from minter.database.control import read_control
+from minter.database.recovery import revocations
+from minter.errors import InvalidRequest, RequestError, Unavailable, UnknownKey
+from minter.fts.rest import FTSClient
+from minter.policy.clients import Client
+from minter.service import Service
+from minter.tasks.recovery import Recovery, RecoveryReport, service_token
+from minter.tokens import keys
+
+
+def register(keys_app: typer.Typer) -> None:
+    """Add these commands to the commands for keys."""
+    keys_app.command("recover")(keys_recover)
+    keys_app.command("cancel-jobs")(keys_cancel_jobs)
+
+
+@guarded
+def keys_recover(
+    kid: str,
+    yes: Annotated[
+        bool,
+        typer.Option("--yes", help="Make the live tokens anew; without this, only show what would be done."),
+    ] = False,
+    processes: Annotated[
+        int, typer.Option(min=1, help="Processes that sign at the same time, one for each core.")
+    ] = os.cpu_count() or 1,
+    part: Annotated[str, typer.Option(hidden=True)] = "0/1",
+    as_json: AsJson = False,
+) -> None:
+    """Make every live token of a revoked key anew, and list the FTS jobs that hold such tokens.
+
+    Each request is decided again, with the bans, routes and limits of now. Clients get the new tokens under
+    the old request_id. The command may be stopped and started again.
+    """
+    service = open_service()
+    key, clients = _revoked_key(service, kid)
+    if yes and processes > 1:
+        report = _in_processes(kid, processes)
+    else:
+        number, _, parts = part.partition("/")
+        recovery = Recovery(service.engine, service.pool, key, clients)
+        report = recovery.run(service.clock(), dry=not yes, part=int(number), parts=int(parts))
+    (revoked,) = (r for r in revocations(service.pool, connection.instant(0)) if r.kid == kid)
+    trusted = {name: revoked.revoked_at + length for name, length in live_tokens.CACHES.items()}
+    facts = {
+        **structs.asdict(report),
+        "signed_from": revoked.activated_at,
+        "revoked_at": revoked.revoked_at,
+        "trusted_until": trusted,
+    }
+    show(as_json, facts, lambda: "\n".join(_recovery_lines(report, trusted, yes=yes)))
+    if report.made < report.tokens:
+        raise typer.Exit(1)
+
+
+def _in_processes(kid: str, parts: int) -> RecoveryReport:
+    """Do each part of a recovery in a process of its own; raises Unavailable if one of them fails."""
+    command = [sys.executable, "-m", "minter.cli", "keys", "recover", kid, "--yes", "--json"]
+    children = [
+        subprocess.Popen(  # noqa: S603 - our own command
+            [*command, "--processes", "1", "--part", f"{number}/{parts}"], stdout=subprocess.PIPE
+        )
+        for number in range(parts)
+    ]
+    outputs = [child.communicate()[0] for child in children]
+    report = RecoveryReport(kid)
+    for child, output in zip(children, outputs, strict=True):
+        if not output:
+            raise Unavailable(f"a part of the recovery ended with {child.returncode}; start it again")
+        report.add(msgspec.json.decode(output, type=RecoveryReport))
+    return report
+
+
+def _revoked_key(service: Service, kid: str) -> tuple[keys.Key, dict[int, Client]]:
+    """Return a revoked key, and all clients by client_id; raises UnknownKey or InvalidRequest."""
+    with transaction(service.pool) as opened:
+        control = read_control(opened)
+    key = next((k for k in control.ring if k.kid == kid), None)
+    if key is None:
+        raise UnknownKey(f"no key has the kid {kid!r}; run: minter keys list")
+    if key.state != "revoked":
+        raise InvalidRequest(f"key {kid} is {key.state}; run: minter keys revoke {kid} --reason … --yes")
+    return key, {client.client_id: client for client in control.clients.values()}
+
+
+def _recovery_lines(report: RecoveryReport, trusted: dict[str, datetime], *, yes: bool) -> Iterator[str]:
+    """Yield the report as text; long lists are cut, and JSON has them whole."""
+    owners = ", ".join(f"{name} {count}" for name, count in sorted(report.by_client.items())) or "none"
+    yield f"{report.tokens} live tokens of {report.requests} requests ({owners}), {report.made} made anew"
+    if not yes and report.made < report.tokens:
+        yield "repeat with --yes to make the others anew"
+    for name, count in sorted(report.own.items()):
+        yield f"{count} tokens of the token endpoint: {name} asks for new ones by itself"
+    for lost in report.unmade[:MOST_SHOWN]:
+        yield f"not made anew: {lost.tokens} of {lost.client}, request {lost.request_id}: {lost.why}"
+    for job in report.jobs[:MOST_SHOWN]:
+        where = f"{job.job_id} at {job.fts or 'FTS'}"
+        yield f"holds old tokens: job {where}, {job.client}, request {job.request_id}"
+    if max(len(report.unmade), len(report.jobs)) > MOST_SHOWN:
+        yield f"{len(report.unmade)} not made anew and {len(report.jobs)} jobs in all; --json lists each"
+    if report.jobs:
+        yield f"cancel these jobs, so that they are submitted again: minter keys cancel-jobs {report.kid}"
+    until = ", ".join(f"by {name} until {at:%F %H:%M} UTC" for name, at in trusted.items())
+    yield f"the old key is trusted {until}"
+
+
+@guarded
+def keys_cancel_jobs(
+    kid: str,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Cancel the jobs; without this, only list them.")
+    ] = False,
+    rate: Annotated[float, typer.Option(min=0.1, help="Jobs that are cancelled a second, at most.")] = 10.0,
+    ca: Annotated[
+        str | None, typer.Option(help="CA file or folder for FTS; the system's if not given.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Cancel the FTS jobs that hold live tokens of a revoked key, so that their clients submit them again.
+
+    FTS takes no other tokens for a job. Each job is cancelled with a token of the client that submitted it. A job
+    that has ended stays as it is, and the command may be stopped and started again.
+    """
+    service = open_service()
+    key, clients = _revoked_key(service, kid)
+    jobs = Recovery(service.engine, service.pool, key, clients).run(service.clock(), dry=True).jobs
+    urls = {one.name: one.url for one in service.loaded.settings.fts}
+    bearers, told = {}, []
+    for job in jobs:
+        state = "not cancelled" if job.fts in urls else f"the settings have no FTS {job.fts!r}"
+        if yes and job.fts in urls:
+            time.sleep(1 / rate)
+            place = (job.client, job.fts)
+            if place not in bearers:
+                bearers[place] = service_token(service.engine, job.client, urls[job.fts], service.clock())
+            try:
+                state = FTSClient(urls[job.fts], ca=ca).cancel(job.job_id, bearers[place])
+            except (RequestError, Unavailable) as error:
+                state = f"not cancelled: {error.message}"
+        told.append((job.fts, job.job_id, job.client, job.request_id, state))
+    headings = ("fts", "job", "client", "request", "state")
+    rows = [dict(zip(headings, row, strict=True)) for row in told]
+    show(as_json, rows, lambda: Listing(f"{len(told)} FTS jobs", headings, told))
+    if any(state.startswith(("not cancelled", "the settings")) for *_, state in told):
+        raise typer.Exit(1)
