@@ -110,7 +110,7 @@ def test_prometheus_sees_the_rates_of_all_processes(scraped: tuple[Running, int]
         assert spec.name + suffix in names
 
 
-ELSEWHERE = ("minter_http_", "minter_provider_", "minter_fts_")
+ELSEWHERE = ("minter_http_", "minter_provider_", "minter_fts_", "minter_transfer_")
 """Metrics of processes that do not run in this module's engine."""
 
 
