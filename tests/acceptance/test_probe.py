@@ -10,7 +10,7 @@ import pytest
 from minter.policy.diagnose import Verdict
 from minter.probe import probe
 from tests.acceptance.served import Served
-from tests.acceptance.test_xrootd import ROUTES, STORAGE
+from tests.acceptance.test_xrootd import ROUTES, STORAGE, curl, token
 from tests.conftest import rows
 from tests.servers import XRootD, free_ports
 
@@ -199,3 +199,38 @@ def test_each_fault_of_a_site_is_named(
         storage.stop()
         for name, text in texts.items():
             (storage.folder / name).write_text(text)
+
+
+def test_403_at_a_storage_as_on_call_has_it(site: tuple[Served, XRootD]) -> None:
+    """The site forgets its base path: docs/on-call.md, "403 at a storage", from symptom to cure."""
+    served, storage = site
+    url, name = f"davs://localhost:{storage.port}/grid/vo/dir/file10", "scitokens.cfg"
+    right = (storage.folder / name).read_text()
+    try:
+        (storage.folder / name).write_text(right.replace("base_path = /grid", "base_path = /"))
+        storage.start()
+        bearer = token(served, storage, "download", "dir/file10")
+        assert curl(storage, bearer, "GET", "dir/file10") == 403
+        traced = served.minter("trace", "--path", url, "--limit", "1", "--json").stdout
+        (record,) = json.loads(traced)["tokens"]
+        assert (record["state"], record["operations"], record["storage"]) == ("issued", ["read"], "A")
+        explained = served.minter("explain", "--url", url, "--client", "rucio").stdout
+        assert "storage.read:/vo/dir/file10" in explained
+        predicted = json.loads(served.minter("diagnose", record["jti"], url, "--json").stdout)
+        assert predicted["allowed"]  # so the site differs from the settings
+        (served.folder / "token").write_text(bearer)
+        assert json.loads(served.minter("verify", served.folder / "token", "--json").stdout)["valid"]
+        probed = served.minter(
+            "storages", "probe", "A", "/vo/dir/file10", "--read-only", "--client", "rucio", "--ca", served.ca,
+            check=False,
+        )  # fmt: skip
+        assert probed.returncode == 1
+        assert "its base path is /, the settings say /grid" in probed.stdout
+        assert "the site's configuration must say: base_path = /grid" in probed.stdout
+        storage.stop()
+        (storage.folder / name).write_text(right)
+        storage.start()
+        assert curl(storage, bearer, "GET", "dir/file10") == 200
+    finally:
+        storage.stop()
+        (storage.folder / name).write_text(right)
