@@ -1,5 +1,6 @@
 """Tokens of an external IAM, with real processes: the HTTP service, refreshers, and an IAM that is another server's."""
 
+import json
 import os
 import signal
 import subprocess
@@ -66,7 +67,7 @@ scopes = ["storage.read"]
 """
 
 
-class SharedTokenCache(Served):
+class ServedWithRefreshers(Served):
     """The HTTP service, and refreshers that can be killed."""
 
     def __init__(self, folder: Path, postgres_dsn: str, iam: Fake | OidcProvider) -> None:
@@ -106,11 +107,11 @@ class SharedTokenCache(Served):
 @pytest.fixture(scope="module", params=["fake", pytest.param("oidc-provider", marks=pytest.mark.slow)])
 def kept(
     request: pytest.FixtureRequest, postgres_dsn: str, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[SharedTokenCache]:
+) -> Iterator[ServedWithRefreshers]:
     folder = tmp_path_factory.mktemp("kept")
     iam = Fake() if request.param == "fake" else OidcProvider(folder / "iam", AT_TTL="14400")
     iam.start()
-    made = SharedTokenCache(folder, postgres_dsn, iam)
+    made = ServedWithRefreshers(folder, postgres_dsn, iam)
     made.spawn(2)
     yield made
     made.close()
@@ -134,7 +135,7 @@ def until(what: Callable[..., _Found], seconds: float = 20) -> _Found:
     raise AssertionError("it did not happen in time")
 
 
-def test_from_a_subject_token_to_a_token_kept_fresh(kept: SharedTokenCache) -> None:
+def test_from_a_subject_token_to_a_token_kept_fresh(kept: ServedWithRefreshers) -> None:
     subject = kept.iam.subject(f"storage.read:{TOP}")
     with kept.client() as client:
         asked = client.mint(**read("x/1", "exchanged"), subject_token=subject, consumer="consumer")
@@ -169,7 +170,7 @@ def test_from_a_subject_token_to_a_token_kept_fresh(kept: SharedTokenCache) -> N
         assert str(fresh[0].reveal()) not in str(story)
 
 
-def test_what_a_subject_token_must_be(kept: SharedTokenCache) -> None:
+def test_what_a_subject_token_must_be(kept: ServedWithRefreshers) -> None:
     with kept.client() as client:
         with pytest.raises(InvalidGrant, match="name one of"):
             client.mint(
@@ -185,7 +186,7 @@ def test_what_a_subject_token_must_be(kept: SharedTokenCache) -> None:
         assert isinstance(none.refusals[0].error, InvalidGrant)
 
 
-def test_the_stored_subject_token(kept: SharedTokenCache) -> None:
+def test_the_stored_subject_token(kept: ServedWithRefreshers) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "minter.cli", "clients", "subject-token", "rucio", "--json"],
         input=kept.iam.subject(f"storage.read:{TOP}"), env=kept.environ, capture_output=True, text=True, check=False, cwd=ROOT,
@@ -197,7 +198,7 @@ def test_the_stored_subject_token(kept: SharedTokenCache) -> None:
         until(lambda: client.fetch(*asked.request_ids).tokens)
 
 
-def test_a_job_is_filled_when_the_tokens_are_there(kept: SharedTokenCache) -> None:
+def test_a_job_is_filled_when_the_tokens_are_there(kept: ServedWithRefreshers) -> None:
     if isinstance(kept.iam, Fake):
         kept.iam.server.behaviour = Behaviour(life_seconds=4 * 3600)
     job = {
@@ -213,7 +214,15 @@ def test_a_job_is_filled_when_the_tokens_are_there(kept: SharedTokenCache) -> No
     assert filled.bearer.handle == ""
 
 
-def test_an_outage_is_stood_in_for_and_ends(kept: SharedTokenCache) -> None:
+def status_of_provider(kept: ServedWithRefreshers) -> tuple[str, str]:
+    """Return level and text of the provider's line of `minter status`."""
+    told = json.loads(kept.minter("status", "--json", check=False).stdout)
+    (line,) = (line for line in told["lines"] if line["part"] == "provider iam")
+    return line["level"], line["text"]
+
+
+def test_an_outage_is_stood_in_for_and_ends(kept: ServedWithRefreshers) -> None:
+    """Also docs/on-call.md, "IAM down": what `minter status` says, and that minted tokens are not concerned."""
     if not isinstance(kept.iam, Fake):
         pytest.skip("a real server fails when it likes")
     kept.iam.server.behaviour = Behaviour(fault="error_500")
@@ -223,11 +232,15 @@ def test_an_outage_is_stood_in_for_and_ends(kept: SharedTokenCache) -> None:
             (token,) = until(lambda asked=asked: client.fetch(*asked.request_ids).tokens)
             assert jwt.decode(token.reveal(), options={"verify_signature": False})["iss"] == kept.iss
         assert client.mint(**read("y/9", "own")).tokens  # minted at once while the provider is paused
+        until(lambda: status_of_provider(kept)[0] == "failed")
+        assert status_of_provider(kept)[1].startswith("paused until ")
+        assert client.mint(**read("y/10", "minted")).tokens
         kept.iam.server.behaviour = Behaviour()
         until(lambda: client.mint(**read(f"z/{uuid.uuid4()}", "own")).pending, 60)
+        assert until(lambda: status_of_provider(kept)[0] == "ok")
 
 
-def test_refreshers_die_and_nothing_is_lost(kept: SharedTokenCache) -> None:
+def test_refreshers_die_and_nothing_is_lost(kept: ServedWithRefreshers) -> None:
     with kept.client() as client:
         asked = [client.mint(**read(f"k/{n}", "own")) for n in range(10)]
         kept.kill()
@@ -236,7 +249,7 @@ def test_refreshers_die_and_nothing_is_lost(kept: SharedTokenCache) -> None:
             until(lambda one=one: client.fetch(*one.request_ids).tokens, 60)
 
 
-def test_a_visitors_token_at_the_token_endpoint(kept: SharedTokenCache) -> None:
+def test_a_visitors_token_at_the_token_endpoint(kept: ServedWithRefreshers) -> None:
     exchange = {
         "grant_type": "urn:ietf:params:oauth:grant-type:token-exchange",
         "subject_token_type": "urn:ietf:params:oauth:token-type:access_token",
@@ -267,7 +280,7 @@ def test_a_visitors_token_at_the_token_endpoint(kept: SharedTokenCache) -> None:
     assert refused["error"] == "invalid_request"
 
 
-def test_nothing_secret_in_logs_or_rows(kept: SharedTokenCache) -> None:
+def test_nothing_secret_in_logs_or_rows(kept: ServedWithRefreshers) -> None:
     text = (kept.folder / "refresher.log").read_text() + kept.log()
     assert "eyJ" not in text
     assert "minter-secret" not in text
