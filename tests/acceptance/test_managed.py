@@ -215,7 +215,7 @@ def test_a_job_is_filled_when_the_tokens_are_there(kept: ServedWithRefreshers) -
 
 
 def status_of_provider(kept: ServedWithRefreshers) -> tuple[str, str]:
-    """Return level and text of the provider's line of `minter status`."""
+    """Return level and text of the provider's line in `minter status`."""
     told = json.loads(kept.minter("status", "--json", check=False).stdout)
     (line,) = (line for line in told["lines"] if line["part"] == "provider iam")
     return line["level"], line["text"]
@@ -232,8 +232,7 @@ def test_an_outage_is_stood_in_for_and_ends(kept: ServedWithRefreshers) -> None:
             (token,) = until(lambda asked=asked: client.fetch(*asked.request_ids).tokens)
             assert jwt.decode(token.reveal(), options={"verify_signature": False})["iss"] == kept.iss
         assert client.mint(**read("y/9", "own")).tokens  # minted at once while the provider is paused
-        until(lambda: status_of_provider(kept)[0] == "failed")
-        assert status_of_provider(kept)[1].startswith("paused until ")
+        until(lambda: status_of_provider(kept)[1].startswith("paused until "))
         assert client.mint(**read("y/10", "minted")).tokens
         kept.iam.server.behaviour = Behaviour()
         until(lambda: client.mint(**read(f"z/{uuid.uuid4()}", "own")).pending, 60)
