@@ -13,15 +13,17 @@ import typer
 from msgspec import structs
 
 from minter.cli.tables import MOST_SHOWN, AsJson, Listing, guarded, open_service, show
+from minter.contract.messages import TokenAnswer
 from minter.database import connection, live_tokens
 from minter.database.connection import transaction
-from minter.database.control import read_control
+from minter.database.control import read_keys
 from minter.database.recovery import revocations
 from minter.errors import InvalidRequest, RequestError, Unavailable, UnknownKey
 from minter.fts.rest import FTSClient
-from minter.policy.clients import Client
+from minter.policy.clients import fits
+from minter.policy.limits import COVER_SECONDS
 from minter.service import Service
-from minter.tasks.recovery import Recovery, RecoveryReport, service_token
+from minter.tasks.recovery import Recovery, RecoveryReport, RevokedJob, service_token
 from minter.tokens import keys
 
 
@@ -50,18 +52,18 @@ def keys_recover(
     the old request_id. The command may be stopped and started again.
     """
     service = open_service()
-    key, clients = _revoked_key(service, kid)
+    key = _revoked_key(service, kid)
     if yes and processes > 1:
         report = _in_processes(kid, processes)
     else:
         number, _, parts = part.partition("/")
-        recovery = Recovery(service.engine, service.pool, key, clients)
-        report = recovery.run(service.clock(), dry=not yes, part=int(number), parts=int(parts))
+        recovery = Recovery(service.engine, service.pool, key, service.clock)
+        report = recovery.run(dry=not yes, part=int(number), parts=int(parts))
     (revoked,) = (r for r in revocations(service.pool, connection.instant(0)) if r.kid == kid)
     trusted = {name: revoked.revoked_at + length for name, length in live_tokens.CACHES.items()}
     facts = {
         **structs.asdict(report),
-        "signed_from": revoked.activated_at,
+        "trusted_from": revoked.published_at,
         "revoked_at": revoked.revoked_at,
         "trusted_until": trusted,
     }
@@ -79,7 +81,11 @@ def _in_processes(kid: str, parts: int) -> RecoveryReport:
         )
         for number in range(parts)
     ]
-    outputs = [child.communicate()[0] for child in children]
+    try:
+        outputs = [child.communicate()[0] for child in children]
+    finally:
+        for child in children:
+            child.terminate()
     report = RecoveryReport(kid)
     for child, output in zip(children, outputs, strict=True):
         if not output:
@@ -88,16 +94,16 @@ def _in_processes(kid: str, parts: int) -> RecoveryReport:
     return report
 
 
-def _revoked_key(service: Service, kid: str) -> tuple[keys.Key, dict[int, Client]]:
-    """Return a revoked key, and all clients by client_id; raises UnknownKey or InvalidRequest."""
+def _revoked_key(service: Service, kid: str) -> keys.Key:
+    """Return a revoked key; raises UnknownKey or InvalidRequest."""
     with transaction(service.pool) as opened:
-        control = read_control(opened)
-    key = next((k for k in control.ring if k.kid == kid), None)
+        ring = read_keys(opened)
+    key = next((k for k in ring if k.kid == kid), None)
     if key is None:
         raise UnknownKey(f"no key has the kid {kid!r}; run: minter keys list")
     if key.state != "revoked":
         raise InvalidRequest(f"key {kid} is {key.state}; run: minter keys revoke {kid} --reason … --yes")
-    return key, {client.client_id: client for client in control.clients.values()}
+    return key
 
 
 def _recovery_lines(report: RecoveryReport, trusted: dict[str, datetime], *, yes: bool) -> Iterator[str]:
@@ -139,24 +145,35 @@ def keys_cancel_jobs(
     that has ended stays as it is, and the command may be stopped and started again.
     """
     service = open_service()
-    key, clients = _revoked_key(service, kid)
-    jobs = Recovery(service.engine, service.pool, key, clients).run(service.clock(), dry=True).jobs
-    urls = {one.name: one.url for one in service.loaded.settings.fts}
-    bearers, told = {}, []
+    key = _revoked_key(service, kid)
+    jobs = Recovery(service.engine, service.pool, key, service.clock).run(dry=True).jobs
+    bearers: dict[tuple[str, str], TokenAnswer] = {}
+    told = []
     for job in jobs:
-        state = "not cancelled" if job.fts in urls else f"the settings have no FTS {job.fts!r}"
-        if yes and job.fts in urls:
+        state = "not cancelled"
+        if yes:
             time.sleep(1 / rate)
-            place = (job.client, job.fts)
-            if place not in bearers:
-                bearers[place] = service_token(service.engine, job.client, urls[job.fts], service.clock())
             try:
-                state = FTSClient(urls[job.fts], ca=ca).cancel(job.job_id, bearers[place])
+                state = _cancelled(service, key.vo, job, bearers, ca)
             except (RequestError, Unavailable) as error:
                 state = f"not cancelled: {error.message}"
         told.append((job.fts, job.job_id, job.client, job.request_id, state))
     headings = ("fts", "job", "client", "request", "state")
     rows = [dict(zip(headings, row, strict=True)) for row in told]
     show(as_json, rows, lambda: Listing(f"{len(told)} FTS jobs", headings, told))
-    if any(state.startswith(("not cancelled", "the settings")) for *_, state in told):
+    if any(state.startswith("not cancelled") for *_, state in told):
         raise typer.Exit(1)
+
+
+def _cancelled(
+    service: Service, vo: str, job: RevokedJob, bearers: dict[tuple[str, str], TokenAnswer], ca: str | None
+) -> str:
+    """Cancel one job with a token of its client, which is kept in `bearers`; return the job's state."""
+    known, now = service.loaded.settings.fts, service.clock()
+    url = next((one.url for one in known if one.name == job.fts and fits(vo, one.vos)), "")
+    if not url:
+        raise InvalidRequest(f"the settings of VO {vo} have no FTS {job.fts!r}")
+    bearer = bearers.get((job.client, url))
+    if bearer is None or bearer.exp < now.timestamp() + COVER_SECONDS:
+        bearer = bearers[job.client, url] = service_token(service.engine, job.client, url, now)
+    return FTSClient(url, ca=ca).cancel(job.job_id, bearer)

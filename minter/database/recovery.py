@@ -1,6 +1,6 @@
 """What a revoked key leaves to be done: its live tokens by request, and the FTS jobs that hold them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 from heapq import merge
 from itertools import groupby
@@ -11,13 +11,24 @@ import psycopg
 from sqlalchemy.engine import Engine as Pool
 
 from minter.database.connection import LONG_SECONDS, floor, transaction
-from minter.database.requests import OWN, REQUEST_COLUMNS, TOKEN_COLUMNS, USE_COLUMNS, request_row
-from minter.policy.limits import LAST_EXPIRY
+from minter.database.requests import (
+    OWN,
+    REQUEST_COLUMNS,
+    TOKEN_COLUMNS,
+    USE_COLUMNS,
+    request_row,
+    tokens_of,
+)
+from minter.policy.limits import COVER_SECONDS, LAST_EXPIRY
 from minter.tokens.records import RequestRow, TokenRow
+from minter.tokens.replacements import Place, Read
 
 FETCH_ROWS = 2_000
 _ENDED = "EXISTS (SELECT FROM token_states e WHERE e.jti = {id} AND e.ended_at IS NOT NULL)"
-_LIVE = "t.key_id = %(key)s AND t.mode = 'mint' AND t.expires_at > %(now)s"
+_LIVE = (
+    "t.key_id = %(key)s AND t.mode = 'mint'"
+    f" AND t.expires_at > %(now)s::timestamptz + interval '{COVER_SECONDS} s'"
+)
 _PART = "('x' || right({of}.request_id::text, 4))::bit(16)::int %% %(parts)s = %(part)s"
 _TOKENS = (
     f"SELECT t.jti, {TOKEN_COLUMNS} FROM tokens t LEFT JOIN storages s USING (storage_id) WHERE {OWN}"
@@ -35,11 +46,11 @@ _USES = (
 
 def live_by_request(
     pool: Pool, key_id: int, now: datetime, part: int = 0, parts: int = 1
-) -> Iterator[tuple[tuple[UUID, int], list[TokenRow]]]:
+) -> Iterator[tuple[Place, list[TokenRow]]]:
     """Yield (request_id, client_id) of each request with live tokens or uses of a key, and these.
 
-    Tokens and uses that have ended are left out. A request's service token comes with them. Of `parts` parts
-    of all requests only the one with the number `part` is read.
+    Tokens and uses that have ended, or end within COVER_SECONDS, are left out. A request's service token
+    comes with them, whoever signed it. Only the part with the number `part` of `parts` parts is read.
     """
     values = {"key": key_id, "now": now, "first": floor(now - LAST_EXPIRY), "part": part, "parts": parts}
     with (
@@ -55,16 +66,16 @@ def live_by_request(
         rows = (TokenRow(*row) for _, *row in in_order)
         for request, group in groupby(rows, key=lambda t: (t.request_id, t.client_id)):
             of_request = list(group)
-            if any(t.side != "service" for t in of_request):
+            if any(t.key_id == key_id and t.expires_at > now.timestamp() for t in of_request):
                 yield request, of_request
 
 
 class Revocation(NamedTuple):
-    """A key that was revoked, and when."""
+    """A key that was revoked: when it was published, from which time on verifiers trust it, and revoked."""
 
     vo: str
     kid: str
-    activated_at: datetime | None
+    published_at: datetime
     revoked_at: datetime
 
 
@@ -72,33 +83,48 @@ def revocations(pool: Pool, since: datetime, patience: float = LONG_SECONDS) -> 
     """Return the keys that were revoked after `since`."""
     with transaction(pool, patience) as connection:
         rows = connection.execute(
-            "SELECT vo, kid, activated_at, revoked_at FROM signing_keys"
+            "SELECT vo, kid, published_at, revoked_at FROM signing_keys"
             " WHERE state = 'revoked' AND revoked_at > %s ORDER BY revoked_at",
             (since,),
         ).fetchall()
     return [Revocation(*row) for row in rows]
 
 
-def read_requests(
-    connection: "psycopg.Connection[Any]", ids: Sequence[tuple[UUID, int]]
-) -> dict[tuple[UUID, int], RequestRow]:
+def read_requests(connection: "psycopg.Connection[Any]", places: Sequence[Place]) -> dict[Place, RequestRow]:
     """Read requests by (request_id, client_id), without their tokens."""
     rows = connection.execute(
         f"SELECT {REQUEST_COLUMNS} FROM unnest(%s::uuid[], %s::int[]) AS w (id, client)"
         " JOIN requests r ON (r.request_id, r.client_id) = (w.id, w.client)",
-        ([id_ for id_, _ in ids], [client for _, client in ids]),
+        ([id_ for id_, _ in places], [client for _, client in places]),
     ).fetchall()
     found = map(request_row, rows)
     return {(row.request_id, row.client_id): row for row in found}
 
 
+def reader(connection: "psycopg.Connection[Any]") -> Read:
+    """Return the function that reads requests with their tokens in this transaction."""
+    return lambda places: {
+        place: (row, tokens_of(connection, row)) for place, row in read_requests(connection, places).items()
+    }
+
+
+def find_routes(connection: "psycopg.Connection[Any]", rules: Iterable[int]) -> dict[int, str]:
+    """Return the names of the routes by rule_id."""
+    return dict(
+        connection.execute(
+            "SELECT rule_id, route FROM rules WHERE rule_id = ANY(%s)", (list(rules),)
+        ).fetchall()
+    )
+
+
 def jobs_of(
-    connection: "psycopg.Connection[Any]", ids: Sequence[tuple[UUID, int]]
-) -> list[tuple[UUID, tuple[UUID, int]]]:
-    """Return the FTS jobs that were submitted with the tokens of requests: job_id, and the request."""
+    connection: "psycopg.Connection[Any]", places: Sequence[Place]
+) -> list[tuple[UUID, Place, datetime]]:
+    """Return the FTS jobs with the tokens of requests: job_id, request, and when it was reported."""
     rows = connection.execute(
-        "SELECT j.job_id, j.request_id, j.client_id FROM unnest(%s::uuid[], %s::int[]) AS w (id, client)"
+        "SELECT j.job_id, j.request_id, j.client_id, j.reported_at"
+        " FROM unnest(%s::uuid[], %s::int[]) AS w (id, client)"
         " JOIN jobs j ON (j.request_id, j.client_id) = (w.id, w.client) ORDER BY j.job_id",
-        ([id_ for id_, _ in ids], [client for _, client in ids]),
+        ([id_ for id_, _ in places], [client for _, client in places]),
     ).fetchall()
-    return [(job, (request, client)) for job, request, client in rows]
+    return [(job, (request, client), at) for job, request, client, at in rows]

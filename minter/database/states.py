@@ -21,6 +21,7 @@ from minter.database.connection import floor, one, transaction
 from minter.database.requests import OWN
 from minter.errors import InvalidRequest
 from minter.policy.limits import LAST_EXPIRY
+from minter.tokens.replacements import replacement_id
 
 MAX_TOKENS = 100_000
 """Most tokens that the requests named in one report may have together."""
@@ -102,11 +103,16 @@ class FileToken(NamedTuple):
 def tokens_of_requests(
     connection: "psycopg.Connection[Any]", client_ids: Sequence[int], requests: Iterable[UUID]
 ) -> list[FileToken]:
-    """Return all tokens and uses of these requests' files; raises InvalidRequest if they are too many."""
+    """Return all tokens and uses of these requests' files, with their replacements (ADR 17).
+
+    A replacement has the request_id of the request that it serves. Raises InvalidRequest if there are more
+    than MAX_TOKENS.
+    """
+    served = _with_replacements(connection, client_ids, requests)
     ranges = connection.execute(
         "SELECT request_id, first_jti, tokens FROM requests WHERE request_id = ANY(%s)"
         " AND client_id = ANY(%s)",
-        (list(requests), list(client_ids)),
+        (list(served), list(client_ids)),
     ).fetchall()
     if sum(count for *_, count in ranges) > MAX_TOKENS:
         raise InvalidRequest(
@@ -121,7 +127,26 @@ def tokens_of_requests(
         " WHERE u.use_id = ANY(%(ids)s)",
         {"ids": ids},
     ).fetchall()
-    return [FileToken(*row) for row in rows]
+    return [FileToken(id_, served.get(request, request), *row) for id_, request, *row in rows]
+
+
+def _with_replacements(
+    connection: "psycopg.Connection[Any]", client_ids: Sequence[int], requests: Iterable[UUID]
+) -> dict[UUID, UUID]:
+    """Return requests and the renewals that serve them after a key was revoked, each with its request."""
+    served = {request: request for request in requests}
+    revoked = connection.execute("SELECT kid FROM signing_keys WHERE state = 'revoked'").fetchall()
+    latest = list(served)
+    while latest and revoked:
+        ids = {replacement_id(request, kid): request for request in latest for (kid,) in revoked}
+        found = connection.execute(
+            "SELECT request_id, renews FROM requests WHERE request_id = ANY(%s) AND client_id = ANY(%s)"
+            " AND kind = 'renew'",
+            (list(ids), list(client_ids)),
+        ).fetchall()
+        latest = [request for request, renews in found if served.get(renews) == served[ids[request]]]
+        served |= {request: served[ids[request]] for request in latest}
+    return served
 
 
 def requests_of_external_ids(

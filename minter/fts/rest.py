@@ -97,14 +97,12 @@ class FTSClient:
         return Submitted(job_id, self._replica_ids(job_id, bearer, made))
 
     def cancel(self, job_id: uuid.UUID, bearer: TokenAnswer) -> str:
-        """Cancel a job; return its state, which stays as it was if the job had ended.
+        """Cancel a job; return its state, which stays as it was if the job had ended, or UNKNOWN.
 
-        Raises FTSAway, or JobRefused if FTS does not have the job.
+        UNKNOWN is a job that FTS does not have, because it ended long ago. Raises FTSAway or JobRefused.
         """
         answer = self._call("DELETE", f"/jobs/{job_id}", bearer, told=(HTTPStatus.NOT_FOUND,))
-        if answer.status == HTTPStatus.NOT_FOUND:
-            raise JobRefused("FTS does not have the job")
-        return _said(answer, "job_state")
+        return "UNKNOWN" if answer.status == HTTPStatus.NOT_FOUND else _said(answer, "job_state")
 
     def _has(self, job_id: uuid.UUID, bearer: TokenAnswer) -> bool:
         answer = self._call("GET", f"/jobs/{job_id}", bearer, told=(HTTPStatus.NOT_FOUND,))

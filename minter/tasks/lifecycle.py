@@ -187,6 +187,11 @@ class Lifecycle:
                 if found is None:
                     raise UnknownRequest(f"client {name!r} has made no request {wire.request_id}")
                 ids = [t.id for t in found[1] if not wire.files or t.file in wire.files]
+                ids += [
+                    t.id
+                    for t in tokens_of_requests(connection, [client_id], [wire.request_id])
+                    if not wire.files or t.file in wire.files
+                ]
                 known = {t.file for t in found[1]}
                 unknown = [f"files[{n}]" for n, file in enumerate(wire.files) if file not in known]
             else:

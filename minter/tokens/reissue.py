@@ -34,7 +34,7 @@ from minter.tokens.keys import Key, RotationPolicy, Signer
 from minter.tokens.managed import ManagedToken
 from minter.tokens.outcomes import Issued, Outcome, PendingManaged, PendingRequest, Submission
 from minter.tokens.records import OWN_KINDS, Control, Recording, RequestRow, Store, TokenRow, known_client
-from minter.tokens.replacements import with_replacements
+from minter.tokens.replacements import follow
 
 
 class Repeats(NamedTuple):
@@ -49,7 +49,8 @@ def read_repeats(tx: Recording, keys: Sequence[tuple[UUID, int]], ring: Sequence
 
     Requests that were not recorded are missing.
     """
-    requests = with_replacements(tx, tx.recorded(keys), ring) if keys else {}
+    revoked = {key.key_id: key.kid for key in ring if key.state == "revoked"}
+    requests, _ = follow(tx.recorded, tx.recorded(keys), revoked) if keys else ({}, {})
     return Repeats(requests, read_managed(tx, (t for _, tokens in requests.values() for t in tokens)))
 
 
@@ -95,6 +96,10 @@ class Reissuer:
         check_reply_queue(request.reply_queue, one.client)
         if isinstance(one.decision.error, ReplyNotAllowed):
             raise one.decision.error
+        if request.via == "url" and _replaced(row, tokens):
+            raise Expired(
+                "the tokens in these URLs were replaced; sign them under a new request_id", renew=True
+            )
         if outcome.error is None:
             self._reissue_all(outcome, row, tokens, repeats.managed, control, now)
 
@@ -163,7 +168,8 @@ class Reissuer:
     ) -> None:
         """Issue the tokens of a request again; raises Banned if one of them was banned since (I9).
 
-        A request is withheld as a whole: a part of a chain, or a copy without its source, is of no use.
+        A request is withheld as a whole: a part of a chain, or a copy without its source, is of no use. But
+        where tokens were replaced (ADR 17), those that cannot be given again are refused one by one.
         """
         assert outcome.client is not None
         bans, vo = control.bans, outcome.client.vo
@@ -175,11 +181,20 @@ class Reissuer:
             for scope in parse_scopes(str(json.loads(token.payload)["scope"])):
                 if scope.path is not None:
                     bans.check_path(vo, scope.path, self._matching_of(vo, token.storage))
+        lost: Expired | None = None
         for token in tokens:
             if token.mode == "mint":
-                outcome.issued.append(self.reissue(token, control, now))
+                try:
+                    outcome.issued.append(self.reissue(token, control, now))
+                except Expired as error:
+                    if not _replaced(row, tokens):
+                        raise
+                    outcome.refusals.append(token.slot.as_dict() | {"error": error.as_dict()})
+                    lost = lost or error
             else:
                 self._give_again(outcome, token, managed_tokens.get(UUID(token.jti)), now)
+        if lost is not None and not outcome.issued and not outcome.pending:
+            raise lost
 
     def _give_again(self, outcome: Outcome, row: TokenRow, token: ManagedToken | None, now: datetime) -> None:
         """Hand out a managed token's access token, note the token as pending, or add its refusal."""
@@ -252,3 +267,8 @@ def _check_several(row: RequestRow, control: Control, client: Client) -> None:
             "an activity of this VO is banned, and the request has several activities; repeat the request",
             kind="activity",
         )
+
+
+def _replaced(row: RequestRow, tokens: Iterable[TokenRow]) -> bool:
+    """Say whether some tokens of a request are replacements, which another request recorded."""
+    return any(token.request_id != row.request_id for token in tokens)

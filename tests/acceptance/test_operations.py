@@ -210,15 +210,17 @@ def test_recovery_from_a_leaked_key_survives_kill_9(running: Running, client: Mi
     looked = running.minter("keys", "recover", kid, check=False)
     assert looked.returncode == 1
     assert "repeat with --yes" in looked.stdout
-    for after_seconds in (1.5, 2.0, 2.5):
-        killed = subprocess.Popen(
-            [sys.executable, "-m", "minter.cli", "keys", "recover", kid, "--yes"],
-            env=running.environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT,
-            start_new_session=True,
-        )  # fmt: skip
-        time.sleep(after_seconds)  # the moment at which it is killed
-        os.killpg(killed.pid, signal.SIGKILL)
-        killed.wait()
+    count = "SELECT count(*) FROM requests WHERE renews = ANY(%s)"
+    killed = subprocess.Popen(
+        [sys.executable, "-m", "minter.cli", "keys", "recover", kid, "--yes", "--processes", "1"],
+        env=running.environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT,
+        start_new_session=True,
+    )  # fmt: skip
+    while running.rows(count, ids) == [(0,)]:  # a batch has 200 of the 300 requests
+        assert killed.poll() is None
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    assert running.rows(count, ids) > [(0,)]
     done = running.minter("keys", "recover", kid, "--yes", "--json", check=False)
     assert done.stdout, done.stderr
     told = json.loads(done.stdout)
@@ -227,7 +229,6 @@ def test_recovery_from_a_leaked_key_survives_kill_9(running: Running, client: Mi
     after = {id_: client.fetch(id_).tokens[0] for id_ in ids}
     assert {token.jti for token in after.values()}.isdisjoint({token.jti for token in before.values()})
     assert [after[id_].scope for id_ in ids] == [before[id_].scope for id_ in ids]
-    count = "SELECT count(*) FROM requests WHERE renews = ANY(%s)"
     assert running.rows(count, ids) == [(len(ids),)]
     again = client.mint([FileRequest(sources=(SE + "recover/0",))], request_id=ids[0]).tokens[0]
     assert again.reveal() == after[ids[0]].reveal()
