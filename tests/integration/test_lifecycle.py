@@ -36,6 +36,7 @@ from minter.policy.requests import decode_urls, from_mint
 from minter.policy.routes import Route
 from minter.policy.transfers import Policy
 from minter.service import Service
+from minter.storages.directory import Directory
 from minter.tasks import answers
 from minter.tasks.lifecycle import Lifecycle
 from minter.tokens import clock
@@ -263,11 +264,11 @@ def test_what_cannot_be_renewed_is_refused(service: Service, lifecycle: Lifecycl
         renewed(service, lifecycle, renews=clock.new_uuid7())
     with pytest.raises(UnknownRequest, match="no token for these files"):
         renewed(service, lifecycle, renews=first.request.request_id, files=(7,))
-    directory = service.engine.policy.directories["alpen"]
-    areas, directory._areas = directory._areas, {}
+    policy = service.engine.policy
+    service.engine.policy = Policy({"alpen": Directory([])}, policy.routes)
     with pytest.raises(UnknownStorage, match="has no endpoint"):
         renewed(service, lifecycle, renews=first.request.request_id)
-    directory._areas = areas
+    service.engine.policy = policy
     with control_changes.controlling(service.pool, "tests", "ban", "x", {}) as tx:
         tx.execute("INSERT INTO bans (kind, value, reason) VALUES ('client', %s, 'test')", (ME,))
     assert isinstance(renewed(service, lifecycle, renews=first.request.request_id).error, Banned)
