@@ -8,7 +8,7 @@ from email.utils import parsedate_to_datetime
 from hashlib import sha256
 from http import HTTPStatus
 from typing import Literal, NamedTuple
-from urllib.parse import quote, urljoin
+from urllib.parse import quote, urljoin, urlsplit
 
 import urllib3
 from msgspec import structs
@@ -24,7 +24,7 @@ from minter.policy.transfers import Policy
 from minter.service import Service
 from minter.storages.dialects import HTTPS_PORT
 from minter.storages.directory import Area, Directory, Endpoint, Storage
-from minter.storages.urls import host_key, signed_url, squash
+from minter.storages.urls import host_key, host_of, signed_url, squash
 from minter.tokens.clock import new_uuid7
 from minter.tokens.mint import Engine
 from minter.tokens.outcomes import Submission
@@ -35,7 +35,11 @@ ANSWER_SECONDS = 20.0
 MAX_ANSWER_BYTES = 1_000_000
 MAX_REDIRECTS = 5
 CONTENT = b"A file of `minter storages probe`, to be removed.\n"
-REFUSED = {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}
+_NOT_SENT = (
+    urllib3.exceptions.NewConnectionError,
+    urllib3.exceptions.ConnectTimeoutError,
+    urllib3.exceptions.SSLError,
+)
 _REDIRECTS = {301, 302, 303, 307, 308}
 _OPERATIONS: tuple[Operation, ...] = ("read", "write", "overwrite", "delete", "stat")
 _ROUTE = Route(name="probe", via="direct", operations=_OPERATIONS, margin_seconds=0)
@@ -44,10 +48,13 @@ Method = Literal["GET", "PUT", "DELETE", "PROPFIND"]
 
 
 class StorageAnswer(NamedTuple):
-    """The status of a storage's answer; 0 if there was none, and `why`."""
+    """A storage's status and the first bytes of a file; status 0 if there was no answer, and `why`."""
 
     status: int
     why: str = ""
+    content: bytes = b""
+    sent: bool = True
+    """Whether the request may have reached the storage."""
 
     @property
     def done(self) -> bool:
@@ -55,9 +62,14 @@ class StorageAnswer(NamedTuple):
         return HTTPStatus.OK <= self.status < HTTPStatus.MULTIPLE_CHOICES
 
     @property
-    def allowed(self) -> bool:
-        """Whether the storage took the token; that a file is missing, it tells only those who may look."""
-        return 0 < self.status < HTTPStatus.INTERNAL_SERVER_ERROR and self.status not in REFUSED
+    def refused(self) -> bool:
+        """Whether the storage did not take the token, or none."""
+        return self.status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
+
+    @property
+    def missing(self) -> bool:
+        """Whether there is no such file, as the storage says."""
+        return self.status in (HTTPStatus.NOT_FOUND, HTTPStatus.GONE)
 
     def __str__(self) -> str:
         return str(self.status or self.why)
@@ -129,20 +141,30 @@ class Asker:
         """Send one request for a path, with a token in its header."""
         return self._send(f"https{quote(self.url(path).removeprefix('davs'), ':/[]')}", method, token)
 
+    def takes(self, path: str, token: str, *, in_url: bool = False) -> bool:
+        """Say whether a token to read a file is taken, which is read or is missing.
+
+        That a file is missing proves it only where nobody is told so without a token.
+        """
+        parameter = self.area.dialect.url_parameter
+        if in_url and not parameter:
+            return False
+        told = (
+            self._send(signed_url(self.url(path), parameter, token))
+            if in_url
+            else self.ask("GET", path, token)
+        )
+        return told.done or (told.missing and self.ask("GET", path, None).refused)
+
     def reads(self, path: str, **settings: object) -> bool:
         """Say whether a token that is minted with other settings of the storage is taken for a file."""
         storage = structs.replace(self.storage, **settings)
-        return self.ask("GET", path, self.token("read", path, storage)).allowed
-
-    def reads_by_url(self, path: str, token: str) -> bool:
-        """Say whether a token is taken in the URL; False if the dialect knows no such URL."""
-        parameter = self.area.dialect.url_parameter
-        return bool(parameter) and self._send(signed_url(self.url(path), parameter, token)).allowed
+        return self.takes(path, self.token("read", path, storage))
 
     def _send(self, url: str, method: Method = "GET", token: str | None = None) -> StorageAnswer:
         """Send one request on a connection of its own, which a storage closes that refuses a body.
 
-        Redirects within https are followed with the token, as gfal2 follows them.
+        Redirects to servers of the same domain are followed with the token, as gfal2 follows them.
         """
         headers = {"Depth": "0"} if method == "PROPFIND" else {}
         if token is not None:
@@ -156,15 +178,26 @@ class Asker:
                     headers=headers,
                     preload_content=False,
                 ) as told:
-                    if method != "GET":
-                        read(told, MAX_ANSWER_BYTES)
+                    content = told.read(len(CONTENT)) if method == "GET" else read(told, MAX_ANSWER_BYTES)
             except (urllib3.exceptions.HTTPError, OSError) as error:
-                return StorageAnswer(0, f"{type(error).__name__}: {logs.redact(str(error))[:300]}")
+                why = f"{type(error).__name__}: {logs.redact(str(error))[:300]}"
+                return StorageAnswer(0, why, sent=not isinstance(error, _NOT_SENT))
             self._note_clock(told.headers.get("Date", ""))
-            url = urljoin(url, told.headers.get("Location", ""))
-            if told.status not in _REDIRECTS or not url.startswith("https://"):
-                return StorageAnswer(told.status)
+            if told.status not in _REDIRECTS or "Location" not in told.headers:
+                return StorageAnswer(told.status, content=content)
+            url = urljoin(url, told.headers["Location"])
+            if not self._is_ours(url):
+                to = urlsplit(url)
+                why = f"it redirects to {to.scheme}://{to.hostname}, where no token of the probe goes"
+                return StorageAnswer(0, why)
         return StorageAnswer(0, f"more than {MAX_REDIRECTS} redirects")
+
+    def _is_ours(self, url: str) -> bool:
+        """Say whether a URL is of the storage: https, and a host of the endpoint's domain."""
+        here, there = host_key(self.endpoint.host), host_of(url)
+        domain = here.partition(".")[2]
+        same = here == there or ("." in domain and there.endswith(f".{domain}"))
+        return same and urlsplit(url).scheme == "https"
 
     def _note_clock(self, date: str) -> None:
         try:

@@ -7,30 +7,36 @@ from msgspec import structs
 from minter.contract.operations import Operation
 from minter.policy.audiences import ANY
 from minter.policy.diagnose import Verdict
-from minter.probe.asking import REFUSED, Asker, StorageAnswer
+from minter.probe.asking import Asker, StorageAnswer
 from minter.storages.dialects import HTTPS_PORT, AudienceForm, audience
 from minter.storages.site_config import site_config
 from minter.storages.urls import host_key, squash
 
 FORMS: Sequence[AudienceForm] = ("url_with_port", "url", "host_with_port", "host")
-_MISSING = {404, 409, 410}
+MAX_SKEW_SECONDS = 30
+"""Largest difference between a storage's clock and ours that is called right: XRootD has no leeway."""
+_CONFLICT = 409
 
 
 def cause_of(asker: Asker, told: StorageAnswer, path: str, operation: Operation) -> Verdict:
-    """Return the first cause that is found of an answer to a right token for an operation on a path."""
+    """Return the first cause that is found of an answer to a right token for an operation on a path.
+
+    The path should be one that nobody can guess: tokens for any audience, or relative to other base paths,
+    are tried on it.
+    """
     return next(_causes(asker, told, path, operation))
 
 
 def _causes(asker: Asker, told: StorageAnswer, path: str, operation: Operation) -> Iterator[Verdict]:
-    if told.status in _MISSING:
-        yield Verdict(False, "path", f"the token is taken, but {path} answers {told}: is the path right?")
-    if told.status not in REFUSED:
-        why = f"{operation} of {path} answered {told}, which says nothing of tokens; see the storage's log"
-        yield Verdict(False, "server", why)
+    if not told.refused:
+        why = f"{operation} of {path} answered {told}, which says nothing of tokens; is the path right?"
+        yield Verdict(False, "path" if told.missing or told.status == _CONFLICT else "server", why)
+    if (clock := clock_of(asker)) is not None and not clock.passes:
+        yield clock
     token = asker.token("read", path)
-    if operation != "read" and asker.ask("GET", path, token).allowed:
+    if operation != "read" and asker.takes(path, token):
         yield fault(asker, "rights", f"the token is taken, but it may not {operation} {path} ({told})")
-    if asker.reads_by_url(path, token):
+    if asker.takes(path, token, in_url=True):
         yield fault(asker, "header", "a token is read in a URL, but not in the header Authorization")
     yield from _other_settings(asker, path)
     why = (
@@ -38,6 +44,14 @@ def _causes(asker: Asker, told: StorageAnswer, path: str, operation: Operation) 
         "its log), or keeps the issuer to other paths, or several settings are wrong at once"
     )
     yield fault(asker, "trust", why)
+
+
+def clock_of(asker: Asker) -> Verdict | None:
+    """Return the verdict on the storage's clock, None if it does not tell its time."""
+    if asker.skew is None:
+        return None
+    text = f"the storage's clock is {asker.skew:+.0f} s from ours, at most {MAX_SKEW_SECONDS} s are right"
+    return Verdict(abs(asker.skew) <= MAX_SKEW_SECONDS, "clock", text)
 
 
 def _other_settings(asker: Asker, path: str) -> Iterator[Verdict]:
@@ -49,9 +63,9 @@ def _other_settings(asker: Asker, path: str) -> Iterator[Verdict]:
             yield fault(asker, "audience", f"it takes tokens for {named}, the settings say {ours}")
     if asker.reads(path, audience=ANY):
         yield fault(asker, "audience", f"it takes tokens for any audience, but not for {ours}")
-    plain = [structs.replace(e, base_path="") if e is asker.endpoint else e for e in asker.storage.endpoints]
+    alone = (structs.replace(asker.endpoint, base_path=""),)
     for base_path in _base_paths(asker):
-        if asker.reads(path, base_path=base_path, endpoints=tuple(plain)):
+        if asker.reads(path, base_path=base_path, endpoints=alone, audience=area.audience):
             why = f"its base path is {base_path}, the settings say {area.base_path}"
             yield fault(asker, "base path", why)
     ours_too = asker.service.loaded.settings.issuers[area.vo].algorithms

@@ -2,10 +2,15 @@
 
 import json
 import os
+import ssl
 import subprocess
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import ClassVar
 
 import pytest
+from msgspec import structs
 
 from minter.policy.diagnose import Verdict
 from minter.probe import probe
@@ -145,7 +150,10 @@ def test_paths_and_clients_that_cannot_be_probed(right: tuple[Served, XRootD]) -
         assert told.replace("expected below", "below /grid/vo") in done.stderr
     served.add_client("reader", operations=["read"])
     done = served.minter("storages", "probe", "A", "/vo/scratch", "--client", "reader", check=False)
-    assert "may not write" in done.stderr
+    assert "may not delete" in done.stderr
+    served.add_client("writer", operations=["read", "write", "overwrite"])
+    done = served.minter("storages", "probe", "A", "/vo/scratch", "--client", "writer", check=False)
+    assert "no token to delete" in done.stderr
     assert not files(storage)
 
 
@@ -234,3 +242,88 @@ def test_403_at_a_storage_as_on_call_has_it(site: tuple[Served, XRootD]) -> None
     finally:
         storage.stop()
         (storage.folder / name).write_text(right)
+
+
+class Odd(BaseHTTPRequestHandler):
+    """A storage with the faults that a test sets: statuses by method, a date, a place to redirect to."""
+
+    statuses: ClassVar[dict[str, int]] = {}
+    headers_sent: ClassVar[dict[str, str]] = {}
+    seen: ClassVar[list[str]] = []
+
+    def handle_any(self) -> None:
+        self.seen.append(f"{self.command} {self.headers.get('Authorization', '')}")
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        known = "Authorization" in self.headers
+        self.send_response_only(self.statuses.get(self.command if known else "none", 401))
+        for name, value in self.headers_sent.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def do_GET(self) -> None:
+        self.handle_any()
+
+    def do_PUT(self) -> None:
+        self.handle_any()
+
+    def do_DELETE(self) -> None:
+        self.handle_any()
+
+    def do_PROPFIND(self) -> None:
+        self.handle_any()
+
+    def log_message(self, *_: object) -> None:
+        """Print nothing."""
+
+
+@pytest.fixture
+def odd(site: tuple[Served, XRootD]) -> Iterator[type[Odd]]:
+    """A storage at the address of AWAY that behaves as the test says."""
+    served, _ = site
+    (port,) = [e.port for s in served.service.loaded.storages if s.name == "AWAY" for e in s.endpoints]
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(served.folder / "host.pem", served.folder / "host.key")
+    server = ThreadingHTTPServer(("127.0.0.1", port), Odd)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    Odd.statuses, Odd.headers_sent, Odd.seen = {}, {}, []
+    yield Odd
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("statuses", "headers", "check", "told"),
+    [
+        ({}, {"Date": "Sun, 29 Nov 2020 00:00:00 GMT"}, "clock", "s from ours"),
+        ({"none": 404, "GET": 404}, {}, "trust", "refuses every token"),  # 404 is told to anybody
+        ({"GET": 429}, {}, "trust", "refuses every token"),
+        ({"GET": 404}, {}, "rights", "it may not write"),
+        ({"PUT": 504}, {}, "delete", "these may be left: /scratch/minter-probe-"),
+        ({"PUT": 404, "DELETE": 404}, {}, "path", "is the path right?"),
+        ({"PUT": 302}, {"Location": "https://login.example.org/sso"}, "endpoint", "https://login.example.org,"),
+        ({"PUT": 302}, {"Location": "http://localhost/f"}, "endpoint", "http://localhost,"),
+    ],
+)  # fmt: skip
+def test_odd_answers_are_not_misread(
+    site: tuple[Served, XRootD], odd: type[Odd], statuses: dict[str, int], headers: dict[str, str], check: str, told: str
+) -> None:  # fmt: skip
+    served, _ = site
+    odd.statuses, odd.headers_sent = statuses, headers
+    wrong = failed(verdicts(served, "AWAY", "/scratch"))
+    assert told in wrong[check]
+    assert "eyJ" not in str(wrong)
+
+
+def test_no_token_goes_to_a_server_of_another_domain(site: tuple[Served, XRootD], odd: type[Odd]) -> None:
+    served, _ = site
+    (storage,) = (s for s in served.service.loaded.storages if s.name == "AWAY")
+    (asker,) = probe.askers(served.service, storage, "/scratch", "rucio", str(served.ca)).values()
+    asker.endpoint = structs.replace(asker.endpoint, host="door.site.example.org")
+    urls = ("https://pool1.site.example.org:2880/x", "https://door.site.example.org/x", "https://example.org/x",
+            "https://site.example.org.evil.org/x", "http://pool1.site.example.org/x", "https://login.other.org/x")  # fmt: skip
+    assert [asker._is_ours(url) for url in urls] == [True, True, False, False, False, False]
+    assert not odd.seen
