@@ -225,8 +225,10 @@ def test_an_outage_is_stood_in_for_and_ends(kept: ServedWithRefreshers) -> None:
     """Also docs/on-call.md, "IAM down": what `minter status` says, and that minted tokens are not concerned."""
     if not isinstance(kept.iam, Fake):
         pytest.skip("a real server fails when it likes")
-    kept.iam.server.behaviour = Behaviour(fault="error_500")
     with kept.client() as client:
+        known = client.mint(**read("y/known", "own"))  # by now the discovery document is known
+        until(lambda: client.fetch(*known.request_ids).tokens)
+        kept.iam.server.behaviour = Behaviour(fault="error_500")
         waiting = [client.mint(**read(f"y/{n}", "own")) for n in range(8)]
         for asked in waiting:
             (token,) = until(lambda asked=asked: client.fetch(*asked.request_ids).tokens)
