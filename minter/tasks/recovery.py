@@ -14,7 +14,7 @@ from typing import Any
 from uuid import UUID
 
 import psycopg
-from msgspec import Struct
+from msgspec import Struct, structs
 from sqlalchemy.engine import Engine as Pool
 
 from minter import logs
@@ -27,6 +27,7 @@ from minter.database.recovery import find_routes, jobs_of, live_by_request, read
 from minter.database.requests import find_operations
 from minter.errors import RequestError, UnknownRequest
 from minter.policy.clients import Client
+from minter.policy.plans import Decision
 from minter.policy.requests import Need, Request, content_digest
 from minter.tasks.answers import answer
 from minter.tasks.renewals import renewal
@@ -183,8 +184,19 @@ class Recovery:
         for_urls = {route.name for route in policy.routes if route.via == "url"}
         if any(routes.get(token.rule_id) in for_urls for token in lost.tokens):
             raise UnknownRequest("the tokens are in URLs; sign these under a new request_id")
-        request = self._renewal(lost, lost.tokens, operations)
-        decision = policy.decide(request, client.at(now), control.bans, control.away)
+        names = tuple(sorted({routes[t.rule_id] for t in lost.tokens if t.rule_id in routes}))
+
+        def decide(tokens: Sequence[TokenRow], only: tuple[str, ...]) -> tuple[Request, Decision]:
+            request = structs.replace(self._renewal(lost, tokens, operations), routes=only)
+            return request, policy.decide(request, client.at(now), control.bans, control.away)
+
+        only: tuple[str, ...] = ()
+        _, decision = decide(lost.tokens, only)
+        if any(planned.managed for planned in decision.planned_tokens) or decision.refused:
+            # What was signed in place of a provider's token is signed again, by the route of then.
+            _, instead = decide(lost.tokens, names)
+            if len(instead.planned_tokens) >= len(decision.planned_tokens):
+                only, decision = names, instead
         if decision.error is not None:
             raise decision.error
         why = {r.need.file: r.error for r in decision.refused if r.need is not None}
@@ -194,7 +206,7 @@ class Recovery:
             report.unmade.append(Unmade(client.name, lost.row.request_id, refused, first.message))
         if not chosen or (why and all(token.side == "service" for token in chosen)):
             return None
-        return self._renewal(lost, chosen, operations)
+        return decide(chosen, only)[0]
 
     def _renew(self, waiting: Sequence[tuple[_Lost, Request]], report: RecoveryReport, now: datetime) -> None:
         """Mint the tokens of renewals, and count them; raises the error of one that recorded nothing."""
@@ -206,8 +218,9 @@ class Recovery:
                 why = outcome.error.message
                 report.unmade.append(Unmade(lost.client.name, lost.row.request_id, len(lost.tokens), why))
                 continue
-            wanted = {token.slot for token in lost.tokens}
-            report.made += sum(issued.slot in wanted for issued in outcome.issued)
+            served = {issued.slot for issued in outcome.issued}
+            served |= {pending.slot for pending in outcome.pending}  # a fallback's provider is back
+            report.made += len(served & {token.slot for token in lost.tokens})
             logs.event(
                 logger, "request renewed", client=lost.client.name, request_id=str(lost.row.request_id),
                 new_request_id=str(request.request_id), tokens=len(outcome.issued),

@@ -49,8 +49,7 @@ def read_repeats(tx: Recording, keys: Sequence[tuple[UUID, int]], ring: Sequence
 
     Requests that were not recorded are missing.
     """
-    revoked = {key.key_id: key.kid for key in ring if key.state == "revoked"}
-    requests, _ = follow(tx.recorded, tx.recorded(keys), revoked) if keys else ({}, {})
+    requests, _ = follow(tx.recorded, tx.recorded(keys), _revoked(ring)) if keys else ({}, {})
     return Repeats(requests, read_managed(tx, (t for _, tokens in requests.values() for t in tokens)))
 
 
@@ -143,12 +142,14 @@ class Reissuer:
                 for owner, consumer, token in tx.used(handles)
                 if owner in known and name in (owner, consumer)
             ]
-            requests = tx.recorded(list({(t.request_id, t.client_id) for t in used}))
-            managed_tokens = read_managed(tx, used)
+            recorded = tx.recorded(list({(t.request_id, t.client_id) for t in used}))
+            requests, _ = follow(tx.recorded, recorded, _revoked(control.ring))
+            current = [_current(token, requests[token.request_id, token.client_id][1]) for token in used]
+            managed_tokens = read_managed(tx, current)
         request = Request(handles[0], "mint", b"", ())
         outcome = Outcome(Submission(request, name), [], [], repeated=True, client=client)
-        for token in used:
-            row, _ = requests[token.request_id, token.client_id]
+        for old, token in zip(used, current, strict=True):
+            row, _ = requests[old.request_id, old.client_id]
             try:
                 _check_several(row, control, client)
                 self._reissue_all(outcome, row, [token], managed_tokens, control, now)
@@ -181,7 +182,7 @@ class Reissuer:
             for scope in parse_scopes(str(json.loads(token.payload)["scope"])):
                 if scope.path is not None:
                     bans.check_path(vo, scope.path, self._matching_of(vo, token.storage))
-        lost: Expired | None = None
+        lost: list[tuple[TokenRow, Expired]] = []
         for token in tokens:
             if token.mode == "mint":
                 try:
@@ -189,12 +190,12 @@ class Reissuer:
                 except Expired as error:
                     if not _replaced(row, tokens):
                         raise
-                    outcome.refusals.append(token.slot.as_dict() | {"error": error.as_dict()})
-                    lost = lost or error
+                    lost.append((token, error))
             else:
                 self._give_again(outcome, token, managed_tokens.get(UUID(token.jti)), now)
-        if lost is not None and not outcome.issued and not outcome.pending:
-            raise lost
+        if lost and not outcome.issued and not outcome.pending:
+            raise lost[0][1]
+        outcome.refusals += [token.slot.as_dict() | {"error": error.as_dict()} for token, error in lost]
 
     def _give_again(self, outcome: Outcome, row: TokenRow, token: ManagedToken | None, now: datetime) -> None:
         """Hand out a managed token's access token, note the token as pending, or add its refusal."""
@@ -267,6 +268,16 @@ def _check_several(row: RequestRow, control: Control, client: Client) -> None:
             "an activity of this VO is banned, and the request has several activities; repeat the request",
             kind="activity",
         )
+
+
+def _revoked(ring: Sequence[Key]) -> dict[int, str]:
+    """Return the kids of the revoked keys by key_id."""
+    return {key.key_id: key.kid for key in ring if key.state == "revoked"}
+
+
+def _current(token: TokenRow, tokens: Iterable[TokenRow]) -> TokenRow:
+    """Return what stands for a token in its slot now: itself, or its replacement."""
+    return next((one for one in tokens if one.slot == token.slot), token)
 
 
 def _replaced(row: RequestRow, tokens: Iterable[TokenRow]) -> bool:

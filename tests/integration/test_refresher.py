@@ -17,9 +17,9 @@ from msgspec import structs
 from minter.contract.followups import CancelRequest, FetchRequest, FileReport, ReportRequest
 from minter.contract.messages import Answer, FileOperation, FileRequest, MintRequest
 from minter.contract.operations import Operation
-from minter.database import control_changes, leases, live_tokens, managed, partitions, traces
+from minter.database import control_changes, keyring, leases, live_tokens, managed, partitions, traces
 from minter.database.connection import transaction
-from minter.database.control import read_private_key
+from minter.database.control import read_keys, read_private_key
 from minter.database.fallbacks import fall_back, live_uses
 from minter.errors import InvalidGrant, NoUsableKey
 from minter.local.fake_iam import Behaviour, FakeIAM, Fault, OAuthRefusal
@@ -35,7 +35,8 @@ from minter.refresher.notifications import Push
 from minter.refresher.refresher import Refresher
 from minter.service import Service
 from minter.tasks.lifecycle import Lifecycle
-from minter.tokens import clock
+from minter.tasks.recovery import Recovery
+from minter.tokens import clock, keys
 from minter.tokens.outcomes import Outcome, Submission
 from minter.tokens.records import fts_token_id
 from tests.conftest import rows
@@ -470,6 +471,39 @@ def test_a_refresh_that_is_refused_ends_in_the_fallback(service: Service, iam: F
     assert (story.mode, story.instead_of) == ("mint", before[0])
     earlier = traces.find(service.pool, "jti", before[0], bench.clock() - timedelta(hours=3), bench.clock())
     assert [(s.jti, str(s.use_id)) for s in earlier] == [(before[0], handle)]
+
+
+@pytest.mark.parametrize("back", [False, True])
+def test_fallback_tokens_of_a_leaked_key_are_made_anew(service: Service, iam: FakeIAM, back: bool) -> None:
+    """Also after the provider is back: an exchange would need the subject token again."""
+    bench = Bench(service, iam, exchange(fallback=("minted",)), MINTED, outage_margin_seconds=300)
+    outcome = bench.ask("a", subject=bench.subject())
+    bench.run_once()
+    handle = uuid.UUID(bench.fetch(outcome).tokens[0].handle)
+    with transaction(service.pool) as connection:
+        connection.execute("UPDATE managed SET subject = NULL")
+    iam._families.clear()
+    bench.forward(minutes=45)
+    bench.run_once()
+    (old,) = bench.fetch(outcome).tokens
+    kid = jwt.get_unverified_header(old.token)["kid"]
+    service.clock = bench.clock
+    service.ensure_standby(kid, "tests")
+    keyring.revoke(service.pool, kid, bench.clock(), keys.RotationPolicy(0), "tests", "leak")
+    if not back:
+        with transaction(service.pool) as connection:
+            until = bench.clock() + timedelta(hours=1)
+            connection.execute("UPDATE providers SET open_until = %s", (until,))
+    with transaction(service.pool) as connection:
+        (key,) = (k for k in read_keys(connection) if k.kid == kid)
+    report = Recovery(service.engine, service.pool, key, bench.clock).run(dry=False)
+    assert report.made == report.tokens > 0
+    (new,) = bench.fetch(outcome).tokens
+    by_handle = bench.lifecycle.fetch(ME, FetchRequest(handles=(handle,)), bench.clock())
+    assert [token.token for token in by_handle.tokens] == [new.token]
+    claims = [jwt.decode(t.token, options={"verify_signature": False}) for t in (old, new)]
+    assert claims[0]["scope"] == claims[1]["scope"]
+    assert jwt.get_unverified_header(new.token)["kid"] != kid
 
 
 def test_one_request_is_stood_in_for_though_another_is_not(service: Service, iam: FakeIAM) -> None:
