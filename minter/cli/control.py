@@ -202,7 +202,7 @@ def keys_iam(
     )
 
 
-@keys_app.command("revoke")
+@keys_app.command("revoke", context_settings=recovery.KIDS)
 @guarded
 def keys_revoke(
     kid: str,

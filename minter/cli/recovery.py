@@ -26,11 +26,14 @@ from minter.service import Service
 from minter.tasks.recovery import Recovery, RecoveryReport, RevokedJob, service_token
 from minter.tokens import keys
 
+KIDS = {"ignore_unknown_options": True}
+"""Settings of commands whose argument is a kid: those of earlier releases may begin with `-`."""
+
 
 def register(keys_app: typer.Typer) -> None:
     """Add these commands to the commands for keys."""
-    keys_app.command("recover")(keys_recover)
-    keys_app.command("cancel-jobs")(keys_cancel_jobs)
+    keys_app.command("recover", context_settings=KIDS)(keys_recover)
+    keys_app.command("cancel-jobs", context_settings=KIDS)(keys_cancel_jobs)
 
 
 @guarded

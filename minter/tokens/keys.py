@@ -106,10 +106,19 @@ class Signer:
 
 
 def generate(algorithm: Algorithm) -> Signer:
-    """Make a new key; all randomness is from the operating system's generator."""
-    if algorithm == "ES256":
-        return Signer(ec.generate_private_key(ec.SECP256R1()), algorithm)
-    return Signer(rsa.generate_private_key(public_exponent=65537, key_size=RSA_BITS), algorithm)
+    """Make a new key, whose kid begins with no `-`: a command would take it for an option.
+
+    All randomness is from the operating system's generator.
+    """
+    while True:
+        made = Signer(
+            ec.generate_private_key(ec.SECP256R1())
+            if algorithm == "ES256"
+            else rsa.generate_private_key(public_exponent=65537, key_size=RSA_BITS),
+            algorithm,
+        )
+        if not made.kid.startswith("-"):
+            return made
 
 
 def load_signer(pem: bytes, algorithm: Algorithm) -> Signer:

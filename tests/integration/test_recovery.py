@@ -384,6 +384,18 @@ def test_concurrent_recoveries_make_each_token_once(service: Service, dsn: str) 
     ) == [(40, 40)]
 
 
+@pytest.mark.parametrize("command", [["revoke", "--reason", "leak", "--yes"], ["recover"], ["cancel-jobs"]])
+def test_a_kid_that_looks_like_an_option_is_taken(command: list[str], dsn: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "minter.cli", "keys", command[0], "-L7-A6vqbmQv", *command[1:]],
+        env={**os.environ, "MINTER_SETTINGS": str(EXAMPLES / "settings.toml"), "MINTER_DSN": dsn,
+             "MINTER_MASTER_KEY_ALPEN": MASTER_KEY},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "no key has the kid '-L7-A6vqbmQv'" in done.stderr
+
+
 @given(st.uuids(version=4), st.integers(0, 2**48 - 1), st.text(), st.text())
 def test_the_id_of_a_replacement(drawn: UUID, milliseconds: int, kid: str, other: str) -> None:
     request_id = UUID(int=milliseconds << 80 | 7 << 76 | drawn.int & ((1 << 76) - 1))

@@ -220,3 +220,11 @@ def test_a_weak_or_broken_rsa_key_is_refused() -> None:
     for key in (weak, even, good | {"n": None}, good | {"e": "AA"}):
         with pytest.raises(InvalidRequest):
             keys.check_jwe_key(key)
+
+
+def test_no_kid_looks_like_an_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of 64 thumbprints begins with `-`; such a key is not used."""
+    kids = iter(["-L7-A6vqbmQv", "-h", "vU-quPRp0cCV"])
+    thumbprint = keys.thumbprint
+    monkeypatch.setattr(keys, "thumbprint", lambda jwk: next(kids, None) or thumbprint(jwk))
+    assert keys.generate("ES256").kid == "vU-quPRp0cCV"
