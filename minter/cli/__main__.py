@@ -266,10 +266,7 @@ def _check_database(service: Service, warnings: list[str], failed: list[str]) ->
         clients = read_control(connection).clients.values()
     if not standbys:
         warnings.append("Postgres has no synchronous standby: a lost disk loses the rows of issued tokens")
-    of_keys = [
-        *key_lines(service.pool, service),
-        *issuer_lines(service.pool, service.loaded),
-    ]
+    of_keys = [*key_lines(service.pool, service), *issuer_lines(service.pool, service.loaded)]
     opened = {vo for vo in service.loaded.settings.issuers if any(service.loaded.master_key_source(vo))}
     for line in of_keys:
         without_master = line.part.partition(" ")[0] not in opened and "does not open" in line.text

@@ -5,15 +5,7 @@ from typing import Annotated, Literal
 import typer
 
 from minter.cli import recovery
-from minter.cli.tables import (
-    AsJson,
-    Listing,
-    guarded,
-    open_service,
-    show,
-    show_live_tokens,
-    whoami,
-)
+from minter.cli.tables import AsJson, Listing, guarded, open_service, show, show_live_tokens, whoami
 from minter.database import co_issuers, control_changes, keyring, live_tokens
 from minter.database.connection import transaction
 from minter.database.control import read_keys

@@ -6,9 +6,7 @@ from typing import Annotated, Any
 import msgspec
 import typer
 
-from minter.cli.tables import AsJson, Listing, guarded, not_registered, open_service, read_object, show
-from minter.database.connection import transaction
-from minter.database.control import read_control
+from minter.cli.tables import AsJson, Listing, client_of, guarded, open_service, read_object, show
 from minter.errors import InvalidRequest, SettingsError
 from minter.probe import probe
 from minter.service import load_settings
@@ -196,11 +194,7 @@ def storages_probe(
     """
     service = open_service()
     named = _named(service.loaded, storage, vo)
-    name = client or service.loaded.settings.broker.local_client
-    with transaction(service.pool) as connection:
-        clients = read_control(connection).clients
-    if name not in clients:
-        raise not_registered(name, clients)
+    name, _ = client_of(service, client)
     found = {
         place: list(probe.read_only(asker, path) if read_only else probe.write_and_read(asker, path))
         for place, asker in probe.askers(service, named, path, name, ca).items()

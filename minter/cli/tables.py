@@ -20,10 +20,12 @@ from rich.text import Text
 
 from minter.client import find_bearer_token
 from minter.database import connection, live_tokens
+from minter.database.control import read_control
 from minter.database.traces import TraceRecord
 from minter.errors import InvalidRequest, MinterError, SettingsError, Unavailable, UnknownClient
 from minter.policy.clients import Ban
 from minter.service import Service, load_settings
+from minter.tokens.records import Control
 
 console = Console()
 MOST_SHOWN, MOST_LISTED = 20, 10_000
@@ -128,6 +130,16 @@ def not_registered(name: str, known: Iterable[str]) -> UnknownClient:
     near = get_close_matches(name, known, 1)
     hint = f"; did you mean {near[0]!r}?" if near else "; run: minter clients list"
     return UnknownClient(f"client {name!r} is not registered{hint}")
+
+
+def client_of(service: Service, client: str | None) -> tuple[str, Control]:
+    """Return the registered client that a command acts as, the local one by default, and the control tables."""
+    with connection.transaction(service.pool) as opened:
+        control = read_control(opened)
+    name = client or service.loaded.settings.broker.local_client
+    if name not in control.clients:
+        raise not_registered(name, control.clients)
+    return name, control
 
 
 def whoami() -> str:

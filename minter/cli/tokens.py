@@ -10,13 +10,13 @@ from typing import Annotated, Any, NamedTuple
 import msgspec
 import typer
 
-from minter.cli.tables import AsJson, guarded, not_registered, open_service, read_object, show, token_on_input
+from minter.cli.tables import AsJson, client_of, guarded, open_service, read_object, show, token_on_input
 from minter.client import MinterClient, new_request_id
 from minter.contract.messages import FileOperation, FileRequest, FillRequest, MintRequest
 from minter.contract.operations import OPERATIONS
 from minter.database import traces
 from minter.database.connection import instant, transaction
-from minter.database.control import read_control, read_keys
+from minter.database.control import read_keys
 from minter.errors import InvalidRequest, RequestError, TokenRejected
 from minter.fts.jobs import from_fill
 from minter.jws import is_compact
@@ -107,11 +107,7 @@ def explain(
     if (job is None) == (url is None):
         raise InvalidRequest("expected exactly one of --job and --url")
     service = open_service()
-    with transaction(service.pool) as connection:
-        control = read_control(connection)
-    name = client or service.loaded.settings.broker.local_client
-    if name not in control.clients:
-        raise not_registered(name, control.clients)
+    name, control = client_of(service, client)
     if job is not None:
         requests = [from_fill(FillRequest(request_id=new_request_id(), job=read_object(job, "job")))]
     else:

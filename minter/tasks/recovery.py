@@ -109,6 +109,7 @@ class Recovery:
         self._engine = engine
         self._pool = pool
         self._key = key
+        self._revoked = {key.key_id: key.kid}
         self._clock = clock
 
     def run(self, *, dry: bool, part: int = 0, parts: int = 1) -> RecoveryReport:
@@ -134,7 +135,7 @@ class Recovery:
                 for place, tokens in batch
                 if rows[place].kind not in OWN_KINDS
             }
-            made, free = follow(reader(connection), of_key, {self._key.key_id: self._key.kid})
+            made, free = follow(reader(connection), of_key, self._revoked)
             report.jobs += self._jobs(connection, dict(batch), made, clients, control.ring)
             operations, routes = find_operations(connection, rules), find_routes(connection, rules)
         waiting: list[tuple[_Lost, Request]] = []
@@ -165,7 +166,7 @@ class Recovery:
             self._renew(waiting, report, now)
 
     def _is_concerned(self, token: TokenRow, now: datetime) -> bool:
-        return is_lost(token, {self._key.key_id: self._key.kid}) and token.expires_at > now.timestamp()
+        return is_lost(token, self._revoked) and token.expires_at > now.timestamp()
 
     def _request(
         self,

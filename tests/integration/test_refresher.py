@@ -443,7 +443,8 @@ def test_a_worker_that_died_with_a_refresh_token(service: Service, iam: FakeIAM)
     assert bench.fetch(outcome).tokens
 
 
-def test_a_refresh_that_is_refused_ends_in_the_fallback(service: Service, iam: FakeIAM) -> None:
+def fallen_back(service: Service, iam: FakeIAM) -> tuple[Bench, Outcome, str]:
+    """Return a bench whose one token the IAM refused to refresh, the request's outcome, and the handle."""
     bench = Bench(service, iam, exchange(fallback=("minted",)), MINTED, outage_margin_seconds=300)
     outcome = bench.ask("a", subject=bench.subject())
     bench.run_once()
@@ -453,6 +454,11 @@ def test_a_refresh_that_is_refused_ends_in_the_fallback(service: Service, iam: F
     iam._families.clear()
     bench.forward(minutes=45)
     bench.run_once()
+    return bench, outcome, handle
+
+
+def test_a_refresh_that_is_refused_ends_in_the_fallback(service: Service, iam: FakeIAM) -> None:
+    bench, outcome, handle = fallen_back(service, iam)
     (token,) = bench.fetch(outcome).tokens
     claims = jwt.decode(token.token, options={"verify_signature": False})
     assert claims["iss"] != iam.issuer
@@ -476,15 +482,7 @@ def test_a_refresh_that_is_refused_ends_in_the_fallback(service: Service, iam: F
 @pytest.mark.parametrize("back", [False, True])
 def test_fallback_tokens_of_a_leaked_key_are_made_anew(service: Service, iam: FakeIAM, back: bool) -> None:
     """Also after the provider is back: an exchange would need the subject token again."""
-    bench = Bench(service, iam, exchange(fallback=("minted",)), MINTED, outage_margin_seconds=300)
-    outcome = bench.ask("a", subject=bench.subject())
-    bench.run_once()
-    handle = uuid.UUID(bench.fetch(outcome).tokens[0].handle)
-    with transaction(service.pool) as connection:
-        connection.execute("UPDATE managed SET subject = NULL")
-    iam._families.clear()
-    bench.forward(minutes=45)
-    bench.run_once()
+    bench, outcome, handle = fallen_back(service, iam)
     (old,) = bench.fetch(outcome).tokens
     kid = jwt.get_unverified_header(old.token)["kid"]
     service.clock = bench.clock
@@ -499,7 +497,7 @@ def test_fallback_tokens_of_a_leaked_key_are_made_anew(service: Service, iam: Fa
     report = Recovery(service.engine, service.pool, key, bench.clock).run(dry=False)
     assert report.made == report.tokens > 0
     (new,) = bench.fetch(outcome).tokens
-    by_handle = bench.lifecycle.fetch(ME, FetchRequest(handles=(handle,)), bench.clock())
+    by_handle = bench.lifecycle.fetch(ME, FetchRequest(handles=(uuid.UUID(handle),)), bench.clock())
     assert [token.token for token in by_handle.tokens] == [new.token]
     claims = [jwt.decode(t.token, options={"verify_signature": False}) for t in (old, new)]
     assert claims[0]["scope"] == claims[1]["scope"]
