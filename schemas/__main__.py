@@ -1,6 +1,7 @@
 """Write the JSON Schemas of the contract from the typed structs: `make schemas`."""
 
 import json
+from inspect import cleandoc
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +57,20 @@ def generate() -> dict[str, dict[str, Any]]:
     """Return every schema by its file name."""
     files: dict[str, type] = {names.SCHEMAS[task]: struct for task, (struct, _) in TASKS.items()}
     made = {
-        name: {"$schema": _DIALECT, **msgspec.json.schema(struct)}
+        name: {"$schema": _DIALECT, **_clean(msgspec.json.schema(struct))}
         for name, struct in (files | {"answer.json": Answer}).items()
     }
     return {**made, "error.json": ERROR, "token.json": TOKEN}
+
+
+def _clean(schema: Any) -> Any:
+    """Return a schema without the indentation of docstrings, which msgspec before 0.23 leaves in."""
+    if isinstance(schema, dict):
+        return {
+            k: cleandoc(v) if k == "description" and isinstance(v, str) else _clean(v)
+            for k, v in schema.items()
+        }
+    return [_clean(part) for part in schema] if isinstance(schema, list) else schema
 
 
 def write(folder: Path) -> None:
