@@ -39,7 +39,8 @@ SLOW_SECONDS = 3.0
 _WARNING = "01000"
 """SQLSTATE of the warning that a commit did not wait for its standby; others have their own."""
 
-_PASSING = (psycopg.OperationalError, psycopg.InterfaceError, psycopg.errors.ReadOnlySqlTransaction)
+PASSING = (psycopg.OperationalError, psycopg.InterfaceError, psycopg.errors.ReadOnlySqlTransaction)
+"""Errors that pass: Postgres is away, or is not the primary any more."""
 
 
 class BoundedConnection(psycopg.Connection[Any]):
@@ -137,7 +138,7 @@ def transaction(pool: Pool, patience: float = PATIENCE_SECONDS) -> Iterator["psy
     """
     try:
         pooled = pool.raw_connection()
-    except _PASSING as error:
+    except PASSING as error:
         raise Unavailable(f"no connection to Postgres: {why(error)}") from error
     except PoolTimeout as error:
         raise Unavailable("all connections to Postgres are in use; they wait for it") from error
@@ -146,7 +147,7 @@ def transaction(pool: Pool, patience: float = PATIENCE_SECONDS) -> Iterator["psy
     try:
         yield driver
         driver.commit_bounded()
-    except _PASSING as error:
+    except PASSING as error:
         pooled.invalidate()
         raise Unavailable(
             f"Postgres failed during the transaction ({why(error)}); nothing was handed out"

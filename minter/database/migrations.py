@@ -6,9 +6,11 @@ from alembic import command
 from alembic.config import Config
 from alembic.script import ScriptDirectory
 from sqlalchemy.engine import Engine
+from sqlalchemy.exc import DBAPIError
 
 import schemas
-from minter.database.connection import one, transaction
+from minter.database.connection import PASSING, one, transaction, why
+from minter.errors import Unavailable
 
 
 def _config() -> Config:
@@ -31,8 +33,13 @@ def revision(pool: Engine) -> str | None:
 
 
 def upgrade(pool: Engine) -> None:
-    """Run every migration that the database has not seen, in one transaction."""
+    """Run every migration that the database has not seen, in one transaction; raises Unavailable."""
     config = _config()
-    with pool.begin() as connection:
-        config.attributes["connection"] = connection
-        command.upgrade(config, "head")
+    try:
+        with pool.begin() as connection:
+            config.attributes["connection"] = connection
+            command.upgrade(config, "head")
+    except DBAPIError as error:
+        if isinstance(error.orig, PASSING):
+            raise Unavailable(f"the schema could not be upgraded: {why(error.orig)}") from error
+        raise
