@@ -17,7 +17,8 @@ from cryptography import x509
 from sqlalchemy.engine import Engine as Pool
 
 from minter import __version__
-from minter.broker.publisher import Outgoing, Publisher, connect, count_waiting
+from minter.broker.connections import connect
+from minter.broker.publisher import Outgoing, Publisher, count_waiting
 from minter.contract import names
 from minter.database import (
     control_changes,

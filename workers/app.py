@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from celery import Celery
+from celery.app.amqp import AMQP
 from celery.signals import beat_init, setup_logging, worker_init
 from celery.worker.consumer import Consumer
 from kombu import compression
 from prometheus_client import CollectorRegistry
 
 from minter import logs, status
-from minter.broker.publisher import TRANSPORT_OPTIONS, Publisher, client_queue, connect, declare, queues, tls
+from minter.broker.connections import TRANSPORT_OPTIONS, Connection, connect, nodes, tls
+from minter.broker.publisher import Publisher, client_queue, declare, queues
 from minter.contract import names
 from minter.database import control_changes, partitions
 from minter.errors import InvalidRequest, MinterError, Unavailable
@@ -151,8 +153,16 @@ def _reject(message: Any, why: str) -> None:
 compression._decoders.clear()  # noqa: SLF001 - kombu has no setting for it
 
 
+class Amqp(AMQP):
+    """Celery's AMQP layer with our connections."""
+
+    Connection = Connection
+
+
 class App(Celery):
     """A Celery application with the engine and the batcher of its worker process."""
+
+    amqp_cls = Amqp
 
     loaded: Loaded
     service: Service
@@ -180,7 +190,7 @@ def create_app(loaded: Loaded) -> App:
         worker_send_task_events=False,
         worker_prefetch_multiplier=loaded.settings.worker.prefetch,
         worker_cancel_long_running_tasks_on_connection_loss=False,
-        broker_use_ssl=tls(loaded.broker_url, loaded.broker_ca),
+        broker_use_ssl=tls(nodes(loaded.broker_url), loaded.broker_ca),
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
         broker_heartbeat=60,

@@ -26,7 +26,7 @@ from prometheus_client import CollectorRegistry
 
 from minter import logs
 from minter.backoff import Backoff
-from minter.broker.publisher import connect
+from minter.broker.connections import connect
 from minter.client import JobReport, MinterClient
 from minter.contract.messages import Answer, TokenAnswer
 from minter.errors import (

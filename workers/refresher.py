@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from minter import logs
-from minter.broker.publisher import Outgoing, Publisher, connect
+from minter.broker.connections import connect
+from minter.broker.publisher import Outgoing, Publisher
 from minter.errors import SettingsError, Unavailable
 from minter.heartbeats import Heartbeat
 from minter.metrics import Metrics, serve_process

@@ -8,9 +8,7 @@ one queue's trouble stays its own. A broker without confirms has taken a message
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import kombu
 from kombu import Exchange, Queue
@@ -18,15 +16,12 @@ from kombu.exceptions import BatchPublishError
 from kombu.transport import virtual
 from msgspec import Struct
 
+from minter.broker.connections import end
 from minter.contract import names
 
 logger = logging.getLogger(__name__)
 
 CONFIRM_SECONDS = 30.0
-WRITE_SECONDS = 10
-"""A write to the broker fails if it makes no progress for so long: a blocked RabbitMQ reads nothing."""
-END_SECONDS = 1.0
-"""How long the broker's goodbye is waited for."""
 MAX_UNCONFIRMED = 1_000
 """Number of unconfirmed messages at which publishing waits for the broker."""
 
@@ -34,9 +29,6 @@ PERSISTENT, TRANSIENT = 2, 1
 
 DELIVERY_LIMIT = 1_000
 """Most deliveries of a message; RabbitMQ 4 would drop it after 20, which outages can cause (I3)."""
-
-TRANSPORT_OPTIONS = {"write_timeout": WRITE_SECONDS}
-"""Options of every connection to RabbitMQ."""
 
 _QUORUM = {
     "x-queue-type": "quorum",
@@ -87,41 +79,6 @@ def count_waiting(connection: kombu.Connection, queue: str) -> int | None:
             return int(channel.queue_declare(queue, passive=True).message_count)
     except connection.channel_errors:
         return 0 if "redis" in str(connection.transport.driver_type) else None  # Valkey has no empty queues
-
-
-def trust(ca: str | None) -> dict[str, Any]:
-    """Return the CAs for `ssl.create_default_context`: a file, a hashed directory, or the system's."""
-    return {} if not ca else {"capath": ca} if Path(ca).is_dir() else {"cafile": ca}
-
-
-def tls(broker_url: str, ca: str | None = None) -> dict[str, Any] | bool:
-    """Return kombu's `ssl` option for a URL; the certificate of an amqps broker is always verified.
-
-    By default kombu accepts any certificate. `ca` is a file or a hashed directory; None means the
-    system's CAs.
-    """
-    if not broker_url.startswith("amqps"):
-        return False
-    return {
-        "context": {**trust(ca), "check_hostname": True},
-        "server_hostname": urlsplit(broker_url).hostname or "",
-    }
-
-
-def connect(broker_url: str, ca: str | None = None, seconds: float = 5.0) -> kombu.Connection:
-    """Return a connection to the broker, which opens at first use, within `seconds`."""
-    return kombu.Connection(
-        broker_url, ssl=tls(broker_url, ca), connect_timeout=seconds, transport_options=TRANSPORT_OPTIONS
-    )
-
-
-def end(connection: kombu.Connection) -> None:
-    """Close a connection; a blocked RabbitMQ says no goodbye, which is not waited for."""
-    if connection.connected:
-        transport = getattr(connection.connection, "transport", None)  # AMQP's only
-        if transport is not None:
-            transport.sock.settimeout(END_SECONDS)
-    connection.release()
 
 
 class Outgoing(Struct, eq=False):

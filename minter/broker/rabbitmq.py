@@ -6,8 +6,8 @@ import secrets
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
+from minter.broker import connections
 from minter.contract.names import DEAD_LETTER_QUEUE, REQUEST_EXCHANGE, client_requests, reply_prefix
 from minter.errors import SettingsError, Unavailable
 from minter.private_files import write_private_file
@@ -44,7 +44,7 @@ def setup_users(
     Raises InvalidRequest if that file exists, SettingsError if it is needed but not named, Unavailable with
     the error of rabbitmqctl.
     """
-    vhost = unquote(urlsplit(broker_url).path[1:]) or "/"
+    vhost = connections.vhost(broker_url)
     listed = json.loads(_call(rabbitmqctl, "list_users", "--formatter", "json"))
     known = {row["user"] for row in listed}
     new = {name: secrets.token_urlsafe(32) for name in clients if name not in known}

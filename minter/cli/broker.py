@@ -6,7 +6,8 @@ from typing import Annotated
 import typer
 
 from minter.broker import rabbitmq
-from minter.broker.publisher import connect, declare
+from minter.broker.connections import connect
+from minter.broker.publisher import declare
 from minter.cli.tables import AsJson, guarded, not_registered, open_service, show, whoami
 from minter.database import audit, control_changes
 from minter.database.connection import LONG_SECONDS, transaction

@@ -6,7 +6,7 @@ from typing import Annotated
 import msgspec
 import typer
 
-from minter.broker.publisher import connect
+from minter.broker.connections import connect
 from minter.cli.tables import AsJson, Listing, guarded, open_service, show, whoami
 from minter.contract import names
 from minter.database import audit as audits

@@ -9,13 +9,13 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 import kombu
 import msgspec
 from msgspec import Struct, structs
 
-from minter.broker.publisher import CONFIRM_SECONDS, Outgoing, Publisher, connect
+from minter.broker.connections import connect, user
+from minter.broker.publisher import CONFIRM_SECONDS, Outgoing, Publisher
 from minter.contract.messages import Answer
 from minter.contract.names import REQUEST_EXCHANGE, client_requests, reply_prefix
 from minter.errors import InvalidRequest, Unavailable
@@ -45,14 +45,14 @@ class AmqpTransport:
         ca: str | None = None,
         window: int = 64,
     ) -> None:
-        user = unquote(urlsplit(broker_url).username or "")
-        self.client = client or user
+        sender = user(broker_url)
+        self.client = client or sender
         if not self.client:
             raise InvalidRequest("no client: name it, or put the AMQP user into the broker URL")
         self.timeout_seconds = timeout_seconds
         self.window = window
-        self._user_id = user or None
-        self._exchange = self._own = client_requests(user) if user else REQUEST_EXCHANGE
+        self._user_id = sender or None
+        self._exchange = self._own = client_requests(sender) if sender else REQUEST_EXCHANGE
         self._connection = connect(broker_url, ca, min(CONNECT_SECONDS, timeout_seconds))
         self._publisher = Publisher(self._connection, min(CONFIRM_SECONDS, timeout_seconds))
         self._consumer: kombu.Consumer | None = None

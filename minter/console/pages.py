@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from minter import search, status
-from minter.broker.publisher import connect
+from minter.broker.connections import connect
 from minter.console import charts
 from minter.database import audit, control_changes, overview
 from minter.database.connection import transaction

@@ -1,0 +1,104 @@
+"""Connections to the broker, which may be several nodes of one cluster.
+
+A broker URL names a node; a cluster's URLs are joined by semicolons. A connection goes to the first node that
+answers, and after its loss to the next.
+"""
+
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import kombu
+
+from minter.errors import SettingsError
+
+WRITE_SECONDS = 10
+"""A write to the broker fails if it makes no progress for so long: a blocked RabbitMQ reads nothing."""
+END_SECONDS = 1.0
+"""How long the broker's goodbye is waited for."""
+IDLE_SECONDS, PROBE_SECONDS, PROBES = 5, 2, 3
+"""A node that vanished with its machine is noticed after IDLE_SECONDS + PROBES * PROBE_SECONDS."""
+UNACKNOWLEDGED_SECONDS = 10.0
+"""The same where something was sent to it. py-amqp's own second is too short for a bad line."""
+
+TRANSPORT_OPTIONS: dict[str, Any] = {
+    "write_timeout": WRITE_SECONDS,
+    "socket_settings": {
+        socket.TCP_KEEPIDLE: IDLE_SECONDS,
+        socket.TCP_KEEPINTVL: PROBE_SECONDS,
+        socket.TCP_KEEPCNT: PROBES,
+        socket.TCP_USER_TIMEOUT: int(UNACKNOWLEDGED_SECONDS * 1000),
+    },
+}
+"""Options of every connection to RabbitMQ."""
+
+
+class Connection(kombu.Connection):  # type: ignore[misc] # kombu has no types
+    """A connection that verifies each node of a cluster by the name in that node's URL."""
+
+    ssl: Any
+
+    def switch(self, conn_str: str) -> None:
+        """Take the next node for the next attempt to connect."""
+        super().switch(conn_str)
+        if isinstance(self.ssl, dict):
+            self.ssl = {**self.ssl, "server_hostname": self.hostname}
+
+
+def nodes(broker_url: str) -> list[str]:
+    """Return the URL of each node; raises SettingsError if they differ in more than host and port."""
+    urls = [url.strip() for url in broker_url.split(";") if url.strip()]
+    same = {(p.scheme, p.username, p.password, p.path, p.query) for p in map(urlsplit, urls)}
+    if len(same) > 1:
+        raise SettingsError(
+            "the broker's URLs differ in more than host and port, expected the nodes of one cluster"
+        )
+    return urls
+
+
+def user(broker_url: str) -> str:
+    """Return the AMQP user of a broker URL, empty if it names none."""
+    return unquote(urlsplit(next(iter(nodes(broker_url)), "")).username or "")
+
+
+def vhost(broker_url: str) -> str:
+    """Return the virtual host of a broker URL."""
+    return unquote(urlsplit(next(iter(nodes(broker_url)), "")).path[1:]) or "/"
+
+
+def trust(ca: str | None) -> dict[str, Any]:
+    """Return the CAs for `ssl.create_default_context`: a file, a hashed directory, or the system's."""
+    return {} if not ca else {"capath": ca} if Path(ca).is_dir() else {"cafile": ca}
+
+
+def tls(urls: Sequence[str], ca: str | None = None) -> dict[str, Any] | bool:
+    """Return kombu's `ssl` option; the certificate of an amqps broker is always verified.
+
+    By default kombu accepts any certificate. `ca` is a file or a hashed directory; None means the
+    system's CAs.
+    """
+    if not urls or not urls[0].startswith("amqps"):
+        return False
+    return {
+        "context": {**trust(ca), "check_hostname": True},
+        "server_hostname": urlsplit(urls[0]).hostname or "",
+    }
+
+
+def connect(broker_url: str, ca: str | None = None, seconds: float = 5.0) -> kombu.Connection:
+    """Return a connection to the broker, which opens at first use, within `seconds` for each node."""
+    urls = nodes(broker_url)
+    return Connection(
+        ";".join(urls), ssl=tls(urls, ca), connect_timeout=seconds, transport_options=TRANSPORT_OPTIONS
+    )
+
+
+def end(connection: kombu.Connection) -> None:
+    """Close a connection; a blocked RabbitMQ says no goodbye, which is not waited for."""
+    if connection.connected:
+        transport = getattr(connection.connection, "transport", None)  # AMQP's only
+        if transport is not None:
+            transport.sock.settimeout(END_SECONDS)
+    connection.release()

@@ -1,0 +1,57 @@
+"""Broker URLs of one node and of a cluster."""
+
+import socket
+
+import pytest
+
+from minter.broker.connections import connect, nodes, user, vhost
+from minter.errors import SettingsError
+
+CLUSTER = "amqps://minter:pw@a.example.org:5671/vo%2Falpen; amqps://minter:pw@b.example.org:5672/vo%2Falpen"
+
+
+def test_a_cluster_has_one_user_and_one_virtual_host() -> None:
+    assert len(nodes(CLUSTER)) == 2
+    assert (user(CLUSTER), vhost(CLUSTER)) == ("minter", "vo/alpen")
+    assert (user(""), vhost("")) == ("", "/")
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        "amqp://minter:pw@b/vo",
+        "amqps://dirac:pw@b/vo",
+        "amqps://minter:other@b/vo",
+        "amqps://minter:pw@b/other",
+    ],
+)
+def test_nodes_of_two_clusters_are_refused_without_showing_a_password(other: str) -> None:
+    with pytest.raises(SettingsError, match="one cluster") as caught:
+        connect(f"amqps://minter:pw@a/vo;{other}")
+    assert "pw" not in str(caught.value)
+
+
+def test_each_node_is_verified_by_its_own_name() -> None:
+    with connect(CLUSTER, "/ca.pem") as connection:
+        assert connection.ssl["server_hostname"] == "a.example.org"
+        for name in ("b.example.org", "a.example.org"):
+            connection.maybe_switch_next()
+            assert connection.ssl["server_hostname"] == connection.hostname == name
+            assert connection.ssl["context"] == {"cafile": "/ca.pem", "check_hostname": True}
+        with connection.clone() as copy:
+            copy.maybe_switch_next()
+            assert copy.ssl["server_hostname"] == copy.hostname == "b.example.org"
+
+
+def test_a_dead_node_is_passed_over() -> None:
+    with socket.socket() as dead, socket.socket() as other:
+        dead.bind(("127.0.0.1", 0))
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        other.settimeout(5)
+        ports = [s.getsockname()[1] for s in (dead, other)]
+        url = ";".join(f"amqp://minter:pw@127.0.0.1:{port}//" for port in ports)
+        with connect(url, seconds=0.5) as connection, pytest.raises(OSError, match=r"."):
+            connection.connect()  # nobody answers there in AMQP
+        accepted, _ = other.accept()
+        accepted.close()
