@@ -159,17 +159,31 @@ def transaction(pool: Pool, patience: float = PATIENCE_SECONDS) -> Iterator["psy
                 "no partition for this day; is beat running? (minter db upgrade makes them too)"
             ) from error
         raise
-    except BaseException:
-        if driver.warned:  # a late cancel request must not meet the next statement
+    except BaseException as error:
+        if driver.warned or not _rolled_back(driver):  # a late cancel request must not meet the next statement
             pooled.invalidate()
-        elif not driver.closed:
-            driver.rollback()
+        if driver.closed and isinstance(error, psycopg.Error | ValueError):  # psycopg's when a COPY is cut
+            raise Unavailable(
+                "the connection to Postgres was lost during the transaction; nothing was handed out"
+            ) from error
         raise
     finally:
         if not driver.closed:
             driver.autocommit = False
             driver.patience = LONG_SECONDS
         pooled.close()
+
+
+def _rolled_back(driver: BoundedConnection) -> bool:
+    """Roll a transaction back; return False if the connection is lost."""
+    if driver.closed:
+        return False
+    try:
+        driver.rollback()
+    except PASSING:
+        driver.close()
+        return False
+    return True
 
 
 def one(cursor: "psycopg.Cursor[Any]") -> Any:
