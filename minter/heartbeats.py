@@ -71,6 +71,17 @@ class Heartbeat:
             self._one.release()
         self.problem = None
 
+    def acts(self) -> bool:
+        """Say whether this process acts for its role, of which one process acts: the one that started first.
+
+        While Postgres is away, each says so: work of which one does all is safe to do twice.
+        """
+        try:
+            first = processes.longest_running(self._pool, self._process.role, processes.BEAT_SECONDS)
+        except Unavailable:
+            return True
+        return first in (None, self._process.process_id)
+
     def _run(self) -> None:
         told = ""
         while not self._ended.is_set():

@@ -271,14 +271,16 @@ def new_counter(spec: Spec, registry: CollectorRegistry) -> Counter:
 
 
 class StateCollector(Collector):
-    """Gauges of beat, read from the database and the broker at most every 15 s."""
+    """Gauges of the beat that acts, read from the database and the broker at most every 15 s."""
 
     def __init__(
         self, pool: Pool, broker: Callable[[], kombu.Connection],
         queues: Callable[[], Iterable[str]],
         rotation: RotationPolicy, now: Callable[[], datetime],
+        acts: Callable[[], bool] = lambda: True,
     ) -> None:  # fmt: skip
         self._pool = pool
+        self._acts = acts
         self._broker = broker
         self._queues = queues
         self._rotation = rotation
@@ -295,7 +297,8 @@ class StateCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         """Return the gauges."""
         if time.monotonic() - self._at > COLLECT_SECONDS:
-            self._last = [*_what_answers(self._of_database), *_what_answers(self._of_broker)]
+            asked = (self._of_database, self._of_broker) if self._acts() else ()
+            self._last = [metric for ask in asked for metric in _what_answers(ask)]
             self._at = time.monotonic()
         yield from self._last
 

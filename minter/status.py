@@ -17,7 +17,7 @@ from cryptography import x509
 from sqlalchemy.engine import Engine as Pool
 
 from minter import __version__
-from minter.broker.connections import connect
+from minter.broker.connections import connect, nodes
 from minter.broker.publisher import Outgoing, Publisher, count_waiting
 from minter.contract import names
 from minter.database import (
@@ -155,9 +155,8 @@ def _processes(pool: Pool, loaded: Loaded) -> Iterator[Line]:
     for role in sorted(expected | alive.keys()):
         count = alive[role]
         level: Level = "ok" if count else "failed" if role == "worker" else "warning"
-        if role == "beat" and count > 1:
-            level = "warning"
-        yield Line(level, role, f"{count} running" if count else f"none running; start: minter {role}")
+        told = f"{count} running" + (", one of them acts" if role == "beat" and count > 1 else "")
+        yield Line(level, role, told if count else f"none running; start: minter {role}")
 
 
 def _broker(pool: Pool, loaded: Loaded) -> Iterator[Line]:
@@ -172,6 +171,7 @@ def _broker(pool: Pool, loaded: Loaded) -> Iterator[Line]:
             yield ok("broker", where)
         else:
             yield failed("broker", f"{where} takes no messages: see its memory and disk alarms")
+        yield from _nodes(loaded)
         yield _requests(connection, pool)
         for queue in (names.INTERNAL_QUEUE, names.DEAD_LETTER_QUEUE):
             yield _queue(connection, queue)
@@ -179,6 +179,24 @@ def _broker(pool: Pool, loaded: Loaded) -> Iterator[Line]:
         raise Unavailable(f"the broker cannot be reached: {error or type(error).__name__}"[:300]) from error
     finally:
         connection.release()
+
+
+def _nodes(loaded: Loaded) -> Iterator[Line]:
+    """Yield a line for the nodes of a cluster, each of which is connected to."""
+    urls = nodes(loaded.broker_url)
+    silent = []
+    for url in urls if len(urls) > 1 else ():
+        connection = connect(url, loaded.broker_ca, SECONDS)
+        try:
+            connection.connect()
+        except connection.connection_errors:
+            silent.append(str(connection.hostname))
+        finally:
+            connection.release()
+    if silent:
+        yield warning("broker", f"{len(silent)} of {len(urls)} nodes do not answer: {', '.join(silent)}")
+    elif len(urls) > 1:
+        yield ok("broker", f"all {len(urls)} nodes answer")
 
 
 def takes_messages(loaded: Loaded) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 
 from celery import Celery
 from celery.app.amqp import AMQP
+from celery.beat import PersistentScheduler
 from celery.signals import beat_init, setup_logging, worker_init
 from celery.worker.consumer import Consumer
 from kombu import compression
@@ -167,6 +168,16 @@ class App(Celery):
     loaded: Loaded
     service: Service
     batcher: MessageBatcher
+    heartbeat: Heartbeat
+
+
+class Scheduler(PersistentScheduler):
+    """Sends timed tasks from the beat that acts; the others wait in case it ends."""
+
+    def apply_entry(self, entry: Any, producer: Any = None) -> None:
+        """Send the task of an entry whose time has come."""
+        if app.heartbeat.acts():
+            super().apply_entry(entry, producer)
 
 
 def create_app(loaded: Loaded) -> App:
@@ -195,6 +206,7 @@ def create_app(loaded: Loaded) -> App:
         broker_connection_max_retries=None,
         broker_heartbeat=60,
         broker_transport_options=_transport_options(loaded),
+        beat_scheduler="workers.app:Scheduler",
         beat_schedule={"maintain": {"task": "minter.maintain", "schedule": MAINTAIN_SECONDS}},
         timezone="UTC",
     )
@@ -263,7 +275,7 @@ def _open_engine() -> None:
 
 @beat_init.connect
 def _start_beat(**_: Any) -> None:
-    """Do the hourly work once, then export the gauges of database and queues; only one beat runs.
+    """Do the hourly work once, then export the gauges of database and queues, while this beat acts.
 
     The first hourly task would come after an hour. The process ends if the database cannot be reached.
     """
@@ -275,6 +287,7 @@ def _start_beat(**_: Any) -> None:
     except MinterError as error:
         logger.error("beat cannot start: %s: %s", error.reason, error)  # noqa: TRY400 - the message says it
         raise SystemExit(START_FAILED) from error
+    app.heartbeat = Heartbeat("beat", service).start()
     registry = CollectorRegistry()
     registry.register(
         StateCollector(
@@ -283,11 +296,11 @@ def _start_beat(**_: Any) -> None:
             lambda: (*_request_queues(service), names.INTERNAL_QUEUE, names.DEAD_LETTER_QUEUE),
             service.engine.rotation,
             service.clock,
+            app.heartbeat.acts,
         )
     )
     serve_process(registry, app.loaded.settings.metrics, "beat")
     threading.Thread(target=_watch_parts, args=(registry,), name="status", daemon=True).start()
-    Heartbeat("beat", service).start()
 
 
 def _watch_parts(registry: CollectorRegistry) -> None:
@@ -300,6 +313,8 @@ def _watch_parts(registry: CollectorRegistry) -> None:
             logger.exception("the state of the system could not be asked")
         else:
             level.clear()
+            if not app.heartbeat.acts():
+                found = []
             for part, worst in status.by_part(found).items():
                 level.labels(part).set(LEVELS.index(worst))
         pause.wait(PARTS_SECONDS)

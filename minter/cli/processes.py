@@ -41,7 +41,7 @@ def beat(
         Path, typer.Option(help="File in which beat notes when it last ran each task.")
     ] = Path("beat-schedule"),
 ) -> None:
-    """Keep partitions, keys and gauges up to date, until SIGTERM. Run exactly one beat."""
+    """Keep partitions, keys and gauges up to date, until SIGTERM. A second beat waits until this one ends."""
     _program("app").run_beat(schedule)
 
 

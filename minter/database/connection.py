@@ -160,7 +160,9 @@ def transaction(pool: Pool, patience: float = PATIENCE_SECONDS) -> Iterator["psy
             ) from error
         raise
     except BaseException as error:
-        if driver.warned or not _rolled_back(driver):  # a late cancel request must not meet the next statement
+        if driver.warned or not _rolled_back(
+            driver
+        ):  # a late cancel request must not meet the next statement
             pooled.invalidate()
         if driver.closed and isinstance(error, psycopg.Error | ValueError):  # psycopg's when a COPY is cut
             raise Unavailable(

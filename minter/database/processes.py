@@ -88,6 +88,18 @@ def leave(pool: Pool, process_id: UUID) -> None:
         connection.execute("DELETE FROM processes WHERE process_id = %s", (process_id,))
 
 
+def longest_running(pool: Pool, role: str, patience: float) -> UUID | None:
+    """Return the process of a role that is alive and started first; raises Unavailable."""
+    with transaction(pool, patience) as connection:
+        row = connection.execute(
+            "SELECT process_id FROM processes WHERE role = %s"
+            " AND seen_at > clock_timestamp() - make_interval(secs => %s)"
+            " ORDER BY started_at, process_id LIMIT 1",
+            (role, ALIVE_SECONDS),
+        ).fetchone()
+    return row[0] if row else None
+
+
 def forget(pool: Pool) -> None:
     """Delete the rows of processes that ended long ago without a word."""
     with transaction(pool) as connection:

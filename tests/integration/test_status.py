@@ -5,6 +5,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import NamedTuple
 
+import kombu
 import pytest
 from msgspec import structs
 
@@ -14,6 +15,7 @@ from minter.database.connection import transaction
 from minter.database.control import read_keys
 from minter.heartbeats import Heartbeat
 from minter.lines import Line
+from minter.metrics import StateCollector
 from minter.sections import FTSEventsSettings
 from minter.service import Service
 from minter.tokens import keys
@@ -78,3 +80,24 @@ def test_a_revoked_key_is_told_until_nobody_trusts_it(service: Service) -> None:
     assert f"minter keys recover {key.kid}" in text
     service.clock = lambda: at + timedelta(hours=24, seconds=1)
     assert told() == []
+
+
+def test_of_two_beats_one_acts_until_it_ends(service: Service) -> None:
+    first, second = Heartbeat("beat", service), Heartbeat("beat", service)
+    worker = Heartbeat("worker", service)
+    assert first.acts()  # before anyone's first heartbeat: better twice than not at all
+    for one in (worker, first, second):
+        one.beat()
+    assert (first.acts(), second.acts()) == (True, False)
+    first.stop()
+    assert second.acts()
+    second.stop()
+    worker.stop()
+
+
+def test_a_beat_that_waits_exports_no_gauge(service: Service) -> None:
+    def never() -> kombu.Connection:
+        raise AssertionError("asked")
+
+    waiting = StateCollector(service.pool, never, list, service.engine.rotation, service.clock, lambda: False)
+    assert list(waiting.collect()) == []
