@@ -48,7 +48,7 @@ logger = logging.getLogger("minter.batching")
 MAX_TRIES = 3
 """Deliveries of a message that may end with a dead worker; at the next one it is dead-lettered."""
 FIRST_DELAY_SECONDS = 0.1
-MAX_DELAY_SECONDS = 10.0
+MAX_DELAY_SECONDS = 2.0
 SMALL_BYTES = 4_096
 """A message with a larger body, of about ten files and more, is large."""
 MAX_HELD_BYTES = 64 * 1024 * 1024

@@ -160,9 +160,8 @@ def transaction(pool: Pool, patience: float = PATIENCE_SECONDS) -> Iterator["psy
             ) from error
         raise
     except BaseException as error:
-        if driver.warned or not _rolled_back(
-            driver
-        ):  # a late cancel request must not meet the next statement
+        # After a warning, a late cancel request must not meet the next statement.
+        if driver.warned or not _rolled_back(driver):
             pooled.invalidate()
         if driver.closed and isinstance(error, psycopg.Error | ValueError):  # psycopg's when a COPY is cut
             raise Unavailable(
