@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # Two processes, each with a Postgres of its own; the tests of one file share servers and stay together.
 FAST := -m "not slow and not rabbitmq" -n 2 --dist loadfile
 
-.PHONY: demo test test-all test-lowest fuzz mutants coverage lint schemas dist book clean
+.PHONY: demo test test-all test-lowest fuzz cluster mutants coverage lint schemas dist book clean
 
 demo: $(STAMP)
 	$(RUN)/minter demo
@@ -27,6 +27,11 @@ test-lowest: $(STAMP)
 # 100 000 odd inputs at every entrance; prints its seed.
 fuzz: $(STAMP)
 	$(RUN)/pytest -m fuzz tests/fuzz -s
+
+# Each fault 20 times on a real cluster (docs/cluster.md), some two hours; needs root, Debian's packages of .ci/run and libfaketime.
+# CLUSTER="--each 5 --only broker" does less of it.
+cluster: $(STAMP)
+	$(RUN)/python -m tests.cluster --old d6d3c8e --report benchmarks/results-cluster.json $(CLUSTER)
 
 # Mutation tests of MUTANTS, all of policy, storages and tokens if unset, with the tests that need no Postgres.
 # Half an hour on two cores; `mutmut show NAME` shows a survivor, and a kill in the database's tests is not seen.

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import kombu
@@ -31,10 +32,10 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def certificates(folder: Path) -> Path:
-    """Make a CA and a certificate for localhost (host.pem, host.key); return the CA's file."""
+def certificates(folder: Path, names: Sequence[str] = ("localhost",)) -> Path:
+    """Make a CA and a certificate for these names (host.pem, host.key); return the CA's file."""
     extension = folder / "extension"
-    extension.write_text("subjectAltName=DNS:localhost\n")
+    extension.write_text(f"subjectAltName={','.join(f'DNS:{name}' for name in names)}\n")
     new = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"]
     for command in (
         ["req", "-x509", *new, "-days", "2", "-subj", "/CN=test CA", "-keyout", "ca.key", "-out", "ca.pem"],
