@@ -10,7 +10,7 @@ from uuid import UUID
 
 from minter import sections, settings
 from minter.contract.messages import unix_time
-from minter.database import control_changes, counts, keyring, partitions, processes, recording
+from minter.database import control_changes, counts, keyring, migrations, partitions, processes, recording
 from minter.database.connection import open_pool, transaction
 from minter.database.control import read_keys, read_private_key
 from minter.errors import NoUsableKey, SettingsError
@@ -79,7 +79,11 @@ class Service:
         )
 
     def prepare(self) -> None:
-        """Write settings to the database and make partitions: at start, and from then on by beat."""
+        """Write settings to the database and make partitions: at start, and from then on by beat.
+
+        Raises Unavailable if the database has not the schema that this release needs.
+        """
+        migrations.check(self.pool)
         control_changes.sync_catalogue(self.pool, self.loaded.issuers, self.loaded.catalogue())
         control_changes.sync_providers(self.pool, [p.name for p in self.loaded.settings.providers])
         self.make_partitions()

@@ -121,12 +121,12 @@ def _postgres(pool: Pool, service: Service) -> Iterator[Line]:
 
 
 def _schema(pool: Pool, service: Service) -> Iterator[Line]:
-    revision, head = migrations.revision(pool), migrations.head()
-    if revision != head:
-        why = "no schema" if revision is None else f"schema {revision}"
-        yield Line("failed", "schema", f"the database has {why}, expected {head}; run: minter db upgrade")
+    try:
+        migrations.check(pool)
+    except Unavailable as error:
+        yield failed("schema", error.message)
         return
-    yield ok("schema", f"revision {revision}")
+    yield ok("schema", f"revision {migrations.revision(pool)}")
     ahead = partitions.partitions_ahead(pool, service.clock().date())
     level: Level = "ok" if ahead >= partitions.DAYS_AHEAD // 2 else "warning" if ahead else "failed"
     yield Line(level, "partitions", f"{ahead} days ahead" + ("" if level == "ok" else "; is beat running?"))

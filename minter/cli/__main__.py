@@ -255,12 +255,7 @@ def check(
 
 
 def _check_database(service: Service, warnings: list[str], failed: list[str]) -> None:
-    revision, head = migrations.revision(service.pool), migrations.head()
-    if revision != head:
-        failed.append(
-            f"the database has schema {revision}, this release needs {head}; run: minter db upgrade"
-        )
-        return
+    migrations.check(service.pool)
     with transaction(service.pool) as connection:
         standbys = synchronous_standbys(connection)
         clients = read_control(connection).clients.values()

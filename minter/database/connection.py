@@ -43,6 +43,10 @@ PASSING = (psycopg.OperationalError, psycopg.InterfaceError, psycopg.errors.Read
 """Errors that pass: Postgres is away, or is not the primary any more."""
 
 
+OLD_SCHEMA = (psycopg.errors.UndefinedTable, psycopg.errors.UndefinedColumn)
+"""Errors of a release that runs before `minter db upgrade`: its requests wait for the upgrade."""
+
+
 class BoundedConnection(psycopg.Connection[Any]):
     """A connection whose waits for Postgres end after `patience` seconds, with an OperationalError."""
 
@@ -147,32 +151,32 @@ def transaction(pool: Pool, patience: float = PATIENCE_SECONDS) -> Iterator["psy
     try:
         yield driver
         driver.commit_bounded()
-    except PASSING as error:
-        pooled.invalidate()
-        raise Unavailable(
-            f"Postgres failed during the transaction ({why(error)}); nothing was handed out"
-        ) from error
-    except psycopg.errors.CheckViolation as error:
-        driver.rollback()
-        if "no partition of relation" in str(error):
-            raise Unavailable(
-                "no partition for this day; is beat running? (minter db upgrade makes them too)"
-            ) from error
-        raise
     except BaseException as error:
-        # After a warning, a late cancel request must not meet the next statement.
-        if driver.warned or not _rolled_back(driver):
+        rolled_back = not isinstance(error, PASSING) and _rolled_back(driver)
+        temporary = _temporary(error, lost=not rolled_back)
+        if not rolled_back or driver.warned:  # a late cancel request must not meet the next statement
             pooled.invalidate()
-        if driver.closed and isinstance(error, psycopg.Error | ValueError):  # psycopg's when a COPY is cut
-            raise Unavailable(
-                "the connection to Postgres was lost during the transaction; nothing was handed out"
-            ) from error
+        if temporary is not None:
+            raise temporary from error
         raise
     finally:
         if not driver.closed:
             driver.autocommit = False
             driver.patience = LONG_SECONDS
         pooled.close()
+
+
+def _temporary(error: BaseException, lost: bool) -> Unavailable | None:
+    """Return the error of a failure that passes, None for another; `lost`: the connection is gone."""
+    if isinstance(error, PASSING):
+        return Unavailable(f"Postgres failed during the transaction ({why(error)}); nothing was handed out")
+    if isinstance(error, OLD_SCHEMA):
+        return Unavailable(f"the schema is not this release's ({why(error)}); run: minter db upgrade")
+    if isinstance(error, psycopg.errors.CheckViolation) and "no partition of relation" in str(error):
+        return Unavailable("no partition for this day; is beat running? (minter db upgrade makes them too)")
+    if lost and isinstance(error, psycopg.Error | ValueError):  # psycopg's when PgBouncer cuts a COPY
+        return Unavailable("the connection to Postgres was lost; nothing was handed out")
+    return None
 
 
 def _rolled_back(driver: BoundedConnection) -> bool:

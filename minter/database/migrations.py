@@ -32,6 +32,14 @@ def revision(pool: Engine) -> str | None:
     return str(row[0]) if row else None
 
 
+def check(pool: Engine) -> None:
+    """Raise Unavailable if the schema is older than this release needs; it works with the next one's, too."""
+    found, needed = revision(pool), head()
+    if found is None or found < needed:
+        has = f"schema {found}" if found else "no schema"
+        raise Unavailable(f"the database has {has}, this release needs {needed}; run: minter db upgrade")
+
+
 def upgrade(pool: Engine) -> None:
     """Run every migration that the database has not seen, in one transaction; raises Unavailable."""
     config = _config()
