@@ -4,7 +4,6 @@ A broker URL names a node; a cluster's URLs are joined by semicolons. A connecti
 answers, and after its loss to the next.
 """
 
-import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,26 +12,14 @@ from urllib.parse import unquote, urlsplit
 import kombu
 
 from minter.errors import SettingsError
+from minter.keepalive import TCP_OPTIONS
 
 WRITE_SECONDS = 10
 """A write to the broker fails if it makes no progress for so long: a blocked RabbitMQ reads nothing."""
 END_SECONDS = 1.0
 """How long the broker's goodbye is waited for."""
-IDLE_SECONDS, PROBE_SECONDS, PROBES = 5, 2, 3
-"""A node that vanished with its machine is noticed after IDLE_SECONDS + PROBES * PROBE_SECONDS."""
-UNACKNOWLEDGED_SECONDS = 10.0
-"""The same where something was sent to it. py-amqp's own second is too short for a bad line."""
-
-TRANSPORT_OPTIONS: dict[str, Any] = {
-    "write_timeout": WRITE_SECONDS,
-    "socket_settings": {
-        socket.TCP_KEEPIDLE: IDLE_SECONDS,
-        socket.TCP_KEEPINTVL: PROBE_SECONDS,
-        socket.TCP_KEEPCNT: PROBES,
-        socket.TCP_USER_TIMEOUT: int(UNACKNOWLEDGED_SECONDS * 1000),
-    },
-}
-"""Options of every connection to RabbitMQ."""
+TRANSPORT_OPTIONS: dict[str, Any] = {"write_timeout": WRITE_SECONDS, "socket_settings": TCP_OPTIONS}
+"""Options of every connection to RabbitMQ. py-amqp by itself takes a bad line of one second for a loss."""
 
 
 class Connection(kombu.Connection):  # type: ignore[misc] # kombu has no types

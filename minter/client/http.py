@@ -1,5 +1,6 @@
 """The client's HTTP transport, the default: repeats a request, under the same id, until it is answered."""
 
+import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,17 +11,27 @@ from urllib.parse import unquote, urlencode, urlsplit, urlunsplit
 import msgspec
 import urllib3
 from msgspec import Struct
+from urllib3.connection import HTTPConnection
 
 from minter.backoff import Backoff
 from minter.contract.messages import Answer
 from minter.contract.names import endpoint
 from minter.errors import InvalidRequest, MinterError, ServerError, SettingsError, Unavailable, from_dict
+from minter.keepalive import TCP_OPTIONS
 
 FIRST_DELAY_SECONDS, MAX_DELAY_SECONDS = 0.2, 10.0
 PASSING = frozenset({429, 502, 503, 504})
 """HTTP statuses that are tried again; the request keeps its id, so no token is made twice."""
+CONNECT_SECONDS = 3.0
+"""How long one address of the service is tried before its next one."""
 MAX_THREADS = 8
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
+
+_SOCKET_OPTIONS = [
+    *HTTPConnection.default_socket_options,
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    *((socket.IPPROTO_TCP, option, value) for option, value in TCP_OPTIONS.items()),
+]
 
 _answer = msgspec.json.Decoder(Answer)
 
@@ -60,6 +71,7 @@ class HttpTransport:
             ca_cert_dir=ca if folder else None,
             headers=urllib3.make_headers(basic_auth=f"{self.client}:{secret}"),
             retries=False,
+            socket_options=_SOCKET_OPTIONS,
         )
 
     def __repr__(self) -> str:
@@ -108,7 +120,7 @@ class HttpTransport:
             try:
                 response = self._pool.request(
                     method, self._base + path, body=body, headers=headers,
-                    timeout=urllib3.Timeout(total=max(left, 0.1)),
+                    timeout=urllib3.Timeout(connect=CONNECT_SECONDS, total=max(left, 0.1)),
                 )  # fmt: skip
                 if response.status not in PASSING:
                     return response.status, response.data
