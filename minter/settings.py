@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from minter.broker.connections import nodes
 from minter.errors import SettingsError
 from minter.policy.audiences import ANY, is_fts
 from minter.policy.clients import fits
@@ -38,7 +39,7 @@ class Loaded:
         self.warnings: list[str] = []
         """What the imports of storages warned of; `minter.checks` has the rest."""
         self.dsn = environ.get("MINTER_DSN") or settings.database.dsn
-        self.broker_url = environ.get("MINTER_BROKER_URL") or settings.broker.url
+        self.broker_url = ";".join(nodes(environ.get("MINTER_BROKER_URL") or settings.broker.url))
         self.storages = list(settings.storages)
         for source in settings.rucio:
             found, warnings = storages_from_export(

@@ -308,13 +308,11 @@ def _watch_parts(registry: CollectorRegistry) -> None:
     level, pause = new_gauge(PART, registry), threading.Event()
     while True:
         try:
-            found = status.lines(app.loaded)
+            found = status.lines(app.loaded) if app.heartbeat.acts() else []
         except Exception:
             logger.exception("the state of the system could not be asked")
         else:
             level.clear()
-            if not app.heartbeat.acts():
-                found = []
             for part, worst in status.by_part(found).items():
                 level.labels(part).set(LEVELS.index(worst))
         pause.wait(PARTS_SECONDS)

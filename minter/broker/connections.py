@@ -1,7 +1,7 @@
 """Connections to the broker, which may be several nodes of one cluster.
 
 A broker URL names a node; a cluster's URLs are joined by semicolons. A connection goes to the first node that
-answers, and after its loss to the next.
+answers; after its loss, that node is tried first.
 """
 
 from collections.abc import Sequence
@@ -26,12 +26,19 @@ class Connection(kombu.Connection):  # type: ignore[misc] # kombu has no types
     """A connection that verifies each node of a cluster by the name in that node's URL."""
 
     ssl: Any
+    alt: list[str]
 
     def switch(self, conn_str: str) -> None:
         """Take the next node for the next attempt to connect."""
         super().switch(conn_str)
         if isinstance(self.ssl, dict):
             self.ssl = {**self.ssl, "server_hostname": self.hostname}
+
+    def _ensure_connection(self, *arguments: Any, **named: Any) -> Any:
+        """Connect; where kombu tries twice whatever the number of nodes, try each node once."""
+        if named.get("max_retries") == 1:
+            named["max_retries"] = max(0, len(self.alt) - 1)
+        return super()._ensure_connection(*arguments, **named)
 
 
 def nodes(broker_url: str) -> list[str]:

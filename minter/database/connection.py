@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 from uuid import UUID
 
@@ -18,8 +19,10 @@ import msgspec
 import psycopg
 from sqlalchemy import create_engine
 from sqlalchemy.engine import Engine as Pool
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
+import schemas
 from minter.errors import Unavailable
 
 CONTROL_LOCK = 0x6D696E74  # "mint"; recording holds the lock shared, changes of control tables exclusively
@@ -43,8 +46,11 @@ PASSING = (psycopg.OperationalError, psycopg.InterfaceError, psycopg.errors.Read
 """Errors that pass: Postgres is away, or is not the primary any more."""
 
 
-OLD_SCHEMA = (psycopg.errors.UndefinedTable, psycopg.errors.UndefinedColumn)
-"""Errors of a release that runs before `minter db upgrade`: its requests wait for the upgrade."""
+_UNKNOWN = (psycopg.errors.UndefinedTable, psycopg.errors.UndefinedColumn, psycopg.errors.UndefinedFunction)
+"""Errors of a release that runs before `minter db upgrade`."""
+
+SCHEMA = max(path.name[:4] for path in Path(schemas.__file__).parent.glob("migrations/versions/[0-9]*.py"))
+"""Revision of the schema that this release needs; revisions are numbers of four digits."""
 
 
 class BoundedConnection(psycopg.Connection[Any]):
@@ -128,7 +134,7 @@ def open_pool(dsn: str, size: int = 2, connect_seconds: int = 5, most_patience: 
     return create_engine("postgresql+psycopg://", creator=connect, pool_size=size, max_overflow=size)
 
 
-def why(error: Exception) -> str:
+def why(error: BaseException) -> str:
     """Return the cause of a failed connection, as libpq tells it: no secret is in it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines[0] if lines else type(error).__name__)[:300]
@@ -144,6 +150,8 @@ def transaction(pool: Pool, patience: float = PATIENCE_SECONDS) -> Iterator["psy
         pooled = pool.raw_connection()
     except PASSING as error:
         raise Unavailable(f"no connection to Postgres: {why(error)}") from error
+    except DBAPIError as error:  # of SQLAlchemy's own questions on its first connection
+        raise Unavailable(f"no connection to Postgres: {why(error.orig or error)}") from error
     except PoolTimeout as error:
         raise Unavailable("all connections to Postgres are in use; they wait for it") from error
     driver: BoundedConnection = pooled.driver_connection  # type: ignore[assignment]
@@ -153,7 +161,8 @@ def transaction(pool: Pool, patience: float = PATIENCE_SECONDS) -> Iterator["psy
         driver.commit_bounded()
     except BaseException as error:
         rolled_back = not isinstance(error, PASSING) and _rolled_back(driver)
-        temporary = _temporary(error, lost=not rolled_back)
+        old = rolled_back and isinstance(error, _UNKNOWN) and _is_old(driver)
+        temporary = _temporary(error, lost=not rolled_back, old=old)
         if not rolled_back or driver.warned:  # a late cancel request must not meet the next statement
             pooled.invalidate()
         if temporary is not None:
@@ -166,17 +175,30 @@ def transaction(pool: Pool, patience: float = PATIENCE_SECONDS) -> Iterator["psy
         pooled.close()
 
 
-def _temporary(error: BaseException, lost: bool) -> Unavailable | None:
-    """Return the error of a failure that passes, None for another; `lost`: the connection is gone."""
+def _temporary(error: BaseException, lost: bool, old: bool) -> Unavailable | None:
+    """Return the error of a failure that passes, None for another.
+
+    `lost` says that the connection is gone, `old` that the schema is of an earlier release.
+    """
     if isinstance(error, PASSING):
         return Unavailable(f"Postgres failed during the transaction ({why(error)}); nothing was handed out")
-    if isinstance(error, OLD_SCHEMA):
-        return Unavailable(f"the schema is not this release's ({why(error)}); run: minter db upgrade")
+    if old:
+        return Unavailable(f"the schema is older than this release ({error}); run: minter db upgrade"[:300])
     if isinstance(error, psycopg.errors.CheckViolation) and "no partition of relation" in str(error):
         return Unavailable("no partition for this day; is beat running? (minter db upgrade makes them too)")
     if lost and isinstance(error, psycopg.Error | ValueError):  # psycopg's when PgBouncer cuts a COPY
         return Unavailable("the connection to Postgres was lost; nothing was handed out")
     return None
+
+
+def _is_old(driver: BoundedConnection) -> bool:
+    """Say whether the schema is older than this release needs; requests then wait for its upgrade."""
+    try:
+        row = driver.execute("SELECT version_num FROM alembic_version").fetchone()
+    except psycopg.Error:
+        row = None
+    _rolled_back(driver)
+    return row is None or str(row[0]) < SCHEMA
 
 
 def _rolled_back(driver: BoundedConnection) -> bool:

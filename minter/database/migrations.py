@@ -4,12 +4,11 @@ from pathlib import Path
 
 from alembic import command
 from alembic.config import Config
-from alembic.script import ScriptDirectory
 from sqlalchemy.engine import Engine
 from sqlalchemy.exc import DBAPIError
 
 import schemas
-from minter.database.connection import PASSING, one, transaction, why
+from minter.database.connection import PASSING, SCHEMA, one, transaction, why
 from minter.errors import Unavailable
 
 
@@ -17,11 +16,6 @@ def _config() -> Config:
     config = Config()
     config.set_main_option("script_location", str(Path(schemas.__file__).parent / "migrations"))
     return config
-
-
-def head() -> str:
-    """Return the revision of the schema that this release needs."""
-    return str(ScriptDirectory.from_config(_config()).get_current_head())
 
 
 def revision(pool: Engine) -> str | None:
@@ -34,10 +28,10 @@ def revision(pool: Engine) -> str | None:
 
 def check(pool: Engine) -> None:
     """Raise Unavailable if the schema is older than this release needs; it works with the next one's, too."""
-    found, needed = revision(pool), head()
-    if found is None or found < needed:
+    found = revision(pool)
+    if found is None or found < SCHEMA:
         has = f"schema {found}" if found else "no schema"
-        raise Unavailable(f"the database has {has}, this release needs {needed}; run: minter db upgrade")
+        raise Unavailable(f"the database has {has}, this release needs {SCHEMA}; run: minter db upgrade")
 
 
 def upgrade(pool: Engine) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import psycopg
 import pytest
 
+from minter.database.connection import open_pool, transaction
 from minter.errors import Unavailable
 from minter.service import Service
 from tests.conftest import load_settings
@@ -79,6 +80,26 @@ def cutter(dsn: str, tmp_path: Path) -> Iterator[tuple[Cutter, Service]]:
     yield made, service
     service.pool.dispose()
     made.listener.close()
+
+
+def test_a_cut_of_the_first_connection_is_a_temporary_failure(cutter: tuple[Cutter, Service]) -> None:
+    relay, service = cutter
+    relay.goodbyes = (FATAL,)
+    for most in range(80, 1400, 60):
+        fresh = open_pool(service.loaded.dsn)
+        relay.most = most
+        try:
+            with transaction(fresh) as connection:
+                connection.execute("SELECT 1")
+        except Unavailable:
+            continue
+        finally:
+            relay.most = -1
+            fresh.dispose()
+        break
+    else:
+        raise AssertionError("no connection had its first answer")
+    assert most > 80
 
 
 @pytest.mark.parametrize("goodbyes", [(), (FATAL,), (FATAL, CRASHED)], ids=["silent", "one word", "two"])

@@ -2,6 +2,7 @@
 
 import uuid
 
+import psycopg
 import pytest
 
 from minter.database.connection import transaction
@@ -38,6 +39,7 @@ def test_a_process_does_not_start_without_a_schema(postgres_dsn: str) -> None:
 def test_requests_wait_for_an_upgrade(service: Service, what: str) -> None:
     table, _, column = what.partition(".")
     asked = submission("waits")
+    _alter(service, "UPDATE alembic_version SET version_num = '0011'")
     part = f"COLUMN {column}" if column else ""
     _alter(service, f"ALTER TABLE {table} RENAME {part} TO away")
     with pytest.raises(Unavailable, match="minter db upgrade"):
@@ -48,6 +50,11 @@ def test_requests_wait_for_an_upgrade(service: Service, what: str) -> None:
     )
     assert tokens(mint(service, asked)[0])
     assert rows(service, "SELECT count(*) FROM requests") == [(1,)]
+
+
+def test_an_unknown_column_of_a_schema_in_order_is_a_fault(service: Service) -> None:
+    with pytest.raises(psycopg.errors.UndefinedColumn), transaction(service.pool) as connection:
+        connection.execute("SELECT nonsense FROM requests")
 
 
 def _alter(service: Service, statement: str) -> None:

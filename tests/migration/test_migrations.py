@@ -31,6 +31,7 @@ def test_migrations_give_the_declared_schema(postgres_dsn: str) -> None:
     pool = connection.open_pool(migrated)
     migrations.upgrade(pool)
     migrations.upgrade(pool)  # a second run changes nothing
+    assert migrations.revision(pool) == connection.SCHEMA
     pool.dispose()
     import psycopg
 

@@ -6,6 +6,8 @@ import pytest
 
 from minter.broker.connections import connect, nodes, user, vhost
 from minter.errors import SettingsError
+from tests.conftest import load_settings
+from workers import app
 
 CLUSTER = "amqps://minter:pw@a.example.org:5671/vo%2Falpen; amqps://minter:pw@b.example.org:5672/vo%2Falpen"
 
@@ -43,13 +45,24 @@ def test_each_node_is_verified_by_its_own_name() -> None:
             assert copy.ssl["server_hostname"] == copy.hostname == "b.example.org"
 
 
-def test_a_dead_node_is_passed_over() -> None:
-    with socket.socket() as dead, socket.socket() as other:
-        dead.bind(("127.0.0.1", 0))
-        other.bind(("127.0.0.1", 0))
+def test_workers_and_beat_get_the_nodes_as_they_are_meant(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Celery reads the URL by itself: a space in it must not become a host named by a password."""
+    made = app.create_app(load_settings("", MINTER_BROKER_URL=CLUSTER + "; "))
+    with made.connection_for_write() as connection:
+        assert len(connection.alt) == 2
+        for name in ("b.example.org", "a.example.org"):
+            connection.maybe_switch_next()
+            assert (connection.hostname, connection.userid) == (name, "minter")
+            assert connection.virtual_host == "vo/alpen"
+
+
+def test_dead_nodes_are_passed_over() -> None:
+    with socket.socket() as dead, socket.socket() as dead_too, socket.socket() as other:
+        for one in (dead, dead_too, other):
+            one.bind(("127.0.0.1", 0))
         other.listen()
         other.settimeout(5)
-        ports = [s.getsockname()[1] for s in (dead, other)]
+        ports = [s.getsockname()[1] for s in (dead, dead_too, other)]
         url = ";".join(f"amqp://minter:pw@127.0.0.1:{port}//" for port in ports)
         with connect(url, seconds=0.5) as connection, pytest.raises(OSError, match=r"."):
             connection.connect()  # nobody answers there in AMQP
