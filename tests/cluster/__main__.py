@@ -8,6 +8,8 @@ import json
 import random
 import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -33,6 +35,8 @@ class Campaign:
     def __init__(self, cluster: Cluster, faults: Faults, book: Path) -> None:
         self.cluster, self.faults, self.book = cluster, faults, book
         self.events: list[dict[str, Any]] = []
+        self.restarted: list[str] = []
+        """RabbitMQ nodes that stayed apart after a cut and were restarted, as docs/cluster.md says."""
 
     def strike(self, kind: str) -> None:
         """Do one fault, wait until all is well, and note the pauses of issuing."""
@@ -46,7 +50,7 @@ class Campaign:
         time.sleep(CALM_SECONDS)
         event = {"kind": kind, "what": what, "at": started, "broken": mended - started, "well": well - mended}
         event |= {
-            f"pause, {k}": v for k, v in audit.pauses(self.lines(started - 1), started, time.time()).items()
+            f"pause, {k}": v for k, v in audit.pauses(audit.read(self.book), started, time.time()).items()
         }
         self.events.append(event)
         print(
@@ -65,23 +69,23 @@ class Campaign:
 
         thread = threading.Thread(target=run)
         thread.start()
-        yield
-        ended.set()
-        thread.join()
-
-    def lines(self, since: float) -> list[dict[str, Any]]:
-        return [line for line in audit.read(self.book) if line.get("at", 0) >= since]
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
 
     def well(self) -> bool:
         """Start what died; say whether the cluster is whole again."""
         self.cluster.restart_dead()
+        self.restarted += self.cluster.join_brokers()
         return self.cluster.whole() and self.cluster.well()
 
 
 def summary(events: list[dict[str, Any]]) -> dict[str, Any]:
     """Return number, median and worst pauses of each kind of fault, in seconds."""
     found: dict[str, Any] = {}
-    for kind in dict.fromkeys(e["kind"] for e in events):
+    for kind in sorted({e["kind"] for e in events}):
         of_kind = [e for e in events if e["kind"] == kind]
         found[kind] = {"times": len(of_kind)} | {
             name: {
@@ -92,6 +96,19 @@ def summary(events: list[dict[str, Any]]) -> dict[str, Any]:
             if name.startswith("pause")
         }
     return found
+
+
+def table(report: dict[str, Any]) -> str:
+    """Return the report as the table of docs/cluster.md: median and worst pause in seconds."""
+    rows = [
+        "| fault | times | of all clients | AMQP | HTTP | of the unluckiest client |",
+        "|---|---|---|---|---|---|",
+    ]
+    for kind, found in report["faults"].items():
+        pauses = [found[f"pause, {who}"] for who in ("all", "amqp", "http", "one client")]
+        cells = " | ".join(f"{p['median']:.1f}, {p['worst']:.1f}" for p in pauses)
+        rows.append(f"| {kind} | {found['times']} | {cells} |")
+    return "\n".join(rows)
 
 
 def main() -> None:
@@ -133,17 +150,22 @@ def main() -> None:
         except (TimeoutError, AssertionError, RuntimeError) as error:
             failure = f"{type(error).__name__}: {error}"
             print(failure, flush=True)
-        stop_load(cluster)
-        name = faults.primary()
-        with cluster.connect(name) as connection:
-            counted = audit.check(audit.read(book), connection)
+        counted = {}
+        try:
+            stop_load(cluster)
+            with cluster.connect(faults.primary()) as connection:
+                counted = audit.check(audit.read(book), connection)
+        except (TimeoutError, AssertionError, subprocess.TimeoutExpired) as error:
+            failure = f"{failure} {type(error).__name__}: {error}"
         report = {
             "seed": arguments.seed, "minutes": round((time.time() - started) / 60, 1), "failure": failure,
-            "audit": counted, "faults": summary(campaign.events),
+            "audit": counted, "brokers restarted": campaign.restarted, "faults": summary(campaign.events),
         }  # fmt: skip
-        print(json.dumps(report, indent=1))
+        print(json.dumps(report, indent=1), table(report), sep="\n")
         if arguments.report:
             arguments.report.write_text(json.dumps(report, indent=1) + "\n")
+    if failure:
+        sys.exit(f"the campaign failed: {failure}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
 """What must hold after all faults, by the clients' book and by SQL on the surviving primary; and the pauses."""
 
 import json
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -51,9 +50,9 @@ def check(lines: Sequence[dict[str, Any]], connection: psycopg.Connection[Any]) 
     }  # fmt: skip
 
 
-def pauses(lines: Iterable[dict[str, Any]], start: float, end: float) -> dict[str, float]:
+def pauses(lines: Sequence[dict[str, Any]], start: float, end: float) -> dict[str, float]:
     """Return the longest times without an answer between two times: of all, of each protocol, of one client."""
-    times: dict[str, list[float]] = defaultdict(list)
+    times: dict[str, list[float]] = {line["client"]: [] for line in lines}
     for line in lines:
         if line["event"] == "answered":
             times[line["client"]].append(line["at"])

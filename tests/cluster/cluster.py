@@ -104,10 +104,7 @@ class Cluster:
         self._master_key = new_master_key()
         text = (EXAMPLES / "settings.toml").read_text().replace('"rucio-41.5/', f'"{EXAMPLES}/rucio-41.5/')
         text = text.replace("[broker]", f'[broker]\nca = "{self._certificates}"')
-        text += (
-            '\n[http]\nlisten = "0.0.0.0"\nport = 8443\nprocesses = 1\n'
-            'certificate = "host.pem"\nkey = "host.key"\n'
-        )
+        text += "\n[http]\nport = 8443\nprocesses = 1\n"
         (self.folder / "settings.toml").write_text(text)
 
     # ── servers ──────────────────────────────────────────────────────────────────────────────
@@ -161,6 +158,8 @@ class Cluster:
             machine = self.machines[name]
             self._install(machine, "cluster/haproxy.cfg", "/etc/haproxy/haproxy.cfg", "haproxy")
             shutil.copy(self._certificates, machine.path("/etc/haproxy/ca.pem"))
+            both = (self.folder / "host.pem").read_text() + (self.folder / "host.key").read_text()
+            machine.path("/etc/haproxy/host.pem").write_text(both)
             machine.start("haproxy", ["haproxy", "-db", "-f", "/etc/haproxy/haproxy.cfg"])
 
     def start_servers(self, name: str) -> None:
@@ -297,9 +296,22 @@ class Cluster:
                 return len(running) == len(SERVERS)
         return False
 
+    def join_brokers(self) -> list[str]:
+        """Restart RabbitMQ nodes that stayed apart from two others after a cut; return their names."""
+        apart = []
+        for name in SERVERS:
+            told = self.rabbitmqctl(name, "cluster_status", "--formatter", "json", check=False)
+            parted = json.loads(told)["partitions"] if told.startswith("{") else {}
+            of_me = dict(parted).get(f"rabbit@{self.machines[name].host}", [])
+            if len(of_me) == len(SERVERS) - 1:
+                self.machines[name].kill("rabbitmq")
+                self.machines[name].restart_dead()
+                apart.append(name)
+        return apart
+
     def well(self) -> bool:
         """Say whether both machines' Minter serves, by itself and through its HAProxy."""
-        return all(self._ready(name, port) for name in APPS for port in (8443, 443))
+        return all(self._ready(name, port) for name in APPS for port in (8444, 443))
 
     def _ready(self, name: str, port: int) -> bool:
         to = f"{ISSUER}:{port}:{self.machines[name].address}"

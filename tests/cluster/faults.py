@@ -155,7 +155,12 @@ class Faults:
     def jump(self) -> str:
         """Set the clock of one worker minutes off, and right again."""
         seconds = self.random.choice((-600, -120, 120, 600))
+        log = self.cluster.machines["app1"].folder / "worker-1.log"
+        before = log.read_text().count("clock")
         (self.cluster.folder / "clock").write_text(f"{seconds:+d}")
+        self.cluster.wait(
+            "the worker's word about its clock", lambda: log.read_text().count("clock") > before, 30
+        )
         self._outage()
         (self.cluster.folder / "clock").write_text("+0")
         return f"{seconds:+d} s"
@@ -194,6 +199,7 @@ class Faults:
     def prepare(self) -> None:
         """Give one worker the clock that can jump."""
         command = self.cluster.commands("app1")["worker-1"]
+        assert FAKETIME.exists(), "a clock that jumps needs Debian's libfaketime"
         self.cluster.machines["app1"].replace("worker-1", command, self.environ("app1", "worker-1"))
 
 
