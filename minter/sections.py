@@ -29,7 +29,9 @@ class DatabaseSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
 
 class BrokerSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """`ca` is the file or directory of CAs that an amqps broker's certificate is verified with.
+    """`url` names the broker, or each node of a cluster, joined by semicolons.
+
+    `ca` is the file or directory of CAs that an amqps broker's certificate is verified with.
 
     `local_client` names the only client of a broker that does not authenticate senders. Such a broker
     delivers the messages of a dead worker again after `visibility_seconds`.
