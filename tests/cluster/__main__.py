@@ -75,6 +75,14 @@ class Campaign:
             ended.set()
             thread.join()
 
+    def audit(self) -> dict[str, int]:
+        """Stop the clients, and hold their book against the primary; raises AssertionError."""
+        stop_load(self.cluster)
+        with self.cluster.connect(self.faults.primary()) as connection:
+            counted = audit.check(audit.read(self.book), connection)
+        assert self.cluster.dead_letters() == []
+        return counted
+
     def well(self) -> bool:
         """Start what died; say whether the cluster is whole again."""
         self.cluster.restart_dead()
@@ -152,9 +160,7 @@ def main() -> None:
             print(failure, flush=True)
         counted = {}
         try:
-            stop_load(cluster)
-            with cluster.connect(faults.primary()) as connection:
-                counted = audit.check(audit.read(book), connection)
+            counted = campaign.audit()
         except (TimeoutError, AssertionError, subprocess.TimeoutExpired) as error:
             failure = f"{failure} {type(error).__name__}: {error}"
         report = {

@@ -229,6 +229,11 @@ class Cluster:
             check=check, cwd=self.folder,
         )  # fmt: skip
 
+    def dead_letters(self) -> list[Any]:
+        """Return the messages that were set aside."""
+        found: list[Any] = json.loads(self.minter("dead", "list", "--json").stdout)
+        return found
+
     def _prepare(self) -> None:
         self._wait_for_brokers()
         self.rabbitmqctl("db1", "add_vhost", "minter")
