@@ -22,13 +22,15 @@ FOLDERS = (
 )  # fmt: skip
 """Folders that each machine has for itself; Debian's packages make them."""
 STOP_SECONDS = 20.0
-PROGRAMS = ("patroni", "etcd", "pgbouncer", "haproxy", "rabbitmq-server", "ip", "unshare", "setpriv")
+POSTGRES = Path("/usr/lib/postgresql/15/bin/postgres")
+PROGRAMS = ("curl", "patroni", "etcd", "pgbouncer", "haproxy", "rabbitmq-server", "ip", "unshare", "setpriv")
 
 
 def missing() -> list[str]:
     """Return the programs that a cluster needs and this machine lacks."""
     path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
-    return [name for name in PROGRAMS if shutil.which(name, path=path) is None]
+    postgres = [] if POSTGRES.exists() else [str(POSTGRES)]
+    return postgres + [name for name in PROGRAMS if shutil.which(name, path=path) is None]
 
 
 def run(*command: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
