@@ -25,6 +25,8 @@ ISSUER = "tokens.vo-alpen.example.org"
 WORKERS = {"app1": 2, "app2": 1}
 CLIENTS = ("rucio-amqp", "rucio-http")
 START_SECONDS = 120.0
+PATRONI = "4.1.5"
+"""Debian 12's 3.0.2 may give a primary that was cut off its place again, and lose rows (patroni#2689)."""
 
 
 class Cluster:
@@ -120,7 +122,20 @@ class Cluster:
         shutil.chown(path, owner, owner)
         path.chmod(0o600)
 
+    @property
+    def _of_patroni(self) -> dict[str, str]:
+        """Environment of Patroni: a release of the package index, on Debian's Python packages."""
+        path = str(self.folder / "patroni")
+        return {
+            "HOME": "/var/lib/postgresql",
+            "PATH": "/usr/bin:/bin:/usr/sbin",
+            "LANG": "C.UTF-8",
+            "PYTHONPATH": path,
+        }
+
     def _start_servers(self) -> None:
+        target = ["--target", str(self.folder / "patroni"), f"patroni=={PATRONI}"]
+        run(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", *target)
         for name in SERVERS:
             machine = self.machines[name]
             small = {
@@ -168,8 +183,8 @@ class Cluster:
         machine.start(
             "etcd", ["etcd", "--config-file", "/var/lib/etcd/etcd.yml"], "etcd", {"PATH": "/usr/bin"}
         )
-        environ = {"HOME": "/var/lib/postgresql", "PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"}
-        machine.start("patroni", ["/usr/bin/patroni", "/etc/patroni/config.yml"], "postgres", environ)
+        patroni = ["/usr/bin/python3", "-m", "patroni", "/etc/patroni/config.yml"]
+        machine.start("patroni", patroni, "postgres", self._of_patroni)
         machine.start("pgbouncer", ["pgbouncer", "/etc/pgbouncer/pgbouncer.ini"], "postgres")
         small = {"HOME": "/var/lib/rabbitmq", "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "+S 1:1 +sbwt none"}
         machine.start("rabbitmq", [PROGRAMS / "rabbitmq-server"], "rabbitmq", small)
@@ -211,10 +226,13 @@ class Cluster:
         for name in SERVERS:
             machine = self.machines[name]
             if machine.processes["patroni"].poll() is None:
-                command = ["patronictl", "-c", "/etc/patroni/config.yml", *arguments]
-                done = run(*machine.command(command, "postgres"), check=False)
+                script = "from patroni.ctl import ctl; ctl()"
+                command = ["/usr/bin/python3", "-c", script, "-c", "/etc/patroni/config.yml", *arguments]
+                done = subprocess.run(
+                    machine.command(command, "postgres"), env=self._of_patroni, capture_output=True, text=True, check=False
+                )  # fmt: skip
                 if done.returncode == 0:
-                    return done.stdout
+                    return str(done.stdout)
         raise RuntimeError(f"patronictl {arguments[0]}: no machine answers")
 
     # ── Minter ───────────────────────────────────────────────────────────────────────────────

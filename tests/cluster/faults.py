@@ -118,7 +118,8 @@ class Faults:
     def switch_over(self) -> str:
         """A planned change of the primary."""
         before = self.primary()
-        self.cluster.patronictl("switchover", "minter", "--master", f"{before}.example.org", "--force")
+        self.cluster.patronictl("switchover", "minter", "--leader", f"{before}.example.org", "--force")
+        self.cluster.wait("another primary", lambda: self.cluster.primary() not in (None, before), 60)
         return before
 
     def part(self) -> str:
