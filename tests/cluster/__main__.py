@@ -52,10 +52,9 @@ class Campaign:
         event |= {
             f"pause, {k}": v for k, v in audit.pauses(audit.read(self.book), started, time.time()).items()
         }
+        event = {k: round(v, 2) if isinstance(v, float) else v for k, v in event.items()}
         self.events.append(event)
-        print(
-            json.dumps({k: round(v, 1) if isinstance(v, float) else v for k, v in event.items()}), flush=True
-        )
+        print(json.dumps(event), flush=True)
 
     @contextmanager
     def supervised(self) -> Iterator[None]:
@@ -112,22 +111,28 @@ def table(report: dict[str, Any]) -> str:
         "| fault | times | of all clients | AMQP | HTTP | of the unluckiest client |",
         "|---|---|---|---|---|---|",
     ]
-    for kind, found in report["faults"].items():
+    for kind, found in summary(report["events"]).items():
         pauses = [found[f"pause, {who}"] for who in ("all", "amqp", "http", "one client")]
         cells = " | ".join(f"{p['median']:.1f}, {p['worst']:.1f}" for p in pauses)
         rows.append(f"| {kind} | {found['times']} | {cells} |")
     return "\n".join(rows)
 
 
-def main() -> None:
+def options() -> argparse.Namespace:
+    """Return the options of the command line."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--each", type=int, default=20)
     parser.add_argument("--seed", type=int, default=int(time.time()))
     parser.add_argument("--only", nargs="*", help="words in the names of faults")
     parser.add_argument("--old", help="commit of the release before, for rolling upgrades")
     parser.add_argument("--report", type=Path)
+    parser.add_argument("--add", action="store_true", help="add to the report")
     parser.add_argument("--keep", action="store_true", help="keep the folder with all logs")
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = options()
     print(f"seed {arguments.seed}", flush=True)
     with ExitStack() as stack:
         folder = Path(tempfile.mkdtemp(prefix="minter-cluster-", dir="/var/tmp"))
@@ -163,11 +168,16 @@ def main() -> None:
             counted = campaign.audit()
         except (TimeoutError, AssertionError, subprocess.TimeoutExpired) as error:
             failure = f"{failure} {type(error).__name__}: {error}"
-        report = {
+        told = {
             "seed": arguments.seed, "minutes": round((time.time() - started) / 60, 1), "failure": failure,
-            "audit": counted, "brokers restarted": campaign.restarted, "faults": summary(campaign.events),
+            "audit": counted, "brokers restarted": campaign.restarted,
         }  # fmt: skip
-        print(json.dumps(report, indent=1), table(report), sep="\n")
+        report: dict[str, Any] = {"campaigns": [], "events": []}
+        if arguments.add and arguments.report.exists():
+            report = json.loads(arguments.report.read_text())
+        report["campaigns"].append(told)
+        report["events"] += campaign.events
+        print(json.dumps(told, indent=1), table(report), sep="\n")
         if arguments.report:
             arguments.report.write_text(json.dumps(report, indent=1) + "\n")
     if failure:

@@ -9,4 +9,4 @@ from tests.conftest import ROOT
 def test_the_book_has_the_reports_table() -> None:
     report = json.loads((ROOT / "benchmarks/results-cluster.json").read_text())
     assert table(report) in (ROOT / "docs/cluster.md").read_text()
-    assert report["audit"]["tokens"] > 0
+    assert all(campaign["audit"]["tokens"] for campaign in report["campaigns"])
