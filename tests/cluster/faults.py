@@ -18,6 +18,8 @@ from tests.conftest import ROOT
 
 FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1")
 VOLUME_BYTES = 1_500_000_000
+FEWER = 0.5
+"""How often the primary is in the half with fewer machines when the network is cut."""
 OUTAGE_SECONDS = (6.0, 14.0)
 """How long something stays broken that does not mend itself."""
 
@@ -123,11 +125,17 @@ class Faults:
         return before
 
     def part(self) -> str:
-        """Cut the network between db1, app1 and db2, db3, app2."""
+        """Cut the network between db1, app1 and db2, db3, app2; half of the time db1 is the primary then."""
+        leader = self.primary()
+        if leader != "db1" and self.random.random() < FEWER:
+            to = ["--leader", f"{leader}.example.org", "--candidate", "db1.example.org", "--force"]
+            self.cluster.patronictl("switchover", "minter", *to)
+            self.cluster.wait("db1 as primary", lambda: self.cluster.primary() == "db1", 60)
+        before = self.primary()
         self.cluster.network.cut()
         time.sleep(self.random.uniform(25, 40))
         self.cluster.network.good_line()
-        return f"primary {self.cluster.primary()}"
+        return f"primary {before}, then {self.primary()}"
 
     def bad_line(self) -> str:
         """200 ms each way and 5 % of frames lost between the halves."""
