@@ -28,7 +28,7 @@ test-lowest: $(STAMP)
 fuzz: $(STAMP)
 	$(RUN)/pytest -m fuzz tests/fuzz -s
 
-# Each fault 20 times on a real cluster (docs/cluster.md), some two hours; needs root, Debian's packages of .ci/run and libfaketime.
+# Each fault 20 times on a real cluster (docs/cluster.md), more than two hours; needs root, Debian's packages of .ci/run and libfaketime.
 # CLUSTER="--each 5 --only broker" does less of it.
 cluster: $(STAMP)
 	$(RUN)/python -m tests.cluster --old d6d3c8e --report benchmarks/results-cluster.json $(CLUSTER)
