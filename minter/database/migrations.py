@@ -2,20 +2,12 @@
 
 from pathlib import Path
 
-from alembic import command
-from alembic.config import Config
 from sqlalchemy.engine import Engine
 from sqlalchemy.exc import DBAPIError
 
 import schemas
 from minter.database.connection import PASSING, SCHEMA, one, transaction, why
 from minter.errors import Unavailable
-
-
-def _config() -> Config:
-    config = Config()
-    config.set_main_option("script_location", str(Path(schemas.__file__).parent / "migrations"))
-    return config
 
 
 def revision(pool: Engine) -> str | None:
@@ -36,7 +28,11 @@ def check(pool: Engine) -> None:
 
 def upgrade(pool: Engine) -> None:
     """Run every migration that the database has not seen, in one transaction; raises Unavailable."""
-    config = _config()
+    from alembic import command  # noqa: PLC0415 - every process checks the schema, few upgrade it
+    from alembic.config import Config  # noqa: PLC0415
+
+    config = Config()
+    config.set_main_option("script_location", str(Path(schemas.__file__).parent / "migrations"))
     try:
         with pool.begin() as connection:
             config.attributes["connection"] = connection

@@ -90,11 +90,12 @@ def wait_for(
 
 def test_prometheus_sees_the_rates_of_all_processes(scraped: tuple[Running, int]) -> None:
     engine, port = scraped
+    # Two workers and beat. A request that waits for a worker's start is sent again, and counts twice.
+    wait_for(port, 'count(up{job="minter"} == 1)', lambda r: sum(r.values()) == 3)
     with engine.client() as client:
         made = client.mint(files(20, "prom"))
         client.fetch(made.request_ids[0])
     wait_for(port, "sum(minter_tokens_total)", lambda r: sum(r.values()) == 40)
-    wait_for(port, 'count(up{job="minter"} == 1)', lambda r: sum(r.values()) == 3)  # two workers and beat
     by_storage = query(port, "sum by (storage, operation) (minter_tokens_total)")
     assert by_storage == {("read", "BOREAS-T2_DATADISK"): 20, ("write", "FJORD-T1_DATADISK"): 20}
     wait_for(port, "minter_tokens_alive", lambda r: sum(r.values()) >= 40)
