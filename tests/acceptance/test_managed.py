@@ -126,7 +126,7 @@ def read(name: str, activity: str, **options: Any) -> dict[str, Any]:
 _Found = TypeVar("_Found")
 
 
-def until(what: Callable[..., _Found], seconds: float = 20) -> _Found:
+def until(what: Callable[..., _Found], seconds: float = 60) -> _Found:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if found := what():
