@@ -122,11 +122,11 @@ def _postgres(pool: Pool, service: Service) -> Iterator[Line]:
 
 def _schema(pool: Pool, service: Service) -> Iterator[Line]:
     try:
-        migrations.check(pool)
+        revision = migrations.check(pool)
     except Unavailable as error:
         yield failed("schema", error.message)
         return
-    yield ok("schema", f"revision {migrations.revision(pool)}")
+    yield ok("schema", f"revision {revision}")
     ahead = partitions.partitions_ahead(pool, service.clock().date())
     level: Level = "ok" if ahead >= partitions.DAYS_AHEAD // 2 else "warning" if ahead else "failed"
     yield Line(level, "partitions", f"{ahead} days ahead" + ("" if level == "ok" else "; is beat running?"))

@@ -21,7 +21,7 @@ from kombu import compression
 from prometheus_client import CollectorRegistry
 
 from minter import logs, status
-from minter.broker.connections import TRANSPORT_OPTIONS, Connection, connect, nodes, tls
+from minter.broker.connections import TRANSPORT_OPTIONS, Connection, connect, tls
 from minter.broker.publisher import Publisher, client_queue, declare, queues
 from minter.contract import names
 from minter.database import control_changes, partitions
@@ -201,7 +201,7 @@ def create_app(loaded: Loaded) -> App:
         worker_send_task_events=False,
         worker_prefetch_multiplier=loaded.settings.worker.prefetch,
         worker_cancel_long_running_tasks_on_connection_loss=False,
-        broker_use_ssl=tls(nodes(loaded.broker_url), loaded.broker_ca),
+        broker_use_ssl=tls(loaded.broker_url, loaded.broker_ca),
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
         broker_heartbeat=60,

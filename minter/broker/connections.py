@@ -4,10 +4,9 @@ A broker URL names a node; a cluster's URLs are joined by semicolons. A connecti
 answers; after its loss, that node is tried first.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 
 import kombu
 
@@ -52,14 +51,19 @@ def nodes(broker_url: str) -> list[str]:
     return urls
 
 
+def _first(broker_url: str) -> SplitResult:
+    """Return the parts of the first node's URL, which all nodes share but for host and port."""
+    return urlsplit(next(iter(nodes(broker_url)), ""))
+
+
 def user(broker_url: str) -> str:
     """Return the AMQP user of a broker URL, empty if it names none."""
-    return unquote(urlsplit(next(iter(nodes(broker_url)), "")).username or "")
+    return unquote(_first(broker_url).username or "")
 
 
 def vhost(broker_url: str) -> str:
     """Return the virtual host of a broker URL."""
-    return unquote(urlsplit(next(iter(nodes(broker_url)), "")).path[1:]) or "/"
+    return unquote(_first(broker_url).path[1:]) or "/"
 
 
 def trust(ca: str | None) -> dict[str, Any]:
@@ -67,25 +71,25 @@ def trust(ca: str | None) -> dict[str, Any]:
     return {} if not ca else {"capath": ca} if Path(ca).is_dir() else {"cafile": ca}
 
 
-def tls(urls: Sequence[str], ca: str | None = None) -> dict[str, Any] | bool:
+def tls(broker_url: str, ca: str | None = None) -> dict[str, Any] | bool:
     """Return kombu's `ssl` option; the certificate of an amqps broker is always verified.
 
     By default kombu accepts any certificate. `ca` is a file or a hashed directory; None means the
     system's CAs.
     """
-    if not urls or not urls[0].startswith("amqps"):
+    first = _first(broker_url)
+    if first.scheme != "amqps":
         return False
-    return {
-        "context": {**trust(ca), "check_hostname": True},
-        "server_hostname": urlsplit(urls[0]).hostname or "",
-    }
+    return {"context": {**trust(ca), "check_hostname": True}, "server_hostname": first.hostname or ""}
 
 
 def connect(broker_url: str, ca: str | None = None, seconds: float = 5.0) -> kombu.Connection:
     """Return a connection to the broker, which opens at first use, within `seconds` for each node."""
-    urls = nodes(broker_url)
     return Connection(
-        ";".join(urls), ssl=tls(urls, ca), connect_timeout=seconds, transport_options=TRANSPORT_OPTIONS
+        ";".join(nodes(broker_url)),
+        ssl=tls(broker_url, ca),
+        connect_timeout=seconds,
+        transport_options=TRANSPORT_OPTIONS,
     )
 
 

@@ -18,12 +18,16 @@ def revision(pool: Engine) -> str | None:
     return str(row[0]) if row else None
 
 
-def check(pool: Engine) -> None:
-    """Raise Unavailable if the schema is older than this release needs; it works with the next one's, too."""
+def check(pool: Engine) -> str:
+    """Return the schema's revision; raises Unavailable if it is older than this release needs.
+
+    A release works with the schema of the next one, too.
+    """
     found = revision(pool)
     if found is None or found < SCHEMA:
         has = f"schema {found}" if found else "no schema"
         raise Unavailable(f"the database has {has}, this release needs {SCHEMA}; run: minter db upgrade")
+    return found
 
 
 def upgrade(pool: Engine) -> None:

@@ -34,7 +34,7 @@ def missing() -> list[str]:
 
 
 def run(*command: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end; raises CalledProcessError with its output."""
+    """Run a command to its end; raises RuntimeError with its output."""
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=False)
     if check and done.returncode:
         raise RuntimeError(f"{' '.join(map(str, command))}: {done.stdout}{done.stderr}")

@@ -13,15 +13,13 @@ from tests.integration.test_mint import mint, submission, tokens
 
 
 def test_a_process_does_not_start_on_an_older_schema(service: Service) -> None:
-    with transaction(service.pool) as connection:
-        connection.execute("UPDATE alembic_version SET version_num = '0011'")
+    _alter(service, "UPDATE alembic_version SET version_num = '0011'")
     with pytest.raises(Unavailable, match="has schema 0011, "):
         service.prepare()
 
 
 def test_a_process_starts_on_the_schema_of_the_next_release(service: Service) -> None:
-    with transaction(service.pool) as connection:
-        connection.execute("UPDATE alembic_version SET version_num = '9999'")
+    _alter(service, "UPDATE alembic_version SET version_num = '9999'")
     service.prepare()
 
 

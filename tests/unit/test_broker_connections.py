@@ -45,7 +45,7 @@ def test_each_node_is_verified_by_its_own_name() -> None:
             assert copy.ssl["server_hostname"] == copy.hostname == "b.example.org"
 
 
-def test_workers_and_beat_get_the_nodes_as_they_are_meant(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_and_beat_get_the_nodes_as_they_are_meant() -> None:
     """Celery reads the URL by itself: a space in it must not become a host named by a password."""
     made = app.create_app(load_settings("", MINTER_BROKER_URL=CLUSTER + "; "))
     with made.connection_for_write() as connection:
