@@ -280,11 +280,15 @@ class Cluster:
         self.minter("clients", "rotate", "rucio-http", "--secret-file", str(self.folder / "secret"))
 
     def _wait_for_brokers(self) -> None:
-        def three() -> bool:
-            told = self.rabbitmqctl("db1", "cluster_status", "--formatter", "json", check=False)
-            return all(told.count(f"rabbit@{name}.example.org") >= 2 for name in SERVERS)
+        self.wait("three RabbitMQ nodes", lambda: len(self._brokers("db1")["running_nodes"]) == len(SERVERS))
 
-        self.wait("three RabbitMQ nodes", three)
+    def _brokers(self, name: str) -> dict[str, Any]:
+        """Return what the RabbitMQ node of a machine knows of the cluster; nothing runs if it does not answer."""
+        told = self.rabbitmqctl(name, "cluster_status", "--formatter", "json", check=False)
+        found: dict[str, Any] = (
+            json.loads(told) if told.startswith("{") else {"running_nodes": [], "partitions": {}}
+        )
+        return found
 
     def start_minter(self, name: str) -> None:
         """Start the processes of a machine that runs Minter."""
@@ -314,18 +318,14 @@ class Cluster:
                 "SELECT count(*) FROM pg_stat_replication WHERE state = 'streaming'"
             ).fetchone()
             if streaming == (len(SERVERS) - 1,):
-                told = self.rabbitmqctl(name, "cluster_status", "--formatter", "json", check=False)
-                running = json.loads(told)["running_nodes"] if told.startswith("{") else []
-                return len(running) == len(SERVERS)
+                return len(self._brokers(name)["running_nodes"]) == len(SERVERS)
         return False
 
     def join_brokers(self) -> list[str]:
         """Restart RabbitMQ nodes that stayed apart from two others after a cut; return their names."""
         apart = []
         for name in SERVERS:
-            told = self.rabbitmqctl(name, "cluster_status", "--formatter", "json", check=False)
-            parted = json.loads(told)["partitions"] if told.startswith("{") else {}
-            of_me = dict(parted).get(f"rabbit@{self.machines[name].host}", [])
+            of_me = dict(self._brokers(name)["partitions"]).get(f"rabbit@{self.machines[name].host}", [])
             if len(of_me) == len(SERVERS) - 1:
                 self.machines[name].kill("rabbitmq")
                 self.machines[name].restart_dead()
