@@ -79,7 +79,8 @@ class Campaign:
         stop_load(self.cluster)
         with self.cluster.connect(self.faults.primary()) as connection:
             counted = audit.check(audit.read(self.book), connection)
-        assert self.cluster.dead_letters() == []
+        dead = self.cluster.dead_letters()
+        assert dead == [], dead
         return counted
 
     def well(self) -> bool:
