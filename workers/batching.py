@@ -41,7 +41,7 @@ from minter.tokens.mint import Engine
 from minter.tokens.outcomes import Outcome, Submission
 from workers import replies
 from workers.messages import PendingMessage, queued, request_id_of
-from workers.outbox import Outbox
+from workers.outbox import BrokerAway, Outbox
 
 logger = logging.getLogger("minter.batching")
 
@@ -115,6 +115,7 @@ class MessageBatcher:
         self._limits = Limits(batch_messages, batch_bytes, SMALL_BYTES)
         self._backoff = Backoff(FIRST_DELAY_SECONDS, MAX_DELAY_SECONDS)
         self.outbox = Outbox(publisher, on_stage)
+        self._survived: set[bytes] = set()
         self.reset(None)
 
     def reset(self, timer: Any, intake: Intake = NO_INTAKE) -> None:
@@ -302,21 +303,32 @@ class MessageBatcher:
     def _serve_redelivered(self, pending: PendingMessage) -> None:
         """Serve a redelivered message alone; the attempt is counted before it starts."""
         digest = sha256(f"{pending.client} {pending.task}".encode() + pending.body).digest()
-        # A delivery counts once; waiting for Postgres does not count as an attempt.
         self.engine.check_clock()  # a worker whose clock is off did not try
-        pending.tries = pending.tries or self.redeliveries.count(digest)
-        if pending.tries < MAX_TRIES:
-            self.outbox.finish(self._mint([pending]))
-        else:
-            error = Undeliverable(
-                f"the request stopped a worker at {pending.tries} deliveries; it is kept on "
-                f"{names.DEAD_LETTER_QUEUE} for the operators"
-            )
-            self.outbox.dead_letter(pending, error)
+        self._clear_survived()
+        tries = self.redeliveries.count(digest)
         try:
-            self.redeliveries.clear(digest)
+            if tries < MAX_TRIES:
+                self.outbox.finish(self._mint([pending]))
+            else:
+                error = Undeliverable(
+                    f"the request stopped a worker at {tries} deliveries; it is kept on "
+                    f"{names.DEAD_LETTER_QUEUE} for the operators"
+                )
+                self.outbox.dead_letter(pending, error)
+        except (Unavailable, BrokerAway):
+            self._survived.add(digest)
+            raise
+        self._survived.add(digest)
+        try:
+            self._clear_survived()
         except Unavailable:
-            logger.warning("the redelivery count of a served message is not cleared; beat removes it later")
+            logger.warning("the redelivery count of a served message is not cleared yet: Postgres is away")
+
+    def _clear_survived(self) -> None:
+        """Clear the counts of messages at which Postgres or the broker went away, not this process."""
+        for digest in list(self._survived):
+            self.redeliveries.clear(digest)
+            self._survived.discard(digest)
 
     def _mint(self, batch: Sequence[PendingMessage]) -> list[tuple[PendingMessage, Answer]]:
         self.on_stage("received")

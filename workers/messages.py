@@ -27,7 +27,6 @@ class PendingMessage(Struct, eq=False):
     task: str
     client: str | None
     redelivered: bool = False
-    tries: int = 0
     refusals: int = 0
     queued: list[Outgoing] = []
     rejected: MinterError | None = None

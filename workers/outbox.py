@@ -24,6 +24,10 @@ MAX_REFUSED = 16
 """Answers of one client that wait for its full queue, at most: they hold places of the prefetch."""
 
 
+class BrokerAway(ConnectionError):
+    """The connection to the broker was lost; the broker did not refuse what was published."""
+
+
 class Outbox:
     """Publishes answers and dead letters; runs in the consumer's thread."""
 
@@ -60,7 +64,8 @@ class Outbox:
         except self.errors as error:
             self.publisher.close()
             # Celery reconnects on connection errors only, so a broken channel is raised as one.
-            raise ConnectionError(f"answers could not be published: {type(error).__name__}") from error
+            kind = BrokerAway if isinstance(error, self.publisher.away) else ConnectionError
+            raise kind(f"answers could not be published: {type(error).__name__}") from error
         if missing := [m for m in (*lost.gone, *buried.gone) if m.persistent]:
             raise ServerError(f"queue {missing[0].routing_key} does not exist; run: minter broker setup")
         if lost:

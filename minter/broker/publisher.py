@@ -126,6 +126,12 @@ class Publisher:
         return (*self.connection.connection_errors, *self.connection.channel_errors)
 
     @property
+    def away(self) -> tuple[type[Exception], ...]:
+        """Those of `errors` that say nothing about the messages: the connection was lost."""
+        found: tuple[type[Exception], ...] = self.connection.recoverable_connection_errors
+        return found
+
+    @property
     def confirms(self) -> bool:
         """Say whether the broker confirms messages and keeps them until they are acknowledged."""
         return hasattr(self._open(), "confirm_select")

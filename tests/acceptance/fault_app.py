@@ -1,6 +1,7 @@
 """The workers' application with a trigger: `celery -A tests.acceptance.fault_app`.
 
-MINTER_FAULT=stage:n kills this process with SIGKILL when it reaches the stage for the n-th time. A message
+MINTER_FAULT=stage:n kills this process with SIGKILL when it reaches the stage for the n-th time. MINTER_CUTS=n
+cuts the connection to the broker n times, each while an answer is published. A message
 body that holds "poison-pill" kills the process at each delivery. MINTER_CLOCK_OFF names a file with the seconds
 by which the clock of this process is wrong.
 """
@@ -18,7 +19,7 @@ from workers.messages import PendingMessage
 
 app = module.app
 _stage, _, _left = os.environ.get("MINTER_FAULT", "").partition(":")
-_counts = {_stage: int(_left or 0)}
+_counts = {_stage: int(_left or 0), "cut": int(os.environ.get("MINTER_CUTS", "0"))}
 
 
 if _stage:  # these deaths are not caused by messages, so no message may be dead-lettered for three of them
@@ -30,6 +31,9 @@ def _die() -> None:
 
 
 def on_stage(stage: str) -> None:
+    if stage == "half_replied" and _counts["cut"]:
+        _counts["cut"] -= 1
+        raise ConnectionResetError("cut by the test")
     if stage == _stage:
         _counts[stage] -= 1
         if _counts[stage] == 0:

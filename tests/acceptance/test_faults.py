@@ -240,6 +240,16 @@ def test_a_poison_message_is_told_and_set_aside_and_its_neighbours_are_served(en
     assert "undeliverable" in reasons
 
 
+def test_a_message_whose_worker_lives_is_never_set_aside(engine: Running) -> None:
+    """The broker goes away again and again while the answer is published: no fault of the message."""
+    engine.start_worker(MINTER_CUTS="8")
+    driver = Driver(engine, asked := requests(1, twice=False))
+    driver.start()
+    finish(engine, driver)
+    audit(engine, asked, driver.answers)
+    assert engine.rows("SELECT count(*) FROM suspects") == [(0,)]
+
+
 def test_postgres_away_for_a_while_refuses_nothing(
     engine: Running, servers: tuple[Postgres, Valkey | RabbitMQ, Path]
 ) -> None:
