@@ -1,5 +1,6 @@
 """I2, I3, I4 under faults: workers, Postgres and broker killed, a full disk, a poison message."""
 
+import os
 import random
 import shutil
 import signal
@@ -30,7 +31,8 @@ from workers.batching import MAX_HELD_BYTES
 pytestmark = pytest.mark.slow
 
 STAGES = ["received", "decided", "inserted", "copied", "committed", "half_replied", "confirmed"]
-KILLS = 20
+KILLS = int(os.environ.get("MINTER_KILLS", "10"))
+"""Kills at each stage; `make kills` does 20."""
 
 
 @pytest.fixture(scope="module", params=["embedded", pytest.param("rabbitmq", marks=pytest.mark.rabbitmq)])
@@ -139,7 +141,7 @@ def finish(engine: Running, driver: Driver, seconds: float = 240) -> None:
 @pytest.mark.rabbitmq
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("servers", [pytest.param("rabbitmq", marks=pytest.mark.rabbitmq)], indirect=True)
-def test_killed_at_each_stage_twenty_times(engine: Running, stage: str) -> None:
+def test_killed_at_each_stage_again_and_again(engine: Running, stage: str) -> None:
     driver = Driver(engine, asked := requests(400))
     faults = iter([f"{stage}:{random.randint(1, 100)}" for _ in range(KILLS)])
     kills = 0
