@@ -8,7 +8,7 @@ so a repeated request finds its record, and reading a record waits for the stand
 
 import math
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -62,6 +62,8 @@ class BoundedConnection(psycopg.Connection[Any]):
     warned = ""
     on_slow: Callable[[str], None] = staticmethod(lambda _: None)
     """Called with what is waited for when a wait takes SLOW_SECONDS; commands print it."""
+    last: Sequence[tuple[str, Sequence[Any]]] = ()
+    """Statements and their values that are sent together with the commit, in one round trip."""
 
     def wait(self, gen: Generator[Any, Any, Any], *arguments: Any, **named: Any) -> Any:
         """Drive an exchange with the server; raises OperationalError after `patience` seconds."""
@@ -94,14 +96,20 @@ class BoundedConnection(psycopg.Connection[Any]):
             self.cancel_safe(timeout=CANCEL_SECONDS)
 
     def commit_bounded(self) -> None:
-        """Commit; raises Unavailable if no synchronous standby confirms within COMMIT_SECONDS.
+        """Run `last` and commit; raises Unavailable if no synchronous standby confirms within COMMIT_SECONDS.
 
         `statement_timeout` does not cover a commit. A cancel request ends its wait for the standby with a
         warning, not with an error.
         """
         self.warned, self.committing = "", True
         try:
-            self.commit()
+            if self.last:
+                with self.pipeline():
+                    for statement, values in self.last:
+                        self.execute(statement, values)
+                    self.execute("COMMIT")  # `commit` would wait once more
+            else:
+                self.commit()
         finally:
             self.committing = False
         if self.warned:
@@ -141,7 +149,7 @@ def why(error: BaseException) -> str:
 
 
 @contextmanager
-def transaction(pool: Pool, patience: float = PATIENCE_SECONDS) -> Iterator["psycopg.Connection[Any]"]:
+def transaction(pool: Pool, patience: float = PATIENCE_SECONDS) -> Iterator[BoundedConnection]:
     """Yield a driver connection in a transaction; raises Unavailable for temporary failures.
 
     `patience` is the longest wait for one answer of Postgres, in seconds.
@@ -155,7 +163,7 @@ def transaction(pool: Pool, patience: float = PATIENCE_SECONDS) -> Iterator["psy
     except PoolTimeout as error:
         raise Unavailable("all connections to Postgres are in use; they wait for it") from error
     driver: BoundedConnection = pooled.driver_connection  # type: ignore[assignment]
-    driver.patience = min(patience, driver.most_patience)
+    driver.patience, driver.last = min(patience, driver.most_patience), ()
     try:
         yield driver
         driver.commit_bounded()

@@ -7,10 +7,11 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 from uuid import UUID
 
+import msgspec
 import psycopg
 from psycopg import sql
 from sqlalchemy.engine import Engine as Pool
@@ -19,6 +20,7 @@ from minter.database import families, managed
 from minter.database.connection import (
     CONTROL_LOCK,
     QUICK_SECONDS,
+    BoundedConnection,
     floor,
     instant,
     json_text,
@@ -35,11 +37,12 @@ from minter.tokens.managed import ManagedToken, Wanted
 from minter.tokens.records import OWN_KINDS, Control, RequestRow, TokenRow, UseRow, path_hash
 from minter.tokens.shared import SharedKey
 
+FEW_ROWS = 24
+"""Up to so many tokens go to Postgres with the commit, in one round trip; COPY needs two more, but less time
+for each row."""
 COPY_ROWS = 64
 """Rows sent to Postgres at once. Postgres stores them while the next tokens are signed; the number is
 small, so that few rows remain to be stored after the last signature."""
-
-NULL = "\\N"
 
 _BEGIN = sql.SQL(
     "BEGIN; SET LOCAL synchronous_commit TO on; SET LOCAL lock_timeout TO '4s';"
@@ -135,7 +138,7 @@ def _last(connection: "psycopg.Connection[Any]", statements: sql.Composed) -> tu
 class PostgresRecording:
     """The open recording transaction (`records.Recording`)."""
 
-    def __init__(self, store: PostgresStore, connection: "psycopg.Connection[Any]") -> None:
+    def __init__(self, store: PostgresStore, connection: BoundedConnection) -> None:
         self._store = store
         self._connection = connection
         self.new_rules: dict[bytes, int] = {}
@@ -167,67 +170,30 @@ class PostgresRecording:
     def insert_requests(self, rows: Sequence[RequestRow]) -> set[tuple[UUID, int]]:
         """Insert the requests that are not recorded yet; return their (request_id, client_id)."""
         own = [r for r in rows if r.kind in OWN_KINDS]
-        self._copy_requests(own)
-        rows = [r for r in rows if r.kind not in OWN_KINDS]
+        self._at_commit("requests", _REQUEST, map(_request, own))
         new = {(r.request_id, r.client_id) for r in own}
-        if not rows:
-            return new
-        found = self._connection.execute(
-            """
-            INSERT INTO requests (request_id, client_id, first_jti, received_at, tokens, digest,
-                                  kind, activity, on_behalf_of, error, refusals, renews,
-                                  all_or_nothing)
-            SELECT r, c, f, at, t, d, k, a, o, e::jsonb, x::jsonb, n, w
-            FROM unnest(%s::uuid[], %s::int[], %s::uuid[], %s::timestamptz[], %s::int[],
-                        %s::bytea[], %s::text[], %s::text[], %s::text[], %s::text[], %s::text[],
-                        %s::uuid[], %s::bool[])
-                 AS new (r, c, f, at, t, d, k, a, o, e, x, n, w)
-            ON CONFLICT DO NOTHING RETURNING request_id, client_id
-            """,
-            (
-                [r.request_id for r in rows],
-                [r.client_id for r in rows],
-                [r.first_jti for r in rows],
-                [r.received_at for r in rows],
-                [r.tokens for r in rows],
-                [r.digest for r in rows],
-                [r.kind for r in rows],
-                [plain_text(r.activity) for r in rows],
-                [plain_text(r.on_behalf_of) for r in rows],
-                [json_text(r.error) if r.error else None for r in rows],
-                [json_text(r.refusals) if r.refusals else None for r in rows],
-                [r.renews for r in rows],
-                [r.all_or_nothing for r in rows],
-            ),
-        ).fetchall()
-        return new.union(found)
+        if asked := [_request(r) for r in rows if r.kind not in OWN_KINDS]:
+            statement = (
+                f"{_insert('requests', _REQUEST)} ON CONFLICT DO NOTHING RETURNING request_id, client_id"
+            )
+            new.update(self._connection.execute(statement, (_json(_REQUEST, asked),)))
+        return new
 
-    def _copy_requests(self, rows: Sequence[RequestRow]) -> None:
-        """COPY requests whose ids Minter made: half the time of an INSERT that looks for duplicates."""
-        self._copy_lines(
-            "COPY requests (request_id, client_id, first_jti, received_at, tokens, digest, kind, activity,"
-            " on_behalf_of, error) FROM STDIN",
-            [
-                f"{r.request_id.int:032x}\t{r.client_id}\t{r.first_jti.int:032x}\t{r.received_at}\t{r.tokens}"
-                f"\t\\\\x{r.digest.hex()}\t{r.kind}\t{_copy(r.activity)}\t{_copy(r.on_behalf_of)}"
-                f"\t{_copy(json_text(r.error)) if r.error else NULL}\n"
-                for r in rows
-            ],
-        )
-
-    def _copy_lines(self, statement: str, lines: Sequence[str]) -> None:
-        if lines:
-            with self._connection.cursor().copy(statement) as copy:
-                copy.write("".join(lines).encode())
+    def _at_commit(self, table: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+        """Insert rows with the commit, if there are any."""
+        if values := list(rows):
+            last = (_insert(table, columns), (_json(columns, values),))
+            self._connection.last = (*self._connection.last, last)
 
     def copy_tokens(self, rows: Iterable[TokenRow]) -> None:
-        """COPY minted tokens as the iterator yields them, as text lines: adapting single rows costs more.
+        """Insert a few minted tokens with the commit; COPY many as the iterator yields them, as text lines.
 
         An error of the iterator, such as a failed check, fails the COPY and so the transaction.
         """
         coming = iter(rows)
-        first = next(coming, None)
-        if first is None:
+        few = list(islice(coming, FEW_ROWS + 1))
+        if len(few) <= FEW_ROWS:
+            self._at_commit("tokens", _TOKEN, map(self._token, few))
             return
         storage_ids: dict[tuple[int, str], int] = {}
         with self._connection.cursor().copy(
@@ -237,7 +203,7 @@ class PostgresRecording:
         ) as copy:
             lines = []
             instants: dict[int, datetime] = {}
-            for t in chain((first,), coming):
+            for t in chain(few, coming):
                 where = (t.client_id, t.storage)
                 storage_id = storage_ids.get(where)
                 if storage_id is None:
@@ -258,16 +224,16 @@ class PostgresRecording:
             copy.write("".join(lines).encode())
 
     def copy_uses(self, rows: Sequence[UseRow]) -> None:
-        """COPY the uses of shared and managed tokens."""
-        self._copy_lines(
-            "COPY uses (use_id, jti, request_id, path_hash, client_id, side, file, position, path,"
-            " external_id, consumer, queue) FROM STDIN",
-            [
-                f"{u.use_id}\t{u.jti}\t{u.request_id.int:032x}\t{path_hash(u.path)}\t{u.client_id}\t{u.side}"
-                f"\t{u.file}\t{u.index}\t{_copy(u.path)}\t{_copy(u.external_id)}\t{_copy(u.consumer)}\t{_copy(u.queue)}\n"
-                for u in rows
-            ],
-        )
+        """Insert the uses of shared and managed tokens with the commit."""
+        self._at_commit("uses", _USE, map(_use, rows))
+
+    def _token(self, t: TokenRow) -> tuple[object, ...]:
+        signed = (t.fts_token_id, t.key_id) if t.mode == "mint" else (None, None)  # else the provider signs
+        return (
+            t.jti, t.request_id, instant(t.expires_at), path_hash(t.path), *signed, t.client_id,
+            self._store.storage_id(t.client_id, t.storage), t.state, t.mode, t.side, t.file, t.index,
+            plain_text(t.external_id), plain_text(t.payload), t.rule_id,
+        )  # fmt: skip
 
     def join_managed(self, wanted: Sequence[Wanted]) -> dict[bytes, ManagedToken]:
         """Add managed tokens, or add uses to existing ones with the same digest; return them by digest."""
@@ -278,17 +244,8 @@ class PostgresRecording:
         return managed.read(self._connection, jtis)
 
     def copy_managed(self, rows: Sequence[TokenRow]) -> None:
-        """COPY the token rows of new managed tokens, which have no signing key: their provider signs."""
-        self._copy_lines(
-            "COPY tokens (jti, request_id, expires_at, path_hash, client_id, storage_id, state, mode, side,"
-            " file, position, external_id, payload, rule_id) FROM STDIN",
-            [
-                f"{t.jti}\t{t.request_id.int:032x}\t{instant(t.expires_at)}\t{path_hash(t.path)}\t{t.client_id}"
-                f"\t{self._store.storage_id(t.client_id, t.storage)}\t{t.state}\t{t.mode}\t{t.side}\t{t.file}"
-                f"\t{t.index}\t\t{_copy(t.payload)}\t{t.rule_id}\n"
-                for t in rows
-            ],
-        )
+        """Insert the token rows of new managed tokens with the commit."""
+        self._at_commit("tokens", _TOKEN, map(self._token, rows))
 
     def used(self, handles: Sequence[UUID]) -> list[tuple[str, str, TokenRow]]:
         """Read uses by their ids: name of the client, name of the consumer (may be empty), and token."""
@@ -374,6 +331,50 @@ class PostgresRecording:
             for row in map(request_row, found)
         }
 
+
+# ── a few rows in one statement, as JSON with the types of their table ──────────────────────────
+
+
+def _insert(table: str, columns: Sequence[str]) -> str:
+    names = ", ".join(columns)
+    return f"INSERT INTO {table} ({names}) SELECT {names} FROM json_populate_recordset(NULL::{table}, %s)"
+
+
+def _json(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    return msgspec.json.encode([dict(zip(columns, row, strict=True)) for row in rows]).decode()
+
+
+_REQUEST = (
+    "request_id", "client_id", "first_jti", "received_at", "tokens", "digest", "kind", "activity",
+    "on_behalf_of", "error", "refusals", "renews", "all_or_nothing",
+)  # fmt: skip
+_TOKEN = (
+    "jti", "request_id", "expires_at", "path_hash", "fts_token_id", "key_id", "client_id", "storage_id",
+    "state", "mode", "side", "file", "position", "external_id", "payload", "rule_id",
+)  # fmt: skip
+_USE = (
+    "use_id", "jti", "request_id", "path_hash", "client_id", "side", "file", "position", "path",
+    "external_id", "consumer", "queue",
+)  # fmt: skip
+
+
+def _request(r: RequestRow) -> tuple[object, ...]:
+    error = msgspec.Raw(json_text(r.error)) if r.error else None
+    refusals = msgspec.Raw(json_text(r.refusals)) if r.refusals else None
+    return (
+        r.request_id, r.client_id, r.first_jti, r.received_at, r.tokens, f"\\x{r.digest.hex()}", r.kind,
+        plain_text(r.activity), plain_text(r.on_behalf_of), error, refusals, r.renews, r.all_or_nothing,
+    )  # fmt: skip
+
+
+def _use(u: UseRow) -> tuple[object, ...]:
+    return (
+        u.use_id, u.jti, u.request_id, path_hash(u.path), u.client_id, u.side, u.file, u.index,
+        plain_text(u.path), plain_text(u.external_id), plain_text(u.consumer), plain_text(u.queue),
+    )  # fmt: skip
+
+
+# ── many rows, by COPY ───────────────────────────────────────────────────────────────────────
 
 _COPY_ESCAPES = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r", "\x00": ""})
 _copy_special = re.compile(r"[\\\t\n\r\x00]").search

@@ -439,7 +439,7 @@ def test_every_controlled_table_bumps_the_version(service: Service) -> None:
 # ── statements ───────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_batch_of_any_size_costs_the_same_statements(
+def test_few_tokens_go_with_the_commit_and_more_cost_one_copy(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mint(service, submission("warm"))
@@ -456,7 +456,36 @@ def test_a_batch_of_any_size_costs_the_same_statements(
     one = list(seen)
     seen.clear()
     mint(service, *(submission(f"{n}-a", f"{n}-b") for n in range(50)))
-    assert seen == one == ["BEGIN; SET LOCAL synchronous", "INSERT INTO requests (reques", "COPY"]
+    first = ["BEGIN; SET LOCAL synchronous", "INSERT INTO requests (reques"]
+    assert one == [*first, "INSERT INTO tokens (jti, req", "COMMIT"]
+    assert seen == [*first, "COPY"]
+
+
+@pytest.mark.parametrize("files", [1, 12, 13, 40])
+def test_rows_are_the_same_whichever_way_they_go(service: Service, files: int) -> None:
+    odd = "a\tb\\c\n\u00e9\u20ac'\"\x00d"
+    named = [structs.replace(asked_file(str(n)), external_id=f"{odd}{n}") for n in range(files)]
+    asked = Submission(
+        from_mint(MintRequest(request_id=clock.new_uuid7(), files=tuple(named))), "rucio-alpen"
+    )
+    (outcome,) = mint(service, asked)
+    found = {
+        jti: row
+        for jti, *row in rows(
+            service,
+            "SELECT jti::text, external_id, state::text, mode::text, payload, fts_token_id, side::text, file"
+            " FROM tokens WHERE request_id = %s",
+            asked.request.request_id,
+        )
+    }
+    assert len(outcome.issued) == len(found) == 2 * files
+    for issued in outcome.issued:
+        external_id, state, mode, payload, token_id, side, file = found[issued.jti]
+        assert external_id == f"{odd}{issued.slot.file}".replace("\x00", "")
+        assert (state, mode, token_id) == ("issued", "mint", fts_token_id(issued.token))
+        assert issued.token.split(b".")[1] == base64url_encode(payload.encode())
+        assert (file, side) == (issued.slot.file, issued.slot.side)
+    assert tokens(mint(service, asked)[0]) == tokens(outcome)
 
 
 def _said(query: Any) -> str:
