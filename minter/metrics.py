@@ -28,7 +28,7 @@ from sqlalchemy.engine import Engine as Pool
 
 from minter import __version__
 from minter.broker.publisher import count_waiting
-from minter.database import partitions, processes
+from minter.database import counts, partitions, processes
 from minter.database.connection import transaction
 from minter.database.control import read_keys
 from minter.database.live_tokens import count_live
@@ -60,7 +60,10 @@ REQUESTS = Spec(
     "counter", "minter_requests", ("vo", "kind", "outcome"),
     "Requests served: granted, refused as a whole, repeated.",
 )  # fmt: skip
-REFUSALS = Spec("counter", "minter_refusals", ("vo", "reason"), "Refused tokens and requests, by reason.")
+REFUSALS = Spec(
+    "counter", "minter_refusals", ("vo", "reason", "storage"),
+    "Refused tokens and requests, by reason, and by storage where it is known.",
+)  # fmt: skip
 FOLLOW_UPS = Spec(
     "counter", "minter_follow_ups", ("task", "outcome"),
     "Messages about earlier requests: fetches, reports, cancellations.",
@@ -218,6 +221,8 @@ class Metrics:
             for labels, value in _samples(counter, "_total"):
                 label = "repeated" if labels.get("outcome") == "repeated" else labels[name]
                 found[labels["vo"], kind, label] += int(value)
+                if labels.get("storage") and label != "repeated" and kind in counts.OF_STORAGES:
+                    found[labels["vo"], counts.OF_STORAGES[kind], labels["storage"]] += int(value)
         for histogram, times, numbers in ((self._stage, "stage_us", "stages"), (self._age, "age_us", "ages")):
             for labels, value in _samples(histogram, "_sum"):
                 found["", times, labels.get("stage", "")] += int(value * 1_000_000)
@@ -235,11 +240,11 @@ class Metrics:
             kind = outcome.submission.request.kind
             if outcome.error is not None:
                 requests[vo, kind, "refused"] += 1
-                refusals[vo, outcome.error.reason] += 1
+                refusals[vo, outcome.error.reason, outcome.error.fields.get("storage", "")] += 1
                 continue
             requests[vo, kind, "repeated" if outcome.repeated else "granted"] += 1
             for refusal in outcome.refusals:
-                refusals[vo, refusal["error"]["reason"]] += 1
+                refusals[vo, refusal["error"]["reason"], refusal["error"].get("storage", "")] += 1
             what = "repeated" if outcome.repeated else "issued"
             for planned in outcome.decision.planned_tokens if outcome.decision else ():
                 tokens[vo, what, planned.plan] += 1

@@ -6,7 +6,8 @@ from typing import Annotated, Any
 import msgspec
 import typer
 
-from minter.cli.tables import AsJson, Listing, client_of, guarded, open_service, read_object, show
+from minter.cli.tables import AsJson, Listing, client_of, guarded, open_service, read_object, show, whoami
+from minter.database import audit
 from minter.errors import InvalidRequest, SettingsError
 from minter.probe import probe
 from minter.service import load_settings
@@ -204,7 +205,9 @@ def storages_probe(
         for place, verdicts in found.items()
         for verdict in verdicts
     ]
-    wrong = any(not verdict.passes for verdicts in found.values() for verdict in verdicts)
+    wrong = [verdict.check for verdicts in found.values() for verdict in verdicts if not verdict.passes]
+    details = {"path": path, "read_only": read_only, "verdicts": len(lines), "failed": wrong}
+    audit.note(service.pool, whoami(), probe.PROBED, f"{named.vo}/{named.name}", details)
     show(as_json, {"passes": not wrong, "endpoints": found}, lambda: "\n".join(lines))
     if wrong:
         raise typer.Exit(1)

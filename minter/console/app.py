@@ -200,11 +200,13 @@ class Files:
         resp.content_type, resp.text = "text/css; charset=utf-8", self._style
 
     def on_get_chart(self, _req: falcon.Request, resp: falcon.Response, kind: str, period: str) -> None:
-        """Answer with a chart, whose own styles its policy allows."""
-        resp.content_type = "image/svg+xml"
-        resp.set_header("Content-Security-Policy", "default-src 'none'; style-src 'unsafe-inline'")
+        """Answer with a chart of rates."""
         service = self._pages.service
-        resp.data = charts.svg(service.pool, kind, period, service.clock())
+        _picture(resp, charts.svg(service.pool, kind, period, service.clock()))
+
+    def on_get_keys(self, _req: falcon.Request, resp: falcon.Response) -> None:
+        """Answer with the keys' time line."""
+        _picture(resp, self._pages.key_lines())
 
     def on_get_icon(self, _req: falcon.Request, resp: falcon.Response) -> None:
         """Answer browsers, which always ask for an icon, that there is none."""
@@ -252,7 +254,7 @@ def application(pages: Pages, sign_in: SignIn, base: str) -> "falcon.App[Any, An
         ("/enter", door, "enter"), ("/sign-in", door, "sign_in"), ("/callback", door, "callback"),
         ("/sign-out", door, "sign_out"), ("/style.css", files, "style"), ("/health", files, "health"),
         ("/favicon.ico", files, "icon"),
-        ("/chart/{kind}/{period}.svg", files, "chart"),
+        ("/chart/{kind}/{period}.svg", files, "chart"), ("/chart/keys.svg", files, "keys"),
     ):  # fmt: skip
         app.add_route(path, resource, suffix=suffix)
     return app
@@ -271,6 +273,12 @@ def _reads(pages: Pages) -> dict[str, Read]:
         "dead": lambda _: pages.dead(),
         "audit": lambda req: pages.audit({name: req.get_param(name) or "" for name in AUDITED}),
     }
+
+
+def _picture(resp: falcon.Response, svg: bytes) -> None:
+    """Answer with a picture, whose own styles its policy allows."""
+    resp.content_type, resp.data = "image/svg+xml", svg
+    resp.set_header("Content-Security-Policy", "default-src 'none'; style-src 'unsafe-inline'")
 
 
 def _place(url: str) -> tuple[str, str]:

@@ -1,6 +1,7 @@
 """Charts of what all processes counted, drawn by pygal as SVG pictures for light and dark pages."""
 
 from collections import Counter
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ from sqlalchemy.engine import Engine as Pool
 
 from minter.database import counts
 from minter.errors import InvalidRequest
+from minter.tokens.keys import Key, RotationPolicy, signs_until
 
 
 class Period(NamedTuple):
@@ -73,6 +75,57 @@ def svg(pool: Pool, kind: str, period: str, now: datetime) -> bytes:
     for label, values in sorted(shown.per_second.items()):
         chart.add(label, [round(v, 4) for v in values])
     return bytes(chart.render())
+
+
+class KeyLine(NamedTuple):
+    """One key's life: when it was published, signs or may sign, signs no more, and leaves the key set."""
+
+    name: str
+    published: datetime
+    signs_from: datetime
+    signs_until: datetime
+    public_until: datetime
+
+    @classmethod
+    def of(cls, key: Key, rotation: RotationPolicy, now: datetime) -> "KeyLine":
+        """Return the line of a key; one that never signed waits until now, or until it was withdrawn."""
+        ends = key.retired_at or (signs_until(key, rotation) if key.activated_at else None) or now
+        starts = min(key.activated_at or ends, ends)
+        public = ends if key.state == "revoked" else max(key.last_exp or ends, ends)
+        name = f"{key.kid[:8]} {key.algorithm}, {key.vo}, {key.state}"
+        return cls(name, key.published_at, max(starts, key.published_at), max(ends, key.published_at), public)
+
+
+def key_lines(lines: Sequence[KeyLine], now: datetime) -> bytes:
+    """Return the picture of keys' lives, by days before and after now."""
+    first = min((line.published for line in lines), default=now)
+
+    def days(start: datetime, end: datetime) -> float:
+        return max(0.0, (end - start) / timedelta(days=1))
+
+    chart = pygal.HorizontalStackedBar(
+        style=_STYLE, js=[], title="Days from now: before it signs, signs, still public", width=800,
+        height=120 + 36 * len(lines), legend_at_bottom=True, no_data_text="no keys", truncate_label=-1,
+        truncate_legend=-1, value_formatter=lambda day: f"{day - days(first, now):+.0f}",
+    )  # fmt: skip
+    chart.x_labels = [line.name for line in lines]
+    chart.add(
+        None, [{"value": days(first, line.published), "style": "fill: none; stroke: none"} for line in lines]
+    )
+    chart.add("public, does not sign yet", [days(line.published, line.signs_from) for line in lines])
+    chart.add("signs", [days(line.signs_from, line.signs_until) for line in lines])
+    chart.add("public, signs no more", [days(line.signs_until, line.public_until) for line in lines])
+    return bytes(chart.render())
+
+
+def of_storages(pool: Pool, now: datetime) -> dict[tuple[str, str], tuple[int, int]]:
+    """Return the tokens and refusals of the last day by VO and storage, counted by whole hours."""
+    found: Counter[tuple[str, str, str]] = Counter()
+    day = PERIODS["day"].length
+    for _, vo, kind, storage, amount in counts.amounts(pool, counts.OF_STORAGES.values(), now - day, day):
+        found[kind, vo, storage] += amount
+    tokens, refusals = counts.OF_STORAGES["tokens"], counts.OF_STORAGES["refusals"]
+    return {(vo, name): (found[tokens, vo, name], found[refusals, vo, name]) for _, vo, name in found}
 
 
 def means(pool: Pool, period: Period, now: datetime) -> dict[str, float]:

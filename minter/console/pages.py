@@ -19,17 +19,19 @@ from minter.database.traces import TraceRecord
 from minter.errors import InvalidRequest, MinterError, RequestError, Unavailable
 from minter.lines import SECONDS, Line
 from minter.policy.clients import Client
+from minter.probe.probe import PROBED
 from minter.service import Service
 from minter.storages.dialects import DIALECTS
 from minter.tasks import bans as ban_names
 from minter.tasks import dead_letters
 from minter.tasks.dead_letters import DeadLetter
 from minter.tokens import keys
+from minter.tokens.keys import Key
 
 logger = logging.getLogger(__name__)
 
 LOOK_SECONDS = 15.0
-MOST_TOKENS, MOST_CHANGES = 50, 200
+MOST_TOKENS, MOST_CHANGES, MOST_KEYS = 50, 200, 24
 AUDITED = ("actor", "action", "subject")
 
 
@@ -112,9 +114,16 @@ class Pages:
         return {"query": "", "text": f"{by} {name}", "tokens": _told(found), "refusals": [], "wrong": ""}
 
     def storages(self) -> dict[str, Any]:
-        """Return the storages of the settings with their dialects."""
+        """Return the storages of the settings: dialect, what the last day brought, and their last probe."""
         listed = sorted(self.service.loaded.storages, key=lambda s: (s.vo, s.name))
-        return {"storages": [(s, DIALECTS[s.dialect]) for s in listed]}
+        counted = charts.of_storages(self.service.pool, self.service.clock())
+        probed = audit.last(self.service.pool, PROBED, [f"{s.vo}/{s.name}" for s in listed])
+        return {
+            "storages": [
+                (s, DIALECTS[s.dialect], *counted.get((s.vo, s.name), (0, 0)), probed.get(f"{s.vo}/{s.name}"))
+                for s in listed
+            ]
+        }
 
     def clients(self) -> dict[str, Any]:
         """Return the registered clients with their limits."""
@@ -129,8 +138,7 @@ class Pages:
 
     def keys(self) -> dict[str, Any]:
         """Return the signing keys with their times."""
-        with transaction(self.service.pool) as connection:
-            ring = read_keys(connection)
+        ring = self._ring()
         rotation, now = self.service.engine.rotation, self.service.clock()
         return {
             "keys": [
@@ -141,6 +149,16 @@ class Pages:
                 for k in sorted(ring, key=lambda k: (k.vo, k.algorithm, k.published_at))
             ],
         }  # fmt: skip
+
+    def key_lines(self) -> bytes:
+        """Return the keys' time line, as a picture."""
+        rotation, now = self.service.engine.rotation, self.service.clock()
+        newest = sorted(self._ring(), key=lambda k: k.published_at)[-MOST_KEYS:]
+        return charts.key_lines([charts.KeyLine.of(k, rotation, now) for k in newest], now)
+
+    def _ring(self) -> list[Key]:
+        with transaction(self.service.pool) as connection:
+            return read_keys(connection)
 
     def providers(self) -> dict[str, Any]:
         """Return the external IAMs: circuit breaker, pending and fresh tokens."""
@@ -190,8 +208,7 @@ class Pages:
 
     def rotate(self, form: Mapping[str, str], actor: str) -> str:
         """Let the standby key of a VO and algorithm sign; return what was done. Raises NoUsableKey."""
-        with transaction(self.service.pool) as connection:
-            of = next((k for k in read_keys(connection) if k.kid == form.get("kid")), None)
+        of = next((k for k in self._ring() if k.kid == form.get("kid")), None)
         if of is None:
             raise InvalidRequest("no key has this kid")
         (key,) = self.service.rotate_keys(of.vo, [of.algorithm], actor)

@@ -1,6 +1,6 @@
 """SQL of the audit: who changed what, and when (I8)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -35,6 +35,17 @@ def changes(
             {"since": since, "actor": actor, "action": action, "subject": subject, "limit": limit},
         ).fetchall()
     return [Change(*row) for row in rows]
+
+
+def last(pool: Pool, action: str, subjects: Sequence[str]) -> dict[str, Change]:
+    """Return the newest change of an action for each of these subjects that has one."""
+    with transaction(pool) as connection:
+        rows = connection.execute(
+            "SELECT DISTINCT ON (subject) at, actor, action, subject, details FROM audit"
+            " WHERE subject = ANY(%s) AND action = %s ORDER BY subject, audit_id DESC",
+            (list(subjects), action),
+        ).fetchall()
+    return {row[3]: Change(*row) for row in rows}
 
 
 def note(pool: Pool, actor: str, action: str, subject: str, details: Mapping[str, object]) -> None:

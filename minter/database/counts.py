@@ -1,4 +1,4 @@
-"""SQL of what processes counted: rates of the whole cluster, minute by minute, for 8 days.
+"""SQL of what processes counted: rates of the whole cluster, minute by minute or hour by hour, for 8 days.
 
 A count is of a VO (empty if none is known), a kind and a label:
 
@@ -7,6 +7,7 @@ A count is of a VO (empty if none is known), a kind and a label:
 | `tokens` | mode, or `repeated` | tokens handed out |
 | `requests` | granted, refused, repeated | requests served |
 | `refusals` | reason | tokens and requests refused |
+| `storage_tokens`, `storage_refusals` | storage | the same by storage, hour by hour |
 | `stage_us`, `stages` | stage | microseconds in a stage, and batches that passed it |
 | `age_us`, `ages` | empty | microseconds that requests waited, and requests |
 """
@@ -24,16 +25,22 @@ from minter.database.connection import transaction
 Counts: TypeAlias = Mapping[tuple[str, str, str], int]
 """Amounts by VO, kind and label."""
 KEPT = "8 days"
+OF_STORAGES = {"tokens": "storage_tokens", "refusals": "storage_refusals"}
+"""The kinds that are counted by storage, too: by the hour, as there may be hundreds of storages."""
 
 
 def add(connection: "psycopg.Connection[Any]", process_id: UUID, counts: Counts) -> None:
     """Add what a process counted since its last heartbeat to the present minute."""
     with connection.cursor() as cursor:
         cursor.executemany(
-            "INSERT INTO counts VALUES (date_trunc('minute', now()), %s, %s, %s, %s, %s)"
+            "INSERT INTO counts VALUES (date_trunc(%s, now()), %s, %s, %s, %s, %s)"
             " ON CONFLICT (minute, process_id, vo, kind, label)"
             " DO UPDATE SET amount = counts.amount + excluded.amount",
-            [(process_id, *key, amount) for key, amount in counts.items() if amount],
+            [
+                ("hour" if key[1] in OF_STORAGES.values() else "minute", process_id, *key, amount)
+                for key, amount in counts.items()
+                if amount
+            ],
         )
 
 

@@ -137,11 +137,15 @@ class Policy:
         made: list[PlannedToken] = []
         failed: list[Refused] = []
         for need in file.needs:
+            area = None
             try:
                 if file.activity:
                     bans.check(client.vo, activity=activity)
-                made.append(self._grant(request, file, need, plans, client, bans, away))
+                area, path = self._locate(request, need, client)
+                made.append(self._grant(request, file, need, area, path, plans, client, bans, away))
             except RequestError as error:
+                if area is not None:
+                    error.fields.setdefault("storage", area.storage)
                 failed.append(Refused(need, error))
         made, onto_itself = _without_copies_onto_itself(made)
         failed += onto_itself
@@ -173,21 +177,25 @@ class Policy:
             plans = self._plans[key] = {}
         return plans
 
+    def _locate(self, request: Request, need: Need, client: Client) -> tuple[Area, str]:
+        if request.via_fts:
+            check_fts_url(need.url)
+        elif request.via == "url":
+            check_signable(need.url)
+        return self.directories[client.vo].locate(need.url)
+
     def _grant(
         self,
         request: Request,
         file: File,
         need: Need,
+        area: Area,
+        path: str,
         plans: dict[object, Plan | RequestError],
         client: Client,
         bans: Bans,
         away: frozenset[str],
     ) -> PlannedToken:
-        if request.via_fts:
-            check_fts_url(need.url)
-        elif request.via == "url":
-            check_signable(need.url)
-        area, path = self.directories[client.vo].locate(need.url)
         bans.check(client.vo, storage=area.storage)
         key = (area, need.operations, need.if_able, need.side)
         plan = plans.get(key)

@@ -18,6 +18,8 @@ from minter.tokens.clock import new_uuid7
 
 EXPIRED = timedelta(minutes=4)
 """How long ago the token was minted that must have expired: three minutes more than it lived."""
+PROBED = "storage.probed"
+"""Action under which the audit has each probe, with the names of what failed; its subject is VO/storage."""
 NOBODY = "https://minter-probe.invalid"
 
 

@@ -94,6 +94,9 @@ def test_a_right_site_passes_and_nothing_is_left(right: tuple[Served, XRootD]) -
         "audience", "signature", "expiry", "delete",
     }  # fmt: skip
     assert not files(storage)
+    newest = "SELECT details FROM audit WHERE action = 'storage.probed' ORDER BY audit_id DESC LIMIT 1"
+    ((details,),) = rows(served.service, newest)
+    assert (details["path"], details["failed"]) == ("/vo/scratch", [])
 
 
 def test_every_token_of_a_probe_is_on_record_and_soon_over(right: tuple[Served, XRootD]) -> None:

@@ -2,27 +2,32 @@
 
 import re
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 from falcon.testing import Result, TestClient
+from msgspec import structs
 
-from minter.console import server
+from minter.console import charts, server
 from minter.console.app import application
 from minter.console.pages import Pages
 from minter.console.signin import MOST, SESSION_SECONDS, Person, Sessions, SignIn
 from minter.contract.followups import JobReport
 from minter.contract.messages import FileRequest, MintRequest
-from minter.database import counts, states
+from minter.database import audit, control_changes, counts, states
 from minter.database.connection import open_pool, transaction
 from minter.errors import SettingsError
 from minter.heartbeats import Heartbeat
 from minter.lines import Line
 from minter.metrics import Metrics
 from minter.policy.requests import from_mint
+from minter.probe.probe import PROBED
 from minter.sections import ConsoleSettings
 from minter.service import Service
+from minter.tasks import bans
 from minter.tokens import clock
+from minter.tokens.keys import RotationPolicy
 from minter.tokens.outcomes import Submission
 from tests.conftest import load_settings
 from tests.integration.test_mint import SE
@@ -121,6 +126,52 @@ def test_pages_hold_no_script_and_no_token(console: Console, path: str) -> None:
     assert 'lang="en"' in answer.text
     for label in re.findall(r"<(?:input|select)(?![^>]*hidden)[^>]*>", answer.text):
         assert "name=" in label
+
+
+def test_storages_show_what_the_day_brought_and_their_last_probe(dsn: str) -> None:
+    metrics = Metrics()
+    service = Service(load_settings(dsn), metrics.observe)
+    console = Console(service)
+    console.enter("viewer")
+    heartbeat = Heartbeat("worker", service, metrics.counted)
+    minted(service)
+    name = "BOREAS-T2_DATADISK"
+    control_changes.add_ban(service.pool, bans.named("storage", name, "alpen"), "test", "x")
+    _, none = minted(service)
+    assert not none
+    heartbeat.beat()
+    for failed in (["audience"], []):
+        audit.note(service.pool, "x", PROBED, f"alpen/{name}", {"failed": failed})
+        shown = console.pages.storages()["storages"]
+        found = {storage.name: row for storage, _, *row in shown}
+        assert found[name][:2] == [1, 1]
+        assert found[name][2].details == {"failed": failed}
+        assert all(row == [0, 0, None] for other, row in found.items() if other != name)
+        assert ("audience" in console.get("/storages").text) == bool(failed)
+    heartbeat.stop()
+    service.pool.dispose()
+
+
+def test_the_keys_have_a_time_line(console: Console) -> None:
+    console.enter("viewer")
+    picture = console.get("/chart/keys.svg")
+    assert picture.headers["content-type"] == "image/svg+xml"
+    now, ring = console.service.clock(), console.pages.keys()["keys"]
+    for shown in ring:
+        assert shown["key"].kid[:8] in picture.text
+    day, rotation = timedelta(days=1), RotationPolicy()
+    of = ring[0]["key"]
+    active = structs.replace(of, state="active", published_at=now - 9 * day, activated_at=now - 8 * day)
+    old = structs.replace(active, state="old", retired_at=now - 2 * day, last_exp=now + day)
+    waiting = structs.replace(of, state="prepared", published_at=now - day, activated_at=None)
+    until = now - 8 * day + timedelta(seconds=rotation.lifetime_seconds)
+    for key, *times in (
+        (active, now - 9 * day, now - 8 * day, until, until),
+        (old, now - 9 * day, now - 8 * day, now - 2 * day, now + day),
+        (structs.replace(old, state="revoked"), now - 9 * day, now - 8 * day, now - 2 * day, now - 2 * day),
+        (waiting, now - day, now, now, now),
+    ):
+        assert charts.KeyLine.of(key, rotation, now)[1:] == tuple(times)
 
 
 def test_a_token_is_found_by_whatever_is_known_of_it(console: Console) -> None:

@@ -65,8 +65,8 @@ def test_tokens_requests_and_refusals_are_counted(observed: tuple[Service, metri
     assert value("minter_requests_total", vo="alpen", kind="mint", outcome="granted") == 2
     assert value("minter_requests_total", vo="alpen", kind="mint", outcome="repeated") == 1
     assert value("minter_requests_total", vo="", kind="mint", outcome="refused") == 1
-    assert value("minter_refusals_total", vo="alpen", reason="unknown_storage") == 1
-    assert value("minter_refusals_total", vo="", reason="unknown_client") == 1
+    assert value("minter_refusals_total", vo="alpen", reason="unknown_storage", storage="") == 1
+    assert value("minter_refusals_total", vo="", reason="unknown_client", storage="") == 1
     assert value("minter_batch_requests_count") == 2
     assert value("minter_request_age_seconds_count") == 4
     for stage in ("decided", "inserted", "copied", "committed", "answered"):
