@@ -34,6 +34,7 @@ from tests.iam_servers import OidcProvider
 
 LEAD = lead_of(6 * 3600, 2 * 3600)
 AUDIENCE = "https://se0.example.org"
+WAITING = 100_000
 _ROWS = """
     INSERT INTO managed (jti, client_id, digest, provider, mode, state, scope, audience, storage, on_behalf_of,
         activity, fallback, uses, cap_seconds, least_seconds, deadline, lead_seconds, needed_at, access, expires_at,
@@ -161,15 +162,23 @@ def budget(refreshers: Refreshers, per_second: float, seconds: float, count: int
 
 
 def due(refreshers: Refreshers, alive: int) -> dict[str, object]:
-    """Time how long finding and leasing 500 due tokens takes, with growing numbers of live tokens."""
+    """Time how long finding and leasing 500 due tokens takes, with growing numbers of live tokens.
+
+    At last 100 000 tokens that are needed before all others wait for a retry.
+    """
     refreshers.configure(10_000)
     refreshers.empty()
     found: dict[str, object] = {}
     held, provider = 0, refreshers.service.loaded.settings.providers[0]
     provider = structs.replace(provider, in_flight=1000)
     refreshers.rows(3000, "issued", 600, 0.01)
-    for size in (10_000, 100_000, alive):
-        refreshers.rows(size - held, "issued", LEAD + 100, 3600 * 4 / size)
+    for size in (10_000, 100_000, alive, alive + WAITING):
+        if size > alive:
+            refreshers.rows(WAITING, "queued", -500, 0.001)
+            with connection.transaction(refreshers.service.pool) as tx:
+                tx.execute("UPDATE managed SET retry_at = now() + interval '1 hour' WHERE state = 'queued'")
+        else:
+            refreshers.rows(size - held, "issued", LEAD + 100, 3600 * 4 / size)
         held = size
         with connection.transaction(refreshers.service.pool) as tx:
             tx.execute("ANALYZE managed")

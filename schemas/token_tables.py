@@ -260,7 +260,11 @@ managed = Table(
     ),
     Index(
         "managed_needed_idx", "provider", "lead_seconds", "needed_at",
-        postgresql_where=text("lead_seconds IS NOT NULL"),
+        postgresql_where=text("(lead_seconds IS NOT NULL) AND (retry_at IS NULL)"),
+    ),
+    Index(
+        "managed_again_idx", "provider", "lead_seconds", "needed_at", "retry_at",
+        postgresql_where=text("(lead_seconds IS NOT NULL) AND (retry_at IS NOT NULL)"),
     ),
     Index("managed_leased_idx", "provider", postgresql_where=text("lease IS NOT NULL")),
     Index(

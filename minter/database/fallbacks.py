@@ -7,7 +7,7 @@ from uuid import UUID
 from sqlalchemy.engine import Engine as Pool
 
 from minter.database.connection import transaction
-from minter.database.leases import LEASED, Leased
+from minter.database.leases import LEASED, Leased, needed_soonest
 from minter.database.managed import FINISHED
 from minter.providers.dialects import LEADS, Provider
 
@@ -15,6 +15,7 @@ from minter.providers.dialects import LEADS, Provider
 
 FALLBACK_WITHIN_SECONDS = 900
 """While a provider is paused, a token with less life left than this gets a fallback, if its route has one."""
+_SOON = "m.needed_at <= %(soon)s AND m.fallback <> '{}' AND m.jti <> ALL(%(but)s)"
 
 
 def lease_for_fallback(
@@ -38,19 +39,12 @@ def lease_for_fallback(
             return []
         rows = connection.execute(
             f"""
-            WITH due AS MATERIALIZED (
-                SELECT m.jti, m.spent AS was_spent FROM managed m
-                WHERE m.provider = %(provider)s AND m.lead_seconds IS NOT NULL AND m.fallback <> '{{}}'
-                    AND m.needed_at <= %(soon)s AND m.deadline > %(now)s
-                    AND (m.leased_until IS NULL OR m.leased_until <= %(now)s)
-                    AND m.lead_seconds = ANY(%(leads)s) AND m.jti <> ALL(%(but)s)
-                ORDER BY m.needed_at LIMIT %(most)s FOR UPDATE SKIP LOCKED
-            )
+            WITH due AS MATERIALIZED ({needed_soonest(_SOON, "m.retry_at IS NOT NULL")})
             UPDATE managed m SET leased_until = %(until)s, lease = %(lease)s FROM due d, clients c
             WHERE m.jti = d.jti AND c.client_id = m.client_id RETURNING {LEASED}
             """,
             {
-                "provider": provider.name, "now": now, "lease": lease, "most": most,
+                "provider": provider.name, "now": now, "lease": lease, "count": most,
                 "until": now + timedelta(seconds=lease_seconds),
                 "soon": now + timedelta(seconds=FALLBACK_WITHIN_SECONDS),
                 "leads": list(LEADS), "but": list(but),

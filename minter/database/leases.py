@@ -57,18 +57,34 @@ LEASED = ", ".join(
      "spent": "d.was_spent"}.get(name, f"m.{name}")
     for name in Leased.__struct_fields__
 )  # fmt: skip
-_DUE = """
-    SELECT d.* FROM unnest(%(leads)s::int[]) AS l (lead) CROSS JOIN LATERAL (
-        SELECT m.jti, m.needed_at, m.spent AS was_spent FROM managed m
-        WHERE m.provider = %(provider)s AND m.lead_seconds = l.lead
-            AND m.needed_at <= %(now)s + make_interval(secs => l.lead) AND m.deadline > %(now)s
-            AND (m.retry_at IS NULL OR m.retry_at <= %(now)s)
-            AND (m.leased_until IS NULL OR m.leased_until <= %(now)s)
-        ORDER BY m.needed_at LIMIT %(count)s {lock}
-    ) d ORDER BY d.needed_at LIMIT %(count)s
-"""
-DUE = _DUE.format(lock="")
-"""Selects due tokens, those needed soonest first: one index probe for each lead, however many are live."""
+LOCK = "FOR UPDATE SKIP LOCKED"
+
+
+def needed_soonest(which: str, retried: str, lock: str = LOCK) -> str:
+    """Return the query of a provider's tokens that are not leased, those needed soonest first.
+
+    `which` and `retried` are conditions, the latter for tokens that wait for a retry: these have an index of
+    their own. Each index is probed once for each lead, however many tokens are live.
+    """
+    probes = " UNION ALL ".join(
+        f"""
+        SELECT * FROM (
+            SELECT m.jti, m.needed_at, m.spent AS was_spent FROM managed m
+            WHERE m.provider = %(provider)s AND m.lead_seconds = l.lead AND {retry} AND {which}
+                AND m.deadline > %(now)s AND (m.leased_until IS NULL OR m.leased_until <= %(now)s)
+            ORDER BY m.needed_at LIMIT %(count)s {lock}
+        ) AS {name}"""
+        for name, retry in (("first", "m.retry_at IS NULL"), ("again", retried))
+    )
+    return (
+        f"SELECT d.* FROM unnest(%(leads)s::int[]) AS l (lead) CROSS JOIN LATERAL ({probes}) AS d"
+        " ORDER BY d.needed_at LIMIT %(count)s"
+    )
+
+
+_DUE = ("m.needed_at <= %(now)s + make_interval(secs => l.lead)", "m.retry_at <= %(now)s")
+DUE = needed_soonest(*_DUE, lock="")
+"""Selects due tokens."""
 
 
 class Taken(Struct, frozen=True):
@@ -83,7 +99,7 @@ class Taken(Struct, frozen=True):
 
 
 _LEASE = f"""
-    WITH due AS MATERIALIZED ({_DUE.format(lock="FOR UPDATE SKIP LOCKED")})
+    WITH due AS MATERIALIZED ({needed_soonest(*_DUE)})
     UPDATE managed m SET leased_until = %(until)s, lease = %(lease)s,
         spent = m.refresh IS NOT NULL AND NOT %(replays)s
     FROM due d, clients c
