@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # Two processes, each with a Postgres of its own; the tests of one file share servers and stay together.
 FAST := -m "not slow and not rabbitmq" -n 2 --dist loadfile
 
-.PHONY: demo test test-all test-lowest fuzz kills cluster mutants coverage lint schemas dist book clean
+.PHONY: demo test test-all test-lowest fuzz kills image cluster mutants coverage lint schemas dist book clean
 
 demo: $(STAMP)
 	$(RUN)/minter demo
@@ -31,6 +31,10 @@ fuzz: $(STAMP)
 # A worker killed 20 times at each of its stages, on RabbitMQ; the acceptance suite does it 10 times.
 kills: $(STAMP)
 	MINTER_KILLS=20 $(RUN)/pytest -m rabbitmq tests/acceptance/test_faults.py -k at_each_stage
+
+# Build the container image on a base made here and let it issue a token; needs root, debootstrap and buildah.
+image: dist
+	$(RUN)/pytest tests/image
 
 # Each fault 20 times on a real cluster (docs/cluster.md), more than two hours; needs root, Debian's packages of .ci/run and libfaketime.
 # CLUSTER="--each 5 --only broker" does less of it.

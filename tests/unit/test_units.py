@@ -24,6 +24,19 @@ def test_there_is_a_unit_for_each_long_running_command() -> None:
             assert "WantedBy=minter.target" in unit.read_text()
 
 
+def test_compose_starts_commands_that_exist_and_mounts_files_that_exist() -> None:
+    folder = ROOT / "deploy/container"
+    text = (folder / "compose.yaml").read_text()
+    commands = re.findall(r"<<: \*minter(?:,|\n) *command: \[(\w+)", text)
+    assert {"db", "worker", "beat", "publish", "serve"} == set(commands) <= {*COMMANDS, "db"}
+    mounted = re.findall(r"[- \[](\.\./[\w./-]+):", text)
+    assert len(mounted) == 4
+    assert all((folder / name).exists() for name in mounted)
+    set_there = set(re.findall(r"^    (MINTER_\w+):", text, re.MULTILINE))
+    example = (ROOT / "deploy/environment.example").read_text()
+    assert set_there == set(re.findall(r"^(MINTER_\w+)=", example, re.MULTILINE)) - {"MINTER_SETTINGS"}
+
+
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")
 @pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.name)
 def test_units_are_hardened(unit: Path, tmp_path: Path) -> None:
