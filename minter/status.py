@@ -4,8 +4,10 @@ Nothing here changes anything. A part that cannot be asked gives a failed line, 
 the same. A line is `ok`, `warning` (look at it today) or `failed` (requests wait, or soon will).
 """
 
+import logging
 import os
 import shutil
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -35,6 +37,8 @@ from minter.service import Service
 from minter.settings import Loaded
 from minter.tokens.clock import check_clock, new_uuid7
 
+logger = logging.getLogger(__name__)
+
 CERTIFICATE_DAYS = 14
 """A certificate that ends sooner gives a warning."""
 QUEUE_LONG = 10_000
@@ -46,6 +50,21 @@ DISK_LOW, DISK_FULL = 0.15, 0.03
 EPOCH = datetime.fromtimestamp(0, UTC)
 CONNECTIONS_LEFT = 10
 """Free connections of Postgres below which there is a warning."""
+
+
+def keep_looking(look: Callable[[], None], seconds: float) -> None:
+    """Call a function in a thread of its own, now and again after so many seconds; its errors are logged."""
+
+    def run() -> None:
+        pause = threading.Event()
+        while True:
+            try:
+                look()
+            except Exception:
+                logger.exception("the state of the system could not be asked")
+            pause.wait(seconds)
+
+    threading.Thread(target=run, name="status", daemon=True).start()
 
 
 def lines(loaded: Loaded) -> list[Line]:

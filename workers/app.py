@@ -6,7 +6,6 @@ answered with a typed error and dead-lettered. Bodies are never logged.
 
 import logging
 import os
-import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -300,22 +299,16 @@ def _start_beat(**_: Any) -> None:
         )
     )
     serve_process(registry, app.loaded.settings.metrics, "beat")
-    threading.Thread(target=_watch_parts, args=(registry,), name="status", daemon=True).start()
+    level = new_gauge(PART, registry)
 
+    def look() -> None:
+        """Export the lines of `minter status`."""
+        found = status.lines(app.loaded) if app.heartbeat.acts() else []
+        level.clear()
+        for part, worst in status.by_part(found).items():
+            level.labels(part).set(LEVELS.index(worst))
 
-def _watch_parts(registry: CollectorRegistry) -> None:
-    """Export the lines of `minter status` once a minute, without end."""
-    level, pause = new_gauge(PART, registry), threading.Event()
-    while True:
-        try:
-            found = status.lines(app.loaded) if app.heartbeat.acts() else []
-        except Exception:
-            logger.exception("the state of the system could not be asked")
-        else:
-            level.clear()
-            for part, worst in status.by_part(found).items():
-                level.labels(part).set(LEVELS.index(worst))
-        pause.wait(PARTS_SECONDS)
+    status.keep_looking(look, PARTS_SECONDS)
 
 
 def _request_queues(service: Service) -> list[str]:

@@ -1,7 +1,6 @@
 """What the console's pages show, and the changes that operators make there."""
 
 import logging
-import threading
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any
@@ -46,7 +45,7 @@ class Overview:
 
     def start(self) -> None:
         """Start the thread."""
-        threading.Thread(target=self._run, name="overview", daemon=True).start()
+        status.keep_looking(self.look, LOOK_SECONDS)
 
     def look(self) -> None:
         """Ask every part now."""
@@ -56,15 +55,6 @@ class Overview:
         except MinterError as error:
             logger.warning("live tokens cannot be counted: %s", error)
         self.at = self._service.clock()
-
-    def _run(self) -> None:
-        pause = threading.Event()
-        while True:
-            try:
-                self.look()
-            except Exception:
-                logger.exception("the state of the system could not be asked")
-            pause.wait(LOOK_SECONDS)
 
 
 class Pages:
