@@ -315,20 +315,22 @@ class MessageBatcher:
                     f"{names.DEAD_LETTER_QUEUE} for the operators"
                 )
                 self.outbox.dead_letter(pending, error)
-        except (Unavailable, BrokerAway):
             self._survived.add(digest)
+        except (Unavailable, BrokerAway):
+            if tries < MAX_TRIES:
+                self._survived.add(digest)
             raise
-        self._survived.add(digest)
-        try:
-            self._clear_survived()
-        except Unavailable:
-            logger.warning("the redelivery count of a served message is not cleared yet: Postgres is away")
+        finally:
+            self._clear_survived()  # at once: the broker may hand the message to another worker
 
     def _clear_survived(self) -> None:
-        """Clear the counts of messages at which Postgres or the broker went away, not this process."""
-        for digest in list(self._survived):
-            self.redeliveries.clear(digest)
-            self._survived.discard(digest)
+        """Clear the counts of messages that were served, or at which Postgres or the broker went away."""
+        try:
+            for digest in list(self._survived):
+                self.redeliveries.clear(digest)
+                self._survived.discard(digest)
+        except Unavailable:
+            logger.warning("redelivery counts are not cleared yet: Postgres is away")
 
     def _mint(self, batch: Sequence[PendingMessage]) -> list[tuple[PendingMessage, Answer]]:
         self.on_stage("received")

@@ -64,7 +64,7 @@ class Outbox:
         except self.errors as error:
             self.publisher.close()
             # Celery reconnects on connection errors only, so a broken channel is raised as one.
-            kind = BrokerAway if isinstance(error, self.publisher.away) else ConnectionError
+            kind = BrokerAway if self.publisher.is_away(error) else ConnectionError
             raise kind(f"answers could not be published: {type(error).__name__}") from error
         if missing := [m for m in (*lost.gone, *buried.gone) if m.persistent]:
             raise ServerError(f"queue {missing[0].routing_key} does not exist; run: minter broker setup")
@@ -79,7 +79,11 @@ class Outbox:
             raise ServerError(f"queue {names.DEAD_LETTER_QUEUE} refuses: is it full?")
         self.on_stage("confirmed")
         if served := [pending.message for pending, _ in done if pending not in again]:
-            acknowledge(served, self.errors)
+            try:
+                acknowledge(served, self.errors)
+            except self.errors as error:
+                why = f"messages could not be acknowledged: {type(error).__name__}"
+                raise BrokerAway(why) from error
         for pending in again:
             self._offer_again(pending)
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import kombu
+from amqp.exceptions import FrameError, FrameSyntaxError, InvalidCommand, UnexpectedFrame
 from kombu import Exchange, Queue
 from kombu.exceptions import BatchPublishError
 from kombu.transport import virtual
@@ -29,6 +30,9 @@ PERSISTENT, TRANSIENT = 2, 1
 
 DELIVERY_LIMIT = 1_000
 """Most deliveries of a message; RabbitMQ 4 would drop it after 20, which outages can cause (I3)."""
+
+_OURS = (FrameError, FrameSyntaxError, InvalidCommand, UnexpectedFrame, KeyError)
+"""Errors of a connection that what was sent may have caused; KeyError is one of kombu's for Valkey."""
 
 _QUORUM = {
     "x-queue-type": "quorum",
@@ -125,11 +129,9 @@ class Publisher:
         """Exceptions that `publish` raises when the broker is not reachable."""
         return (*self.connection.connection_errors, *self.connection.channel_errors)
 
-    @property
-    def away(self) -> tuple[type[Exception], ...]:
-        """Those of `errors` that say nothing about the messages: the connection was lost."""
-        found: tuple[type[Exception], ...] = self.connection.recoverable_connection_errors
-        return found
+    def is_away(self, error: Exception) -> bool:
+        """Say whether one of `errors` says nothing about the messages: the connection was lost."""
+        return isinstance(error, tuple(self.connection.connection_errors)) and not isinstance(error, _OURS)
 
     @property
     def confirms(self) -> bool:

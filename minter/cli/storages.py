@@ -8,7 +8,7 @@ import typer
 
 from minter.cli.tables import AsJson, Listing, client_of, guarded, open_service, read_object, show, whoami
 from minter.database import audit
-from minter.errors import InvalidRequest, SettingsError
+from minter.errors import InvalidRequest, RequestError, SettingsError
 from minter.probe import probe
 from minter.service import load_settings
 from minter.settings import Loaded
@@ -196,19 +196,28 @@ def storages_probe(
     service = open_service()
     named = _named(service.loaded, storage, vo)
     name, _ = client_of(service, client)
-    found = {
-        place: list(probe.read_only(asker, path) if read_only else probe.write_and_read(asker, path))
-        for place, asker in probe.askers(service, named, path, name, ca).items()
-    }
+    askers = probe.askers(service, named, path, name, ca)
+
+    def note(failed: list[str]) -> None:
+        details = {"path": path, "read_only": read_only, "failed": failed}
+        audit.note(service.pool, whoami(), probe.PROBED, f"{named.vo}/{named.name}", details)
+
+    try:
+        found = {
+            place: list(probe.read_only(asker, path) if read_only else probe.write_and_read(asker, path))
+            for place, asker in askers.items()
+        }
+    except RequestError as error:
+        note([error.reason])
+        raise
     lines = [
         f"{place} {'ok     ' if verdict.passes else 'failed '} {verdict.check}: {verdict.text}"
         for place, verdicts in found.items()
         for verdict in verdicts
     ]
     wrong = [verdict.check for verdicts in found.values() for verdict in verdicts if not verdict.passes]
-    details = {"path": path, "read_only": read_only, "verdicts": len(lines), "failed": wrong}
-    audit.note(service.pool, whoami(), probe.PROBED, f"{named.vo}/{named.name}", details)
     show(as_json, {"passes": not wrong, "endpoints": found}, lambda: "\n".join(lines))
+    note(wrong)
     if wrong:
         raise typer.Exit(1)
 

@@ -30,6 +30,8 @@ from minter.tokens.keys import Key
 logger = logging.getLogger(__name__)
 
 LOOK_SECONDS = 15.0
+SIGNING = ("prepared", "active")
+"""States of keys that sign or will sign: the time line leaves out others first."""
 MOST_TOKENS, MOST_CHANGES, MOST_KEYS = 50, 200, 24
 AUDITED = ("actor", "action", "subject")
 
@@ -143,7 +145,7 @@ class Pages:
     def key_lines(self) -> bytes:
         """Return the keys' time line, as a picture."""
         rotation, now = self.service.engine.rotation, self.service.clock()
-        newest = sorted(self._ring(), key=lambda k: k.published_at)[-MOST_KEYS:]
+        newest = sorted(self._ring(), key=lambda k: (k.state in SIGNING, k.published_at))[-MOST_KEYS:]
         return charts.key_lines([charts.KeyLine.of(k, rotation, now) for k in newest], now)
 
     def _ring(self) -> list[Key]:

@@ -82,6 +82,7 @@ class BoundedConnection(psycopg.Connection[Any]):
                         self._cancel()
                     if waited > self.patience:
                         self._cancel()  # a server process does not notice that its client is gone
+                        self.pgconn.finish()  # else the end of a pipeline would raise an error of its own
                         raise psycopg.OperationalError(f"no answer within {self.patience:g} s")
                     if waited > SLOW_SECONDS and not told:
                         told = True

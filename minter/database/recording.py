@@ -308,8 +308,16 @@ class PostgresRecording:
         self, changed: Sequence[Family], tokens: Sequence[tuple[UUID, UUID]], now: datetime
     ) -> None:
         """Add or update refresh families; `tokens` are (family_id, jti) of access tokens."""
+        if any(family.revoked_at for family in changed):
+            self._flush()  # the tokens of a revoked family end, also those of this batch
         if changed:
             families.save(self._connection, changed, tokens, now)
+
+    def _flush(self) -> None:
+        """Insert now what would go with the commit."""
+        for statement, values in self._connection.last:
+            self._connection.execute(statement, values)
+        self._connection.last = ()
 
     def recorded(
         self, ids: Sequence[tuple[UUID, int]]
