@@ -2,8 +2,8 @@
 
 The module knows nothing about the contents of tokens. A temporary failure of Postgres is raised as
 `Unavailable`, and the transaction leaves nothing behind. Every wait for Postgres has a deadline. A commit
-that no synchronous standby confirms in time is `Unavailable`, too: Postgres has then committed it locally,
-so a repeated request finds its record, and reading a record waits for the standby again.
+that is not confirmed in time, by Postgres or by its synchronous standby, is `Unavailable`, too: Postgres may
+have committed, so a repeated request may find its record, and reading a record waits for the standby again.
 """
 
 import math

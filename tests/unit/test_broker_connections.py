@@ -2,9 +2,13 @@
 
 import socket
 
+import kombu
 import pytest
+import redis
+from amqp import exceptions
 
 from minter.broker.connections import connect, nodes, user, vhost
+from minter.broker.publisher import Publisher
 from minter.errors import SettingsError
 from tests.conftest import load_settings
 from workers import app
@@ -54,6 +58,26 @@ def test_workers_and_beat_get_the_nodes_as_they_are_meant() -> None:
             connection.maybe_switch_next()
             assert (connection.hostname, connection.userid) == (name, "minter")
             assert connection.virtual_host == "vo/alpen"
+
+
+@pytest.mark.parametrize(
+    ("url", "error", "away"),
+    [
+        ("amqp://", ConnectionResetError(), True),
+        ("amqp://", exceptions.ConnectionForced(), True),
+        ("amqp://", exceptions.InternalError(), True),
+        ("amqp://", exceptions.FrameSyntaxError(), False),
+        ("amqp://", exceptions.PreconditionFailed(), False),
+        ("redis://", redis.ConnectionError(), True),
+        ("redis://", redis.TimeoutError(), True),
+        ("redis://", redis.ResponseError(), False),
+        ("redis://", KeyError(), False),
+    ],
+)
+def test_a_broker_that_is_away_is_told_from_one_that_refuses(url: str, error: Exception, away: bool) -> None:
+    publisher = Publisher(kombu.Connection(url))
+    assert isinstance(error, publisher.errors)
+    assert publisher.is_away(error) == away
 
 
 def test_dead_nodes_are_passed_over() -> None:
