@@ -37,7 +37,8 @@ from minter.tasks.lifecycle import Lifecycle
 from minter.tokens import clock, keys
 from minter.tokens.outcomes import Submission
 from tests.conftest import load_settings, rows
-from tests.integration.test_mint import SE, count, mint, rotate, tokens
+from tests.integration.test_mint import SE, count, mint, tokens
+from tests.integration.test_repeats import rotate
 
 ME = "rucio-alpen"
 DIR = "/atlas/atlasdatadisk/rucio/data"
