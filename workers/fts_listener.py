@@ -59,11 +59,12 @@ class Listener(stomp.ConnectionListener):
     def __init__(self, source: "Source", connection: Any) -> None:
         self._source = source
         self._connection = connection
-        self.connected, self.lost = Event(), Event()
+        self.connected, self.lost, self.answered = Event(), Event(), Event()
 
     def on_connected(self, _frame: Any) -> None:
         """Note that the broker has accepted the connection."""
         self.connected.set()
+        self.answered.set()
 
     def on_message(self, frame: Any) -> None:
         """Put a message into the queue."""
@@ -71,13 +72,16 @@ class Listener(stomp.ConnectionListener):
         self._source.queue.put(Message(self._source, self._connection, frame.headers["ack"], body))
 
     def on_error(self, frame: Any) -> None:
-        """Log the broker's error; the broker closes the connection afterwards."""
-        logger.warning("broker %s: %s", self._source.address, str(frame.headers.get("message", ""))[:200])
-        self.lost.set()
+        """Log the broker's error, whose cause may be in its body; the broker then closes the connection."""
+        body = frame.body.decode(errors="replace") if isinstance(frame.body, bytes) else str(frame.body or "")
+        told = f"{frame.headers.get('message', '')}: {' '.join(body.split())}"
+        logger.warning("broker %s: %s", self._source.address, told.strip(": ")[:300])
+        self.on_disconnected()
 
     def on_disconnected(self) -> None:
         """Note that the connection is lost."""
         self.lost.set()
+        self.answered.set()
 
 
 class Source:
@@ -137,8 +141,10 @@ class Source:
         login = {"username": wanted.user, "passcode": self._password} if wanted.user else {}
         connection.connect(**login, wait=False)
         try:
-            if not listener.connected.wait(CONNECT_SECONDS):
+            if not listener.answered.wait(CONNECT_SECONDS):
                 raise TimeoutError("no answer")
+            if not listener.connected.is_set():
+                raise ConnectionRefusedError("the broker refused the connection")
             for number, destination in enumerate(wanted.destinations):
                 many = {"prefetch-count": str(PREFETCH), "activemq.prefetchSize": str(PREFETCH)}
                 connection.subscribe(destination, id=str(number), ack="client-individual", headers=many)
@@ -146,7 +152,8 @@ class Source:
             while not stopped.is_set() and not listener.lost.wait(1.0):
                 pass
         finally:
-            connection.disconnect()
+            if connection.is_connected():
+                connection.disconnect()
 
     def _path(self, name: str) -> str | None:
         return str(self._folder / name) if name else None

@@ -164,3 +164,31 @@ def test_what_was_not_noted_comes_again(
     )
     until(lambda: states(service) == ["finished"] * 4, 60)
     connection.disconnect()
+
+
+def test_fts_is_silent_as_on_call_has_it(
+    service: Service, events: Events, send: Callable[[bytes], None], node: RabbitMQ
+) -> None:
+    """docs/on-call.md, "FTS silent": what `minter status` says, and what the log of `minter events` names."""
+
+    def line(part: str) -> tuple[str, str]:
+        done = subprocess.run(
+            [sys.executable, "-m", "minter.cli", "status", "--json"],
+            env=events.environ, capture_output=True, text=True, check=False, cwd=ROOT,
+        )  # fmt: skip
+        return next((o["level"], o["text"]) for o in json.loads(done.stdout)["lines"] if o["part"] == part)
+
+    broker = f"127.0.0.1:{node.stomp_port}"
+    until(lambda: line("events") == ("ok", "1 running"))
+    assert line("FTS events") == ("warning", f"no message of {broker} since minter events started")
+    send(told("complete", file_metadata={"request_id": "nobody's"}))
+    until(lambda: line("FTS events")[0] == "ok", 60)
+    assert f"last message of {broker}" in line("FTS events")[1]
+    events.stop()
+    assert line("events") == ("warning", "none running; start: minter events")
+    (events.log.parent / "secret").write_text("wrong")
+    events.log.write_text("")
+    events.start()
+    until(lambda: "Access refused" in events.log.read_text())
+    assert "wrong" not in events.log.read_text()
+    (events.log.parent / "secret").write_text("guest")
