@@ -40,7 +40,7 @@ from minter.errors import SettingsError, Unavailable
 from minter.issuer import well_known
 from minter.key_status import issuer_lines, key_lines
 from minter.lines import Line
-from minter.local import drill, stack
+from minter.local import drill, key_leak, stack
 from minter.policy.audiences import ANY
 from minter.service import Service, load_settings
 
@@ -139,7 +139,11 @@ def drill_command(
         str, typer.Option(help="mint, exchange, or mixed (exchange, and mint while the provider is down).")
     ] = "exchange",
     fault: Annotated[
-        str, typer.Option(help="How the provider fails: down, slow, error_500, busy_429, garbage, …")
+        str,
+        typer.Option(
+            help="How the provider fails: down, slow, error_500, busy_429, garbage, …; or key-leak, where a key "
+            "of Minter leaks: then only --transfers and --json count."
+        ),
     ] = "down",
     share: Annotated[float, typer.Option(help="Share of requests that fail in the outage, 0 to 1.")] = 1.0,
     transfers: Annotated[int, typer.Option(help="Number of transfers, one file each.")] = 2_000,
@@ -153,7 +157,14 @@ def drill_command(
     output: Annotated[Path, typer.Option(help="File for the plot (SVG).")] = Path("drill.svg"),
     as_json: AsJson = False,
 ) -> None:
-    """Simulate an outage of a provider with the real engine; report and plot the transfers that fail."""
+    """Simulate an outage of a provider with the real engine; report and plot the transfers that fail.
+
+    With `--fault key-leak`, a signing key leaks: every live token is made anew, and the drill says what was lost.
+    """
+    if fault == "key-leak":
+        leak = key_leak.rehearse(transfers)
+        show(as_json, leak, lambda: key_leak.told(leak))
+        raise typer.Exit(1 if leak.failed else 0)
     plan = msgspec.convert(
         {
             "mode": mode, "fault": fault, "share": share, "transfers": transfers, "hours": hours,

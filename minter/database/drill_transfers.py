@@ -1,4 +1,4 @@
-"""Simulated transfers of a drill, and which of them had no valid token while they ran."""
+"""Simulated transfers of a drill: which had no valid token while they ran, and what was made twice."""
 
 from collections.abc import Sequence
 from datetime import datetime
@@ -61,6 +61,26 @@ def sample(pool: Pool, now: datetime, risk_seconds: int) -> tuple[int, int, int,
             connection.execute(_STATE, {"now": now, "risk": risk_seconds, "leads": list(LEADS)})
         )
     return at_risk, overdue, running, failed
+
+
+def renewals(pool: Pool) -> int:
+    """Return how many requests were renewed."""
+    with transaction(pool) as connection:
+        (count,) = one(connection.execute("SELECT count(*) FROM requests WHERE kind = 'renew'"))
+    return int(count)
+
+
+def made_twice(pool: Pool) -> int:
+    """Return how many tokens of renewals there are beyond one for each file and side of a request."""
+    with transaction(pool, LONG_SECONDS) as connection:
+        (count,) = one(
+            connection.execute(
+                "SELECT count(*) - count(DISTINCT (r.renews, t.file, t.side, t.position)) FROM tokens t"
+                " JOIN requests r ON (r.request_id, r.client_id) = (t.request_id, t.client_id)"
+                " WHERE r.kind = 'renew'"
+            )
+        )
+    return int(count)
 
 
 def totals(pool: Pool) -> tuple[int, int]:

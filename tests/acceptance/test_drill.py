@@ -81,3 +81,28 @@ def test_a_fallback_costs_nothing_however_long_it_is(drill: Drill) -> None:
 def test_what_we_sign_does_not_notice(drill: Drill) -> None:
     report = drill("minted")
     assert (report["failed"], report["requests"]) == (0, 0)
+
+
+def test_a_leaked_key_costs_no_transfer() -> None:
+    """docs/on-call.md, "Key leaked", by the commands that it names; the recovery is killed in the middle."""
+    command = [
+        sys.executable,
+        "-m",
+        "minter.cli",
+        "drill",
+        "--fault",
+        "key-leak",
+        "--transfers",
+        "3000",
+        "--json",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert (report["transfers"], report["tokens"], report["banned"], report["killed"]) == (
+        3000,
+        1500,
+        150,
+        True,
+    )
+    assert not any(report[name] for name in ("lost", "twice", "unverified", "let_through"))
