@@ -16,6 +16,12 @@ from minter.providers.budgets import Breaker, next_two
 from minter.providers.dialects import Provider
 
 
+def paused_until(pool: Pool, name: str) -> datetime | None:
+    """Return the end of a provider's pause, None if it is not paused."""
+    with transaction(pool) as connection:
+        return known(connection, name).open_until
+
+
 def known(connection: "psycopg.Connection[Any]", name: str) -> Breaker:
     """Return a provider's circuit breaker without locking the row, so it may be out of date at once."""
     row = connection.execute(

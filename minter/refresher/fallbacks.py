@@ -35,14 +35,21 @@ Needs = Mapping[Slot, UUID]
 
 
 class Fallbacks:
-    """Replaces leased tokens by fallback tokens; `pushes` is None in a process without a broker."""
+    """Replaces leased tokens of one provider by fallback tokens; without a broker `pushes` is None."""
 
     def __init__(self, pool: Pool, lifecycle: Lifecycle, pushes: Pushes | None) -> None:
         self._pool = pool
         self._lifecycle = lifecycle
         self._pushes = pushes
         self.refused: dict[UUID, None] = {}
-        """Tokens whose fallback was refused; they are not tried again while the provider is paused."""
+        """Tokens whose fallback was refused; they are not tried again before the provider's pause changes."""
+        self._paused_until: datetime | None = None
+
+    def note_pause(self, until: datetime | None) -> None:
+        """Forget refusals when the provider's pause, which any refresher may end or renew, has changed."""
+        if until != self._paused_until:
+            self.refused.clear()
+            self._paused_until = until
 
     def give(self, token: Leased, lease: UUID, why: MinterError, now: datetime) -> None:
         """Move the uses of a token to fallback tokens, one request at a time; if refused, the token fails.

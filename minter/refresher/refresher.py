@@ -103,7 +103,7 @@ class Refresher:
         self._matching_of = lifecycle.engine.policy.matching_of
         pushes = Pushes(pool, keystore, self._current, send, self._matching_of) if send is not None else None
         self._pushes = pushes
-        self._fallbacks = Fallbacks(pool, lifecycle, self._pushes)
+        self._fallbacks = {name: Fallbacks(pool, lifecycle, self._pushes) for name in iams}
         self._scale = time_scale
         self._checks_clock = checks_clock
         self._jitter = jitter
@@ -283,7 +283,7 @@ class Refresher:
         self._unsaved = []
         self._note(unsaved, saved, now)
         for taken, token, error in failed:
-            self._fallbacks.give(token, taken.lease, error, now)
+            self._fallbacks[taken.provider].give(token, taken.lease, error, now)
 
     def _result(
         self, iam: IAM, taken: Taken, token: Leased, answer: ProviderAnswer, now: datetime
@@ -359,7 +359,6 @@ class Refresher:
             before, after = providers.note_answers(self._pool, name, told, now, self._jitter)
             if before.open_until != after.open_until:
                 until = after.open_until.isoformat() if after.open_until else None
-                self._fallbacks.refused.clear()
                 logs.event(
                     logger, "provider paused" if until else "provider is back", provider=name, until=until
                 )
@@ -383,11 +382,12 @@ class Refresher:
         for iam in self._iams.values():
             lease, seconds = uuid.uuid4(), self._lease_seconds(iam)
             paused = ProviderAway(f"provider {iam.provider.name} is paused")
-            refused = self._fallbacks.refused
+            fallbacks = self._fallbacks[iam.provider.name]
+            fallbacks.note_pause(providers.paused_until(self._pool, iam.provider.name))
             for token in lease_for_fallback(
-                self._pool, iam.provider, lease, FALLBACKS_AT_ONCE, now, seconds, refused
+                self._pool, iam.provider, lease, FALLBACKS_AT_ONCE, now, seconds, fallbacks.refused
             ):
-                self._fallbacks.give(token, lease, paused, now)
+                fallbacks.give(token, lease, paused, now)
             if providers.probe(self._pool, iam.provider, now, seconds):
                 is_back = discovery.probe(iam)
                 told = [(not is_back, 0.0)]

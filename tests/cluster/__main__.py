@@ -129,7 +129,10 @@ def options() -> argparse.Namespace:
     parser.add_argument("--report", type=Path)
     parser.add_argument("--add", action="store_true", help="add to the report")
     parser.add_argument("--keep", action="store_true", help="keep the folder with all logs")
-    return parser.parse_args()
+    found = parser.parse_args()
+    if found.add and not found.report:
+        parser.error("--add adds to the file of --report, which is missing")
+    return found
 
 
 def main() -> None:

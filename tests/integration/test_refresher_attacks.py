@@ -20,6 +20,7 @@ from minter.local.fake_iam import Behaviour, FakeIAM, OAuthRefusal
 from minter.policy.clients import Ban
 from minter.policy.requests import from_mint
 from minter.policy.routes import Route
+from minter.policy.transfers import Policy
 from minter.refresher import refresher
 from minter.refresher.notifications import Push
 from minter.service import Service
@@ -148,6 +149,25 @@ def test_a_fallback_that_refuses_costs_nothing_while_the_provider_is_paused(
     iam.behaviour = Behaviour()
     bench.forward(minutes=8)
     bench.run_once(until=lambda: not rows(service, "SELECT 1 FROM managed WHERE state <> 'issued'"))
+
+
+def test_a_refused_fallback_is_tried_again_at_the_next_pause(service: Service, iam: FakeIAM) -> None:
+    """The pause between was ended by another refresher: this one learns of it from the database only."""
+    bench = Bench(service, iam, own(fallback=("narrow",)), Route(name="narrow", operations=("delete",)))
+    iam.behaviour = Behaviour(fault="error_500")
+    asked = bench.ask("f")
+    bench.run_once(until=lambda: rows(service, "SELECT 1 FROM providers WHERE open_until IS NOT NULL"))
+    bench.run_once()
+    assert bench.fetch(asked).pending
+    again = Policy(
+        service.engine.policy.directories, (bench.routes[0], structs.replace(MINTED, name="narrow")), ()
+    )
+    service.engine.policy = bench.lifecycle.engine.policy = again
+    bench.run_once()
+    assert bench.fetch(asked).pending  # of this pause
+    with transaction(service.pool) as connection:
+        connection.execute("UPDATE providers SET open_until = open_until + interval '1 minute'")
+    bench.run_once(until=lambda: bench.fetch(asked).tokens)
 
 
 def test_a_use_that_joins_while_a_stand_in_is_made(
