@@ -6,6 +6,8 @@ from collections.abc import Iterator
 import pytest
 
 from minter.local.fake_iam import FakeIAM
+from minter.service import Service
+from minter.tasks.lifecycle import Lifecycle
 
 
 @pytest.fixture
@@ -17,3 +19,8 @@ def iam() -> Iterator[FakeIAM]:
     server.shutdown()
     thread.join()
     server.server_close()
+
+
+@pytest.fixture
+def lifecycle(service: Service) -> Lifecycle:
+    return Lifecycle(service.engine, service.store)
