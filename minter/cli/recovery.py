@@ -12,7 +12,7 @@ import msgspec
 import typer
 from msgspec import structs
 
-from minter.cli.tables import MOST_SHOWN, AsJson, Listing, guarded, open_service, show
+from minter.cli.tables import MOST_SHOWN, AsJson, Listing, Progress, guarded, open_service, show
 from minter.contract.messages import TokenAnswer
 from minter.database import connection, live_tokens
 from minter.database.connection import transaction
@@ -61,7 +61,13 @@ def keys_recover(
     else:
         number, _, parts = part.partition("/")
         recovery = Recovery(service.engine, service.pool, key, service.clock)
-        report = recovery.run(dry=not yes, part=int(number), parts=int(parts))
+        of_part = f"part {int(number) + 1} of {parts}: " if parts != "1" else ""
+        progress = Progress()
+
+        def note(sofar: RecoveryReport) -> None:
+            progress.tell(f"{of_part}{sofar.made} tokens made anew of {sofar.tokens} seen so far")
+
+        report = recovery.run(dry=not yes, part=int(number), parts=int(parts), note=note)
     (revoked,) = (r for r in revocations(service.pool, connection.instant(0)) if r.kid == kid)
     trusted = {name: revoked.revoked_at + length for name, length in live_tokens.CACHES.items()}
     facts = {
@@ -152,7 +158,9 @@ def keys_cancel_jobs(
     jobs = Recovery(service.engine, service.pool, key, service.clock).run(dry=True).jobs
     bearers: dict[tuple[str, str], TokenAnswer] = {}
     told = []
-    for job in jobs:
+    progress = Progress()
+    for number, job in enumerate(jobs):
+        progress.tell(f"{number} of {len(jobs)} jobs done")
         state = "not cancelled"
         if yes:
             time.sleep(1 / rate)

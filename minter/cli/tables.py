@@ -4,6 +4,7 @@ import getpass
 import json
 import os
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
@@ -30,6 +31,8 @@ from minter.tokens.records import Control
 console = Console()
 MOST_SHOWN, MOST_LISTED = 20, 10_000
 """How many live tokens are listed on a terminal, and in JSON; totals always count all of them."""
+PROGRESS_SECONDS = 3.0
+"""A long command says so often how far it is, at most."""
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 SettingsPath = Annotated[
     Path, typer.Option("--settings", envvar="MINTER_SETTINGS", help="The settings file (TOML).")
@@ -140,6 +143,19 @@ def client_of(service: Service, client: str | None) -> tuple[str, Control]:
     if name not in control.clients:
         raise not_registered(name, control.clients)
     return name, control
+
+
+class Progress:
+    """Tells on standard error how far a long command is, every PROGRESS_SECONDS at most."""
+
+    def __init__(self) -> None:
+        self._told_at = time.monotonic()
+
+    def tell(self, how_far: str) -> None:
+        """Say how far the command is, unless it was said a moment ago."""
+        if time.monotonic() - self._told_at >= PROGRESS_SECONDS:
+            self._told_at = time.monotonic()
+            typer.echo(how_far, err=True)
 
 
 def whoami() -> str:

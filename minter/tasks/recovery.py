@@ -112,15 +112,23 @@ class Recovery:
         self._revoked = {key.key_id: key.kid}
         self._clock = clock
 
-    def run(self, *, dry: bool, part: int = 0, parts: int = 1) -> RecoveryReport:
+    def run(
+        self,
+        *,
+        dry: bool,
+        part: int = 0,
+        parts: int = 1,
+        note: Callable[[RecoveryReport], None] = lambda _: None,
+    ) -> RecoveryReport:
         """Make the live tokens of the key anew, or with `dry` only look; return what was done.
 
-        Several processes may each do one of `parts` parts. Raises NoUsableKey if no other key may sign.
-        Refusals are in the report.
+        Several processes may each do one of `parts` parts. `note` gets the report so far after each batch.
+        Refusals are in the report. Raises NoUsableKey if no other key may sign.
         """
         report = RecoveryReport(self._key.kid)
         for batch in _batches(live_by_request(self._pool, self._key.key_id, self._clock(), part, parts)):
             self._serve(batch, report, dry=dry)
+            note(report)
         return report
 
     def _serve(self, batch: Sequence[_Group], report: RecoveryReport, *, dry: bool) -> None:
