@@ -55,12 +55,13 @@ def _of_key(
     standby = [k for k in own if k.state == "prepared"]
     if active is None:
         what = "signing key not public for long" if standby else "no active signing key"
-        yield Line("failed" if not standby else "warning", part, f"{what}; run: minter keys create --vo {vo}")
+        text = f"{what}; run: minter keys create --vo {vo}"
+        yield warning(part, text) if standby else Line("failed", part, text, "no_key")
         return
     try:
         service.keystore.unlock(active)
     except NoUsableKey as error:
-        yield failed(part, f"key {active.kid} does not open: {error.message}")
+        yield Line("failed", part, f"key {active.kid} does not open: {error.message}", "locked")
         return
     until = keys.signs_until(active, service.engine.rotation)
     left = f", signs until {until:%F %H:%M}" if until else ""

@@ -11,12 +11,13 @@ SECONDS = 3.0
 """Longest wait for one part."""
 
 
-class Line(Struct, frozen=True):
-    """The state of one part, and what to do if it is not well."""
+class Line(Struct, frozen=True, omit_defaults=True):
+    """The state of one part, and what to do if it is not well; `code` names a cause that commands act on."""
 
     level: Level
     part: str
     text: str
+    code: Literal["", "no_key", "locked"] = ""
 
 
 def ok(part: str, text: str) -> Line:

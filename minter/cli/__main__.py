@@ -275,11 +275,10 @@ def _check_database(service: Service, warnings: list[str], failed: list[str]) ->
     of_keys = [*key_lines(service.pool, service), *issuer_lines(service.pool, service.loaded)]
     opened = {vo for vo in service.loaded.settings.issuers if any(service.loaded.master_key_source(vo))}
     for line in of_keys:
-        without_master = line.part.partition(" ")[0] not in opened and "does not open" in line.text
+        without_master = line.code == "locked" and line.part.partition(" ")[0] not in opened
         if line.level != "ok" and not without_master:
-            (failed if line.level == "failed" and "no active" not in line.text else warnings).append(
-                f"{line.part}: {line.text}"
-            )
+            wrong = line.level == "failed" and line.code != "no_key"  # before the first key is made
+            (failed if wrong else warnings).append(f"{line.part}: {line.text}")
     warnings += [
         f"client {c.name} may get tokens for the audience any, which every storage of the VO accepts"
         for c in clients
