@@ -37,6 +37,8 @@ TOGETHER, TOGETHER_SECONDS = 500, 0.5
 PREFETCH = 2 * TOGETHER
 CONNECT_SECONDS = 10.0
 HEARTBEAT_MILLISECONDS = 15_000
+SOCKET_SECONDS = 60.0
+"""A broker that is silent for longer, heartbeats included, is given up; so is a TLS handshake."""
 FIRST_DELAY_SECONDS, MAX_DELAY_SECONDS = 1.0, 60.0
 LIFE_BUCKETS = (0, 60, 300, 1800, 3600, 7200, 14_400, 28_800, 86_400, 172_800, 345_600, 691_200)
 """Upper bounds of the histograms of waits and lifetimes, in seconds."""
@@ -129,7 +131,7 @@ class Source:
         wanted = self.wanted
         connection = stomp.Connection12(
             [self._place], auto_decode=False, reconnect_attempts_max=1, vhost=wanted.host or self._place[0],
-            heartbeats=(HEARTBEAT_MILLISECONDS, HEARTBEAT_MILLISECONDS),
+            heartbeats=(HEARTBEAT_MILLISECONDS, HEARTBEAT_MILLISECONDS), timeout=SOCKET_SECONDS,
         )  # fmt: skip
         if wanted.tls:
             connection.set_ssl(
@@ -144,7 +146,7 @@ class Source:
             if not listener.answered.wait(CONNECT_SECONDS):
                 raise TimeoutError("no answer")
             if not listener.connected.is_set():
-                raise ConnectionRefusedError("the broker refused the connection")
+                raise ConnectionAbortedError("the broker ended the connection")
             for number, destination in enumerate(wanted.destinations):
                 many = {"prefetch-count": str(PREFETCH), "activemq.prefetchSize": str(PREFETCH)}
                 connection.subscribe(destination, id=str(number), ack="client-individual", headers=many)
@@ -154,6 +156,7 @@ class Source:
         finally:
             if connection.is_connected():
                 connection.disconnect()
+            connection.transport.disconnect_socket()  # also of a broker that gave no answer
 
     def _path(self, name: str) -> str | None:
         return str(self._folder / name) if name else None

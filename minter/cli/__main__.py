@@ -146,7 +146,7 @@ def drill_command(
         ),
     ] = "down",
     share: Annotated[float, typer.Option(help="Share of requests that fail in the outage, 0 to 1.")] = 1.0,
-    transfers: Annotated[int, typer.Option(help="Number of transfers, one file each.")] = 2_000,
+    transfers: Annotated[int, typer.Option(min=1, help="Number of transfers, one file each.")] = 2_000,
     hours: Annotated[float, typer.Option(help="Length of the drill, in simulated hours.")] = 11.0,
     outage_from: Annotated[float, typer.Option(help="Start of the outage, in simulated hours.")] = 3.75,
     outage_hours: Annotated[float, typer.Option(help="Length of the outage, in simulated hours.")] = 2.0,

@@ -155,10 +155,14 @@ def keys_cancel_jobs(
     """
     service = open_service()
     key = _revoked_key(service, kid)
-    jobs = Recovery(service.engine, service.pool, key, service.clock).run(dry=True).jobs
+    progress = Progress()
+    jobs = (
+        Recovery(service.engine, service.pool, key, service.clock)
+        .run(dry=True, note=lambda sofar: progress.tell(f"{sofar.tokens} live tokens looked at"))
+        .jobs
+    )
     bearers: dict[tuple[str, str], TokenAnswer] = {}
     told = []
-    progress = Progress()
     for number, job in enumerate(jobs):
         progress.tell(f"{number} of {len(jobs)} jobs done")
         state = "not cancelled"

@@ -70,6 +70,20 @@ def renewals(pool: Pool) -> int:
     return int(count)
 
 
+def renewed_of(pool: Pool, on_behalf_of: str) -> int:
+    """Return how many tokens of renewals are of an account."""
+    with transaction(pool, LONG_SECONDS) as connection:
+        (count,) = one(
+            connection.execute(
+                "SELECT count(*) FROM tokens t"
+                " JOIN requests r ON (r.request_id, r.client_id) = (t.request_id, t.client_id)"
+                " WHERE r.kind = 'renew' AND r.on_behalf_of = %s",
+                (on_behalf_of,),
+            )
+        )
+    return int(count)
+
+
 def made_twice(pool: Pool) -> int:
     """Return how many tokens of renewals there are beyond one for each file and side of a request."""
     with transaction(pool, LONG_SECONDS) as connection:

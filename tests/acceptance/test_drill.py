@@ -45,17 +45,8 @@ def drill(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Drill]:
 
 
 def _started(options: str, plot: Path) -> subprocess.Popen[str]:
-    command = [
-        sys.executable,
-        "-m",
-        "minter.cli",
-        "drill",
-        "--scale",
-        str(SCALE),
-        "--budget",
-        "0.5",
-        "--json",
-    ]
+    words = ["drill", "--fault", "key-leak", "--transfers", "6000", "--json"]
+    command = [sys.executable, "-m", "minter.cli", *words]
     return subprocess.Popen(
         [*command, "--output", str(plot), *options.split()], stdout=subprocess.PIPE, text=True, cwd=ROOT
     )
@@ -93,16 +84,16 @@ def test_a_leaked_key_costs_no_transfer() -> None:
         "--fault",
         "key-leak",
         "--transfers",
-        "3000",
+        "6000",
         "--json",
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert (report["transfers"], report["tokens"], report["banned"], report["killed"]) == (
+        6000,
         3000,
-        1500,
-        150,
+        300,
         True,
     )
     assert not any(report[name] for name in ("lost", "twice", "unverified", "let_through"))
