@@ -76,24 +76,11 @@ def test_what_we_sign_does_not_notice(drill: Drill) -> None:
 
 def test_a_leaked_key_costs_no_transfer() -> None:
     """docs/on-call.md, "Key leaked", by the commands that it names; the recovery is killed in the middle."""
-    command = [
-        sys.executable,
-        "-m",
-        "minter.cli",
-        "drill",
-        "--fault",
-        "key-leak",
-        "--transfers",
-        "6000",
-        "--json",
-    ]
+    words = ["drill", "--fault", "key-leak", "--transfers", "6000", "--json"]
+    command = [sys.executable, "-m", "minter.cli", *words]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
-    assert (report["transfers"], report["tokens"], report["banned"], report["killed"]) == (
-        6000,
-        3000,
-        300,
-        True,
-    )
+    counted = (report["transfers"], report["tokens"], report["banned"], report["killed"])
+    assert counted == (6000, 3000, 300, True)
     assert not any(report[name] for name in ("lost", "twice", "unverified", "let_through"))
