@@ -72,15 +72,3 @@ def test_a_fallback_costs_nothing_however_long_it_is(drill: Drill) -> None:
 def test_what_we_sign_does_not_notice(drill: Drill) -> None:
     report = drill("minted")
     assert (report["failed"], report["requests"]) == (0, 0)
-
-
-def test_a_leaked_key_costs_no_transfer() -> None:
-    """docs/on-call.md, "Key leaked", by the commands that it names; the recovery is killed in the middle."""
-    words = ["drill", "--fault", "key-leak", "--transfers", "6000", "--json"]
-    command = [sys.executable, "-m", "minter.cli", *words]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout)
-    counted = (report["transfers"], report["tokens"], report["banned"], report["killed"])
-    assert counted == (6000, 3000, 300, True)
-    assert not any(report[name] for name in ("lost", "twice", "unverified", "let_through"))
