@@ -32,7 +32,8 @@ from minter.service import Service, load_settings, tune_gc
 from minter.settings import Loaded
 from minter.tasks.lifecycle import Lifecycle
 from minter.tokens.outcomes import Observed
-from workers.batching import Intake, MessageBatcher, RedeliveryCounts
+from workers.batching import Intake, MessageBatcher
+from workers.redeliveries import Redeliveries
 
 logger = logging.getLogger("minter.app")
 
@@ -256,7 +257,7 @@ def _open_engine() -> None:
         service.engine,
         Lifecycle(service.engine, service.store),
         Publisher(app.connection_for_write()),
-        RedeliveryCounts(
+        Redeliveries(
             lambda digest: partitions.count_redelivery(service.pool, digest),
             lambda digest: partitions.clear_redelivery(service.pool, digest),
         ),

@@ -39,14 +39,13 @@ from minter.tasks.lifecycle import Lifecycle
 from minter.tasks.turns import Limits, Turns
 from minter.tokens.mint import Engine
 from minter.tokens.outcomes import Outcome, Submission
-from workers import replies
+from workers import redeliveries, replies
 from workers.messages import PendingMessage, queued, request_id_of
-from workers.outbox import BrokerAway, Outbox
+from workers.outbox import Outbox
+from workers.redeliveries import Redeliveries
 
 logger = logging.getLogger("minter.batching")
 
-MAX_TRIES = 3
-"""Deliveries of a message that may end with a dead worker; at the next one it is dead-lettered."""
 FIRST_DELAY_SECONDS = 0.1
 MAX_DELAY_SECONDS = 2.0
 SMALL_BYTES = 4_096
@@ -62,13 +61,6 @@ CLOCK_SECONDS = 5.0
 """A worker whose clock is off looks at it again after this time."""
 MAX_EXTENSIONS = 16
 """How often the time of a batch may be extended while messages keep arriving."""
-
-
-class RedeliveryCounts(Struct, eq=False):
-    """Functions that count and clear the redeliveries of a message, which its SHA-256 digest names."""
-
-    count: Callable[[bytes], int]
-    clear: Callable[[bytes], None]
 
 
 class Intake(Struct, eq=False):
@@ -94,7 +86,7 @@ class MessageBatcher:
         engine: Engine,
         lifecycle: Lifecycle,
         publisher: Publisher,
-        redeliveries: RedeliveryCounts,
+        counts: Redeliveries,
         clock: Callable[[], datetime],
         on_stage: Callable[[str], None] = lambda _: None,
         on_follow_up: Callable[[str, str], None] = lambda *_: None,
@@ -106,7 +98,7 @@ class MessageBatcher:
     ) -> None:
         self.engine = engine
         self.lifecycle = lifecycle
-        self.redeliveries = redeliveries
+        self.redeliveries = counts
         self.clock = clock
         self.on_stage = on_stage
         self.on_follow_up = on_follow_up
@@ -115,7 +107,6 @@ class MessageBatcher:
         self._limits = Limits(batch_messages, batch_bytes, SMALL_BYTES)
         self._backoff = Backoff(FIRST_DELAY_SECONDS, MAX_DELAY_SECONDS)
         self.outbox = Outbox(publisher, on_stage)
-        self._survived: set[bytes] = set()
         self.reset(None)
 
     def reset(self, timer: Any, intake: Intake = NO_INTAKE) -> None:
@@ -304,10 +295,8 @@ class MessageBatcher:
         """Serve a redelivered message alone; the attempt is counted before it starts."""
         digest = sha256(f"{pending.client} {pending.task}".encode() + pending.body).digest()
         self.engine.check_clock()  # a worker whose clock is off did not try
-        self._clear_survived()
-        tries = self.redeliveries.count(digest)
-        try:
-            if tries < MAX_TRIES:
+        with self.redeliveries.counted(digest) as tries:
+            if tries < redeliveries.MAX_TRIES:
                 self.outbox.finish(self._mint([pending]))
             else:
                 error = Undeliverable(
@@ -315,22 +304,6 @@ class MessageBatcher:
                     f"{names.DEAD_LETTER_QUEUE} for the operators"
                 )
                 self.outbox.dead_letter(pending, error)
-            self._survived.add(digest)
-        except (Unavailable, BrokerAway):
-            if tries < MAX_TRIES:
-                self._survived.add(digest)
-            raise
-        finally:
-            self._clear_survived()  # at once: the broker may hand the message to another worker
-
-    def _clear_survived(self) -> None:
-        """Clear the counts of messages that were served, or at which Postgres or the broker went away."""
-        try:
-            for digest in list(self._survived):
-                self.redeliveries.clear(digest)
-                self._survived.discard(digest)
-        except Unavailable:
-            logger.warning("redelivery counts are not cleared yet: Postgres is away")
 
     def _mint(self, batch: Sequence[PendingMessage]) -> list[tuple[PendingMessage, Answer]]:
         self.on_stage("received")

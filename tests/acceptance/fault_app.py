@@ -13,7 +13,7 @@ from datetime import datetime
 from minter.contract.messages import Answer
 from minter.tokens.outcomes import Submission
 from workers import app as module
-from workers import batching
+from workers import redeliveries
 from workers.batching import MessageBatcher
 from workers.messages import PendingMessage
 
@@ -23,7 +23,7 @@ _counts = {_stage: int(_left or 0), "cut": int(os.environ.get("MINTER_CUTS", "0"
 
 
 if _stage:  # these deaths are not caused by messages, so no message may be dead-lettered for three of them
-    batching.MAX_TRIES = 1_000_000
+    redeliveries.MAX_TRIES = 1_000_000
 
 
 def _die() -> None:
