@@ -63,38 +63,31 @@ def sample(pool: Pool, now: datetime, risk_seconds: int) -> tuple[int, int, int,
     return at_risk, overdue, running, failed
 
 
+_RENEWED = (
+    " FROM tokens t JOIN requests r ON (r.request_id, r.client_id) = (t.request_id, t.client_id)"
+    " WHERE r.kind = 'renew'"
+)
+
+
 def renewals(pool: Pool) -> int:
     """Return how many requests were renewed."""
-    with transaction(pool) as connection:
-        (count,) = one(connection.execute("SELECT count(*) FROM requests WHERE kind = 'renew'"))
-    return int(count)
+    return _count(pool, "SELECT count(*) FROM requests WHERE kind = 'renew'")
 
 
 def renewed_of(pool: Pool, on_behalf_of: str) -> int:
     """Return how many tokens of renewals are of an account."""
-    with transaction(pool, LONG_SECONDS) as connection:
-        (count,) = one(
-            connection.execute(
-                "SELECT count(*) FROM tokens t"
-                " JOIN requests r ON (r.request_id, r.client_id) = (t.request_id, t.client_id)"
-                " WHERE r.kind = 'renew' AND r.on_behalf_of = %s",
-                (on_behalf_of,),
-            )
-        )
-    return int(count)
+    return _count(pool, f"SELECT count(*) {_RENEWED} AND r.on_behalf_of = %s", on_behalf_of)
 
 
 def made_twice(pool: Pool) -> int:
     """Return how many tokens of renewals there are beyond one for each file and side of a request."""
+    each = "count(DISTINCT (r.renews, t.file, t.side, t.position))"
+    return _count(pool, f"SELECT count(*) - {each} {_RENEWED}")
+
+
+def _count(pool: Pool, query: str, *values: object) -> int:
     with transaction(pool, LONG_SECONDS) as connection:
-        (count,) = one(
-            connection.execute(
-                "SELECT count(*) - count(DISTINCT (r.renews, t.file, t.side, t.position)) FROM tokens t"
-                " JOIN requests r ON (r.request_id, r.client_id) = (t.request_id, t.client_id)"
-                " WHERE r.kind = 'renew'"
-            )
-        )
-    return int(count)
+        return int(one(connection.execute(query, values))[0])
 
 
 def totals(pool: Pool) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from minter.client import FileRequest, new_request_id
 from minter.contract import names
 from minter.status import QUEUE_LONG
 from tests.acceptance.conftest import Raw, Running
+from tests.acceptance.test_operations import status
 from tests.acceptance.test_workers import OTHER, SE
 from tests.conftest import ROOT
 from tests.servers import RabbitMQ
@@ -30,9 +31,7 @@ def idle(broker: RabbitMQ, database_dsn: str, tmp_path_factory: pytest.TempPathF
 
 
 def line(engine: Running, part: str) -> dict[str, Any]:
-    told = json.loads(engine.minter("status", "--json", check=False).stdout)
-    found: dict[str, Any] = next(one for one in told["lines"] if one["part"] == part)
-    return found
+    return status(engine)[2][part]
 
 
 def until(true: Callable[[], bool], seconds: float = 90) -> None:
