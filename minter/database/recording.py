@@ -223,7 +223,7 @@ class PostgresRecording:
                     lines.clear()
             copy.write("".join(lines).encode())
 
-    def copy_uses(self, rows: Sequence[UseRow]) -> None:
+    def add_uses(self, rows: Sequence[UseRow]) -> None:
         """Insert the uses of shared and managed tokens with the commit."""
         self._at_commit("uses", _USE, map(_use, rows))
 
@@ -243,7 +243,7 @@ class PostgresRecording:
         """Read managed tokens by jti."""
         return managed.read(self._connection, jtis)
 
-    def copy_managed(self, rows: Sequence[TokenRow]) -> None:
+    def add_managed(self, rows: Sequence[TokenRow]) -> None:
         """Insert the token rows of new managed tokens with the commit."""
         self._at_commit("tokens", _TOKEN, map(self._token, rows))
 

@@ -199,7 +199,7 @@ class Engine:
         signing = SigningBatch(self.unlock, control.issuers, rules, self._shared_tokens, now)
         signing.find_shared(tx, fresh)
         tx.copy_tokens(row for one in fresh for row in signing.sign(one))
-        tx.copy_uses([use for one in fresh for use in one.uses])
+        tx.add_uses([use for one in fresh for use in one.uses])
         of_families = [(one, family) for one in fresh if (family := one.outcome.family)]
         tx.save_families(
             list({family.family_id: family for _, family in of_families}.values()),

@@ -49,7 +49,7 @@ def record_provider_tokens(
     if not wanted:
         return
     recorded = tx.join_managed(list(wanted.values()))
-    tx.copy_managed([row for digest, row in rows.items() if str(recorded[digest].jti) == row.jti])
+    tx.add_managed([row for digest, row in rows.items() if str(recorded[digest].jti) == row.jti])
     for use in uses:
         least = timedelta(seconds=wanted[use.digest].least_seconds)
         _note_use(use, recorded[use.digest], reissuer, now + least)

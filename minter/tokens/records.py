@@ -182,7 +182,7 @@ class Recording(Protocol):
         """Add managed tokens, or add uses to existing ones with the same digest; return them by digest."""
         ...
 
-    def copy_managed(self, rows: Sequence[TokenRow]) -> None:
+    def add_managed(self, rows: Sequence[TokenRow]) -> None:
         """Add the token rows of new managed tokens, if there are any."""
         ...
 
@@ -190,7 +190,7 @@ class Recording(Protocol):
         """Read managed tokens by jti."""
         ...
 
-    def copy_uses(self, rows: Sequence[UseRow]) -> None:
+    def add_uses(self, rows: Sequence[UseRow]) -> None:
         """Add use rows, if there are any."""
         ...
 

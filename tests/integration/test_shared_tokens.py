@@ -167,7 +167,7 @@ def test_a_use_that_was_not_committed_is_not_kept(shared: Service, monkeypatch: 
         def fail(*_: object) -> Never:
             raise Unavailable("Postgres failed")
 
-        broken.setattr(recording.PostgresRecording, "copy_uses", fail)
+        broken.setattr(recording.PostgresRecording, "add_uses", fail)
         with pytest.raises(Unavailable):
             mint(shared, downloads("d/a"))
     (outcome,) = mint(shared, downloads("d/a"))
