@@ -39,7 +39,7 @@ class Cluster:
         self.folder = folder
         self.network = Network(folder)
         self.passwords: dict[str, str] = {}
-        self._password = secrets.token_urlsafe(16)
+        self._password = secrets.token_hex(16)
         self._certificates = certificates(
             folder,
             [
