@@ -96,7 +96,7 @@ def published_lines(pool: Pool, loaded: Loaded, now: datetime) -> Iterator[Line]
             told = msgspec.json.decode(answer.data, type=dict[str, list[dict[str, object]]])
             seen = {str(key.get("kid")) for key in told.get("keys", [])}
         except (urllib3.exceptions.HTTPError, msgspec.DecodeError) as error:
-            yield warning(f"{vo} JWKS", f"{iss}jwks.json cannot be read from here: {type(error).__name__}")
+            yield warning(f"{vo} JWKS", f"{iss}jwks.json cannot be read from here: {error}"[:300])
             continue
         if missing := wanted - seen:
             yield failed(f"{vo} JWKS", f"{iss}jwks.json lacks {', '.join(sorted(missing))}; publish again")

@@ -19,7 +19,7 @@ from cryptography import x509
 from sqlalchemy.engine import Engine as Pool
 
 from minter import __version__
-from minter.broker.connections import connect, nodes
+from minter.broker.connections import connect, nodes, opened
 from minter.broker.publisher import Outgoing, Publisher, count_waiting
 from minter.contract import names
 from minter.database import (
@@ -182,9 +182,7 @@ def _broker(pool: Pool, loaded: Loaded) -> Iterator[Line]:
     if not loaded.broker_url:
         yield warning("broker", "no broker URL is set: only HTTP is served")
         return
-    connection = connect(loaded.broker_url, loaded.broker_ca, SECONDS)
-    try:
-        connection.connect()
+    with opened(connect(loaded.broker_url, loaded.broker_ca, SECONDS)) as connection:
         where = f"{connection.transport.driver_name} at {connection.host}"
         if takes_messages(loaded):
             yield ok("broker", where)
@@ -194,10 +192,6 @@ def _broker(pool: Pool, loaded: Loaded) -> Iterator[Line]:
         yield _requests(connection, pool)
         for queue in (names.INTERNAL_QUEUE, names.DEAD_LETTER_QUEUE):
             yield _queue(connection, queue)
-    except connection.connection_errors as error:
-        raise Unavailable(f"the broker cannot be reached: {error or type(error).__name__}"[:300]) from error
-    finally:
-        connection.release()
 
 
 def _nodes(loaded: Loaded) -> Iterator[Line]:
@@ -207,11 +201,10 @@ def _nodes(loaded: Loaded) -> Iterator[Line]:
     for url in urls if len(urls) > 1 else ():
         connection = connect(url, loaded.broker_ca, SECONDS)
         try:
-            connection.connect()
-        except connection.connection_errors:
+            with opened(connection):
+                pass
+        except Unavailable:
             silent.append(str(connection.hostname))
-        finally:
-            connection.release()
     if silent:
         yield warning("broker", f"{len(silent)} of {len(urls)} nodes do not answer: {', '.join(silent)}")
     elif len(urls) > 1:

@@ -4,13 +4,17 @@ A broker URL names a node; a cluster's URLs are joined by semicolons. A connecti
 answers; after its loss, that node is tried first.
 """
 
+import ssl
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import SplitResult, unquote, urlsplit
 
 import kombu
+from amqp.exceptions import AMQPError
 
-from minter.errors import SettingsError
+from minter.errors import SettingsError, Unavailable
 from minter.keepalive import TCP_OPTIONS
 
 WRITE_SECONDS = 10
@@ -91,6 +95,30 @@ def connect(broker_url: str, ca: str | None = None, seconds: float = 5.0) -> kom
         connect_timeout=seconds,
         transport_options=TRANSPORT_OPTIONS,
     )
+
+
+@contextmanager
+def opened(connection: kombu.Connection) -> Iterator[kombu.Connection]:
+    """Open a connection, which ends with the block; raises Unavailable with why the broker cannot be used.
+
+    A refused login or virtual host is told apart from a broker that cannot be reached.
+    """
+    try:
+        connection.connect()
+        yield connection
+    except (AMQPError, *connection.connection_errors, *connection.channel_errors) as error:
+        raise Unavailable(cause(error)) from error
+    finally:
+        end(connection)
+
+
+def cause(error: Exception) -> str:
+    """Say why the broker cannot be used, in its own words where it gave some."""
+    if told := getattr(error, "reply_text", None):  # RabbitMQ's own words
+        return f"the broker refuses: {told}"[:300]
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"the broker's certificate is not accepted: {error.verify_message}"
+    return f"the broker cannot be reached: {error or type(error).__name__}"[:300]
 
 
 def end(connection: kombu.Connection) -> None:

@@ -6,13 +6,12 @@ from typing import Annotated
 import typer
 
 from minter.broker import rabbitmq
-from minter.broker.connections import connect
+from minter.broker.connections import connect, opened
 from minter.broker.publisher import declare
 from minter.cli.tables import AsJson, guarded, not_registered, open_service, show, whoami
 from minter.database import audit, control_changes
 from minter.database.connection import LONG_SECONDS, transaction
 from minter.database.control import read_control
-from minter.errors import Unavailable
 from minter.service import Service, load_settings
 
 broker_app = typer.Typer(no_args_is_help=True, help="Manage the message broker.")
@@ -35,17 +34,14 @@ def broker_setup(
 ) -> None:
     """Declare exchanges and quorum queues; on RabbitMQ, also create users and permissions."""
     loaded = load_settings()
-    try:
-        with connect(loaded.broker_url, loaded.broker_ca) as connection:
-            declare(connection)
-    except OSError as error:
-        raise Unavailable(f"the broker cannot be reached ({type(error).__name__})") from error
+    with opened(connect(loaded.broker_url, loaded.broker_ca)) as connection:
+        declare(connection)
     made: list[str] = []
     if clients and loaded.broker_url.startswith(("amqp", "pyamqp")):
         with transaction(Service(loaded).pool) as connection:
             control = read_control(connection)
         queues = {c.name: c.reply_queues for c in control.clients.values() if not c.disabled}
-        with connect(loaded.broker_url, loaded.broker_ca) as connection:
+        with opened(connect(loaded.broker_url, loaded.broker_ca)) as connection:
             declare(connection, [q for listed in queues.values() for q in listed], queues)
         made = rabbitmq.setup_users(queues, loaded.broker_url, rabbitmqctl, passwords)
     show(as_json, {"users": made}, lambda: f"exchanges and queues declared; {len(made)} users made")

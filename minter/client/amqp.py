@@ -14,7 +14,7 @@ import kombu
 import msgspec
 from msgspec import Struct, structs
 
-from minter.broker.connections import connect, user
+from minter.broker.connections import cause, connect, user
 from minter.broker.publisher import CONFIRM_SECONDS, Outgoing, Publisher
 from minter.contract.messages import Answer
 from minter.contract.names import REQUEST_EXCHANGE, client_requests, reply_prefix
@@ -85,6 +85,7 @@ class AmqpTransport:
             last_news = time.monotonic()
             resend_after = FIRST_RESEND_SECONDS
             while correlation_id not in self._answers:
+                trouble: Exception | None = None
                 try:
                     self._connect(waiting)
                     fresh = [
@@ -107,10 +108,11 @@ class AmqpTransport:
                 except TimeoutError:
                     pass
                 except self._publisher.errors as error:
+                    trouble = error
                     self._disconnected(error)
                     self._check_time(last_news, error)
                     time.sleep(min(RECONNECT_SECONDS, self.timeout_seconds))
-                self._check_time(last_news, None)
+                self._check_time(last_news, trouble)
                 for answered in [c for c in waiting if c in self._answers]:
                     del waiting[answered]
             self._expected.discard(correlation_id)
@@ -128,8 +130,9 @@ class AmqpTransport:
 
     def _check_time(self, since: float, error: Exception | None) -> None:
         if time.monotonic() - since > self.timeout_seconds:
+            why = f" ({cause(error)})" if error else ""
             raise Unavailable(
-                f"no answer within {self.timeout_seconds:.0f} s; the same request_id may be sent again"
+                f"no answer within {self.timeout_seconds:.0f} s{why}; the same request_id may be sent again"
             ) from error
 
     def _connect(self, waiting: Mapping[str, Outgoing]) -> None:

@@ -8,8 +8,8 @@ import kombu
 import msgspec
 from msgspec import Raw, Struct
 
+from minter.broker.connections import opened
 from minter.contract import names
-from minter.errors import Unavailable
 from minter.jws import without_tokens
 
 MOST = 1_000
@@ -35,7 +35,7 @@ def each(connection: kombu.Connection, handle: Callable[[DeadLetter], object]) -
     loses none. Closes the connection. Raises Unavailable if the broker cannot be asked.
     """
     taken = []
-    try:
+    with opened(connection):  # at the end, the broker puts back what was not acknowledged
         channel = connection.channel()
         for _ in range(MOST):
             message = channel.basic_get(names.DEAD_LETTER_QUEUE)
@@ -45,10 +45,6 @@ def each(connection: kombu.Connection, handle: Callable[[DeadLetter], object]) -
             if handle(letter) is True:
                 channel.basic_ack(message.delivery_tag)
                 taken.append(letter)
-    except (*connection.connection_errors, *connection.channel_errors) as error:
-        raise Unavailable(f"the broker cannot be asked: {error or type(error).__name__}"[:300]) from error
-    finally:
-        connection.release()  # the broker puts back what was not acknowledged
     return taken
 
 

@@ -278,6 +278,23 @@ def test_a_broker_that_takes_no_messages_is_told_and_nobody_hangs(running: Runni
 
 
 @pytest.mark.rabbitmq
+def test_a_wrong_amqp_password_is_told_apart_from_a_broker_that_is_away(running: Running) -> None:
+    if not isinstance(running.broker, RabbitMQ):
+        pytest.skip("the embedded broker has no users")
+    away, wrong = "amqp://guest:guest@127.0.0.1:1//", f"amqp://guest:wrong@127.0.0.1:{running.broker.port}//"
+    for url, why in ((away, "the broker cannot be reached: "), (wrong, "the broker refuses: ACCESS_REFUSED")):
+        told = status(running, MINTER_BROKER_URL=url)[2]["broker"]["text"]
+        assert told.startswith(why)
+        for command in (("broker", "setup", "--no-clients"), ("dead", "list")):
+            done = With(running, {"MINTER_BROKER_URL": url}).minter(*command, check=False)
+            assert (done.returncode, why in done.stderr) == (3, True), done.stderr
+        with (
+            MinterClient(url, "rucio-alpen", timeout_seconds=1) as client,
+            pytest.raises(Unavailable, match=why),
+        ):
+            client.mint([FileRequest(sources=(SE + "password",))])
+
+
 def test_a_new_amqp_password_replaces_the_old_one(running: Running, tmp_path: Path) -> None:
     if not isinstance(running.broker, RabbitMQ):
         pytest.skip("the embedded broker has no users")
