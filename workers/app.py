@@ -14,13 +14,13 @@ from typing import Any
 from celery import Celery
 from celery.app.amqp import AMQP
 from celery.beat import PersistentScheduler
-from celery.signals import beat_init, setup_logging, worker_init
+from celery.signals import beat_init, setup_logging, worker_init, worker_ready
 from celery.worker.consumer import Consumer
 from kombu import compression
 from prometheus_client import CollectorRegistry
 
-from minter import logs, status
-from minter.broker.connections import TRANSPORT_OPTIONS, Connection, connect, tls
+from minter import alive, logs, status
+from minter.broker.connections import TRANSPORT_OPTIONS, Connection, connect, opened, tls
 from minter.broker.publisher import Publisher, client_queue, declare, queues
 from minter.contract import names
 from minter.database import control_changes, partitions
@@ -67,6 +67,7 @@ class RequestConsumer(Consumer):
         app.batcher.reset(self.timer, Intake(self._stop_intake, self._resume_intake, self._read))
         self._taking = True
         self.task_consumer = None  # the consumer of the connection before
+        self.timer.call_repeatedly(alive.TURN_SECONDS, alive.turn)
         if _on_amqp(app.loaded):
             self._add_client_queues()
             if self._repeated is not None:  # of the connection before
@@ -77,6 +78,11 @@ class RequestConsumer(Consumer):
             for name, task in self.app.tasks.items()
             if name.startswith("minter.")
         }
+
+    def on_close(self) -> None:
+        """Forget the connection that broke; until there is another one, nothing makes turns."""
+        super().on_close()
+        alive.rest()
 
     def _add_client_queues(self) -> None:
         """Consume from the queue of each registered client; one that cannot be declared is left out."""
@@ -242,17 +248,20 @@ def _start(**_: Any) -> None:
         raise SystemExit(START_FAILED) from error
 
 
+@worker_ready.connect
+def _say_ready(**_: Any) -> None:
+    alive.ready()
+    alive.turn()
+
+
 def _open_engine() -> None:
     metrics = Metrics()
     app.service = service = Service(app.loaded, _observe(metrics))
     service.prepare()
     tune_gc()
     settings = app.loaded.settings
-    try:
-        with app.connection_for_write() as connection:
-            declare(connection)  # the consumer declares the clients' queues
-    except OSError as error:
-        raise Unavailable(f"the broker cannot be reached ({type(error).__name__})") from error
+    with opened(app.connection_for_write()) as connection:
+        declare(connection)  # the consumer declares the clients' queues
     app.batcher = MessageBatcher(
         service.engine,
         Lifecycle(service.engine, service.store),
@@ -310,6 +319,7 @@ def _start_beat(**_: Any) -> None:
             level.labels(part).set(LEVELS.index(worst))
 
     status.keep_looking(look, PARTS_SECONDS)
+    alive.ready()
 
 
 def _request_queues(service: Service) -> list[str]:
@@ -354,8 +364,8 @@ def run_worker(name: str) -> None:
     """Run one worker process, single-threaded, until SIGTERM."""
     app.worker_main(
         [
-            "worker", "--pool", "solo", "--concurrency", "1", "--without-gossip", "--without-mingle",
-            "--without-heartbeat", "--loglevel", "INFO", "--hostname", name,
+            "--quiet", "worker", "--pool", "solo", "--concurrency", "1", "--without-gossip",
+            "--without-mingle", "--without-heartbeat", "--loglevel", "INFO", "--hostname", name,
         ]
     )  # fmt: skip
 

@@ -24,7 +24,7 @@ from joserfc import jwe, jwk
 from joserfc.errors import JoseError
 from prometheus_client import CollectorRegistry
 
-from minter import logs
+from minter import alive, logs
 from minter.backoff import Backoff
 from minter.broker.connections import connect
 from minter.client import JobReport, MinterClient
@@ -254,4 +254,5 @@ def run(
         consumer = JobConsumer(url, queue, forwarder, ca, lambda outcome: jobs.labels(outcome).inc())
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: setattr(consumer, "stopped", True))
+        alive.ready()
         consumer.run()

@@ -18,7 +18,7 @@ import stomp
 from msgspec import Struct
 from prometheus_client import CollectorRegistry, Histogram
 
-from minter import logs
+from minter import alive, logs
 from minter.backoff import Backoff
 from minter.database.ended import EndedToken
 from minter.errors import InvalidRequest, SettingsError, Unavailable
@@ -200,6 +200,7 @@ class EventConsumer:
         backoff = Backoff(FIRST_DELAY_SECONDS, MAX_DELAY_SECONDS)
         batch: list[Message] = []
         while not self.stopped.is_set():
+            alive.turn()
             batch = batch or self._next_batch()
             try:
                 self._note(batch)
@@ -313,6 +314,7 @@ def run() -> None:
         raise SettingsError("no [[fts_events]] in the settings: there is nothing to listen to")
     serve_process(registry, service.loaded.settings.metrics, "events")
     Heartbeat("events", service, facts=consumer.facts).start()
+    alive.ready()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: consumer.stopped.set())
     threads = [Thread(target=source.run, args=(consumer.stopped,), daemon=True) for source in sources]

@@ -5,7 +5,7 @@ import signal
 from collections.abc import Sequence
 from typing import Any
 
-from minter import logs
+from minter import alive, logs
 from minter.broker.connections import connect
 from minter.broker.publisher import Outgoing, Publisher
 from minter.errors import SettingsError, Unavailable
@@ -79,4 +79,5 @@ def run() -> None:
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
     logger.info("refreshing tokens of %s", ", ".join(iams))
+    alive.ready()
     refresher.run()

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from minter import alive
 from minter.cli.tables import AsJson, guarded, open_service, show
 from minter.database.connection import transaction
 from minter.database.control import read_keys
@@ -64,6 +65,7 @@ def publish(
         if not watch:
             raise
         typer.echo(f"minter: {error.reason}: {error}", err=True)
+    alive.ready()
     while watch:
         threading.Event().wait(WATCH_SECONDS)
         try:

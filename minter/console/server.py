@@ -11,7 +11,7 @@ from granian.constants import HTTPModes, Interfaces
 from granian.http import HTTP1Settings
 from granian.log import LogLevels
 
-from minter import logs
+from minter import alive, logs
 from minter.console.app import application
 from minter.console.pages import Pages
 from minter.console.signin import SignIn
@@ -67,6 +67,7 @@ def create() -> Any:
     Heartbeat("console", pages.service).start()
     if sign_in.iam is None:
         _tell(sign_in.link(base_of(console)))
+    alive.ready()
     return application(pages, sign_in, base_of(console))
 
 

@@ -17,7 +17,7 @@ import msgspec
 from falcon import HTTPError, HTTPNotFound, asgi
 from falcon.uri import parse_query_string
 
-from minter import logs
+from minter import alive, logs
 from minter.database.connection import QUICK_SECONDS, transaction
 from minter.database.control import read_keys
 from minter.errors import (
@@ -55,6 +55,8 @@ MAX_HELD_BYTES = 64 * 1024 * 1024
 PIECE_BYTES = 64 * 1024
 WATCH_SECONDS = 1.0
 """Every process reads changed keys and clients at this interval."""
+STUCK_SECONDS = 60.0
+"""An event loop that serves nobody for so long is stuck."""
 READY_SECONDS = 1.5
 """`/ready` answers within this time, whatever Postgres does."""
 REBUILD = timedelta(minutes=1)
@@ -282,20 +284,27 @@ class Web:
 # ── the application ──────────────────────────────────────────────────────────────────────────
 
 
+async def _make_turns() -> None:
+    while True:
+        alive.turn(STUCK_SECONDS)
+        await asyncio.sleep(alive.TURN_SECONDS)
+
+
 class _Shell:
     """Middleware: corrects paths, sets headers and counts requests; starts and stops `Web.watch`."""
 
     def __init__(self, web: Web) -> None:
         self._web = web
         self._hosts = Hosts(web.service.loaded.endpoints.values())
-        self._watch: asyncio.Task[None] | None = None
+        self._watch: asyncio.Future[Any] | None = None
 
     async def process_startup(self, _scope: object, _event: object) -> None:
-        self._watch = asyncio.create_task(self._web.watch())
+        self._watch = asyncio.gather(self._web.watch(), _make_turns())
 
     async def process_shutdown(self, _scope: object, _event: object) -> None:
         if self._watch is not None:
             self._watch.cancel()
+            alive.rest()
 
     async def process_request(self, req: asgi.Request, resp: asgi.Response) -> None:
         resp.set_headers(_HEADERS)

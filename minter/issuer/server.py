@@ -11,7 +11,7 @@ from granian.constants import HTTPModes, Interfaces, Loops, SSLProtocols
 from granian.http import HTTP1Settings
 from granian.log import LogLevels
 
-from minter import logs
+from minter import alive, logs
 from minter.errors import SettingsError
 from minter.issuer import app as web
 from minter.issuer import oauth, tasks
@@ -42,6 +42,7 @@ def create() -> Callable[..., Awaitable[None]]:
     tune_gc()
     serve_process(metrics.registry, loaded.settings.metrics, "serve")
     made.heartbeat.start()
+    alive.ready()
 
     async def served(scope: dict[str, Any], receive: Any, sent: Any) -> None:
         if scope.get("http_version") in ("1", "1.0"):

@@ -24,7 +24,7 @@ from queue import Empty, SimpleQueue
 from msgspec import structs
 from sqlalchemy.engine import Engine as Pool
 
-from minter import logs
+from minter import alive, logs
 from minter.backoff import Backoff
 from minter.database import leases, managed, providers
 from minter.database.connection import transaction
@@ -120,6 +120,7 @@ class Refresher:
         """Keep tokens fresh until `stopped`, then wait for unanswered requests and save their answers."""
         backoff = Backoff(FIRST_DELAY_SECONDS, MAX_DELAY_SECONDS)
         while not self.stopped or self._out.total() or self._unsaved:
+            alive.turn()
             try:
                 busy = self.run_once()
                 backoff.reset()
@@ -134,6 +135,7 @@ class Refresher:
                 self._wait()
             elif not busy:
                 time.sleep(IDLE_SECONDS)
+        alive.rest()
         for threads in self._threads.values():
             threads.shutdown()
 

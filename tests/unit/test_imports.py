@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 FLOORS = [
-    {"backoff", "bounded_http", "errors", "jws", "lines", "logs", "wrapping"},
+    {"alive", "backoff", "bounded_http", "errors", "jws", "lines", "logs", "wrapping"},
     {"private_files"},
     {"scopes"},
     {"contract"},
