@@ -45,7 +45,17 @@ def drill(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Drill]:
 
 
 def _started(options: str, plot: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "minter.cli", "drill", "--scale", str(SCALE), "--budget", "0.5", "--json"]
+    command = [
+        sys.executable,
+        "-m",
+        "minter.cli",
+        "drill",
+        "--scale",
+        str(SCALE),
+        "--budget",
+        "0.5",
+        "--json",
+    ]
     return subprocess.Popen(
         [*command, "--output", str(plot), *options.split()], stdout=subprocess.PIPE, text=True, cwd=ROOT
     )
