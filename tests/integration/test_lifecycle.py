@@ -22,6 +22,7 @@ from minter.contract.followups import (
 )
 from minter.contract.messages import FileOperation, FileRequest, FillRequest, MintRequest
 from minter.database import connection, control_changes
+from minter.database import states as states_of
 from minter.errors import Banned, Expired, InvalidRequest, UnknownClient, UnknownRequest, UnknownStorage
 from minter.fts.jobs import from_fill
 from minter.local import stack
@@ -54,6 +55,31 @@ def states(service: Service) -> dict[tuple[str, str], str]:
         " LEFT JOIN token_states s USING (jti) ORDER BY t.jti",
     )
     return {(name, side): state for name, side, state in found}
+
+
+def test_a_report_by_external_ids_reads_a_large_day_by_its_index(service: Service) -> None:
+    mint(service, submission("a"))
+    with connection.transaction(service.pool) as open_:
+        open_.execute(
+            "INSERT INTO tokens SELECT (jsonb_populate_record(t, jsonb_build_object('jti',"
+            " left(t.jti::text, 24) || lpad(to_hex(n), 12, '0'), 'external_id', 'file ' || n))).*"
+            " FROM tokens t, generate_series(1, 20000) AS n WHERE t.side = 'source'"
+        )
+        open_.execute("ANALYZE tokens")
+        wanted = [f"file {n}" for n in range(1, 101)]
+
+        class Explained:
+            """The connection, which explains what it should execute."""
+
+            def execute(self, query: str, values: dict[str, object]) -> Any:
+                return open_.execute(f"EXPLAIN {query}", values)
+
+        asked: Any = Explained()
+        plan = "\n".join(str(row) for row in states_of.by_external_id(asked, [1], wanted, clock.now()))
+        assert "_hashtextextended_idx" in plan
+        assert f"Seq Scan on tokens_{clock.now():%Y%m%d}" not in plan
+        found = states_of.by_external_id(open_, [1], [*wanted, wanted[0]], clock.now())
+    assert sorted(name for name, _ in found) == sorted(wanted)
 
 
 # ── fetch ────────────────────────────────────────────────────────────────────────────────────
