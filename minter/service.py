@@ -151,7 +151,7 @@ class Service:
         if pruned := partitions.prune_suspects(self.pool):
             done.append(f"{pruned} redelivery counts removed")
         processes.forget(self.pool)
-        counts.prune(self.pool)
+        counts.compact(self.pool)
         partitions.prune_ended(self.pool, days)
         partitions.prune_managed(self.pool, days, now)
         return done + [f"keys: {change}" for change in self.maintain_keys(actor)]

@@ -48,9 +48,9 @@ class Rates(NamedTuple):
 
 def rates(pool: Pool, kind: str, period: Period, now: datetime) -> Rates:
     """Return the rates of a kind by label, and by VO where there are several; the last step is now."""
-    counted = counts.amounts(pool, [kind], now - period.length, period.step)
-    several = len({vo for _, vo, *_ in counted if vo}) > 1
     first = now - period.length - (now - period.length - _ORIGIN) % period.step  # as Postgres bins them
+    counted = counts.amounts(pool, [kind], first, period.step)
+    several = len({vo for _, vo, *_ in counted if vo}) > 1
     times = [first + n * period.step for n in range(int((now - first) / period.step) + 1)]
     place = {at: n for n, at in enumerate(times)}
     found: dict[str, list[float]] = {}

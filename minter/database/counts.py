@@ -1,4 +1,4 @@
-"""SQL of what processes counted: rates of the whole cluster, minute by minute or hour by hour, for 8 days.
+"""SQL of what processes counted: the whole cluster's rates, for two hours by minute, then by quarter.
 
 A count is of a VO (empty if none is known), a kind and a label:
 
@@ -20,11 +20,15 @@ from uuid import UUID
 import psycopg
 from sqlalchemy.engine import Engine as Pool
 
-from minter.database.connection import transaction
+from minter.database.connection import one, transaction
 
 Counts: TypeAlias = Mapping[tuple[str, str, str], int]
 """Amounts by VO, kind and label."""
-KEPT = "8 days"
+KEPT, MINUTES_KEPT, QUARTER = "8 days", "2 hours", "15 minutes"
+ALL_PROCESSES = UUID(int=0)
+"""In place of the process in what was summed up."""
+AT_ONCE = 200_000
+"""Rows that are summed up in one transaction, at most."""
 OF_STORAGES = {"tokens": "storage_tokens", "refusals": "storage_refusals"}
 """The kinds that are counted by storage, too: by the hour, as there may be hundreds of storages."""
 
@@ -56,7 +60,31 @@ def amounts(
         ).fetchall()
 
 
-def prune(pool: Pool) -> None:
-    """Delete what is older than KEPT."""
+def compact(pool: Pool) -> None:
+    """Delete what is older than KEPT; sum up all processes by QUARTER in what is older than MINUTES_KEPT.
+
+    Otherwise a week of ten processes would be a million rows, and each chart of it take a second.
+    """
     with transaction(pool) as connection:
         connection.execute(f"DELETE FROM counts WHERE minute < now() - interval '{KEPT}'")
+    summed = AT_ONCE
+    while summed == AT_ONCE:
+        with transaction(pool) as connection:
+            (summed,) = one(connection.execute(_SUM_UP, {"all": ALL_PROCESSES, "most": AT_ONCE}))
+
+
+_SUM_UP = f"""
+    WITH old AS MATERIALIZED (
+        SELECT ctid FROM counts WHERE minute < now() - interval '{MINUTES_KEPT}' AND process_id <> %(all)s
+        LIMIT %(most)s FOR UPDATE SKIP LOCKED
+    ), taken AS (
+        DELETE FROM counts WHERE ctid = ANY (ARRAY(SELECT ctid FROM old)) RETURNING *
+    ), summed AS (
+        INSERT INTO counts
+        SELECT date_bin('{QUARTER}', minute, '2020-01-01Z'), %(all)s, vo, kind, label, sum(amount)
+        FROM taken GROUP BY 1, 3, 4, 5 ORDER BY 1, 3, 4, 5
+        ON CONFLICT (minute, process_id, vo, kind, label)
+        DO UPDATE SET amount = counts.amount + excluded.amount
+    ) SELECT count(*) FROM taken
+"""
+"""Rows that another beat sums up at this moment are left to it."""

@@ -1,9 +1,10 @@
 """Metrics come from the engine's observations and have a bounded number of labels."""
 
+import threading
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from platform import python_version
 from typing import Any
@@ -24,7 +25,7 @@ from minter.sections import MetricsSettings
 from minter.service import Service
 from minter.tokens import clock
 from minter.tokens.outcomes import Submission
-from tests.conftest import load_settings
+from tests.conftest import load_settings, rows
 from tests.integration.test_mint import SE, mint, submission
 
 
@@ -165,6 +166,38 @@ def test_a_heartbeat_brings_what_the_process_counted_since_the_last_one(
         ("", "refusals", "unknown_client"): 1,
         ("", "ages", ""): 3,
     }
-    counts.prune(service.pool)
+    counts.compact(service.pool)
     assert counts.amounts(service.pool, kinds, service.clock() - hour, hour) == seen
     heartbeat.stop()
+
+
+def test_old_counts_are_summed_up_and_charts_stay_the_same(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with transaction(service.pool) as connection:
+        connection.execute(
+            "INSERT INTO counts SELECT date_trunc('minute', now()) - m * interval '1 minute', p::uuid, 'alpen', 'tokens', l,"
+            " m FROM generate_series(1, 400) AS m, unnest(%s::uuid[]) AS p, unnest('{mint,exchange}'::text[]) AS l",
+            ([clock.new_uuid7(), clock.new_uuid7()],),
+        )
+    monkeypatch.setattr(counts, "AT_ONCE", 100)
+
+    def seen() -> list[tuple[datetime, str, str, str, int]]:
+        return counts.amounts(
+            service.pool, ["tokens"], service.clock() - timedelta(days=1), timedelta(minutes=15)
+        )
+
+    (before,), old = rows(service, "SELECT count(*) FROM counts"), seen()
+    both = [threading.Thread(target=counts.compact, args=(service.pool,)) for _ in range(2)]
+    for thread in both:
+        thread.start()
+    for thread in both:
+        thread.join()
+    assert seen() == old
+    counts.compact(service.pool)
+    assert seen() == old
+    (after,) = rows(service, "SELECT count(*) FROM counts")
+    assert (before, after < (600,)) == (
+        (1600,),
+        True,
+    )  # two hours by minute of each process, the rest by quarter
