@@ -1,5 +1,6 @@
 """Searches for tokens, as operators ask: by what is known of a token, in the database and the archive."""
 
+import time
 import uuid
 from datetime import datetime, timedelta
 from itertools import product
@@ -15,6 +16,9 @@ from minter.service import Service
 from minter.storages.urls import readings
 
 FTS_ID_DIGITS = 16
+WALK_SECONDS = 0.2
+"""A walk begins no step that would end later, if it takes GROWTH times as long as the one before."""
+FIRST_STEP, GROWTH = timedelta(minutes=5), 4
 
 
 def of_request(
@@ -44,6 +48,22 @@ def find(
     if folder is not None and len(found) < limit:
         found += [t for v in values for t in archives.find(folder, by, v, since, until, limit)]
     return traces.newest([t for t in found if storages is None or t.storage in storages], limit)
+
+
+def newest(service: Service, by: str, value: object, limit: int) -> tuple[list[TraceRecord], datetime | None]:
+    """Return newest tokens by a search that walks back, and where WALK_SECONDS ended it, if they did.
+
+    The walk ends as soon as it has `limit` tokens. A client that asked nothing for long, say, would otherwise
+    cost a look at every token of the retention.
+    """
+    found: list[TraceRecord] = []
+    until, since, oldest, step = _until(service), service.clock(), service.since(), FIRST_STEP
+    ends, took = time.monotonic() + WALK_SECONDS, 0.0
+    while len(found) < limit and since > oldest and time.monotonic() + GROWTH * took <= ends:
+        began, since = time.monotonic(), max(oldest, since - step)
+        found += traces.find(service.pool, by, value, since, until, limit - len(found), by_issue=True)
+        until, step, took = since, GROWTH * step, time.monotonic() - began
+    return found, since if len(found) < limit and since > oldest else None
 
 
 def by_text(service: Service, text: str, limit: int) -> tuple[list[TraceRecord], list[Refusals]]:

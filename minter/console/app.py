@@ -290,7 +290,7 @@ def _place(url: str) -> tuple[str, str]:
 def _searched(pages: Pages, req: falcon.Request) -> Mapping[str, object]:
     for by in ("client", "storage", "key"):
         if name := req.get_param(by):
-            return pages.newest(by, name)
+            return pages.newest(by, name, everywhere="everywhere" in req.params)
     return pages.search(req.get_param("q") or "")
 
 

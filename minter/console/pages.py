@@ -93,17 +93,23 @@ class Pages:
         """Return the tokens and refusals that a text names; `wrong` says why it names nothing."""
         text = text.strip()
         if not text:
-            return {"query": "", "text": "", "tokens": None, "refusals": [], "wrong": ""}
+            return _found("", None)
         try:
             found, refusals = search.by_text(self.service, text, MOST_TOKENS)
         except RequestError as error:
-            return {"query": text, "text": text, "tokens": [], "refusals": [], "wrong": error.message}
-        return {"query": text, "text": text, "tokens": _told(found), "refusals": refusals, "wrong": ""}
+            return _found(text, [], query=text, wrong=error.message)
+        return _found(text, found, query=text, refusals=refusals)
 
-    def newest(self, by: str, name: str) -> dict[str, Any]:
-        """Return the newest tokens of a client, storage or key."""
-        found = search.find(self.service, by, name, self.service.since(), MOST_TOKENS)
-        return {"query": "", "text": f"{by} {name}", "tokens": _told(found), "refusals": [], "wrong": ""}
+    def newest(self, by: str, name: str, *, everywhere: bool = False) -> dict[str, Any]:
+        """Return the newest tokens of a client, storage or key, as far `back_to` as a short time allows.
+
+        `everywhere` looks at the whole retention, which may take long.
+        """
+        text = f"{by} {name}"
+        if everywhere:
+            return _found(text, search.find(self.service, by, name, self.service.since(), MOST_TOKENS))
+        found, back_to = search.newest(self.service, by, name, MOST_TOKENS)
+        return _found(text, found, back_to=back_to, further={by: name, "everywhere": "1"})
 
     def storages(self) -> dict[str, Any]:
         """Return the storages of the settings: dialect, what the last day brought, and their last probe."""
@@ -205,6 +211,12 @@ class Pages:
             raise InvalidRequest("no key has this kid")
         (key,) = self.service.rotate_keys(of.vo, [of.algorithm], actor)
         return f"key {key.kid} signs now"
+
+
+def _found(text: str, tokens: Sequence[TraceRecord] | None, **more: object) -> dict[str, Any]:
+    """Return what the search page shows; no tokens are shown, not even their number, for None."""
+    told = None if tokens is None else _told(tokens)
+    return {"query": "", "text": text, "tokens": told, "refusals": [], "wrong": "", "back_to": None, **more}
 
 
 def _told(found: Sequence[TraceRecord]) -> list[dict[str, Any]]:

@@ -199,12 +199,17 @@ def find(
     until: datetime,
     limit: int = 100,
     asker: str | None = None,
+    *,
+    by_issue: bool = False,
 ) -> list[TraceRecord]:
     """Find tokens by one of INDEXED or WALKED, newest first; only those of the client `asker`, if named.
 
-    A search by jti also accepts the handle of a managed token.
+    A search by jti also accepts the handle of a managed token. With `by_issue`, a search of WALKED reads the
+    tokens that were issued in the period only, not older shared ones that were used in it.
     """
     values = bounds(since, until) | {"value": wanted(by, value), "limit": limit, "asker": asker}
+    if by_issue:
+        values["before"] = values["first"]
     with transaction(pool, LONG_SECONDS) as connection:
         rows = [row for query in queries(by) for row in connection.execute(query, values).fetchall()]
         handles = connection.execute(_OF_IDS, {"ids": [value]}).fetchall() if by == "jti" else []

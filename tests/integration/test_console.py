@@ -9,6 +9,7 @@ import pytest
 from falcon.testing import Result, TestClient
 from msgspec import structs
 
+from minter import search
 from minter.console import charts, server
 from minter.console.app import application
 from minter.console.pages import Pages
@@ -16,7 +17,7 @@ from minter.console.signin import MOST, SESSION_SECONDS, Person, Sessions, SignI
 from minter.contract.followups import JobReport
 from minter.contract.messages import FileRequest, MintRequest
 from minter.database import audit, control_changes, counts, states
-from minter.database.connection import open_pool, transaction
+from minter.database.connection import floor, one, open_pool, transaction
 from minter.errors import SettingsError
 from minter.heartbeats import Heartbeat
 from minter.lines import Line
@@ -30,7 +31,7 @@ from minter.tokens import clock
 from minter.tokens.keys import RotationPolicy
 from minter.tokens.outcomes import Submission
 from tests.conftest import load_settings
-from tests.integration.test_mint import SE
+from tests.integration.test_mint import SE, mint, submission
 
 BASE = "http://127.0.0.1:8445"
 PAGES = ["/", "/search", "/storages", "/clients", "/bans", "/keys", "/providers", "/audit"]
@@ -254,6 +255,30 @@ def test_others_change_nothing(console: Console, role: str, change: dict[str, st
 def test_odd_parameters_are_400(console: Console, path: str) -> None:
     console.enter("viewer")
     assert console.http.simulate_get(path, cookies={"minter-session": console.session}).status_code == 400
+
+
+@pytest.mark.parametrize("by", ["client", "storage", "key"])
+def test_the_newest_tokens_are_looked_for_in_a_bounded_time(
+    console: Console, by: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    console.enter("viewer")
+    mint(console.service, submission("a"))
+    moved = floor(clock.now() - timedelta(hours=2))
+    with transaction(console.service.pool) as connection:  # as if one were of two hours ago
+        connection.execute("UPDATE tokens SET jti = %s WHERE side = 'source'", (moved,))
+        names = one(connection.execute(
+            "SELECT c.name, s.name, k.kid FROM tokens JOIN clients c USING (client_id) JOIN storages s USING (storage_id)"
+            " JOIN signing_keys k USING (key_id) WHERE jti = %s", (moved,),
+        ))  # fmt: skip
+    asked = {by: dict(zip(("client", "storage", "key"), names, strict=True))[by]}
+    monkeypatch.setattr(search, "WALK_SECONDS", 60.0)
+    shown, further = f"<code>{moved}", f"{by}={asked[by]}&amp;everywhere=1"
+    all_of_it = console.get("/search", **asked).text
+    assert (shown in all_of_it, further in all_of_it) == (True, False)
+    monkeypatch.setattr(search, "WALK_SECONDS", -1.0)
+    nothing = console.get("/search", **asked).text
+    assert (shown in nothing, further in nothing) == (False, True)
+    assert shown in console.get("/search", everywhere="1", **asked).text
 
 
 def test_a_ban_of_all_vos_says_so_before_it_is_made(console: Console) -> None:
