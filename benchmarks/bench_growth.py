@@ -104,7 +104,9 @@ def fill(running: Bench, tokens: int) -> dict[str, float]:
         began = time.perf_counter()
         for low in range(0, requests, CHUNK):
             high = min(low + CHUNK, requests) - 1
-            connection.execute(FILL, {"templates": templates, "start": start, "pace": pace, "low": low, "high": high})
+            connection.execute(
+                FILL, {"templates": templates, "start": start, "pace": pace, "low": low, "high": high}
+            )
         took = time.perf_counter() - began
         connection.execute("DROP TABLE templates")
         connection.execute("VACUUM (ANALYZE)")
@@ -137,12 +139,15 @@ def lookups(running: Bench, count: int) -> dict[str, dict[str, float]]:
         ).fetchall()  # fmt: skip
     by = {"jti": 0, "external_id": 2, "fts_token_id": 3, "path": 4}
     found: dict[str, Sequence[Callable[[], object]]] = {
-        name: [lambda n=name, v=row[at]: search.find(s, n, v, s.since(), 50) for row in rows] for name, at in by.items()
+        name: [lambda n=name, v=row[at]: search.find(s, n, v, s.since(), 50) for row in rows]
+        for name, at in by.items()
     }
     found["request"] = [lambda r=row[1]: search.of_request(s, r) for row in rows]
     lifecycle = Lifecycle(s.engine, s.store)
     files = tuple(FileReport(state="finished", external_id=row[2]) for row in rows[:100])
-    found["report of 100 files"] = [lambda: lifecycle.report("load", ReportRequest(files=files), clock.now())] * 5
+    found["report of 100 files"] = [
+        lambda: lifecycle.report("load", ReportRequest(files=files), clock.now())
+    ] * 5
     return {name: timed(calls) for name, calls in found.items()}
 
 
@@ -202,7 +207,9 @@ def main() -> None:
         try:
             running.start()
             stack.add_client(running.service, "idle", "vo", "bench")
-            running.service.engine.mint_many([submission(FILES) for _ in range(200)], clock.now() - timedelta(seconds=1))
+            running.service.engine.mint_many(
+                [submission(FILES) for _ in range(200)], clock.now() - timedelta(seconds=1)
+            )
             result: dict[str, Any] = {"versions": versions(), "postgres": POSTGRES}
             result["empty"] = measure(running, options)
             result["day"] = fill(running, options.tokens)
