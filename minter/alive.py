@@ -7,7 +7,7 @@ import socket
 TURN_SECONDS = 10.0
 """Event loops make a turn so often."""
 STUCK_SECONDS = 900.0
-"""A process without a turn for so long is stuck: whatever may take long in one turn ends sooner."""
+"""A process without a turn for so long is stuck, or Postgres has left one statement without an answer."""
 
 _state = {"ready": False}
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from celery import Task
 
+from minter import alive
 from minter.contract import names
 from minter.errors import InvalidRequest, ServerError
 from workers.app import app
@@ -62,5 +63,6 @@ for _name in names.PUBLIC_TASKS:
 @app.task(name="minter.maintain", base=InternalTask)
 def maintain() -> None:
     """Maintain the database and the keys, once an hour."""
+    alive.rest()  # one of its statements may take longer than a turn
     for change in app.service.maintain("beat"):
         logger.info(change)
