@@ -9,7 +9,7 @@ from typing import Any
 from uuid import UUID
 
 from minter import sections, settings
-from minter.contract.messages import unix_time
+from minter.contract.messages import instant_of
 from minter.database import control_changes, counts, keyring, migrations, partitions, processes, recording
 from minter.database.connection import open_pool, transaction
 from minter.database.control import read_keys, read_private_key
@@ -193,8 +193,8 @@ class Service:
         A jti holds the time at which it was made, so a search by jti begins there if that is earlier.
         """
         start = self.clock() - timedelta(days=days or self.loaded.settings.database.retention_days)
-        made = start if jti is None else datetime.fromtimestamp(unix_time(jti), UTC) - timedelta(seconds=1)
-        return min(start, made)
+        made = None if jti is None else instant_of(jti)
+        return start if made is None else min(start, made - timedelta(seconds=1))
 
 
 class _Masters(dict[str, MasterKey]):

@@ -3,6 +3,7 @@
 The JSON Schemas in schemas/ are generated from these structs.
 """
 
+from datetime import UTC, datetime
 from typing import Annotated, Any, Literal, NamedTuple
 from uuid import UUID
 
@@ -45,6 +46,16 @@ class Slot(NamedTuple):
 def unix_time(uuid7: UUID) -> float:
     """Return the seconds since the epoch that a UUIDv7 holds (RFC 9562 §5.7)."""
     return (uuid7.int >> 80) / 1000
+
+
+def instant_of(any_uuid: UUID) -> datetime | None:
+    """Return the instant that a UUIDv7 holds; None for another UUID, and for one beyond the year 9999."""
+    if any_uuid.version != 7:  # noqa: PLR2004 - RFC 9562's number
+        return None
+    try:
+        return datetime.fromtimestamp(unix_time(any_uuid), UTC)
+    except ValueError:
+        return None
 
 
 class FileOperation(Struct, frozen=True, forbid_unknown_fields=True):

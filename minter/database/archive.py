@@ -21,7 +21,7 @@ import msgspec
 import psycopg
 from sqlalchemy.engine import Engine as Pool
 
-from minter.contract.messages import unix_time
+from minter.contract.messages import instant_of
 from minter.database.connection import LONG_SECONDS, one, transaction
 from minter.database.partitions import bounds, day_of
 from minter.database.traces import AROUND, COLUMNS, USES, Refusals, TraceRecord, matches, story, wanted
@@ -142,7 +142,9 @@ def find_request(folder: Path, request_id: UUID, until: datetime) -> tuple[list[
     The request may have been received after the day in its request_id, so files up to `until` are read. It
     may use older shared tokens, so files from LAST_EXPIRY before that day are read.
     """
-    sent = datetime.fromtimestamp(unix_time(request_id), UTC)
+    sent = instant_of(request_id)
+    if sent is None:
+        return [], []
     refusals = [
         one
         for path in _files(folder, "requests", sent, sent)

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
+from uuid import UUID
 
 import pytest
 from falcon.testing import Result, TestClient
@@ -179,7 +180,7 @@ def test_a_token_is_found_by_whatever_is_known_of_it(console: Console) -> None:
     console.enter("viewer")
     service = console.service
     request, _ = minted(service, "rucio-1")
-    job = clock.new_uuid7()
+    job = UUID("f0000000-0000-4000-8000-000000000001")  # no date can be read from it
     with transaction(service.pool) as connection:
         (client_id,) = connection.execute("SELECT client_id FROM clients").fetchone() or (0,)
         states.note_jobs(connection, client_id, [JobReport(job, request.request_id, (0,))])
@@ -196,7 +197,9 @@ def test_a_token_is_found_by_whatever_is_known_of_it(console: Console) -> None:
         assert str(trace.jti) in console.get("/search", **{by: name}).text
     nothing = console.get("/search", q="davs://nowhere.example.org/f")
     assert (nothing.status_code, 'role="alert"' in nothing.text) == (200, True)
-    assert "0 tokens" in console.get("/search", q=str(clock.new_uuid7())).text
+    odd = [f"ffffffff-ffff-{version}fff-bfff-ffffffffffff" for version in "147"] + [str(UUID(int=0))]
+    for unknown in [str(clock.new_uuid7()), *odd, "00000000-0000-7000-8000-000000000000"]:
+        assert "0 tokens" in console.get("/search", q=unknown).text
 
 
 def test_an_operator_acts_after_a_second_question_and_under_the_own_name(console: Console) -> None:
