@@ -80,7 +80,7 @@ def _archive(pool: Pool, path: Path, kind: Kind, day: date) -> int:
     held = sum(1 for _ in _lines(path)) if path.exists() else 0
     if kind in present and all(present.get(table, True) for table in TABLES[kind]):
         with transaction(pool, LONG_SECONDS) as connection:
-            (there,) = one(connection.execute(_COUNTS[kind], bounds(day)))
+            there = sum(one(connection.execute(query, bounds(day)))[0] for query in _COUNTS[kind])
         if held > there > 0:
             raise Unavailable(f"archive {path} has {held} lines and the database {there}; move the file away")
         count = held if held >= there and held else _write(pool, path, kind, day)
@@ -197,13 +197,14 @@ def _write(pool: Pool, path: Path, kind: Kind, day: date) -> int:
         ):
             # One snapshot: a report made meanwhile is wholly in the file or wholly missing from it.
             connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
-            with connection.cursor("archive") as cursor:
-                cursor.itersize = FETCH_ROWS
-                cursor.execute(_QUERIES[kind], bounds(day))
-                for row in cursor:
-                    one = story(row) if kind == "tokens" else Refusals(*row)
-                    packed.write(_encode(one) + b"\n")
-                    count += 1
+            for query in _QUERIES[kind]:
+                with connection.cursor("archive") as cursor:
+                    cursor.itersize = FETCH_ROWS
+                    cursor.execute(query, bounds(day))
+                    for row in cursor:
+                        told = story(row) if kind == "tokens" else Refusals(*row)
+                        packed.write(_encode(told) + b"\n")
+                        count += 1
             packed.close()
             file.flush()
             os.fsync(file.fileno())
@@ -224,18 +225,29 @@ def _sync_folder(folder: Path) -> None:
 
 _TOKENS = "t.jti >= %s AND t.jti < %s"
 _REFUSED = (
-    "FROM requests r JOIN clients c USING (client_id) WHERE r.request_id >= %s AND r.request_id < %s"
+    " FROM requests r JOIN clients c USING (client_id) WHERE r.request_id >= %s AND r.request_id < %s"
     " AND (r.error IS NOT NULL OR r.refusals IS NOT NULL)"
 )
-_QUERIES: dict[Kind, str] = {
-    "tokens": f"SELECT {COLUMNS} FROM tokens t {USES} {AROUND} WHERE {_TOKENS} ORDER BY t.jti",
-    "requests": "SELECT r.request_id, c.name, r.received_at, r.error, coalesce(r.refusals, '[]')"
-    f" {_REFUSED} ORDER BY 1",
+# Tokens of one file have no uses; joined like the others, each would be looked for in all days of `uses`.
+_ALONE, _SHARED = "CROSS JOIN (SELECT (NULL::uses).*) u", USES
+_QUERIES: dict[Kind, list[str]] = {
+    "tokens": [
+        f"SELECT {COLUMNS} FROM tokens t {uses} {AROUND} WHERE {_TOKENS} AND t.file {which} 0 ORDER BY t.jti"
+        for uses, which in ((_ALONE, ">="), (_SHARED, "<"))
+    ],
+    "requests": [
+        "SELECT r.request_id, c.name, r.received_at, r.error, coalesce(r.refusals, '[]')"
+        + _REFUSED
+        + " ORDER BY 1"
+    ],
 }
-# Of the joins around a token only USES adds rows, so counting rows needs no other join.
-_COUNTS: dict[Kind, str] = {
-    "tokens": f"SELECT count(*) FROM tokens t {USES} WHERE {_TOKENS}",
-    "requests": f"SELECT count(*) {_REFUSED}",
+# Of the joins around a token only that of uses adds rows, so counting rows needs no other join.
+_COUNTS: dict[Kind, list[str]] = {
+    "tokens": [
+        f"SELECT count(*) FROM tokens t {uses} WHERE {_TOKENS} AND t.file {which} 0"
+        for uses, which in (("", ">="), (_SHARED, "<"))
+    ],
+    "requests": [f"SELECT count(*) {_REFUSED}"],
 }
 
 
