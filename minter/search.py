@@ -53,7 +53,8 @@ def find(
 def newest(service: Service, by: str, value: object, limit: int) -> tuple[list[TraceRecord], datetime | None]:
     """Return newest tokens by a search that walks back, and where WALK_SECONDS ended it, if they did.
 
-    The walk ends as soon as it has `limit` tokens. A client that asked nothing for long, say, would otherwise
+    It reads tokens by their issue, so recent uses of older shared tokens may be missing where it stopped. The
+    walk ends as soon as it has `limit` tokens. A client that asked nothing for long, say, would otherwise
     cost a look at every token of the retention.
     """
     found: list[TraceRecord] = []
@@ -63,7 +64,7 @@ def newest(service: Service, by: str, value: object, limit: int) -> tuple[list[T
         began, since = time.monotonic(), max(oldest, since - step)
         found += traces.find(service.pool, by, value, since, until, limit - len(found), by_issue=True)
         until, step, took = since, GROWTH * step, time.monotonic() - began
-    return found, since if len(found) < limit and since > oldest else None
+    return traces.newest(found, limit), since if len(found) < limit and since > oldest else None
 
 
 def by_text(service: Service, text: str, limit: int) -> tuple[list[TraceRecord], list[Refusals]]:

@@ -291,6 +291,7 @@ def _start_beat(**_: Any) -> None:
     service = Service(app.loaded)
     try:
         service.prepare()
+        alive.ready()  # the first work may take longer than systemd waits
         for change in service.maintain("beat"):
             logger.info(change)
     except MinterError as error:
@@ -319,7 +320,6 @@ def _start_beat(**_: Any) -> None:
             level.labels(part).set(LEVELS.index(worst))
 
     status.keep_looking(look, PARTS_SECONDS)
-    alive.ready()
 
 
 def _request_queues(service: Service) -> list[str]:

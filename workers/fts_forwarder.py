@@ -26,7 +26,7 @@ from prometheus_client import CollectorRegistry
 
 from minter import alive, logs
 from minter.backoff import Backoff
-from minter.broker.connections import connect
+from minter.broker.connections import cause, connect
 from minter.client import JobReport, MinterClient
 from minter.contract.messages import Answer, TokenAnswer
 from minter.errors import (
@@ -163,7 +163,7 @@ class JobConsumer:
                 backoff.reset()
             except (*connection.connection_errors, *connection.channel_errors) as error:
                 pause = backoff.pause()
-                logger.warning("the broker is down (%s), trying again in %.0f s", type(error).__name__, pause)
+                logger.warning("trying again in %.0f s: %s", pause, cause(error))
                 time.sleep(pause)
             finally:
                 connection.release()

@@ -97,6 +97,10 @@ def connect(broker_url: str, ca: str | None = None, seconds: float = 5.0) -> kom
     )
 
 
+_REFUSALS = {403, 404, 405, 406, 530}
+"""Reply codes (AMQP 0-9-1 §1.2) with which RabbitMQ refuses what was asked; 320 is its goodbye."""
+
+
 @contextmanager
 def opened(connection: kombu.Connection) -> Iterator[kombu.Connection]:
     """Open a connection, which ends with the block; raises Unavailable with why the broker cannot be used.
@@ -114,8 +118,10 @@ def opened(connection: kombu.Connection) -> Iterator[kombu.Connection]:
 
 def cause(error: Exception) -> str:
     """Say why the broker cannot be used, in its own words where it gave some."""
-    if told := getattr(error, "reply_text", None):  # RabbitMQ's own words
-        return f"the broker refuses: {told}"[:300]
+    if (
+        isinstance(error, AMQPError) and error.method_sig and error.reply_code in _REFUSALS
+    ):  # RabbitMQ's words
+        return f"the broker refuses: {error.reply_text}"[:300]
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"the broker's certificate is not accepted: {error.verify_message}"
     return f"the broker cannot be reached: {error or type(error).__name__}"[:300]

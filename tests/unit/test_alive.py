@@ -12,6 +12,7 @@ TURNS = """
 import time
 from minter import alive
 alive.ready()
+alive.AGAIN_SECONDS = 0.0
 alive.turn(0.3)
 {then}
 time.sleep(5)
@@ -39,10 +40,18 @@ def test_systemd_is_told_when_a_process_is_ready(abstract: bool, tmp_path: Path)
         assert receiver.recv(100) == b"READY=1"
 
 
+def test_a_socket_that_is_gone_stops_nobody(tmp_path: Path) -> None:
+    done = _run(
+        "import os; raise SystemExit('NOTIFY_SOCKET' in os.environ)", NOTIFY_SOCKET=str(tmp_path / "gone")
+    )
+    assert done.returncode == 0, done.stderr
+    assert "systemd is not told that this process serves" in done.stderr
+
+
 def test_a_process_that_makes_no_turn_ends_and_shows_where_it_stood() -> None:
     done = _run("secret = 'hunter2'")
     assert done.returncode == 1
-    assert 'File "<string>", line 7' in done.stderr
+    assert 'File "<string>", line 8' in done.stderr
     assert "hunter2" not in done.stderr
 
 
