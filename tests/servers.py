@@ -9,6 +9,7 @@ import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import kombu
 import pytest
@@ -30,6 +31,11 @@ def free_ports(count: int) -> list[int]:
     for s in sockets:
         s.close()
     return ports
+
+
+def lacking(reason: str) -> NoReturn:
+    """Skip the test, for something that is not installed; in CI, where all of it is, the test fails."""
+    (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
 
 
 def certificates(folder: Path, names: Sequence[str] = ("localhost",)) -> Path:
@@ -150,8 +156,7 @@ class XRootD(Server):
     def need() -> None:
         """Skip the test where XRootD is not installed; in CI it fails."""
         if shutil.which("xrootd") is None:
-            reason = "XRootD is not installed (apt-get install xrootd-server xrootd-scitokens-plugins)"
-            (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
+            lacking("XRootD is not installed (apt-get install xrootd-server xrootd-scitokens-plugins)")
 
     @property
     def url(self) -> str:
@@ -224,8 +229,7 @@ class Nginx(Server):
     def need() -> None:
         """Skip the test where nginx is not installed; in CI it fails."""
         if shutil.which("nginx") is None:
-            reason = "nginx is not installed (apt-get install nginx-light)"
-            (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
+            lacking("nginx is not installed (apt-get install nginx-light)")
 
     def start(self) -> None:
         self.spawn(["nginx", "-p", self.folder, "-c", self.folder / "nginx.conf", "-g", "user root;"])

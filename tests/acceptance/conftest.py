@@ -21,7 +21,7 @@ from minter.contract import names
 from minter.local.servers import Valkey
 from tests.acceptance.served import Served
 from tests.conftest import EXAMPLES, MASTER_KEY, ROOT, _admin, _dsn, load_settings
-from tests.servers import RabbitMQ, installed
+from tests.servers import RabbitMQ, installed, lacking
 
 CLIENTS = ("rucio-alpen", "dirac")
 WORKER = [
@@ -39,8 +39,7 @@ def broker(
     if request.param == "embedded":
         server = Valkey(folder / "valkey")
     elif not installed():
-        reason = "RabbitMQ is not installed (apt-get install rabbitmq-server)"
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
+        lacking("RabbitMQ is not installed (apt-get install rabbitmq-server)")
     else:
         server = RabbitMQ(folder / "node")
     server.start()

@@ -1,6 +1,5 @@
 """Minter on the cluster of docs/cluster.md: what dies is replaced, and nothing is lost. `make cluster` does more."""
 
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -11,18 +10,14 @@ import pytest
 from tests.cluster.__main__ import Campaign
 from tests.cluster.cluster import Cluster
 from tests.cluster.faults import Faults, start_load
-from tests.cluster.machines import missing, namespaces_allowed
+from tests.cluster.machines import missing, need_machines
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    if not namespaces_allowed():
-        pytest.skip("network namespaces need root and a kernel that allows them")
-    if gone := missing():
-        reason = f"not installed: {', '.join(gone)} (see .ci/run)"
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
+    need_machines(missing())
     # The servers' users pass this folder, and pytest's are its own user's only.
     folder = Path(tempfile.mkdtemp(prefix="minter-cluster-", dir="/var/tmp"))
     with Cluster(folder) as made:

@@ -17,7 +17,7 @@ from minter.local.servers import Valkey
 from tests.acceptance.conftest import Running
 from tests.conftest import EXAMPLES, ROOT
 from tests.iam_servers import Keycloak
-from tests.servers import RabbitMQ, free_ports
+from tests.servers import RabbitMQ, free_ports, lacking
 
 pytestmark = pytest.mark.slow
 CHROMIUM = "/usr/bin/chromium"
@@ -27,8 +27,7 @@ PAGES = ("", "search", "storages", "clients", "bans", "keys", "providers", "dead
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     if shutil.which(CHROMIUM) is None:
-        reason = "Chromium is not installed (apt-get install chromium)"
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
+        lacking("Chromium is not installed (apt-get install chromium)")
     with sync_playwright() as playwright:
         started = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
         yield started

@@ -13,7 +13,7 @@ import jwt
 import pytest
 
 from tests.booted import Booted, Machines, make_base, missing, why_not
-from tests.cluster.machines import namespaces_allowed, run
+from tests.cluster.machines import need_machines, run
 from tests.conftest import ROOT
 from tests.servers import certificates
 
@@ -45,11 +45,7 @@ def blocks() -> list[tuple[str, str]]:
 
 @pytest.fixture(scope="module")
 def machines() -> Iterator[Machines]:
-    if not namespaces_allowed():
-        pytest.skip("machines need root and a kernel that allows namespaces")
-    if gone := missing():
-        reason = f"not installed: {', '.join(gone)} (see .ci/run)"
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
+    need_machines(missing())
     with tempfile.TemporaryDirectory(prefix="minter-install-", dir="/var/tmp") as name:
         folder = Path(name)
         folder.chmod(0o755)

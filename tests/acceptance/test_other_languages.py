@@ -11,6 +11,7 @@ import pytest
 from tests.acceptance.conftest import Running
 from tests.acceptance.test_workers import OTHER, SE
 from tests.conftest import ROOT
+from tests.servers import lacking
 
 pytestmark = [pytest.mark.slow, pytest.mark.rabbitmq]
 
@@ -18,7 +19,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.rabbitmq]
 @pytest.fixture(scope="module")
 def example(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if shutil.which("npm") is None:
-        (pytest.fail if os.environ.get("CI") else pytest.skip)("npm is not installed")
+        lacking("npm is not installed")
     folder = tmp_path_factory.mktemp("node")
     shutil.copytree(ROOT / "examples/amqp-node", folder, dirs_exist_ok=True)
     subprocess.run(["npm", "install", "--no-audit", "--no-fund", "--silent"], cwd=folder, check=True)

@@ -20,7 +20,7 @@ from minter.sections import MetricsSettings
 from tests.acceptance.conftest import Running
 from tests.acceptance.test_workers import files
 from tests.conftest import EXAMPLES, ROOT
-from tests.servers import RabbitMQ, free_ports
+from tests.servers import RabbitMQ, free_ports, lacking
 
 pytestmark = pytest.mark.slow
 PORTS = 8
@@ -30,8 +30,7 @@ PORTS = 8
 def scraped(broker: Valkey | RabbitMQ, database_dsn: str, tmp_path: Path) -> Iterator[tuple[Running, int]]:
     """An engine with metrics on, and a Prometheus that scrapes it."""
     if shutil.which("prometheus") is None:
-        reason = "Prometheus is not installed (apt-get install prometheus)"
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
+        lacking("Prometheus is not installed (apt-get install prometheus)")
     first, port = 24_000 + os.getpid() % 200 * 40, free_ports(1)[0]
     text = (EXAMPLES / "settings.toml").read_text()
     text = text.replace('export = "', f'export = "{EXAMPLES}/')
@@ -139,7 +138,7 @@ def test_every_panel_of_the_dashboard_has_a_series(scraped: tuple[Running, int])
 
 def test_every_alert_fires_and_clears() -> None:
     if shutil.which("promtool") is None:
-        (pytest.fail if os.environ.get("CI") else pytest.skip)("promtool is not installed")
+        lacking("promtool is not installed")
     deploy = ROOT / "deploy"
     rules = (deploy / "prometheus-rules.yml").read_text()
     tested = (deploy / "prometheus-rules-test.yml").read_text()

@@ -16,6 +16,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Self
 
+import pytest
+
+from tests.servers import lacking
+
 FOLDERS = (
     "/etc/patroni", "/etc/pgbouncer", "/etc/haproxy", "/etc/rabbitmq", "/var/lib/etcd", "/var/lib/postgresql",
     "/var/lib/rabbitmq", "/var/log/rabbitmq", "/var/log/postgresql", "/var/run/postgresql",
@@ -254,3 +258,11 @@ def namespaces_allowed() -> bool:
     made = run("ip", "netns", "add", name, check=False).returncode == 0
     run("ip", "netns", "del", name, check=False)
     return made
+
+
+def need_machines(gone: Sequence[str]) -> None:
+    """Skip the test where no machines can be made; `gone` are programs that they need and this one lacks."""
+    if not namespaces_allowed():
+        pytest.skip("machines need root and a kernel that allows network namespaces")
+    if gone:
+        lacking(f"not installed: {', '.join(gone)} (see .ci/run)")
