@@ -12,16 +12,11 @@ import time
 from pathlib import Path
 from statistics import median
 
-import msgspec
-
-from benchmarks.engine import bench, openssl_per_second, versions
-from benchmarks.load import body
+from benchmarks.engine import bench, openssl_per_second, report, versions
 from minter import service
-from minter.policy.requests import decode_mint
 from minter.policy.routes import Route
 from minter.policy.transfers import Policy
 from minter.tokens import clock
-from minter.tokens.outcomes import Submission
 
 ALGORITHMS = ("ES256", "RS256", "mix")
 
@@ -29,10 +24,7 @@ ALGORITHMS = ("ES256", "RS256", "mix")
 def core(running, requests: int, tokens: int = 40_000, algorithm: str = "ES256") -> int:
     """Return tokens per second of `mint_many` in this process, recorded; a call has `requests`×100 files."""
     named = "" if algorithm == "mix" else algorithm
-    submissions = [
-        Submission(decode_mint(msgspec.json.encode(msgspec.json.decode(body(100, n, 200, named)[1])[0][0])), running.client)
-        for n in range(tokens // 200 + 5)
-    ]  # fmt: skip
+    submissions = [running.submission(100, n, named) for n in range(tokens // 200 + 5)]
     mint_many = running.service.engine.mint_many
     mint_many(submissions[:5], clock.now())
     started, made = time.perf_counter(), 0
@@ -104,10 +96,7 @@ def main() -> None:
                 )
                 for a in ALGORITHMS
             }
-    text = json.dumps(result, indent=1)
-    print(text)
-    if options.json:
-        options.json.write_text(text + "\n")
+    report(result, options.json)
 
 
 def memory(running) -> dict[str, float]:

@@ -5,22 +5,19 @@ paths and external ids. Look-ups, a report, the console's pages and the mint rat
 """
 
 import argparse
-import json
-import random
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
+from itertools import count
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import msgspec
 import psycopg
-import uuid_utils
 from falcon.testing import TestClient
 
-from benchmarks.engine import Bench, openssl_per_second, versions
+from benchmarks.engine import Bench, bench, openssl_per_second, report, versions
 from minter import search
 from minter.console.app import application
 from minter.console.pages import Pages
@@ -29,20 +26,21 @@ from minter.contract.followups import FileReport, ReportRequest
 from minter.database import partitions
 from minter.database.connection import transaction
 from minter.local import stack
-from minter.policy.requests import decode_mint
 from minter.sections import ConsoleSettings
 from minter.tasks.lifecycle import Lifecycle
 from minter.tokens import clock
-from minter.tokens.outcomes import Submission
 
 POSTGRES = (
     "shared_buffers=2GB", "max_wal_size=8GB", "checkpoint_timeout=15min", "wal_compression=on",
     "max_locks_per_transaction=256",
 )  # fmt: skip
 """deploy/postgresql.conf, scaled down."""
-FILES = 20
+FILES, REQUESTS = 20, 200
 CHUNK = 2_000
-PATH = r"/vo/[0-9a-f]{32}/[0-9]{6}"
+PATH = r"/vo/mc23_13p6TeV/[0-9a-f]{2}/[0-9]{8}\.[0-9]+\.pool\.root\.1"
+"""Paths of `benchmarks.load.body`."""
+numbers = count()
+"""Numbers of requests, each of which has paths of its own."""
 
 TEMPLATES = """
     CREATE TABLE templates AS SELECT dense_rank() OVER (ORDER BY request_id) - 1 AS request, t.*,
@@ -62,7 +60,8 @@ FILL = """
     ), t AS MATERIALIZED (
         SELECT t.*, r.made, r.head, (r.head || 'fffff')::uuid AS new_request, (r.head || lpad(
             to_hex(('x' || right(t.jti::text, 5))::bit(20)::int - ('x' || right(t.first_jti::text, 5))::bit(20)::int), 5, '0')
-            )::uuid AS new_jti, '/vo/' || md5(r.head || t.file) || '/' || lpad(t.file::text, 6, '0') AS path
+            )::uuid AS new_jti, '/vo/mc23_13p6TeV/' || lpad(to_hex(t.file & 255), 2, '0') || '/' || 20000000 + r.n || '.'
+            || t.file || '.pool.root.1' AS path
         FROM r JOIN templates t USING (request)
     ), q AS (
         INSERT INTO requests SELECT DISTINCT ON (new_request) new_request, client_id, (head || '00000')::uuid, made, tokens,
@@ -75,18 +74,6 @@ FILL = """
         ('x' || left(md5(new_jti::text), 16))::bit(64)::bigint, client_id, storage_id, key_id, 'issued', mode, side, file,
         position, md5(path), replace(replace(body, '@PATH@', path), '@JTI@', new_jti::text), rule_id FROM t
 """
-
-
-def submission(files: int) -> Submission:
-    """Return a new request to copy files between two storages."""
-    source, target, name = random.randrange(200), random.randrange(200), random.randbytes(16).hex()
-    paths = [f"/vo/{name}/{number:06d}" for number in range(files)]
-    listed = [
-        {"sources": [f"davs://se{source}.example.org/data{path}"], "size": 3_000_000_000, "external_id": uuid_utils.uuid7().hex,
-         "destinations": [f"davs://se{target}.example.org/data{path}"]} for path in paths
-    ]  # fmt: skip
-    wire = {"request_id": str(uuid_utils.uuid7()), "activity": "Production Output", "files": listed}
-    return Submission(decode_mint(msgspec.json.encode(wire)), "load")
 
 
 def fill(running: Bench, tokens: int) -> dict[str, float]:
@@ -129,13 +116,13 @@ def timed(calls: Sequence[Callable[[], object]]) -> dict[str, float]:
     return {"p50_ms": round(median(took), 1), "p99_ms": round(sorted(took)[int(0.99 * len(took))], 1)}
 
 
-def lookups(running: Bench, count: int) -> dict[str, dict[str, float]]:
+def lookups(running: Bench, samples: int) -> dict[str, dict[str, float]]:
     """Measure searches as `minter trace` and the console make them, and reports of 100 files by external id."""
     s = running.service
     with transaction(s.pool, 600) as connection:
         rows = connection.execute(
             "SELECT jti, request_id, external_id, fts_token_id, substring(payload FROM %s) FROM tokens"
-            " WHERE external_id <> '' ORDER BY path_hash LIMIT %s", (PATH, count),
+            " WHERE external_id <> '' ORDER BY path_hash LIMIT %s", (PATH, samples),
         ).fetchall()  # fmt: skip
     by = {"jti": 0, "external_id": 2, "fts_token_id": 3, "path": 4}
     found: dict[str, Sequence[Callable[[], object]]] = {
@@ -175,7 +162,7 @@ def mint_rate(running: Bench, files: int, at_once: int, seconds: float) -> dict[
             if not middle and spent > seconds / 2:
                 middle = True
                 connection.execute("CHECKPOINT")
-            wanted = [submission(files) for _ in range(at_once)]
+            wanted = [running.submission(files, next(numbers)) for _ in range(at_once)]
             started = time.perf_counter()
             tokens += sum(len(o.issued) for o in running.service.engine.mint_many(wanted, clock.now()))
             spent += time.perf_counter() - started
@@ -201,25 +188,19 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=300, help="look-ups of each kind")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="minter-growth-") as folder:
-        running = Bench(Path(folder), "embedded")
-        running.postgres.settings = POSTGRES
-        try:
-            running.start()
-            stack.add_client(running.service, "idle", "vo", "bench")
-            running.service.engine.mint_many(
-                [submission(FILES) for _ in range(200)], clock.now() - timedelta(seconds=1)
-            )
-            result: dict[str, Any] = {"versions": versions(), "postgres": POSTGRES}
-            result["empty"] = measure(running, options)
-            result["day"] = fill(running, options.tokens)
-            result["full"] = measure(running, options)
-        finally:
-            running.stop()
-    text = json.dumps(result, indent=1)
-    print(text)
-    if options.json:
-        options.json.write_text(text + "\n")
+    with (
+        tempfile.TemporaryDirectory(prefix="minter-bench-") as folder,
+        bench(Path(folder), "embedded", POSTGRES) as running,
+    ):
+        stack.add_client(running.service, "idle", "vo", "bench")
+        running.service.engine.mint_many(
+            [running.submission(FILES, next(numbers)) for _ in range(REQUESTS)], clock.now()
+        )
+        result: dict[str, Any] = {"versions": versions(), "postgres": POSTGRES}
+        result["empty"] = measure(running, options)
+        result["day"] = fill(running, options.tokens)
+        result["full"] = measure(running, options)
+    report(result, options.json)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 
-from benchmarks.engine import settings_text, versions
+from benchmarks.engine import report, settings_text, versions
 from minter import settings
 from minter.database import migrations
 from minter.local import stack
@@ -190,10 +190,7 @@ def main() -> None:
             "p99_ms_at_half": median(r["half"]["p99_ms"] for r in rounds),
         },
     }
-    text = json.dumps(result, indent=1)
-    print(text)
-    if options.json:
-        options.json.write_text(text + "\n")
+    report(result, options.json)
 
 
 if __name__ == "__main__":

@@ -6,12 +6,8 @@ import time
 from pathlib import Path
 from statistics import median
 
-import msgspec
-
 from benchmarks.engine import bench, versions
-from benchmarks.load import body
 from minter.contract.followups import CancelRequest, FetchRequest, FileReport, RenewRequest, ReportRequest
-from minter.policy.requests import decode_mint
 from minter.tasks.lifecycle import Lifecycle
 from minter.tokens import clock
 from minter.tokens.outcomes import Submission
@@ -35,10 +31,10 @@ def main() -> None:
         engine, client = running.service.engine, running.client
         lifecycle = Lifecycle(engine, running.service.store)
         for number in range(ROUNDS):
-            raw = msgspec.json.decode(body(FILES, number, 200)[1])[0][0]
-            request = decode_mint(msgspec.json.encode(raw))
-            engine.mint_many([Submission(request, client)], clock.now())
-            ids = [f["external_id"] for f in raw["files"]]
+            asked = running.submission(FILES, number)
+            request = asked.request
+            engine.mint_many([asked], clock.now())
+            ids = [file.external_id for file in request.files]
             for state in ("active", "finished"):
                 wire = ReportRequest(files=tuple(FileReport(state=state, external_id=i) for i in ids))
                 assert (

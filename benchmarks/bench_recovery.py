@@ -11,16 +11,11 @@ import tempfile
 import time
 from pathlib import Path
 
-import msgspec
-
 from benchmarks.engine import bench, versions
-from benchmarks.load import body
 from minter.database import keyring
 from minter.database.connection import transaction
 from minter.database.control import read_keys
-from minter.policy.requests import decode_mint
 from minter.tokens import clock, keys
-from minter.tokens.outcomes import Submission
 
 BATCH_TOKENS = 1_000
 
@@ -32,17 +27,14 @@ def main() -> None:
         tempfile.TemporaryDirectory(prefix="minter-bench-") as folder,
         bench(Path(folder), "embedded") as running,
     ):
-        service, client = running.service, running.client
+        service = running.service
         number = 0
         for files in (100, 1):
             per_batch = BATCH_TOKENS // (2 * files)
             started = time.perf_counter()
             for _ in range(tokens // BATCH_TOKENS):
-                batch = []
-                for _ in range(per_batch):
-                    raw = msgspec.json.decode(body(files, number, 200)[1])[0][0]
-                    batch.append(Submission(decode_mint(msgspec.json.encode(raw)), client))
-                    number += 1
+                batch = [running.submission(files, number + n) for n in range(per_batch)]
+                number += per_batch
                 service.engine.mint_many(batch, clock.now())
             minted = time.perf_counter() - started
             with transaction(service.pool) as connection:

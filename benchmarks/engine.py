@@ -7,13 +7,15 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
 import kombu
+import msgspec
 
+from benchmarks.load import body
 from minter import service, settings
 from minter.broker.publisher import declare
 from minter.database import migrations
@@ -21,8 +23,10 @@ from minter.database.connection import transaction
 from minter.database.control import read_keys
 from minter.local import stack
 from minter.local.servers import Postgres, Valkey
+from minter.policy.requests import decode_mint
 from minter.tokens import clock, keys
 from minter.tokens.keystore import new_master_key
+from minter.tokens.outcomes import Submission
 from tests.servers import RabbitMQ
 
 ROOT = Path(__file__).parents[1]
@@ -65,6 +69,14 @@ def openssl_per_second() -> dict[str, float]:
         "RS256": float(re.search(r"rsa\s+2048 bits\s+\S+\s+\S+\s+([\d.]+)", done.stdout).group(1)),
     }
     return rates | {"mix": round(2 / (1 / rates["ES256"] + 1 / rates["RS256"]), 1)}
+
+
+def report(result: dict[str, object], path: Path | None) -> None:
+    """Print the result, and write it to a file if one is named."""
+    text = json.dumps(result, indent=1)
+    print(text)
+    if path:
+        path.write_text(text + "\n")
 
 
 def versions() -> dict[str, str]:
@@ -111,6 +123,11 @@ class Bench:
     def client(self) -> str:
         return "guest" if isinstance(self.broker, RabbitMQ) else "load"
 
+    def submission(self, files: int, number: int, algorithm: str = "") -> Submission:
+        """Return a new request as the engine takes it; see `benchmarks.load.body`."""
+        ((request,), _, _) = msgspec.json.decode(body(files, number, STORAGES, algorithm)[1])
+        return Submission(decode_mint(msgspec.json.encode(request)), self.client)
+
     def workers(self, count: int) -> None:
         for n in range(count):
             with (self.folder / f"worker{n}.log").open("ab") as log:
@@ -153,8 +170,10 @@ class Bench:
 
 
 @contextmanager
-def bench(folder: Path, broker: str) -> Iterator[Bench]:
+def bench(folder: Path, broker: str, postgres: Sequence[str] = ()) -> Iterator[Bench]:
+    """Run servers and a prepared database; `postgres` has settings of Postgres."""
     made = Bench(folder, broker)
+    made.postgres.settings = postgres
     try:
         made.start()
         yield made
