@@ -118,9 +118,7 @@ def opened(connection: kombu.Connection) -> Iterator[kombu.Connection]:
 
 def cause(error: Exception) -> str:
     """Say why the broker cannot be used, in its own words where it gave some."""
-    if (
-        isinstance(error, AMQPError) and error.method_sig and error.reply_code in _REFUSALS
-    ):  # RabbitMQ's words
+    if isinstance(error, AMQPError) and error.method_sig and error.reply_code in _REFUSALS:
         return f"the broker refuses: {error.reply_text}"[:300]
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"the broker's certificate is not accepted: {error.verify_message}"
