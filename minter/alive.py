@@ -1,5 +1,6 @@
 """What the supervisor of a process is told: that the process is ready, and that it is stuck."""
 
+import asyncio
 import faulthandler
 import logging
 import os
@@ -47,6 +48,13 @@ def turn(seconds: float = STUCK_SECONDS) -> None:
     if _ready and now - _armed_at >= AGAIN_SECONDS:  # each arming starts a thread
         _armed_at = now
         faulthandler.dump_traceback_later(seconds, exit=True)
+
+
+async def turns(seconds: float) -> None:
+    """Note the turns of an event loop, without end."""
+    while True:
+        turn(seconds)
+        await asyncio.sleep(TURN_SECONDS)
 
 
 def rest() -> None:

@@ -284,12 +284,6 @@ class Web:
 # ── the application ──────────────────────────────────────────────────────────────────────────
 
 
-async def _make_turns() -> None:
-    while True:
-        alive.turn(STUCK_SECONDS)
-        await asyncio.sleep(alive.TURN_SECONDS)
-
-
 class _Shell:
     """Middleware: corrects paths, sets headers and counts requests; starts and stops `Web.watch`."""
 
@@ -299,7 +293,7 @@ class _Shell:
         self._watch: asyncio.Future[Any] | None = None
 
     async def process_startup(self, _scope: object, _event: object) -> None:
-        self._watch = asyncio.gather(self._web.watch(), _make_turns())
+        self._watch = asyncio.gather(self._web.watch(), alive.turns(STUCK_SECONDS))
 
     async def process_shutdown(self, _scope: object, _event: object) -> None:
         if self._watch is not None:
